@@ -1,0 +1,19 @@
+"""Attention over EM bases: fused operators and a drop-in for scaled dot-product attention."""
+
+from .backends import BackendError
+from .ops.basis_attention import basis_attention
+from .ops.em_statistics import em_statistics
+from .ops.initialization import initial_bases, standard_normals
+from .ops.soft_em import attention_bias, soft_em
+from .ops.stem_attention import stem_attention
+
+__all__ = [
+    "BackendError",
+    "attention_bias",
+    "basis_attention",
+    "em_statistics",
+    "initial_bases",
+    "soft_em",
+    "standard_normals",
+    "stem_attention",
+]

@@ -1,0 +1,171 @@
+"""Which backend can run an operator on given tensors, and, where it cannot, why not.
+
+A backend states facts (dtypes, devices, limits). `Backend.reasons` turns them into the list of
+reasons why it cannot serve a call; an empty list means that it can.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from . import cuda, triton
+
+logger = logging.getLogger("stem_kernels")
+
+BACKEND_VARIABLE = "STEM_KERNELS_BACKEND"
+
+Tensors = Mapping[str, "torch.Tensor | None"]
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run this call; the message lists every reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The facts of one backend.
+
+    Args:
+        name: the value of the `backend` argument that selects it.
+        dtypes: the dtypes of features, payload, query, key and value that it takes.
+        max_bases: the largest K, or None.
+        differentiable: whether autograd passes through it.
+        machine: returns the reasons why it cannot run on this machine at all.
+        device: returns the reasons why it cannot run on one device.
+    """
+
+    name: str
+    dtypes: frozenset[torch.dtype]
+    max_bases: int | None
+    differentiable: bool
+    machine: Callable[[], list[str]]
+    device: Callable[[torch.device], list[str]]
+
+    def reasons(self, tensors: Tensors, num_bases: int) -> list[str]:
+        """Why this backend cannot run a call on `tensors`; empty if it can."""
+        found = self.machine()
+        if found:
+            return found
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        for device in sorted({tensor.device for tensor in present.values()}, key=str):
+            found += self.device(device)
+        for name, tensor in present.items():
+            if tensor.dtype not in self.dtypes:
+                names = ", ".join(
+                    sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+                )
+                found.append(f"{name} is {_dtype_name(tensor)}; it takes {names}")
+        if self.max_bases is not None and num_bases > self.max_bases:
+            found.append(f"{num_bases} bases; it takes at most {self.max_bases}")
+        if not self.differentiable and torch.is_grad_enabled():
+            needing = [name for name, tensor in present.items() if tensor.requires_grad]
+            if needing:
+                found.append(
+                    f"{', '.join(needing)} require(s) grad and it has no backward pass; "
+                    'use backend="torch" or torch.no_grad()'
+                )
+        return found
+
+
+def _torch_device(device: torch.device) -> list[str]:
+    return []
+
+
+_HALF_AND_SINGLE = frozenset({torch.float16, torch.bfloat16, torch.float32})
+
+BACKENDS: dict[str, Backend] = {
+    "triton": Backend(
+        name="triton",
+        dtypes=_HALF_AND_SINGLE,
+        max_bases=1024,
+        differentiable=False,
+        machine=triton.machine_reasons,
+        device=triton.device_reasons,
+    ),
+    "cuda": Backend(
+        name="cuda",
+        dtypes=_HALF_AND_SINGLE,
+        max_bases=1024,
+        differentiable=False,
+        machine=cuda.machine_reasons,
+        device=_torch_device,
+    ),
+    "torch": Backend(
+        name="torch",
+        dtypes=_HALF_AND_SINGLE | {torch.float64},
+        max_bases=None,
+        differentiable=True,
+        machine=list,
+        device=_torch_device,
+    ),
+}
+"""Every backend, in the order in which `backend="auto"` tries them."""
+
+
+def select(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:
+    """The name of the backend that runs this call.
+
+    Args:
+        op: the operator's name, for messages.
+        backend: the caller's `backend` argument. `"auto"` asks the environment variable
+            STEM_KERNELS_BACKEND, and where that is not set takes the first that can.
+        tensors: the call's tensors by argument name; None entries are ignored.
+        num_bases: K of the call.
+
+    Raises:
+        ValueError: `backend` is not a backend's name.
+        BackendError: a backend was asked for by name and cannot run the call.
+    """
+    source = "the argument backend"
+    if backend == "auto" and BACKEND_VARIABLE in os.environ:
+        backend = os.environ[BACKEND_VARIABLE]
+        source = f"the environment variable {BACKEND_VARIABLE}"
+    if backend != "auto":
+        if backend not in BACKENDS:
+            names = ", ".join(f'"{name}"' for name in ("auto", *BACKENDS))
+            raise ValueError(f'{source} is "{backend}"; it must be one of {names}')
+        if BACKENDS[backend].reasons(tensors, num_bases):
+            raise BackendError(_refusal(op, backend, tensors, num_bases))
+        return backend
+    passed_over: list[tuple[str, tuple[str, ...]]] = []
+    for name, candidate in BACKENDS.items():
+        reasons = candidate.reasons(tensors, num_bases)
+        if not reasons:
+            if passed_over and not torch.compiler.is_compiling():
+                on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors.values())
+                _log_fallback_once(op, name, tuple(passed_over), on_gpu)
+            return name
+        passed_over.append((name, tuple(reasons)))
+    raise BackendError(_refusal(op, "auto", tensors, num_bases))
+
+
+@functools.cache
+def _log_fallback_once(
+    op: str, name: str, passed_over: tuple[tuple[str, tuple[str, ...]], ...], on_gpu: bool
+) -> None:
+    # On a CPU the torch backend is what anyone expects; on a GPU it is a loss worth a warning.
+    level = logging.WARNING if on_gpu else logging.INFO
+    reasons = "; ".join(f"{other}: {', '.join(why)}" for other, why in passed_over)
+    logger.log(level, "%s runs on backend %s (%s)", op, name, reasons)
+
+
+def _refusal(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:
+    lines = [f'{op} cannot run with backend="{backend}" on']
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            shape = list(tensor.shape)
+            lines.append(f"  {name}: {shape} {_dtype_name(tensor)} on {tensor.device}")
+    for name, candidate in BACKENDS.items():
+        reasons = candidate.reasons(tensors, num_bases)
+        lines.append(f"{name}: {'; '.join(reasons) if reasons else 'can run this call'}")
+    return "\n".join(lines)
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

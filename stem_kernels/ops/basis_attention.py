@@ -1,0 +1,89 @@
+"""Attention of every token to a few bases."""
+
+from __future__ import annotations
+
+import torch
+
+from ..backends import select
+from .checks import check_floating, check_same_dtype
+
+OP = "basis_attention"
+
+ROUNDING_ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Part of the parity bound: the output's own rounding, relative to the largest |reference|."""
+
+
+def basis_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float | None = None,
+    bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""Attention to bases: $\mathrm{softmax}_k(\text{scale}\, q_n \cdot k_k + b_k)\, v$.
+
+    Equivalent to, without ever holding the weights `[B, h, n, K]`::
+
+        weights = torch.softmax(query @ key.mT * scale + bias.unsqueeze(-2), dim=-1)
+        return weights @ value
+
+    Args:
+        query: [B, h, n, d], any strides (a head-interleaved view costs no copy); n may be 0.
+        key: [B, h, K, d], or [1, h, K, d] to serve the whole batch.
+        value: [B, h, K, e], or [1, h, K, e].
+        scale: of the logits; 1 / sqrt(d) if None.
+        bias: float, added to the logits: [h, K], [1, h, K] or [B, h, K], where h may be 1.
+            -inf excludes a base; a head whose bases are all excluded gives NaN, as in
+            `torch.nn.functional.scaled_dot_product_attention`.
+        backend: "auto", "triton", "cuda" or "torch".
+
+    Returns:
+        [B, h, n, e] of the query's dtype; a view of memory laid out as [B, n, h, e], so that
+        merging the heads afterwards costs no copy. Logits, softmax and sums are float32.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: arXiv 2312.05856, STEM self-attention.
+    """
+    check_floating(OP, query=query, key=key, value=value, bias=bias)
+    check_same_dtype(OP, query=query, key=key, value=value)
+    if query.ndim != 4:
+        raise ValueError(f"{OP}: query must be [B, h, n, d], not {list(query.shape)}")
+    batch, heads, _, dim = query.shape
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.ndim != 4 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != heads:
+            raise ValueError(
+                f"{OP}: query is {list(query.shape)}, so {name} must be [{batch} or 1, {heads}, "
+                f"K, ...], not {list(tensor.shape)}"
+            )
+    if key.shape[-1] != dim or key.shape[:-1] != value.shape[:-1] or key.shape[-2] == 0:
+        raise ValueError(
+            f"{OP}: key {list(key.shape)} and value {list(value.shape)} must agree on all but "
+            f"the last size, have at least one base, and key must have the query's d = {dim}"
+        )
+    num_bases = key.shape[-2]
+    if bias is not None:
+        full = bias.unsqueeze(0) if bias.ndim == 2 else bias
+        fits = (
+            full.ndim == 3
+            and full.shape[0] in (1, batch)
+            and full.shape[1] in (1, heads)
+            and full.shape[2] == num_bases
+        )
+        if not fits:
+            raise ValueError(
+                f"{OP}: bias is {list(bias.shape)}; it must be [h, K] or [B, h, K] with "
+                f"B = {batch} or 1, h = {heads} or 1, K = {num_bases}"
+            )
+        bias = full
+    chosen = select(OP, backend, {"query": query, "key": key, "value": value}, num_bases)
+    scale = dim**-0.5 if scale is None else float(scale)
+    if chosen == "triton":
+        from ..triton.basis_attention import basis_attention_triton as run
+    else:
+        from ..reference.basis_attention import basis_attention_torch as run
+    return run(query, key, value, bias, scale).transpose(1, 2)

@@ -1,0 +1,47 @@
+"""Checks that several operators share. Each error names the value and the fix."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
+    """Every tensor is a floating point tensor on one device."""
+    devices: dict[str, torch.device] = {}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(tensor).__name__}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype}; "
+                "convert it to float16, bfloat16, float32 or float64"
+            )
+        devices[name] = tensor.device
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{op}: all tensors must be on one device; got {places}")
+
+
+def check_same_dtype(op: str, **tensors: torch.Tensor | None) -> None:
+    """Every tensor has the same dtype."""
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    if len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
+        raise TypeError(f"{op}: {' and '.join(dtypes)} must have one dtype; {listed}")
+
+
+def check_positive(op: str, name: str, value: float) -> None:
+    """`value` is a positive finite number."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{op}: {name} is {value}; it must be positive and finite")
+
+
+def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """`value` is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f'{op}: {name} is "{value}"; it must be one of {listed}')

@@ -1,0 +1,123 @@
+"""One ST-E + ST-M pass: the sums from which new bases are made."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..backends import select
+from .checks import check_floating, check_positive, check_same_dtype
+
+OP = "em_statistics"
+
+ROUNDING_ATOL = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Part of the parity bound: the output's own rounding, relative to the largest |reference|."""
+
+
+class EMStatistics(NamedTuple):
+    """What one pass over the tokens accumulates; additive over tokens.
+
+    `sums` [..., K, D], `mass` [..., K] and `payload_sums` [..., K, E] (None without a payload),
+    all float32 (float64 for float64 input).
+    """
+
+    sums: torch.Tensor
+    mass: torch.Tensor
+    payload_sums: torch.Tensor | None
+
+
+def em_statistics(
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    *,
+    temperature: float = 0.01,
+    normalize: bool = True,
+    payload: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> EMStatistics:
+    r"""Soft assignment of tokens to bases, and the sums that it weights (STEM, ST-E and ST-M).
+
+    With $\hat m_k = m_k / (\lVert m_k \rVert_2 + 10^{-4})$ (or $m_k$ itself if not `normalize`):
+
+    $$z_{nk} = \mathrm{softmax}_k(x_n \cdot \hat m_k / \tau), \quad
+      \text{sums}_k = \sum_n z_{nk} x_n, \quad \text{mass}_k = \sum_n z_{nk}, \quad
+      \text{payload\_sums}_k = \sum_n z_{nk} p_n$$
+
+    Equivalent to, without ever holding the responsibilities `[..., n, K]`::
+
+        directions = bases / (bases.norm(dim=-1, keepdim=True) + 1e-4)
+        z = torch.softmax(features @ directions.mT / temperature, dim=-1)
+        return z.mT @ features, z.sum(-2), z.mT @ payload
+
+    The results are sums over tokens, so chunks of tokens, or tokens on several GPUs, are served
+    by adding their results. Every backend adds in a fixed order: equal calls give equal bits.
+
+    Args:
+        features: tokens [B, n, D] or [B, h, n, D], any strides; n may be 0. Not normalised.
+        bases: [B, K, D] or [B, h, K, D], any floating dtype.
+        temperature: tau > 0.
+        normalize: scale the bases to unit length before the logits.
+        payload: [B, n, E] or [B, h, n, E] of the features' dtype, summed with the same weights.
+        backend: "auto", "triton", "cuda" or "torch".
+
+    Returns:
+        EMStatistics, accumulated in float32. Float32 input is multiplied in float32: TF32 only
+        where `torch.set_float32_matmul_precision` asks for it.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or values that do not fit.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: arXiv 2312.05856, the EM iteration of "A Video is Worth 256 Bases".
+    """
+    check_em_inputs(OP, features, bases, payload, temperature)
+    chosen = select(
+        OP, backend, {"features": features, "bases": bases, "payload": payload}, bases.shape[-2]
+    )
+    with_heads = features.ndim == 4
+    if not with_heads:
+        features, bases = features.unsqueeze(0), bases.unsqueeze(0)
+        payload = None if payload is None else payload.unsqueeze(0)
+    if chosen == "triton":
+        from ..triton.em_statistics import em_statistics_triton as run
+    else:
+        from ..reference.em_statistics import em_statistics_torch as run
+    sums, mass, payload_sums = run(features, bases, payload, temperature, normalize)
+    if not with_heads:
+        sums, mass, payload_sums = sums[0], mass[0], payload_sums[0]
+    return EMStatistics(sums, mass, None if payload is None else payload_sums)
+
+
+def check_em_inputs(
+    op: str,
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor | None,
+    temperature: float,
+) -> None:
+    """Raise the error that a caller of an EM operator should see, if any."""
+    check_floating(op, features=features, bases=bases, payload=payload)
+    check_same_dtype(op, features=features, payload=payload)
+    check_positive(op, "temperature", temperature)
+    if features.ndim not in (3, 4):
+        raise ValueError(
+            f"{op}: features must be [B, n, D] or [B, h, n, D], not {list(features.shape)}"
+        )
+    if (
+        bases.ndim != features.ndim
+        or bases.shape[:-2] != features.shape[:-2]
+        or bases.shape[-1] != features.shape[-1]
+    ):
+        wanted = [*features.shape[:-2], "K", features.shape[-1]]
+        raise ValueError(
+            f"{op}: features are {list(features.shape)}, so bases must be "
+            f"[{', '.join(map(str, wanted))}], not {list(bases.shape)}"
+        )
+    if bases.shape[-2] == 0 or bases.shape[-1] == 0:
+        raise ValueError(f"{op}: bases are {list(bases.shape)}; K and D must be at least 1")
+    if payload is not None and payload.shape[:-1] != features.shape[:-1]:
+        raise ValueError(
+            f"{op}: payload is {list(payload.shape)}; it must have the features' leading sizes "
+            f"{list(features.shape[:-1])}"
+        )

@@ -1,0 +1,107 @@
+"""Initial bases, and the random numbers behind them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from .checks import check_choice, check_floating
+
+OP = "initial_bases"
+INITIALIZATIONS = ("gaussian", "tokens", "previous")
+
+
+def standard_normals(
+    timestep: torch.Tensor, sizes: list[int], *, seed: int, first_layer: int = 0
+) -> torch.Tensor:
+    """Standard normals for consecutive layers at one timestep, the same on every device.
+
+    Layer `first_layer + i` gets `sizes[i]` numbers from its own generator, which is seeded by
+    SHA-256 of (seed, layer, timestep) and draws on the CPU. The global generators of torch are
+    neither read nor advanced.
+
+    Args:
+        timestep: integer or floating tensor; its first element, truncated, is the timestep.
+            The result is on its device.
+        sizes: how many numbers each layer gets.
+        seed: any integer.
+        first_layer: the index of the first layer.
+
+    Returns:
+        float32 [sum(sizes)], layer after layer.
+    """
+    return torch.ops.stem_kernels.standard_normals(timestep, sizes, seed, first_layer)
+
+
+@torch.library.custom_op("stem_kernels::standard_normals", mutates_args=())
+def _standard_normals(
+    timestep: torch.Tensor, sizes: list[int], seed: int, first_layer: int
+) -> torch.Tensor:
+    when = int(timestep.flatten()[0])
+    generator = torch.Generator(device="cpu")
+    drawn = []
+    for offset, size in enumerate(sizes):
+        key = f"{seed}/{first_layer + offset}/{when}".encode()
+        generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
+        drawn.append(torch.randn(size, generator=generator, dtype=torch.float32))
+    return torch.cat(drawn).to(timestep.device) if drawn else timestep.new_empty(0).float()
+
+
+@_standard_normals.register_fake
+def _(timestep: torch.Tensor, sizes: list[int], seed: int, first_layer: int) -> torch.Tensor:
+    return timestep.new_empty(sum(sizes), dtype=torch.float32)
+
+
+def initial_bases(
+    features: torch.Tensor,
+    num_bases: int,
+    *,
+    init: str = "tokens",
+    normals: torch.Tensor | None = None,
+    previous: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Bases to start EM from.
+
+    Args:
+        features: tokens [..., n, D], n >= 1.
+        num_bases: K >= 1.
+        init: "gaussian": mean + std * normals, per channel, with the mean and the unbiased
+            standard deviation over the n tokens (the authors' code; std of one token is 0).
+            "tokens": K tokens at an even stride over the whole video (repeated where n < K).
+            "previous": `previous` as it is (warm start from the timestep before).
+        normals: for "gaussian": float32, broadcastable to [..., K, D] (see `standard_normals`).
+        previous: for "previous": bases [..., K, D].
+
+    Returns:
+        float32 [..., K, D] (float64 for float64 features).
+
+    Raises:
+        ValueError: an unknown `init`, or the tensor that it needs is missing or misshapen.
+    """
+    check_floating(OP, features=features, normals=normals, previous=previous)
+    check_choice(OP, "init", init, INITIALIZATIONS)
+    num_tokens = features.shape[-2]
+    if num_bases < 1 or num_tokens < 1:
+        raise ValueError(
+            f"{OP}: num_bases is {num_bases} and features are {list(features.shape)}; "
+            "there must be at least one base and one token"
+        )
+    shape = (*features.shape[:-2], num_bases, features.shape[-1])
+    compute = torch.promote_types(features.dtype, torch.float32)
+    if init == "tokens":
+        spread = torch.arange(num_bases, device=features.device) * num_tokens // num_bases
+        return features.index_select(-2, spread).to(compute)
+    name, given = ("normals", normals) if init == "gaussian" else ("previous", previous)
+    if given is None:
+        raise ValueError(f'{OP}: init="{init}" needs the argument {name}')
+    try:
+        given = given.to(compute).expand(shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{OP}: {name} is {list(given.shape)}; it must broadcast to {list(shape)}"
+        ) from error
+    if init == "previous":
+        return given
+    std, mean = torch.std_mean(features, dim=-2, correction=min(1, num_tokens - 1), keepdim=True)
+    return mean.to(compute) + std.to(compute) * given

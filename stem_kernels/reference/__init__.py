@@ -1,0 +1,1 @@
+"""The torch backend: the operators straight from the formulas, chunked over tokens."""

@@ -1,0 +1,105 @@
+"""`basis_attention` in plain torch, chunked so that [n, K] never exists for all n."""
+
+from __future__ import annotations
+
+import torch
+
+from .chunks import compute_dtype, groups, token_chunks
+
+
+def _chunk_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    logits = torch.matmul(query, key.mT * scale) + bias.unsqueeze(-2)
+    return torch.matmul(torch.softmax(logits, dim=-1), value)
+
+
+def _for_every_head(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    compute = compute_dtype(query)
+    lead = (*query.shape[:2], key.shape[-2])
+    bias = query.new_zeros(()) if bias is None else bias
+    return (
+        key.to(compute).expand(*lead, key.shape[-1]),
+        value.to(compute).expand(*lead, value.shape[-1]),
+        bias.to(compute).expand(lead),
+    )
+
+
+@torch.library.custom_op("stem_kernels::basis_attention_torch", mutates_args=())
+def basis_attention_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """query [B, h, n, d], key [B or 1, h, K, d], value [B or 1, h, K, e], bias [.., .., K].
+
+    Returns contiguous [B, n, h, e] of the query's dtype.
+    """
+    key, value, bias = _for_every_head(query, key, value, bias)
+    out = _empty_output(query, value)
+    by_head = out.transpose(1, 2)
+    for group in groups(query):
+        for part in token_chunks(query[group], key.shape[-2]):
+            tokens = query[group][..., part, :].to(key.dtype)
+            result = _chunk_attention(tokens, key[group], value[group], bias[group], scale)
+            by_head[group][..., part, :] = result.to(query.dtype)
+    return out
+
+
+@basis_attention_torch.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    return _empty_output(query, value)
+
+
+def _empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    batch, heads, num_tokens, _ = query.shape
+    return query.new_empty((batch, num_tokens, heads, value.shape[-1]))
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, value, bias, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, bias)
+
+
+def _backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+    """Recomputes each chunk, so the backward pass holds no attention weights either."""
+    query, *given = ctx.saved_tensors
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in given]
+        bases = _for_every_head(query.detach(), *leaves)
+    grad_query = torch.empty_like(query)
+    grad_bases = [torch.zeros_like(tensor) for tensor in bases]
+    grad_by_head = grad_out.transpose(1, 2)
+    for group in groups(query):
+        for part in token_chunks(query[group], bases[0].shape[-2]):
+            with torch.enable_grad():
+                tokens = query[group][..., part, :].to(bases[0].dtype)
+                inputs = [t.detach().requires_grad_() for t in (tokens, *(b[group] for b in bases))]
+                result = _chunk_attention(*inputs, ctx.scale)
+            grad_chunk = grad_by_head[group][..., part, :].to(result.dtype)
+            grads = torch.autograd.grad(result, inputs, grad_chunk)
+            grad_query[group][..., part, :] = grads[0].to(query.dtype)
+            for total, grad in zip(grad_bases, grads[1:], strict=True):
+                total[group] += grad
+    present = [leaf for leaf in leaves if leaf is not None]
+    outputs = [basis for basis, leaf in zip(bases, leaves, strict=True) if leaf is not None]
+    totals = [grad for grad, leaf in zip(grad_bases, leaves, strict=True) if leaf is not None]
+    reduced = iter(torch.autograd.grad(outputs, present, totals))
+    return grad_query, *(None if leaf is None else next(reduced) for leaf in leaves), None
+
+
+basis_attention_torch.register_autograd(_backward, setup_context=_setup_context)

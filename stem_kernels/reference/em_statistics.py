@@ -1,0 +1,132 @@
+"""`em_statistics` in plain torch, chunked so that [n, K] never exists for all n."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .chunks import compute_dtype, groups, token_chunks
+
+NORM_EPS = 1e-4
+
+
+def directions_of(bases: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """The bases as the logits see them: m / (|m| + 1e-4), or m itself. Same shape and dtype."""
+    if not normalize:
+        return bases
+    return bases / (torch.linalg.vector_norm(bases, dim=-1, keepdim=True) + NORM_EPS)
+
+
+@torch.library.custom_op("stem_kernels::em_statistics_torch", mutates_args=())
+def em_statistics_torch(
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor | None,
+    temperature: float,
+    normalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """features [B, h, n, D], bases [B, h, K, D], payload [B, h, n, E] or None.
+
+    Returns sums, mass and payload sums (E = 0 without a payload), in float32 or float64.
+    """
+    compute = compute_dtype(features)
+    values = features[..., :0] if payload is None else payload
+    directions = directions_of(bases.to(compute), normalize).mT / temperature
+    outputs = _zeros(features, bases, values)
+    for group in groups(features):
+        weights = directions[group].flatten(0, 1)
+        sums, mass, payload_sums = (output[group].flatten(0, 1) for output in outputs)
+        logits = responsibilities = weights.new_empty(0)
+        for _, tokens, chunk in _chunks(features[group], values[group], bases.shape[-2]):
+            shape = (*tokens.shape[:-1], weights.shape[-1])
+            if logits.shape != shape:
+                logits, responsibilities = weights.new_empty(2, *shape).unbind()
+            torch.bmm(tokens, weights, out=logits)
+            torch.softmax(logits, dim=-1, out=responsibilities)
+            sums.baddbmm_(responsibilities.mT, tokens)
+            mass += responsibilities.sum(-2)
+            if payload is not None:
+                payload_sums.baddbmm_(responsibilities.mT, chunk)
+    return outputs
+
+
+@em_statistics_torch.register_fake
+def _(
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor | None,
+    temperature: float,
+    normalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _zeros(features, bases, features[..., :0] if payload is None else payload)
+
+
+def _zeros(
+    features: torch.Tensor, bases: torch.Tensor, payload: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    compute = compute_dtype(features)
+    lead = (*features.shape[:2], bases.shape[-2])
+    return (
+        features.new_zeros((*lead, features.shape[-1]), dtype=compute),
+        features.new_zeros(lead, dtype=compute),
+        features.new_zeros((*lead, payload.shape[-1]), dtype=compute),
+    )
+
+
+def _chunks(
+    features: torch.Tensor, payload: torch.Tensor, num_bases: int
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    compute = compute_dtype(features)
+    for part in token_chunks(features, num_bases):
+        yield (
+            part,
+            features[..., part, :].flatten(0, 1).to(compute),
+            payload[..., part, :].flatten(0, 1).to(compute),
+        )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    features, bases, payload, ctx.temperature, ctx.normalize = inputs
+    ctx.save_for_backward(features, bases, payload)
+
+
+def _backward(ctx, grad_sums, grad_mass, grad_payload_sums):  # type: ignore[no-untyped-def]
+    """Recomputes each chunk, so the backward pass holds no responsibilities either."""
+    features, bases, payload = ctx.saved_tensors
+    values = features[..., :0] if payload is None else payload
+    compute = compute_dtype(features)
+    grad_features = torch.empty_like(features)
+    grad_values = torch.empty_like(values)
+    with torch.enable_grad():
+        leaf = bases.detach().to(compute).requires_grad_()
+        directions = directions_of(leaf, ctx.normalize).mT / ctx.temperature
+    grad_directions = torch.zeros_like(directions)
+    for group in groups(features):
+        grads_out = [g[group].flatten(0, 1) for g in (grad_sums, grad_mass, grad_payload_sums)]
+        weights = directions[group].flatten(0, 1)
+        for part, tokens, chunk in _chunks(features[group], values[group], bases.shape[-2]):
+            with torch.enable_grad():
+                inputs = [t.detach().requires_grad_() for t in (tokens, weights, chunk)]
+                responsibilities = torch.softmax(torch.bmm(inputs[0], inputs[1]), dim=-1)
+                outputs = (
+                    torch.bmm(responsibilities.mT, inputs[0]),
+                    responsibilities.sum(-2),
+                    torch.bmm(responsibilities.mT, inputs[2]),
+                )
+            grads = torch.autograd.grad(outputs, inputs, grads_out)
+            grad_tokens, grad_chunk = grad_features[group], grad_values[group]
+            grad_tokens[..., part, :] = grads[0].view_as(grad_tokens[..., part, :])
+            grad_chunk[..., part, :] = grads[2].view_as(grad_chunk[..., part, :])
+            grad_directions[group] += grads[1].view_as(grad_directions[group])
+    (grad_bases,) = torch.autograd.grad(directions, leaf, grad_directions)
+    return (
+        grad_features,
+        grad_bases.to(bases.dtype),
+        None if payload is None else grad_values,
+        None,
+        None,
+    )
+
+
+em_statistics_torch.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,89 @@
+"""What tests and benchmarks share: eager formulas, error bounds, tokens to try things on."""
+
+from __future__ import annotations
+
+import torch
+
+from .ops.em_statistics import EMStatistics
+
+
+def eager_em_statistics(
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    *,
+    temperature: float = 0.01,
+    normalize: bool = True,
+    payload: torch.Tensor | None = None,
+) -> EMStatistics:
+    """`em_statistics` as one writes it first: responsibilities [..., n, K] held whole.
+
+    Everything is in the features' dtype, so float64 gives the reference and float16 the error
+    that plain half-precision torch makes.
+    """
+    directions = bases.to(features.dtype)
+    if normalize:
+        directions = directions / (directions.norm(dim=-1, keepdim=True) + 1e-4)
+    responsibilities = torch.softmax(features @ directions.mT / temperature, dim=-1)
+    return EMStatistics(
+        responsibilities.mT @ features,
+        responsibilities.sum(-2),
+        None if payload is None else responsibilities.mT @ payload,
+    )
+
+
+def eager_soft_em(
+    features: torch.Tensor, bases: torch.Tensor, *, num_iters: int = 5, temperature: float = 0.01
+) -> torch.Tensor:
+    """`soft_em(..., empty="zero")` by `eager_em_statistics`; the bases [..., K, D]."""
+    for _ in range(num_iters):
+        sums, mass, _ = eager_em_statistics(features, bases, temperature=temperature)
+        bases = sums / (mass + 1e-4).unsqueeze(-1)
+    return bases
+
+
+def eager_basis_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`basis_attention` as one writes it first: weights [B, h, n, K] held whole."""
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype).unsqueeze(-2)
+    return torch.softmax(logits, dim=-1) @ value
+
+
+def clustered_tokens(
+    shape: tuple[int, ...], *, num_clusters: int = 16, spread: float = 0.3, seed: int = 0
+) -> torch.Tensor:
+    """float32 tokens [..., n, D] around `num_clusters` centres, as attention features are."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn((*shape[:-2], num_clusters, shape[-1]), generator=generator)
+    which = torch.randint(num_clusters, (shape[-2],), generator=generator)
+    noise = torch.randn(shape, generator=generator)
+    return centres.index_select(-2, which) + spread * noise
+
+
+def max_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest absolute difference, in float64; inf where `result` is not finite."""
+    if result.numel() == 0:
+        return 0.0
+    difference = (result.double() - reference.double()).abs()
+    return float(difference.nan_to_num(nan=float("inf")).max())
+
+
+def parity_bound(
+    reference: torch.Tensor, same_dtype: torch.Tensor, rounding: dict[torch.dtype, float]
+) -> float:
+    """2 max|same_dtype - reference| + rounding atol, the error that an operator may make.
+
+    Args:
+        reference: the float64 result.
+        same_dtype: plain torch's result in the dtype under test.
+        rounding: the operator's table of rounding tolerances, relative to max|reference|.
+    """
+    largest = float(reference.abs().max()) if reference.numel() else 0.0
+    return 2 * max_error(same_dtype, reference) + rounding[same_dtype.dtype] * largest

@@ -1,0 +1,49 @@
+"""The Triton backend. Importing this package imports neither triton nor any kernel."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+MIN_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def import_error() -> str | None:
+    """Why triton cannot be imported, or None where it can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install it with: pip install triton"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def machine_reasons() -> list[str]:
+    """Why no call at all can run on this machine."""
+    error = import_error()
+    return [error] if error else []
+
+
+def device_reasons(device: torch.device) -> list[str]:
+    """Why tensors on `device` cannot be served."""
+    if interpreted():
+        return []
+    if device.type != "cuda":
+        return [f"tensors are on {device}; it needs a CUDA GPU (or TRITON_INTERPRET=1, for tests)"]
+    capability = device_capability(device)
+    if capability < MIN_CAPABILITY:
+        have, need = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+        return [f"{device} has compute capability {have}; it needs {need} or newer"]
+    return []
+
+
+def device_capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability (major, minor) of a CUDA device."""
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,135 @@
+"""`basis_attention` in Triton: queries against all bases; weights never leave the chip."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..tuning import tile_for, tiles
+from .precision import dot_options
+
+LARGEST_HEAD = 1024
+
+
+@triton.jit
+def _basis_attention_kernel(
+    p_query, p_key, p_value, p_bias, p_out,
+    n, K, D, E, H,
+    stride_qb, stride_qh, stride_qn, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_bb, stride_bh, stride_bk, scale,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    LOG2E: tl.constexpr = 1.4426950408889634
+    batch = (tl.program_id(1) // H).to(tl.int64)
+    head = (tl.program_id(1) % H).to(tl.int64)
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    o_e = tl.arange(0, BLOCK_E).to(tl.int64)
+    m_n = o_n < n
+    m_d = o_d < D
+    m_e = o_e < E
+    # [BLOCK_N, BLOCK_D]
+    b_q = tl.load(
+        p_query + batch * stride_qb + head * stride_qh
+        + (o_n * stride_qn)[:, None] + (o_d * stride_qd)[None, :],
+        mask=m_n[:, None] & m_d[None, :], other=0.0,
+    )  # fmt: skip
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+    # [BLOCK_N]
+    b_max = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    # [BLOCK_N, BLOCK_E]
+    b_out = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
+        m_k = o_k < K
+        # [BLOCK_D, BLOCK_K]
+        b_k = tl.load(
+            p_key + batch * stride_kb + head * stride_kh
+            + (o_k * stride_kn)[None, :] + (o_d * stride_kd)[:, None],
+            mask=m_k[None, :] & m_d[:, None], other=0.0,
+        )  # fmt: skip
+        # [BLOCK_N, BLOCK_K]
+        if UPCAST:
+            b_k = b_k.to(tl.float32)
+        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+        if WITH_BIAS:
+            b_bias = tl.load(
+                p_bias + batch * stride_bb + head * stride_bh + o_k * stride_bk, mask=m_k, other=0.0
+            ).to(tl.float32)
+            b_s += b_bias[None, :] * LOG2E
+        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+        # A tile whose bases are all excluded has the maximum -inf, and -inf - -inf is NaN.
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_w = tl.exp2(b_s - b_shift[:, None])
+        b_rescale = tl.exp2(b_max - b_shift)
+        b_sum = b_sum * b_rescale + tl.sum(b_w, axis=1)
+        # [BLOCK_K, BLOCK_E]
+        b_v = tl.load(
+            p_value + batch * stride_vb + head * stride_vh
+            + (o_k * stride_vn)[:, None] + (o_e * stride_vd)[None, :],
+            mask=m_k[:, None] & m_e[None, :], other=0.0,
+        )  # fmt: skip
+        b_w = b_w.to(b_v.dtype)
+        if UPCAST:
+            b_w, b_v = b_w.to(tl.float32), b_v.to(tl.float32)
+        b_out = tl.dot(b_w, b_v, b_out * b_rescale[:, None], input_precision=PRECISION)
+        b_max = b_new
+    b_out = b_out / b_sum[:, None]
+    tl.store(
+        p_out + ((batch * n + o_n) * H * E + head * E)[:, None] + o_e[None, :],
+        b_out.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_e[None, :],
+    )  # fmt: skip
+
+
+@torch.library.custom_op("stem_kernels::basis_attention_triton", mutates_args=())
+def basis_attention_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """query [B, h, n, d], key [B or 1, h, K, d], value [B or 1, h, K, e], bias [.., .., K].
+
+    Returns contiguous [B, n, h, e] of the query's dtype.
+    """
+    batch, heads, n, dim = query.shape
+    num_bases, width = value.shape[-2:]
+    out = query.new_empty((batch, n, heads, width))
+    if out.numel() == 0:
+        return out
+    lead = (batch, heads, num_bases)
+    key, value = key.expand(*lead, dim), value.expand(*lead, width)
+    bias_strides = (0, 0, 0) if bias is None else bias.expand(lead).stride()
+    options = tiles("basis_attention")
+    block_n = options.pop("block_n")
+    _basis_attention_kernel[(triton.cdiv(n, block_n), batch * heads)](
+        query, key, value, query if bias is None else bias, out,
+        n, num_bases, dim, width, heads,
+        *query.stride(), *key.stride(), *value.stride(), *bias_strides, scale * math.log2(math.e),
+        BLOCK_N=block_n, BLOCK_K=tile_for(num_bases, options.pop("block_k")),
+        BLOCK_D=tile_for(dim, LARGEST_HEAD), BLOCK_E=tile_for(width, LARGEST_HEAD),
+        WITH_BIAS=bias is not None, **dot_options(query.dtype), **options,
+    )  # fmt: skip
+    return out
+
+
+@basis_attention_triton.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    batch, heads, n, _ = query.shape
+    return query.new_empty((batch, n, heads, value.shape[-1]))
