@@ -144,9 +144,9 @@ def _accumulate(
     )
     tokens_per_split = triton.cdiv(triton.cdiv(n, splits), block_n) * block_n
     splits = triton.cdiv(n, tokens_per_split)
-    float32 = {"dtype": torch.float32, "device": features.device}
-    sums = torch.empty((splits, batch, heads, num_bases, width), **float32)
-    mass = torch.empty((splits, batch, heads, num_bases), **float32)
+    lead = (splits, batch, heads, num_bases)
+    sums = torch.empty((*lead, width), dtype=torch.float32, device=features.device)
+    mass = torch.empty(lead, dtype=torch.float32, device=features.device)
     _sums_kernel[(slices, splits, batch * heads)](
         features, directions, logsumexp, values, sums, mass,
         n, num_bases, dim, width, heads, tokens_per_split,

@@ -1,0 +1,25 @@
+"""`python -m stem` and the command `stem`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say what is missing for it."""
+    try:
+        import transformers
+
+        # Importing diffusers prints what transformers would like installed, too.
+        transformers.logging.set_verbosity_error()
+        from .cli import run
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"stem needs the package {error.name}, which is not installed: "
+            "pip install 'stem-inversion[video]'"
+        )
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What every video self-attention shares: diffusers' steps around the attention itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+from ..profiling import nvtx_range
+
+
+class VideoAttentionProcessor(ABC):
+    """Takes the place of diffusers' `AttnProcessor2_0` in one self-attention.
+
+    `__call__` is AttnProcessor2_0's steps in its order; only `attend` differs.
+
+    Args:
+        name: the attention's name in the UNet.
+        num_frames: rows of a batch that are one video; None: all of them.
+    """
+
+    def __init__(self, name: str, num_frames: int | None) -> None:
+        self.name = name
+        self.num_frames = num_frames
+
+    @abstractmethod
+    def attend(self, attn: Attention, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """The attention itself.
+
+        Args:
+            attn: the module, for its projections.
+            tokens: its normalised input [videos, frames, S, C].
+            query: [videos, h, frames * S, d].
+
+        Returns:
+            [videos, h, frames * S, d], any strides.
+        """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if encoder_hidden_states is not None:
+            raise ValueError(f"{self.name} is a self-attention; it takes no encoder_hidden_states")
+        if attention_mask is not None:
+            raise ValueError(
+                f"{self.name} got an attention_mask of shape {list(attention_mask.shape)}; "
+                "attention over a whole video cannot mask single tokens. Call the UNet without "
+                "attention_mask, or disable this attention first"
+            )
+        with nvtx_range(self.name):
+            return self._forward(attn, hidden_states, temb)
+
+    def _forward(
+        self, attn: Attention, hidden_states: torch.Tensor, temb: torch.Tensor | None
+    ) -> torch.Tensor:
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        batch, num_tokens, channels = hidden_states.shape
+        frames = self._frames(batch)
+        query = split_heads(attn, attn.to_q(hidden_states), batch // frames)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        tokens = hidden_states.reshape(batch // frames, frames, num_tokens, channels)
+        attended = self.attend(attn, tokens, query)
+        hidden_states = attended.transpose(1, 2).reshape(batch, num_tokens, -1).to(query.dtype)
+
+        hidden_states = attn.to_out[0](hidden_states)
+        hidden_states = attn.to_out[1](hidden_states)
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def _frames(self, batch: int) -> int:
+        frames = batch if self.num_frames is None else self.num_frames
+        if batch % frames:
+            raise ValueError(
+                f"a batch of {batch} rows does not divide into videos of num_frames={frames} "
+                "frames; num_frames must be the frames of one video, and every video and guidance "
+                "branch of the batch must have as many"
+            )
+        return frames
+
+
+def split_heads(attn: Attention, projected: torch.Tensor, videos: int) -> torch.Tensor:
+    """[rows, S, h * d] -> [videos, h, rows * S / videos, d], a view of the same memory."""
+    return projected.reshape(videos, -1, attn.heads, projected.shape[-1] // attn.heads).transpose(
+        1, 2
+    )
+
+
+def project_keys_and_values(
+    attn: Attention, tokens: torch.Tensor, videos: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [videos, h, n, d] of tokens [..., C] (see `split_heads`)."""
+    key = split_heads(attn, attn.to_k(tokens), videos)
+    value = split_heads(attn, attn.to_v(tokens), videos)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return key, value

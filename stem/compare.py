@@ -1,0 +1,260 @@
+"""Several inversions of one video, side by side: a table, a contact sheet and a video."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from stem_kernels.measure import PeakMemory
+
+from .inversion import InversionFolder, invert, reconstruct_latents
+from .inversion.diffusion import decode_latents, encode_prompt, predict
+from .inversion.methods import attention_config
+from .metrics import psnr, ssim
+from .metrics.fidelity import SSIM_VARIANT
+from .video import Video, write_video
+
+SHEET_FRAMES = 6
+_LABEL_HEIGHT = 24
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's figures.
+
+    Args:
+        method: its name; "vae" is the VAE's round trip without any diffusion, the ceiling.
+        psnr: dB against the source frames.
+        ssim: against the source frames.
+        latent_error: |x - x0| / |x0| of the reconstructed latents, free of the VAE's own loss.
+        invert_seconds: of what this run did; None where a complete inversion was reused.
+        reconstruct_seconds: of the sampling.
+        peak_bytes: memory above the loaded model's; None where not measured.
+        inversion: the folder.
+    """
+
+    method: str
+    psnr: float
+    ssim: float
+    latent_error: float
+    invert_seconds: float | None
+    reconstruct_seconds: float | None
+    peak_bytes: int | None
+    inversion: str | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found, and the files it wrote."""
+
+    rows: list[Row]
+    json: Path
+    sheet: Path
+    video: Path
+
+
+def compare(
+    pipeline: Any,
+    video: Video,
+    prompt: str,
+    out: str | Path,
+    methods: Sequence[str],
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    num_steps: int = 50,
+    model: str = "",
+    note: str = "",
+    progress: bool = True,
+) -> Comparison:
+    """Invert and reconstruct a video by each method, and write compare.json, .png and .mp4.
+
+    Args:
+        pipeline: as for `invert`.
+        video: the source.
+        prompt: that describes it.
+        out: folder of the three files; the inversions go to `out`/inversions and are reused.
+        methods: names of METHODS.
+        options: per method, fields of its configuration.
+        num_steps: of each inversion and reconstruction.
+        model: the pipeline's name, for the record.
+        note: a sentence for compare.json, such as what the weights are.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: unknown methods or options, before anything is computed.
+    """
+    out = Path(out)
+    options = options or {}
+    _check(methods, options)
+    _warm_up(pipeline)
+    rows: list[Row] = []
+    reconstructions: dict[str, torch.Tensor] = {}
+    for method in methods:
+        memory = PeakMemory(pipeline.device)
+        with memory:
+            inversion, invert_seconds = _inverted(
+                pipeline,
+                video,
+                prompt,
+                out / "inversions",
+                method=method,
+                options=options.get(method),
+                num_steps=num_steps,
+                model=model,
+                progress=progress,
+            )
+            start = time.perf_counter()
+            latents = reconstruct_latents(pipeline, inversion, progress=progress)
+            _synchronize(pipeline.device)
+            reconstruct_seconds = time.perf_counter() - start
+        x0 = inversion.x0()
+        if not rows:
+            reconstructions["vae"] = decode_latents(pipeline, x0.to(pipeline.device))
+            rows.append(_row("vae", reconstructions["vae"], video.frames, 0.0))
+        reconstructions[method] = decode_latents(pipeline, latents)
+        error = float((latents.cpu() - x0).norm() / x0.norm())
+        rows.append(
+            dataclasses.replace(
+                _row(method, reconstructions[method], video.frames, error),
+                invert_seconds=invert_seconds,
+                reconstruct_seconds=reconstruct_seconds,
+                peak_bytes=memory.extra_bytes,
+                inversion=str(inversion.path),
+            )
+        )
+    result = Comparison(rows, out / "compare.json", out / "compare.png", out / "compare.mp4")
+    videos = {"source": video.frames, **reconstructions}
+    contact_sheet(videos).save(result.sheet)
+    write_video(result.video, torch.stack(list(_side_by_side(videos))), video.fps)
+    document = {
+        "note": note,
+        "model": model,
+        "prompt": prompt,
+        "num_steps": num_steps,
+        "options": {method: dict(options.get(method, {})) for method in methods},
+        "video": {
+            "frames": video.frames.shape[0],
+            "width": video.frames.shape[2],
+            "height": video.frames.shape[1],
+            "fps": str(video.fps),
+            "notes": list(video.notes),
+        },
+        "ssim_variant": SSIM_VARIANT,
+        "peak_memory": PeakMemory(pipeline.device).what,
+        "machine": {
+            "device": _device_name(pipeline.device),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "rows": [_finite(dataclasses.asdict(row)) for row in rows],
+    }
+    result.json.write_text(json.dumps(document, indent=2) + "\n")
+    return result
+
+
+def _check(methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+    if not methods:
+        raise ValueError("no methods to compare; name at least one")
+    for method in methods:
+        attention_config(method, options.get(method, {}), num_frames=1)
+    for method in options:
+        if method not in methods:
+            raise ValueError(f"there are options for {method}, which is not among the methods")
+
+
+def _warm_up(pipeline: Any) -> None:
+    """One small call of the UNet, so that the first method does not pay for one-time set-up."""
+    unet, size = pipeline.unet, 16
+    latents = torch.zeros(1, unet.config.in_channels, size, size, device=pipeline.device)
+    conditioning = encode_prompt(pipeline, "", size, size)
+    predict(pipeline, latents, torch.ones((), dtype=torch.int64), conditioning)
+
+
+def _inverted(
+    pipeline: Any, video: Video, prompt: str, root: Path, **settings: Any
+) -> tuple[InversionFolder, float | None]:
+    worked = False
+
+    def note_work() -> None:
+        nonlocal worked
+        worked = True
+
+    start = time.perf_counter()
+    inversion = invert(pipeline, video, prompt, root, on_step=note_work, **settings)
+    _synchronize(pipeline.device)
+    return inversion, time.perf_counter() - start if worked else None
+
+
+def _row(method: str, frames: torch.Tensor, source: torch.Tensor, latent_error: float) -> Row:
+    return Row(
+        method, psnr(frames, source), ssim(frames, source), latent_error, None, None, None, None
+    )
+
+
+def contact_sheet(videos: Mapping[str, torch.Tensor], columns: int = SHEET_FRAMES) -> Image.Image:
+    """A picture with one labelled line per video and up to `columns` frames, evenly spread.
+
+    Args:
+        videos: by label, uint8 [N, H, W, 3], all of one shape.
+        columns: at most so many frames of each.
+    """
+    frames, height, width, _ = next(iter(videos.values())).shape
+    columns = min(columns, frames)
+    shown = [round(index * (frames - 1) / max(1, columns - 1)) for index in range(columns)]
+    line_height = height + _LABEL_HEIGHT
+    sheet = Image.new("RGB", (columns * width, len(videos) * line_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for line, (label, video) in enumerate(videos.items()):
+        draw.text((4, line * line_height + 4), label, "black", ImageFont.load_default(14))
+        for column, frame in enumerate(shown):
+            picture = Image.fromarray(video[frame].numpy())
+            sheet.paste(picture, (column * width, line * line_height + _LABEL_HEIGHT))
+    return sheet
+
+
+def _side_by_side(videos: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    frames, height, width, _ = next(iter(videos.values())).shape
+    columns = math.ceil(math.sqrt(len(videos))) if width < 2 * height else 1
+    lines = math.ceil(len(videos) / columns)
+    size = (columns * width, lines * (height + _LABEL_HEIGHT))
+    for frame in range(frames):
+        canvas = Image.new("RGB", size, "white")
+        draw = ImageDraw.Draw(canvas)
+        for index, (label, video) in enumerate(videos.items()):
+            left = (index % columns) * width
+            top = (index // columns) * (height + _LABEL_HEIGHT)
+            draw.text((left + 4, top + 4), label, "black", ImageFont.load_default(14))
+            canvas.paste(Image.fromarray(video[frame].numpy()), (left, top + _LABEL_HEIGHT))
+        yield torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(
+            size[1], size[0], 3
+        )
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity; an exact reconstruction's PSNR becomes the text "inf"."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

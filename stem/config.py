@@ -1,0 +1,143 @@
+"""What an attention mechanism can be told; frozen, and checked when made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SPACES = ("feature", "key")
+INITIALIZATIONS = ("gaussian", "tokens", "previous")
+EMPTY_POLICIES = ("zero", "mask", "reseed")
+BACKENDS = ("auto", "triton", "cuda", "torch")
+NAMED_FRAMES = ("first", "mid", "last")
+
+
+@dataclass(frozen=True)
+class StemConfig:
+    """STEM self-attention: all tokens of a video through `num_bases` EM bases.
+
+    Args:
+        num_bases: K >= 1.
+        num_iters: EM iterations R >= 1.
+        temperature: tau > 0 of the responsibilities.
+        space: where responsibilities are computed. "feature": on the layer's input, keys and
+            values being projections of the bases (the paper). "key": per head, on the keys, the
+            values riding along (the released code).
+        init: "gaussian", "tokens" or "previous", see `stem_kernels.initial_bases`. "previous"
+            warm-starts from the timestep before, and starts a run as "gaussian" does.
+        empty: "zero", "mask" or "reseed", see `stem_kernels.soft_em`.
+        proportional: weigh every base by its mass, see `stem_kernels.attention_bias`.
+        num_frames: so many consecutive rows of a batch are one video with bases of its own.
+            None: the whole batch is one video. A batch with guidance needs the number.
+        seed: of the Gaussian initial bases, with the layer and the timestep.
+        backend: "auto", "triton", "cuda" or "torch".
+
+    Raises:
+        ValueError: a value out of range, named with what is allowed.
+    """
+
+    num_bases: int = 256
+    num_iters: int = 5
+    temperature: float = 0.01
+    space: str = "feature"
+    init: str = "gaussian"
+    empty: str = "mask"
+    proportional: bool = False
+    num_frames: int | None = None
+    seed: int = 0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_count("num_bases", self.num_bases)
+        _check_count("num_iters", self.num_iters)
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be positive and finite")
+        _check_choice("space", self.space, SPACES)
+        _check_choice("init", self.init, INITIALIZATIONS)
+        _check_choice("empty", self.empty, EMPTY_POLICIES)
+        _check_choice("backend", self.backend, BACKENDS)
+        _check_frames(self.num_frames)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> StemConfig:
+        """The paper's form: feature space, 256 bases, 5 iterations, Gaussian start.
+
+        The paper does not say what becomes of a base without mass; here it is masked.
+        """
+        return cls(**{"space": "feature", "empty": "mask", "init": "gaussian", **changes})
+
+    @classmethod
+    def released(cls, **changes: Any) -> StemConfig:
+        """The authors' released code: key space, empty bases fall to zero, Gaussian start."""
+        return cls(**{"space": "key", "empty": "zero", "init": "gaussian", **changes})
+
+
+@dataclass(frozen=True)
+class SparseCausalConfig:
+    """FateZero's sparse-causal attention: each frame attends to a few frames.
+
+    Args:
+        frames: which frames' keys and values a frame sees: offsets from its own index (clamped
+            to the video) or "first", "mid", "last". Default: the previous and the first.
+        min_channels: narrower layers keep per-frame attention.
+        num_frames: as in `StemConfig`.
+    """
+
+    frames: tuple[int | str, ...] = (-1, "first")
+    min_channels: int = 0
+    num_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.frames, (int, str)):
+            object.__setattr__(self, "frames", (self.frames,))
+        object.__setattr__(self, "frames", tuple(self.frames))
+        if not self.frames:
+            raise ValueError("frames is empty; name at least one frame to attend to")
+        for frame in self.frames:
+            named = isinstance(frame, str) and frame in NAMED_FRAMES
+            if not named and (isinstance(frame, bool) or not isinstance(frame, int)):
+                raise ValueError(
+                    f"frames holds {frame!r}; it takes whole offsets such as -1, and "
+                    f"{', '.join(NAMED_FRAMES)}"
+                )
+        if self.min_channels < 0:
+            raise ValueError(f"min_channels is {self.min_channels}; it must be at least 0")
+        _check_frames(self.num_frames)
+
+    @classmethod
+    def mid(cls, **changes: Any) -> SparseCausalConfig:
+        """The middle frame only, in layers of at least 640 channels."""
+        return cls(**{"frames": ("mid",), "min_channels": 640, **changes})
+
+
+@dataclass(frozen=True)
+class InflatedConfig:
+    """All-frame attention: every token attends to every token of the video.
+
+    Args:
+        num_frames: as in `StemConfig`.
+    """
+
+    num_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_frames(self.num_frames)
+
+
+AttentionConfig = StemConfig | SparseCausalConfig | InflatedConfig
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _check_frames(value: int | None) -> None:
+    if value is not None:
+        _check_count("num_frames", value)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")

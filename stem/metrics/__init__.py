@@ -1,0 +1,5 @@
+"""Measures of a video against another."""
+
+from .fidelity import psnr, ssim
+
+__all__ = ["psnr", "ssim"]

@@ -1,0 +1,69 @@
+"""How close a video is to its original, frame by frame: PSNR and SSIM."""
+
+from __future__ import annotations
+
+import torch
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+SSIM_VARIANT = "Gaussian window 11x11, sigma 1.5, RGB"
+
+
+def psnr(video: torch.Tensor, original: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB: per frame, then the mean over frames.
+
+    Args:
+        video, original: uint8 [N, H, W, 3]; the data range is 1 after division by 255.
+
+    Returns:
+        dB; inf where every frame is equal.
+
+    Source: torchmetrics, `peak_signal_noise_ratio`.
+    """
+    values = [
+        float(peak_signal_noise_ratio(ours, theirs, data_range=1.0))
+        for ours, theirs in _frame_pairs(video, original)
+    ]
+    return sum(values) / len(values)
+
+
+def ssim(video: torch.Tensor, original: torch.Tensor) -> float:
+    """Structural similarity (SSIM_VARIANT), per frame, then the mean over frames; at most 1.
+
+    Args:
+        video, original: uint8 [N, H, W, 3], at least 11 pixels high and wide.
+
+    Source: torchmetrics, `structural_similarity_index_measure`.
+    """
+    if min(video.shape[1:3]) < 11:
+        raise ValueError(f"SSIM's window is 11x11; frames of {list(video.shape[1:3])} are smaller")
+    values: list[float] = []
+    for ours, theirs in _frame_pairs(video, original):
+        value = structural_similarity_index_measure(
+            ours, theirs, gaussian_kernel=True, sigma=1.5, kernel_size=11, data_range=1.0
+        )
+        assert isinstance(value, torch.Tensor)
+        values.append(float(value))
+    return sum(values) / len(values)
+
+
+def _frame_pairs(
+    video: torch.Tensor, original: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if video.shape != original.shape:
+        raise ValueError(
+            f"the videos differ in shape: {list(video.shape)} and {list(original.shape)}"
+        )
+    if video.shape[0] == 0:
+        raise ValueError("the videos have no frames")
+    for frames in (video, original):
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+            raise ValueError(
+                f"frames must be uint8 [N, H, W, 3], not {frames.dtype} {list(frames.shape)}"
+            )
+    pictures = [frames.permute(0, 3, 1, 2).float() / 255 for frames in (video, original)]
+    return [
+        (ours[None], theirs[None]) for ours, theirs in zip(pictures[0], pictures[1], strict=True)
+    ]
