@@ -5,19 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .attention.handle import unet_of
+
+if TYPE_CHECKING:
+    # Importing diffusers' pipelines takes seconds; `import stem` does without.
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 RANDOM_MODEL = "random"
 # Gives natural frames latents of about unit variance, as Stable Diffusion's own factor does.
@@ -43,6 +39,8 @@ def load_pipeline(
     Raises:
         ModelError: nothing can be loaded from there, or it is another kind of model.
     """
+    from diffusers import DiffusionPipeline
+
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     half = device.type == "cuda" if half is None else half
     dtype = torch.float16 if half else torch.float32
@@ -75,6 +73,14 @@ def random_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     knows nothing: for plumbing, speed and memory. Equal seeds give equal weights; the global
     random state is left as it was.
     """
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(

@@ -120,13 +120,13 @@ class StemState:
                 f"the replayed bases are of {found.bases.shape[0]} videos, and this batch holds "
                 f"{features.shape[0]}; replay them on a batch like the recorded one"
             )
-        lead = features.shape[0]
-        return SoftEM(
-            *(
-                None if t is None else t.to(features.device).expand(lead, *t.shape[1:])
-                for t in found
-            )
-        )
+        device, videos = features.device, features.shape[0]
+
+        def here(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device).expand(videos, *tensor.shape[1:])
+
+        payload = None if found.payload is None else here(found.payload)
+        return SoftEM(here(found.bases), payload, here(found.mass))
 
 
 class StemProcessor(VideoAttentionProcessor):

@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all of their own set-up, in $(VENV).
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint unit interpreter bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/stem demo
+
+test: lint unit interpreter
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+# Triton reads TRITON_INTERPRET when it is imported, so its tests have a process of their own.
+interpreter: $(VENV)/.dev
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/latest.json
+
+$(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e '.[$(patsubst .%,%,$(notdir $@))]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

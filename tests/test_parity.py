@@ -1,0 +1,173 @@
+"""Every backend against float64, one E+M step and one attention, within twice torch's own error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stem_kernels import attention_bias, basis_attention, em_statistics, soft_em
+from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
+from stem_kernels.ops.em_statistics import ROUNDING_ATOL as EM_ATOL
+from stem_kernels.testing import (
+    clustered_tokens,
+    eager_basis_attention,
+    eager_em_statistics,
+    max_error,
+    parity_bound,
+)
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+WIDTHS = [40, 64, 80, 160, 320]
+TOKENS = [1, 7, 255, 1000]
+NUM_BASES = [1, 16, 256]
+TEMPERATURES = [0.01, 1.0]
+
+
+def em_case(n: int, num_bases: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    features = clustered_tokens((2 if n < 100 else 1, n, width), seed=n + width).to(dtype)
+    spread = torch.arange(num_bases) * n // num_bases
+    noise = clustered_tokens((features.shape[0], num_bases, width), seed=1)
+    bases = features[:, spread].float() + 0.1 * noise
+    payload = clustered_tokens((features.shape[0], n, 24), seed=2).to(dtype)
+    return features.to(DEVICE), bases.to(DEVICE), payload.to(DEVICE)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("num_bases", NUM_BASES)
+@pytest.mark.parametrize("n", TOKENS)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_em_step(
+    backend: str, dtype: torch.dtype, width: int, n: int, num_bases: int, temperature: float
+) -> None:
+    features, bases, payload = em_case(n, num_bases, width, dtype)
+    reference = eager_em_statistics(
+        features.double(), bases.double(), temperature=temperature, payload=payload.double()
+    )
+    same_dtype = eager_em_statistics(features, bases, temperature=temperature, payload=payload)
+    largest_logit = float(features.double().norm(dim=-1).max()) / temperature
+
+    found = soft_em(
+        features,
+        bases,
+        num_iters=1,
+        temperature=temperature,
+        payload=payload,
+        empty="zero",
+        backend=backend,
+    )
+    statistics = em_statistics(
+        features, bases, temperature=temperature, payload=payload, backend=backend
+    )
+    for result, exact, plain in zip(statistics, reference, same_dtype, strict=True):
+        assert result.dtype == torch.float32
+        assert max_error(result, exact) <= parity_bound(exact, plain, EM_ATOL, largest_logit)
+        if dtype == torch.float32 and temperature == 1.0:
+            assert max_error(result, exact) <= 1e-5 * float(exact.abs().max())
+
+    def divided(s):  # type: ignore[no-untyped-def]
+        share = (s.mass + 1e-4).unsqueeze(-1)
+        return s.sums / share, s.payload_sums / share
+
+    for result, exact, plain in zip(
+        (found.bases, found.payload), divided(reference), divided(same_dtype), strict=True
+    ):
+        bound = parity_bound(exact, plain, EM_ATOL, largest_logit)
+        assert max_error(result, exact) <= bound
+
+
+@pytest.mark.parametrize("num_bases", NUM_BASES)
+@pytest.mark.parametrize("n", TOKENS)
+@pytest.mark.parametrize("width", [40, 64, 80, 160])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention(backend: str, dtype: torch.dtype, width: int, n: int, num_bases: int) -> None:
+    heads = 2
+    query = clustered_tokens((2, n, heads, width), seed=n).to(dtype).transpose(1, 2).to(DEVICE)
+    key = clustered_tokens((1, heads, num_bases, width), seed=1).to(DEVICE, dtype)
+    value = clustered_tokens((1, heads, num_bases, 24), seed=2).to(DEVICE, dtype)
+    mass = torch.arange(heads * num_bases, device=DEVICE).view(heads, num_bases) % 5
+    mass[:, 0] = 3
+    bias = attention_bias(mass.float(), proportional=True)
+    exact = eager_basis_attention(query.double(), key.double(), value.double(), bias=bias)
+    plain = eager_basis_attention(query, key, value, bias=bias)
+    result = basis_attention(query, key, value, bias=bias, backend=backend)
+    assert result.dtype == dtype
+    assert max_error(result, exact) <= parity_bound(exact, plain, ATTENTION_ATOL)
+    if dtype == torch.float32:
+        assert max_error(result, exact) <= 1e-5 * float(exact.abs().max())
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    n=st.integers(0, 300),
+    num_bases=st.integers(1, 300),
+    width=st.integers(1, 100),
+    payload_width=st.integers(1, 70),
+    heads=st.integers(1, 3),
+)
+def test_any_shape(n: int, num_bases: int, width: int, payload_width: int, heads: int) -> None:
+    from conftest import BACKENDS
+
+    for backend in BACKENDS:
+        # [B, h, n, D] views of head-interleaved memory, as to_k's output gives
+        features = clustered_tokens((2, n, heads, width)).to(DEVICE).transpose(1, 2)
+        payload = clustered_tokens((2, n, heads, payload_width)).to(DEVICE).transpose(1, 2)
+        bases = clustered_tokens((2, heads, num_bases, width), seed=3).to(DEVICE)
+        exact = eager_em_statistics(
+            features.double(), bases.double(), temperature=1.0, payload=payload.double()
+        )
+        found = em_statistics(features, bases, temperature=1.0, payload=payload, backend=backend)
+        for result, expected in zip(found, exact, strict=True):
+            assert result.shape == expected.shape
+            scale = float(expected.abs().max()) if expected.numel() else 0.0
+            assert max_error(result, expected) <= 2e-5 * scale
+        value = clustered_tokens((2, heads, num_bases, payload_width), seed=4).to(DEVICE)
+        expected = eager_basis_attention(features.double(), bases.double(), value.double())
+        result = basis_attention(features, bases, value, backend=backend)
+        assert result.shape == expected.shape
+        scale = float(expected.abs().max()) if expected.numel() else 0.0
+        assert max_error(result, expected) <= 2e-5 * scale
+
+
+def test_results_repeat_bit_for_bit(backend: str) -> None:
+    features, bases, payload = em_case(1000, 64, 40, torch.float16)
+    first, second = (
+        soft_em(features, bases, payload=payload, empty="reseed", backend=backend) for _ in range(2)
+    )
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_many_half_precision_tokens_on_one_base(backend: str) -> None:
+    # 100,000 responsibilities of 1 overflow a float16 sum, whose largest number is 65,504.
+    n, width = 100_000, 8
+    features = 3.0 + 0.01 * torch.randn(1, n, width, generator=torch.Generator().manual_seed(0))
+    features = features.to(DEVICE, torch.float16)
+    bases = torch.full((1, 1, width), 1.0, device=DEVICE)
+    found = soft_em(features, bases, num_iters=2, payload=features, backend=backend)
+    expected = features.double().mean(1)
+    assert float(found.mass) == pytest.approx(n, rel=1e-5)
+    assert max_error(found.bases[:, 0], expected) < 1e-4
+    assert max_error(found.payload[:, 0], expected) < 1e-4
+    attended = basis_attention(
+        features[:, None, :100],
+        found.bases[None].half(),
+        found.payload[None].half(),
+        bias=attention_bias(found.mass),
+        backend=backend,
+    )
+    assert max_error(attended, expected.expand_as(attended)) < 4e-3
+
+
+def test_a_float32_result_does_not_use_tf32(backend: str) -> None:
+    # TF32 keeps 10 bits: 1 + 2^-12 rounds to 1, and the difference below would vanish.
+    features = torch.tensor([[[1.0 + 2**-12, 1.0]]], device=DEVICE).repeat(1, 32, 16)
+    bases = torch.ones(1, 16, 32, device=DEVICE)
+    sums = em_statistics(features, bases, temperature=1.0, backend=backend).sums
+    expected = eager_em_statistics(features.double(), bases.double(), temperature=1.0).sums
+    assert max_error(sums, expected) <= 1e-6 * float(expected.abs().max())
