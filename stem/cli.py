@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import logging
 from fractions import Fraction
 from pathlib import Path
@@ -67,17 +68,15 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
             )
         if name == "option" and isinstance(value, dict):
             value = [
-                f"{method}.{k}={_joined(v)}" for method, o in value.items() for k, v in o.items()
+                f"{method}.{field}={json.dumps(setting)}"
+                for method, fields in value.items()
+                for field, setting in fields.items()
             ]
-        elif name != "option":
-            value = _joined(value)
+        elif isinstance(value, list) and name != "option":
+            value = ",".join(map(str, value))
         defaults[name] = value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
-
-
-def _joined(value: Any) -> Any:
-    return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 VideoPath = Annotated[Path, typer.Argument(help="Any video file that FFmpeg reads.")]

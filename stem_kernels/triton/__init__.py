@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
@@ -10,14 +9,22 @@ import torch
 MIN_CAPABILITY = (8, 0)
 
 
-@functools.cache
+_import_errors: list[str | None] = []
+
+
 def import_error() -> str | None:
     """Why triton cannot be imported, or None where it can."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install it with: pip install triton"
-    return None
+    # A list and not functools.cache, which torch.compile warns about.
+    if not _import_errors:
+        try:
+            import triton  # noqa: F401
+
+            _import_errors.append(None)
+        except ImportError as error:
+            _import_errors.append(
+                f"triton cannot be imported ({error}); install it with: pip install triton"
+            )
+    return _import_errors[0]
 
 
 def interpreted() -> bool:

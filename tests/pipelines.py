@@ -1,0 +1,140 @@
+"""Pipelines of the shapes of Stable Diffusion 1.x, 2.x and XL, with few random weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
+
+from stem import random_pipeline
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "sd1": {"attention_head_dim": 2, "cross_attention_dim": 16},
+    "sd2": {
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 16,
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 32,
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    },
+}
+
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def make_unet(shape: str = "sd1", seed: int = 0) -> UNet2DConditionModel:
+    """Two levels of 32 and 64 channels, attention in both and in the middle."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            norm_num_groups=8,
+            **SHAPES[shape],
+        ).eval()
+
+
+def unet_inputs(shape: str = "sd1", rows: int = 4, timestep: int = 501, size: int = 8) -> Any:
+    """Arguments and keyword arguments of one call of `make_unet(shape)`."""
+    generator = torch.Generator().manual_seed(1)
+    channels = SHAPES[shape]["cross_attention_dim"]
+    arguments = (
+        torch.randn(rows, 4, size, size, generator=generator),
+        torch.tensor(timestep),
+        torch.randn(rows, 5, channels, generator=generator),
+    )
+    keywords: dict[str, Any] = {"return_dict": False}
+    if shape == "sdxl":
+        keywords["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(rows, 16, generator=generator),
+            "time_ids": torch.full((rows, 6), 64.0),
+        }
+    return arguments, keywords
+
+
+def call(unet: Any, shape: str = "sd1", **inputs: Any) -> torch.Tensor:
+    """The output of one call."""
+    arguments, keywords = unet_inputs(shape, **inputs)
+    with torch.no_grad():
+        return unet(*arguments, **keywords)[0]
+
+
+def _text_config(hidden: int, projection: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=hidden,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=projection,
+        max_position_embeddings=77,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+
+
+@functools.cache
+def make_pipeline(shape: str = "sd1", prediction_type: str = "epsilon") -> Any:
+    """A pipeline on `make_unet(shape)`, with a VAE of factor 2. Shared: leave it as it is."""
+    tokenizer = random_pipeline(0).tokenizer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            scaling_factor=5.0,
+        ).eval()
+        scheduler = DDIMScheduler(prediction_type=prediction_type, **SCHEDULE)
+        common = {"vae": vae, "unet": make_unet(shape), "scheduler": scheduler}
+        if shape == "sdxl":
+            pipeline = StableDiffusionXLPipeline(
+                text_encoder=CLIPTextModel(_text_config(16, 16)).eval(),
+                text_encoder_2=CLIPTextModelWithProjection(_text_config(16, 16)).eval(),
+                tokenizer=tokenizer,
+                tokenizer_2=tokenizer,
+                **common,
+            )
+        else:
+            pipeline = StableDiffusionPipeline(
+                text_encoder=CLIPTextModel(_text_config(16, 16)).eval(),
+                tokenizer=tokenizer,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+                **common,
+            )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

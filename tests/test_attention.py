@@ -1,0 +1,365 @@
+"""STEM in a UNet: on, off, and equal to its formula in between."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from pipelines import SHAPES, call, make_pipeline, make_unet, unet_inputs
+
+import stem
+from stem import InflatedConfig, SparseCausalConfig, StemConfig
+from stem.attention.handle import self_attentions
+from stem_kernels.testing import max_error
+
+SMALL = StemConfig(num_bases=8, num_iters=2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("space", ["feature", "key"])
+def test_every_self_attention_changes_and_comes_back(shape: str, space: str) -> None:
+    unet = make_unet(shape)
+    before, processors = call(unet, shape), dict(unet.attn_processors)
+    handle = stem.enable(unet, StemConfig(num_bases=8, space=space))
+    inside = call(unet, shape)
+    assert inside.isfinite().all()
+    assert not torch.equal(inside, before)
+    for name, attention in unet.named_modules():
+        if name.endswith(".attn1"):
+            assert type(attention.processor).__name__ == "StemProcessor"
+        if name.endswith(".attn2"):
+            assert isinstance(attention.processor, AttnProcessor2_0)
+    handle.disable()
+    assert torch.equal(call(unet, shape), before)
+    assert all(unet.attn_processors[name] is old for name, old in processors.items())
+    assert not unet._forward_pre_hooks
+
+
+def _exception_inside(unet: Any) -> None:
+    def fails_inside() -> None:
+        with stem.enabled(unet, SMALL):
+            call(unet)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails_inside()
+
+
+def _failing_forward(unet: Any) -> None:
+    with (
+        pytest.raises(ValueError, match="does not divide"),
+        stem.enabled(unet, StemConfig(num_frames=3)),
+    ):
+        call(unet, rows=4)
+
+
+def _twice(unet: Any) -> None:
+    first = stem.enable(unet, SMALL)
+    second = stem.enable(unet, StemConfig(num_bases=4))
+    assert not first.active
+    assert second.active
+    first.disable()  # has nothing to undo any more
+    assert second.active
+    stem.disable(unet)
+
+
+def _twice_disabled(unet: Any) -> None:
+    stem.enable(unet, SMALL)
+    stem.disable(unet)
+    stem.disable(unet)
+
+
+def _other_mechanisms(unet: Any) -> None:
+    stem.enable(unet, InflatedConfig())
+    stem.enable(unet, SparseCausalConfig())
+    call(unet)
+    stem.disable(unet)
+
+
+@pytest.mark.parametrize(
+    "episode", [_exception_inside, _failing_forward, _twice, _twice_disabled, _other_mechanisms]
+)
+def test_output_is_bit_identical_afterwards(episode: Callable[[Any], None]) -> None:
+    unet = make_unet()
+    before, processors = call(unet), dict(unet.attn_processors)
+    episode(unet)
+    assert torch.equal(call(unet), before)
+    assert all(unet.attn_processors[name] is old for name, old in processors.items())
+    assert not unet._forward_pre_hooks
+
+
+def test_nested_contexts_restore_the_outer_one() -> None:
+    unet = make_unet()
+    with stem.enabled(unet, SMALL) as outer:
+        expected = call(unet)
+        with stem.enabled(unet, StemConfig(num_bases=2)):
+            assert not torch.equal(call(unet), expected)
+        assert outer.active
+        assert torch.equal(call(unet), expected)
+    assert not outer.active
+
+
+def test_a_processor_set_meanwhile_stays(caplog: pytest.LogCaptureFixture) -> None:
+    unet = make_unet()
+    handle = stem.enable(unet, SMALL)
+    name, attention = next(iter(self_attentions(unet).items()))
+    theirs = AttnProcessor2_0()
+    attention.set_processor(theirs)
+    handle.disable()
+    assert attention.processor is theirs
+    assert name in caplog.text
+
+
+def test_one_self_attention_follows_the_formula() -> None:
+    unet = make_unet()
+    attention = next(iter(self_attentions(unet).values()))
+    tokens = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(0))
+    config = StemConfig(num_bases=5, num_iters=1, temperature=0.7, init="tokens", empty="zero")
+    with stem.enabled(unet, config), torch.no_grad():
+        found = attention(tokens)
+    with torch.no_grad():
+        x = tokens.reshape(60, 32).double()
+        start = x[torch.arange(5) * 60 // 5]
+        directions = start / (start.norm(dim=-1, keepdim=True) + 1e-4)
+        z = torch.softmax(x @ directions.T / 0.7, -1)
+        bases = z.T @ x / (z.sum(0) + 1e-4).unsqueeze(-1)
+        weights = {n: p.double() for n, p in attention.named_parameters()}
+        heads = attention.heads
+        q, k, v = (
+            (rows @ weights[f"to_{which}.weight"].T).unflatten(-1, (heads, -1)).transpose(0, 1)
+            for which, rows in (("q", x), ("k", bases), ("v", bases))
+        )
+        mixed = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+        expected = mixed.transpose(0, 1).flatten(1) @ weights["to_out.0.weight"].T
+        expected = (expected + weights["to_out.0.bias"]).reshape(3, 20, 32)
+    assert max_error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("space", ["feature", "key"])
+@pytest.mark.parametrize("init", ["gaussian", "tokens"])
+def test_each_video_of_a_batch_has_its_own_bases(space: str, init: str) -> None:
+    unet = make_unet()
+    config = StemConfig(num_bases=8, num_iters=2, num_frames=2, space=space, init=init)
+    (sample, timestep, text), keywords = unet_inputs(rows=6)
+    with stem.enabled(unet, config), torch.no_grad():
+        together = unet(sample, timestep, text, **keywords)[0]
+        alone = [
+            unet(sample[rows : rows + 2], timestep, text[rows : rows + 2], **keywords)[0]
+            for rows in (0, 2, 4)
+        ]
+    assert max_error(together, torch.cat(alone)) < 1e-5
+
+
+def test_a_video_is_seen_whole() -> None:
+    unet = make_unet()
+    (sample, timestep, text), keywords = unet_inputs(rows=4)
+    changed = sample.clone()
+    changed[3] += 1.0
+    for config, reached in ((SMALL, True), (InflatedConfig(), True), (None, False)):
+        with torch.no_grad(), stem.enabled(unet, config) if config else torch.no_grad():
+            first, second = (unet(x, timestep, text, **keywords)[0] for x in (sample, changed))
+        assert (max_error(first[0], second[0]) > 1e-4) is reached
+
+
+def test_proportional_bases_with_one_per_token_are_all_frame_attention() -> None:
+    unet = make_unet()
+    # With a base on every token and an almost hard assignment, K = n is dense attention.
+    config = StemConfig(
+        num_bases=2 * 64, num_iters=1, temperature=1e-4, init="tokens", proportional=True
+    )
+    attention = next(iter(self_attentions(unet).values()))
+    tokens = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
+    tokens = tokens / tokens.norm(dim=-1, keepdim=True)
+    with torch.no_grad():
+        with stem.enabled(unet, config):
+            ours = attention(tokens)
+        with stem.enabled(unet, InflatedConfig()):
+            dense = attention(tokens)
+        plain = attention(tokens)
+    assert max_error(ours, dense) < 1e-4
+    assert max_error(plain, dense) > 1e-3
+
+
+def test_seeding_by_timestep_and_the_global_state() -> None:
+    unet = make_unet()
+    state = torch.random.get_rng_state()
+    with stem.enabled(unet, SMALL):
+        first, again = call(unet), call(unet)
+        later = call(unet, timestep=502)
+    with stem.enabled(unet, StemConfig(num_bases=8, num_iters=2, seed=1)):
+        reseeded = call(unet)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    assert not torch.equal(first, reseeded)
+
+
+def test_warm_start_takes_the_bases_of_the_timestep_before() -> None:
+    unet = make_unet()
+    with stem.enabled(unet, StemConfig(num_bases=8, num_iters=1, init="previous")) as handle:
+        assert handle.state is not None
+        start = call(unet, timestep=900)
+        bases = {layer: found.bases for layer, found in handle.state.bases.items()}
+        assert len(bases) == len(self_attentions(unet))
+        warm = call(unet, timestep=880)
+        assert not torch.equal(handle.state.bases[0].bases, bases[0])
+        # The timestep turns back: another run, which must not see the first one's bases.
+        again = call(unet, timestep=900)
+        assert torch.equal(again, start)
+    with stem.enabled(unet, StemConfig(num_bases=8, num_iters=1, init="gaussian")):
+        assert torch.equal(call(unet, timestep=900), start)
+        assert not torch.equal(call(unet, timestep=880), warm)
+
+
+def test_replayed_bases_take_the_place_of_em() -> None:
+    unet = make_unet()
+    with stem.enabled(unet, StemConfig(num_bases=8, space="key")) as handle:
+        assert handle.state is not None
+        handle.state.recording = True
+        expected = call(unet)
+        recorded = handle.state.bases
+        handle.state.replayed = recorded
+        assert torch.equal(call(unet), expected)
+        assert not torch.equal(call(unet, timestep=1), expected)
+        handle.state.replayed = {0: recorded[0]}
+        with pytest.raises(ValueError, match=r"hold layers \[0\], not layer 1"):
+            call(unet)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    unet = make_unet()
+    (sample, timestep, text), keywords = unet_inputs()
+    config = StemConfig(num_bases=8, init="tokens", temperature=1.0)
+    with stem.enabled(unet, config), torch.no_grad():
+        exact = unet(sample, timestep, text, **keywords)[0]
+    unet.to(dtype)
+    with stem.enabled(unet, config), torch.no_grad():
+        half = unet(sample.to(dtype), timestep, text.to(dtype), **keywords)[0]
+    assert half.dtype == dtype
+    relative = float((half.float() - exact).norm() / exact.norm())
+    assert relative < (0.02 if dtype == torch.float16 else 0.1)
+
+
+def test_autocast() -> None:
+    unet = make_unet()
+    with stem.enabled(unet, SMALL), torch.autocast("cpu", torch.bfloat16):
+        assert call(unet).isfinite().all()
+
+
+def test_lora_counts_and_stays() -> None:
+    from peft import LoraConfig
+
+    unet = make_unet()
+    plain = call(unet)
+    with stem.enabled(unet, SMALL):
+        without = call(unet)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet.add_adapter(
+            LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights="gaussian")
+        )
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+    adapted = call(unet)
+    assert not torch.equal(adapted, plain)
+    for space in ("feature", "key"):
+        with stem.enabled(unet, StemConfig(num_bases=8, num_iters=2, space=space)):
+            assert max_error(call(unet), without) > 1e-3
+    assert torch.equal(call(unet), adapted)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "previous"])
+def test_a_compiled_unet_keeps_working(init: str) -> None:
+    unet = make_unet()
+    before = call(unet)
+    config = StemConfig(num_bases=8, num_iters=2, init=init)
+    with stem.enabled(unet, config):
+        expected = [call(unet, timestep=t) for t in (501, 481, 461)]
+    torch._dynamo.reset()
+    compiled = torch.compile(unet, backend="aot_eager")
+    assert max_error(call(compiled), before) < 1e-5
+    with stem.enabled(compiled, config):
+        for timestep, eager in zip((501, 481, 461), expected, strict=True):
+            assert max_error(call(compiled, timestep=timestep), eager) < 1e-4
+    assert max_error(call(compiled), before) < 1e-5
+    assert torch.equal(call(unet), before)
+
+
+def test_a_pipeline_generates_with_guidance() -> None:
+    pipeline = make_pipeline()
+    settings: dict[str, Any] = {
+        "prompt": ["a", "b", "c"],
+        "height": 16,
+        "width": 16,
+        "num_inference_steps": 2,
+        "output_type": "latent",
+    }
+
+    def generated() -> torch.Tensor:
+        return pipeline(**settings, generator=torch.Generator().manual_seed(0)).images
+
+    before = generated()
+    with stem.enabled(pipeline, StemConfig(num_bases=8, num_frames=3)):
+        assert not torch.equal(generated(), before)
+    assert torch.equal(generated(), before)
+
+
+def test_a_copied_unet_is_independent() -> None:
+    unet = make_unet()
+    stem.enable(unet, SMALL)
+    copied = copy.deepcopy(unet)
+    stem.disable(copied)
+    assert type(next(iter(self_attentions(unet).values())).processor).__name__ == "StemProcessor"
+    stem.disable(unet)
+    assert torch.equal(call(copied), call(unet))
+
+
+def test_targets_and_arguments_that_do_not_fit() -> None:
+    unet = make_unet()
+    with pytest.raises(TypeError, match="Linear has no UNet2DConditionModel"):
+        stem.enable(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="config is a dict; it must be a StemConfig"):
+        stem.enable(unet, {"num_bases": 3})  # type: ignore[arg-type]
+    attention = next(iter(self_attentions(unet).values()))
+    with stem.enabled(unet, SMALL):
+        tokens = torch.randn(2, 4, 32)
+        with pytest.raises(ValueError, match="got an attention_mask of shape"):
+            attention(tokens, attention_mask=torch.zeros(2, 1, 4))
+        with pytest.raises(ValueError, match="takes no encoder_hidden_states"):
+            attention(tokens, encoder_hidden_states=tokens)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StemConfig(num_bases=0), "num_bases is 0; it must be a whole number"),
+        (lambda: StemConfig(num_iters=1.5), "num_iters is 1.5"),  # type: ignore[arg-type]
+        (lambda: StemConfig(temperature=-1), "temperature is -1; it must be positive"),
+        (lambda: StemConfig(space="both"), "space is 'both'; it must be one of feature, key"),
+        (lambda: StemConfig(init="random"), "init is 'random'"),
+        (lambda: StemConfig(empty="drop"), "empty is 'drop'"),
+        (lambda: StemConfig(backend="cpu"), "backend is 'cpu'"),
+        (lambda: StemConfig(num_frames=0), "num_frames is 0"),
+        (lambda: SparseCausalConfig(frames=()), "frames is empty"),
+        (lambda: SparseCausalConfig(frames=("middle",)), "frames holds 'middle'"),
+        (lambda: SparseCausalConfig(min_channels=-1), "min_channels is -1"),
+        (lambda: InflatedConfig(num_frames=0), "num_frames is 0"),
+    ],
+)
+def test_configurations_name_a_bad_value(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_presets() -> None:
+    assert (StemConfig.released().space, StemConfig.released().empty) == ("key", "zero")
+    assert (StemConfig.paper().space, StemConfig.paper().init) == ("feature", "gaussian")
+    assert StemConfig.paper(num_frames=8).num_frames == 8
+    assert SparseCausalConfig.mid() == SparseCausalConfig(frames=("mid",), min_channels=640)
+    assert SparseCausalConfig(frames="mid").frames == ("mid",)  # type: ignore[arg-type]

@@ -1,0 +1,119 @@
+"""Which backend is taken, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stem_kernels import BackendError, backends, em_statistics, triton
+from stem_kernels.info import describe
+
+X = torch.randn(1, 20, 4)
+M = torch.randn(1, 3, 4)
+
+
+def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"features": X, "bases": M}
+    assert backends.select("op", "auto", tensors, 3) == "torch"
+    monkeypatch.setattr(triton, "interpreted", lambda: True)
+    assert backends.select("op", "auto", tensors, 3) == "triton"
+    # each of these is a reason against triton
+    assert backends.select("op", "auto", {"x": X.double()}, 3) == "torch"
+    assert backends.select("op", "auto", tensors, 2000) == "torch"
+    assert backends.select("op", "auto", {"x": X.clone().requires_grad_()}, 3) == "torch"
+    with torch.no_grad():
+        assert backends.select("op", "auto", {"x": X.clone().requires_grad_()}, 3) == "triton"
+
+
+def test_the_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "cuda")
+    assert backends.select("op", "torch", {"x": X}, 3) == "torch"
+    with pytest.raises(BackendError, match='op cannot run with backend="cuda"'):
+        backends.select("op", "auto", {"x": X}, 3)
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "tirton")
+    with pytest.raises(ValueError, match='variable STEM_KERNELS_BACKEND is "tirton"; it must be'):
+        backends.select("op", "auto", {"x": X}, 3)
+
+
+def test_a_refusal_prints_shapes_dtypes_and_every_reason() -> None:
+    with pytest.raises(BackendError) as caught:
+        em_statistics(X, M, backend="cuda")
+    message = str(caught.value)
+    for part in (
+        'em_statistics cannot run with backend="cuda"',
+        "features: [1, 20, 4] float32 on cpu",
+        "bases: [1, 3, 4] float32 on cpu",
+        "cuda: the C++ extension is not built",
+        "triton: tensors are on cpu; it needs a CUDA GPU",
+        "torch: can run this call",
+    ):
+        assert part in message
+
+
+def test_every_reason_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(triton, "import_error", lambda: None)
+    reasons = backends.BACKENDS["triton"].reasons({"x": X.double().requires_grad_()}, 5000)
+    text = "; ".join(reasons)
+    assert len(reasons) == 4
+    for part in ("needs a CUDA GPU", "x is float64", "5000 bases", "x require(s) grad"):
+        assert part in text
+
+
+def test_an_old_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "device_capability", lambda device: (7, 5))
+    reasons = triton.device_reasons(torch.device("cuda", 0))
+    assert reasons == ["cuda:0 has compute capability 7.5; it needs 8.0 or newer"]
+    monkeypatch.setattr(triton, "device_capability", lambda device: (9, 0))
+    assert triton.device_reasons(torch.device("cuda", 0)) == []
+
+
+def test_auto_says_once_that_it_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    backends._log_fallback_once.cache_clear()
+    with caplog.at_level(logging.INFO, "stem_kernels"):
+        for _ in range(3):
+            em_statistics(X, M)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert "em_statistics runs on backend torch (triton: tensors are on cpu" in messages[0]
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it raises ImportError
+import torch
+import stem_kernels
+x, m = torch.randn(1, 20, 4), torch.randn(1, 3, 4)
+assert stem_kernels.em_statistics(x, m).mass.sum() > 19
+try:
+    stem_kernels.em_statistics(x, m, backend="triton")
+except stem_kernels.BackendError as error:
+    print(error)
+"""
+
+
+def test_without_triton() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=True
+    )
+    assert "triton: triton cannot be imported" in done.stdout
+    assert "pip install triton" in done.stdout
+
+
+def test_importing_neither_loads_triton_nor_starts_cuda() -> None:
+    code = (
+        "import sys, torch, stem_kernels; "
+        "assert not torch.cuda.is_initialized(); "
+        "assert not any(name.split('.')[0] in ('triton', 'diffusers') for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_info_names_every_backend_and_its_reason() -> None:
+    text = describe()
+    for part in ("torch ", "usable", "triton ", "cuda ", "the C++ extension is not built"):
+        assert part in text

