@@ -34,10 +34,16 @@ def eager_em_statistics(
 def eager_soft_em(
     features: torch.Tensor, bases: torch.Tensor, *, num_iters: int = 5, temperature: float = 0.01
 ) -> torch.Tensor:
-    """`soft_em(..., empty="zero")` by `eager_em_statistics`; the bases [..., K, D]."""
+    """`soft_em(..., empty="zero")` as the paper writes it and the authors' code computes it.
+
+    Responsibilities [..., n, K] are held whole, divided by the bases' mass, and multiplied with
+    the tokens. Returns the bases [..., K, D] in the features' dtype.
+    """
     for _ in range(num_iters):
-        sums, mass, _ = eager_em_statistics(features, bases, temperature=temperature)
-        bases = sums / (mass + 1e-4).unsqueeze(-1)
+        directions = bases / (bases.norm(dim=-1, keepdim=True) + 1e-4)
+        responsibilities = torch.softmax(features @ directions.mT / temperature, dim=-1)
+        weights = responsibilities / (responsibilities.sum(-2, keepdim=True) + 1e-4)
+        bases = weights.mT @ features
     return bases
 
 

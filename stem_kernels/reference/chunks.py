@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-# 2**18 logits in float32 are 1 MiB: 1,024 tokens against 256 bases, and their softmax, stay in
-# the cores' caches. A GPU wants larger launches: 2**22 (16 MiB).
-CPU_LOGITS = 2**18
+# On a CPU each core takes a head, so that its softmax and second product read what it wrote
+# itself, and 512 tokens of it against 256 bases: 512 KiB of float32 logits stay in its cache.
+# A GPU wants larger launches: 2**22 logits of all heads, 16 MiB.
+CPU_LOGITS_PER_HEAD = 2**17
 GPU_LOGITS = 2**22
 MIN_TOKENS = 16
 
@@ -19,11 +20,12 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def groups(tokens: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of the two leading sizes of `tokens`: each head alone on a CPU, else all at once."""
+    """Slices of the two leading sizes of `tokens`: a head a core on a CPU, else all at once."""
     if tokens.device.type == "cpu":
+        heads = torch.get_num_threads()
         for batch in range(tokens.shape[0]):
-            for head in range(tokens.shape[1]):
-                yield slice(batch, batch + 1), slice(head, head + 1)
+            for head in range(0, tokens.shape[1], heads):
+                yield slice(batch, batch + 1), slice(head, head + heads)
     else:
         yield slice(None), slice(None)
 
@@ -31,8 +33,10 @@ def groups(tokens: torch.Tensor) -> Iterator[tuple[slice, slice]]:
 def token_chunks(tokens: torch.Tensor, num_bases: int) -> Iterator[slice]:
     """Slices of the token axis of `tokens` [..., n, D] that keep the logits small."""
     n = tokens.shape[-2]
-    rows = tokens.shape[:-2].numel() * num_bases
-    budget = CPU_LOGITS if tokens.device.type == "cpu" else GPU_LOGITS
-    size = max(MIN_TOKENS, budget // rows)
+    if tokens.device.type == "cpu":
+        size = CPU_LOGITS_PER_HEAD // num_bases
+    else:
+        size = GPU_LOGITS // (tokens.shape[:-2].numel() * num_bases)
+    size = max(MIN_TOKENS, size)
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
