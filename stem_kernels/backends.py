@@ -35,6 +35,7 @@ class Backend:
         name: the value of the `backend` argument that selects it.
         dtypes: the dtypes of features, payload, query, key and value that it takes.
         max_bases: the largest K, or None.
+        max_head_dim: the largest last size of query and value, or None.
         differentiable: whether autograd passes through it.
         machine: returns the reasons why it cannot run on this machine at all.
         device: returns the reasons why it cannot run on one device.
@@ -43,6 +44,7 @@ class Backend:
     name: str
     dtypes: frozenset[torch.dtype]
     max_bases: int | None
+    max_head_dim: int | None
     differentiable: bool
     machine: Callable[[], list[str]]
     device: Callable[[torch.device], list[str]]
@@ -63,6 +65,10 @@ class Backend:
                 found.append(f"{name} is {_dtype_name(tensor)}; it takes {names}")
         if self.max_bases is not None and num_bases > self.max_bases:
             found.append(f"{num_bases} bases; it takes at most {self.max_bases}")
+        for name in ("query", "value"):
+            width = present[name].shape[-1] if name in present else 0
+            if self.max_head_dim is not None and width > self.max_head_dim:
+                found.append(f"{name} has {width} channels a head; it takes {self.max_head_dim}")
         if not self.differentiable and torch.is_grad_enabled():
             needing = [name for name, tensor in present.items() if tensor.requires_grad]
             if needing:
@@ -84,6 +90,7 @@ BACKENDS: dict[str, Backend] = {
         name="triton",
         dtypes=_HALF_AND_SINGLE,
         max_bases=1024,
+        max_head_dim=512,
         differentiable=False,
         machine=triton.machine_reasons,
         device=triton.device_reasons,
@@ -92,6 +99,7 @@ BACKENDS: dict[str, Backend] = {
         name="cuda",
         dtypes=_HALF_AND_SINGLE,
         max_bases=1024,
+        max_head_dim=160,
         differentiable=False,
         machine=cuda.machine_reasons,
         device=_torch_device,
@@ -100,6 +108,7 @@ BACKENDS: dict[str, Backend] = {
         name="torch",
         dtypes=_HALF_AND_SINGLE | {torch.float64},
         max_bases=None,
+        max_head_dim=None,
         differentiable=True,
         machine=list,
         device=_torch_device,

@@ -29,3 +29,11 @@ def _table(name: str) -> dict[str, dict[str, int]]:
 def tile_for(size: int, largest: int) -> int:
     """The smallest power of two that covers `size`, within MIN_TILE ... `largest`."""
     return min(largest, max(MIN_TILE, 1 << (size - 1).bit_length()))
+
+
+def rows_for(row_bytes: int, block_bytes: int) -> int:
+    """How many rows of `row_bytes` a tile of about `block_bytes` has, MIN_TILE ... 128.
+
+    Both are powers of two, and so is the result.
+    """
+    return max(MIN_TILE, min(128, block_bytes // row_bytes))

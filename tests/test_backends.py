@@ -62,6 +62,8 @@ def test_every_reason_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reasons) == 4
     for part in ("needs a CUDA GPU", "x is float64", "5000 bases", "x require(s) grad"):
         assert part in text
+    wide = backends.BACKENDS["triton"].reasons({"query": torch.zeros(1, 1, 1, 520)}, 3)
+    assert "query has 520 channels a head; it takes 512" in wide
 
 
 def test_an_old_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tuning import tile_for, tiles
+from ..tuning import rows_for, tile_for, tiles
 from .precision import dot_options
 
-LARGEST_HEAD = 1024
+LARGEST_HEAD = 512
 
 
 @triton.jit
@@ -110,14 +110,16 @@ def basis_attention_triton(
     lead = (batch, heads, num_bases)
     key, value = key.expand(*lead, dim), value.expand(*lead, width)
     bias_strides = (0, 0, 0) if bias is None else bias.expand(lead).stride()
+    block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
+    row_bytes = max(block_d, block_e) * query.element_size()
     options = tiles("basis_attention")
-    block_n = options.pop("block_n")
+    block_n = rows_for(row_bytes, options.pop("query_bytes"))
+    block_k = tile_for(num_bases, rows_for(row_bytes, options.pop("basis_bytes")))
     _basis_attention_kernel[(triton.cdiv(n, block_n), batch * heads)](
         query, key, value, query if bias is None else bias, out,
         n, num_bases, dim, width, heads,
         *query.stride(), *key.stride(), *value.stride(), *bias_strides, scale * math.log2(math.e),
-        BLOCK_N=block_n, BLOCK_K=tile_for(num_bases, options.pop("block_k")),
-        BLOCK_D=tile_for(dim, LARGEST_HEAD), BLOCK_E=tile_for(width, LARGEST_HEAD),
+        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
         WITH_BIAS=bias is not None, **dot_options(query.dtype), **options,
     )  # fmt: skip
     return out
