@@ -1,6 +1,7 @@
 # `make demo` and `make test` do all of their own set-up, in $(VENV).
 VENV ?= .venv
 PYTHON ?= python3
+RESULT ?= latest
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint unit interpreter bench clean
@@ -23,7 +24,7 @@ interpreter: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/$(RESULT).json
 
 $(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
