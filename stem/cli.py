@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import logging
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
 import diffusers
+import torch
 import typer
 import yaml
 from rich.console import Console
@@ -52,7 +54,8 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        document = yaml.safe_load(path.read_text())
+        # Texts as they stand: YAML itself would read 8:40 as the number 520, and 1e-2 as a text.
+        document = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
     except (OSError, yaml.YAMLError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
     if not isinstance(document, dict):
@@ -60,23 +63,32 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     allowed = {p.name for p in context.command.params if p.name not in ("config", "help")}
     defaults: dict[str, Any] = {}
     for key, value in document.items():
-        name = str(key).replace("-", "_")
+        name = key.replace("-", "_")
         if name not in allowed:
             options = ", ".join(sorted(allowed))
             raise typer.BadParameter(
-                f"{path}: {context.info_name} has no option {key!r}: {options}"
+                f"{path}: {context.info_name} has no option {key!r}; it has {options}"
             )
-        if name == "option" and isinstance(value, dict):
-            value = [
-                f"{method}.{field}={json.dumps(setting)}"
-                for method, fields in value.items()
-                for field, setting in fields.items()
-            ]
-        elif isinstance(value, list) and name != "option":
-            value = ",".join(map(str, value))
+        if name == "option":
+            value = _flat_options(path, value)
+        elif isinstance(value, list):
+            value = ",".join(value)
         defaults[name] = value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
+
+
+def _flat_options(path: Path, methods: Any) -> list[str]:
+    """{method: {field: value}} as METHOD.FIELD=VALUE texts."""
+    if not isinstance(methods, dict) or not all(isinstance(f, dict) for f in methods.values()):
+        raise typer.BadParameter(
+            f"{path}: option must map methods to their fields, such as 'stem: {{num_bases: 64}}'"
+        )
+    return [
+        f"{method}.{field}={','.join(value) if isinstance(value, list) else value}"
+        for method, fields in methods.items()
+        for field, value in fields.items()
+    ]
 
 
 VideoPath = Annotated[Path, typer.Argument(help="Any video file that FFmpeg reads.")]
@@ -163,21 +175,24 @@ def invert_command(
     """Invert a video; run it again after an interruption and it goes on where it stopped."""
     chosen = _methods(methods)
     options = _options(option, chosen, seed)
-    pipeline = _load(model, seed)
+    model = _model_name(model, seed)
+    pipeline = load_pipeline(model)
     clip = _read(video, frames, size, pipeline)
-    for method in chosen:
-        inversion = invert(
-            pipeline,
-            clip,
-            prompt,
-            out / "inversions",
-            method=method,
-            options=options.get(method),
-            num_steps=steps,
-            model=model,
-            keep_bases=keep_bases and method == "stem",
-        )
-        console.print(f"{method}: {inversion.path}", soft_wrap=True)
+    with _resumable():
+        for method in chosen:
+            inversion = invert(
+                pipeline,
+                clip,
+                prompt,
+                out / "inversions",
+                method=method,
+                options=options.get(method),
+                num_steps=steps,
+                model=model,
+                keep_bases=keep_bases and method == "stem",
+            )
+            console.print(f"{method}: {inversion.path}", soft_wrap=True)
+    problems.print(_note(model), style="yellow", soft_wrap=True)
 
 
 @app.command("reconstruct")
@@ -185,7 +200,6 @@ def reconstruct_command(
     inversion: Annotated[Path, typer.Argument(help="A folder that `stem invert` printed.")],
     model: Annotated[str | None, typer.Option(help="Default: the inversion's own.")] = None,
     bases: Annotated[str, typer.Option(help="estimate (EM again) or cached.")] = "estimate",
-    seed: Seed = 0,
     config: Config = None,
     out: Annotated[
         Path | None, typer.Option(help="An mp4 file. Default: reconstruction.mp4 in the folder.")
@@ -193,7 +207,10 @@ def reconstruct_command(
 ) -> None:
     """Sample an inversion back to a video."""
     folder = InversionFolder.open(inversion)
-    pipeline = _load(model or folder.settings["model"]["name"], seed)
+    name = model or folder.settings["model"]["name"]
+    if not name:
+        raise ModelError(f"{inversion} does not name its model; pass it with --model")
+    pipeline = load_pipeline(name)
     frames = reconstruct(pipeline, folder, bases=bases)
     path = out or folder.path / "reconstruction.mp4"
     write_video(path, frames, Fraction(folder.settings["video"]["fps"]))
@@ -224,23 +241,34 @@ def _compare(
 ) -> None:
     chosen = _methods(methods)
     options = _options(option, chosen, seed)
-    pipeline = _load(model, seed)
+    model = _model_name(model, seed)
+    pipeline = load_pipeline(model)
     clip = _read(video, frames, size, pipeline)
-    note = RANDOM_NOTE if model == RANDOM_MODEL else ""
-    found = compare(
-        pipeline,
-        clip,
-        prompt,
-        out,
-        chosen,
-        options=options,
-        num_steps=steps,
-        model=model,
-        note=note,
-    )
+    note = _note(model)
+    with _resumable():
+        found = compare(
+            pipeline,
+            clip,
+            prompt,
+            out,
+            chosen,
+            options=options,
+            num_steps=steps,
+            model=model,
+            note=note,
+        )
     _print_comparison(found, clip)
     if note:
         console.print(note, style="yellow", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        problems.print("interrupted; run the same command again and it goes on where it stopped")
+        raise typer.Exit(130) from None
 
 
 def _print_comparison(found: Comparison, clip: Video) -> None:
@@ -291,19 +319,29 @@ def _options(texts: list[str] | None, methods: list[str], seed: int) -> dict[str
                 f"{text!r}; write METHOD.FIELD=VALUE with a method of {', '.join(methods)}",
                 param_hint="--option",
             )
-        parsed = yaml.safe_load(value)
-        if isinstance(parsed, str) and "," in parsed:
-            parsed = [yaml.safe_load(part) for part in parsed.split(",")]
-        options.setdefault(method, {})[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+        parts = tuple(_value(part) for part in value.split(","))
+        options.setdefault(method, {})[name] = parts if len(parts) > 1 else parts[0]
     for method in methods:
         attention_config(method, options.get(method, {}), num_frames=1)
     return options
 
 
-def _load(model: str, seed: int) -> Any:
-    if model == RANDOM_MODEL:
-        problems.print(RANDOM_NOTE, style="yellow", soft_wrap=True)
-    return load_pipeline(model, seed=seed)
+def _value(text: str) -> int | float | bool | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
+
+
+def _model_name(model: str, seed: int) -> str:
+    """The name under which an inversion finds its model again."""
+    return f"{RANDOM_MODEL}:{seed}" if model == RANDOM_MODEL else model
+
+
+def _note(model: str) -> str:
+    return RANDOM_NOTE if model.startswith(f"{RANDOM_MODEL}:") else ""
 
 
 def _read(path: Path, frames: str | None, size: str | None, pipeline: Any) -> Video:
@@ -327,16 +365,17 @@ def _demo_clip() -> Path:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status. Expected errors become one line."""
     handler = RichHandler(console=problems, show_time=False, show_path=False)
-    for name in ("stem", "stem_kernels"):
-        logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).addHandler(handler)
+    # Of the kernels only warnings: on a CPU there is but one backend, and `stem info` explains.
+    for name, level in (("stem", logging.INFO), ("stem_kernels", logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).handlers = [handler]
     diffusers.logging.set_verbosity_error()
     try:
-        app(args=arguments, standalone_mode=True)
-    except KeyboardInterrupt:
-        problems.print("interrupted; run the same command again and it goes on where it stopped")
-        return 130
-    except (BackendError, InversionError, MemoryError, ModelError, ValueError) as error:
+        app(args=arguments)
+    except torch.OutOfMemoryError as error:
+        problems.print(f"error: {error} Take fewer or smaller frames", style="red", markup=False)
+        return 2
+    except (BackendError, InversionError, MemoryError, ModelError, OSError, ValueError) as error:
         problems.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
         return 2
     return 0

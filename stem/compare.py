@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stem_kernels.measure import PeakMemory
 
 from .inversion import InversionFolder, invert, reconstruct_latents
-from .inversion.diffusion import decode_latents, encode_prompt, predict
+from .inversion.diffusion import decode_latents, encode_prompt, execution_device, predict
 from .inversion.methods import attention_config
 from .metrics import psnr, ssim
 from .metrics.fidelity import SSIM_VARIANT
@@ -97,10 +97,11 @@ def compare(
     options = options or {}
     _check(methods, options)
     _warm_up(pipeline)
+    device = execution_device(pipeline)
     rows: list[Row] = []
     reconstructions: dict[str, torch.Tensor] = {}
     for method in methods:
-        memory = PeakMemory(pipeline.device)
+        memory = PeakMemory(device)
         with memory:
             inversion, invert_seconds = _inverted(
                 pipeline,
@@ -115,11 +116,11 @@ def compare(
             )
             start = time.perf_counter()
             latents = reconstruct_latents(pipeline, inversion, progress=progress)
-            _synchronize(pipeline.device)
+            _synchronize(device)
             reconstruct_seconds = time.perf_counter() - start
         x0 = inversion.x0()
         if not rows:
-            reconstructions["vae"] = decode_latents(pipeline, x0.to(pipeline.device))
+            reconstructions["vae"] = decode_latents(pipeline, x0.to(device))
             rows.append(_row("vae", reconstructions["vae"], video.frames, 0.0))
         reconstructions[method] = decode_latents(pipeline, latents)
         error = float((latents.cpu() - x0).norm() / x0.norm())
@@ -150,9 +151,9 @@ def compare(
             "notes": list(video.notes),
         },
         "ssim_variant": SSIM_VARIANT,
-        "peak_memory": PeakMemory(pipeline.device).what,
+        "peak_memory": PeakMemory(device).what,
         "machine": {
-            "device": _device_name(pipeline.device),
+            "device": _device_name(device),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -176,7 +177,7 @@ def _check(methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> 
 def _warm_up(pipeline: Any) -> None:
     """One small call of the UNet, so that the first method does not pay for one-time set-up."""
     unet, size = pipeline.unet, 16
-    latents = torch.zeros(1, unet.config.in_channels, size, size, device=pipeline.device)
+    latents = torch.zeros(1, unet.config.in_channels, size, size, device=execution_device(pipeline))
     conditioning = encode_prompt(pipeline, "", size, size)
     predict(pipeline, latents, torch.ones((), dtype=torch.int64), conditioning)
 
@@ -192,7 +193,7 @@ def _inverted(
 
     start = time.perf_counter()
     inversion = invert(pipeline, video, prompt, root, on_step=note_work, **settings)
-    _synchronize(pipeline.device)
+    _synchronize(execution_device(pipeline))
     return inversion, time.perf_counter() - start if worked else None
 
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stem_kernels.backends import BACKENDS
+from stem_kernels.ops.initialization import INITIALIZATIONS
+from stem_kernels.ops.soft_em import EMPTY_POLICIES
+
 SPACES = ("feature", "key")
-INITIALIZATIONS = ("gaussian", "tokens", "previous")
-EMPTY_POLICIES = ("zero", "mask", "reseed")
-BACKENDS = ("auto", "triton", "cuda", "torch")
 NAMED_FRAMES = ("first", "mid", "last")
 
 
@@ -51,13 +52,18 @@ class StemConfig:
     def __post_init__(self) -> None:
         _check_count("num_bases", self.num_bases)
         _check_count("num_iters", self.num_iters)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be positive and finite")
+        number = isinstance(self.temperature, (int, float)) and self.temperature is not True
+        if not number or not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature!r}; it must be positive and finite")
         _check_choice("space", self.space, SPACES)
         _check_choice("init", self.init, INITIALIZATIONS)
         _check_choice("empty", self.empty, EMPTY_POLICIES)
-        _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("backend", self.backend, ("auto", *BACKENDS))
         _check_frames(self.num_frames)
+        if not isinstance(self.proportional, bool):
+            raise ValueError(f"proportional is {self.proportional!r}; it must be True or False")
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number of 64 bits")
 
     @classmethod
     def paper(cls, **changes: Any) -> StemConfig:
@@ -101,8 +107,10 @@ class SparseCausalConfig:
                     f"frames holds {frame!r}; it takes whole offsets such as -1, and "
                     f"{', '.join(NAMED_FRAMES)}"
                 )
-        if self.min_channels < 0:
-            raise ValueError(f"min_channels is {self.min_channels}; it must be at least 0")
+        if type(self.min_channels) is not int or self.min_channels < 0:
+            raise ValueError(
+                f"min_channels is {self.min_channels!r}; it must be a whole number of at least 0"
+            )
         _check_frames(self.num_frames)
 
     @classmethod

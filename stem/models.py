@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,13 @@ class ModelError(ValueError):
 
 
 def load_pipeline(
-    model: str, *, seed: int = 0, device: str | torch.device | None = None, half: bool | None = None
+    model: str, *, device: str | torch.device | None = None, half: bool | None = None
 ) -> DiffusionPipeline:
     """A Stable Diffusion 1.x, 2.x or XL pipeline, ready to invert with.
 
     Args:
-        model: a hub id, a local folder in diffusers' format, or "random" (`random_pipeline`).
-        seed: of the weights of "random".
+        model: a hub id, a local folder in diffusers' format, or "random:SEED", for which "random"
+            stands with seed 0 (`random_pipeline`).
         device: "cuda" if None and there is a GPU, else "cpu".
         half: float16 weights; None: on a GPU only.
 
@@ -44,8 +45,9 @@ def load_pipeline(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     half = device.type == "cuda" if half is None else half
     dtype = torch.float16 if half else torch.float32
-    if model == RANDOM_MODEL:
-        pipeline = random_pipeline(seed).to(dtype=dtype)
+    random = re.fullmatch(rf"{RANDOM_MODEL}(?::(\d+))?", model)
+    if random:
+        pipeline = random_pipeline(int(random[1] or 0)).to(dtype=dtype)
     else:
         try:
             pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
@@ -142,28 +144,49 @@ def _byte_vocabulary() -> dict[str, int]:
 
 
 def fingerprint(pipeline: Any) -> dict[str, str]:
-    """Hashes of what shapes a pipeline's latents: its configurations, and its UNet's weights.
+    """Hashes of what shapes a pipeline's latents: its configurations, and its weights.
 
-    The weights' hash reads up to 1,024 numbers of each tensor, LoRA layers included, so that
-    other weights of the same shape are told apart in a second.
+    The weights' hash reads up to 1,024 numbers of each tensor of each component, so that other
+    weights of the same shape are told apart in a second. LoRA layers count with their scales and
+    with which of them are active, and so does FreeU.
     """
-    unet = unet_of(pipeline)
-    configs: dict[str, Any] = {
-        "unet": dict(unet.config),
-        "vae": dict(pipeline.vae.config),
-        "scheduler": dict(pipeline.scheduler.config),
+    modules = {
+        name: component
+        for name, component in sorted(pipeline.components.items())
+        if isinstance(component, torch.nn.Module)
     }
-    for configured in configs.values():
-        for private in [key for key in configured if key.startswith("_")]:
-            del configured[private]
+    configs = {
+        name: {key: value for key, value in dict(config).items() if not key.startswith("_")}
+        for name, config in (
+            ("unet", unet_of(pipeline).config),
+            ("vae", pipeline.vae.config),
+            ("scheduler", pipeline.scheduler.config),
+        )
+    }
     text = json.dumps(configs, sort_keys=True, default=str)
     weights = hashlib.sha256()
-    for name, parameter in sorted(unet.named_parameters()):
-        weights.update(name.encode())
-        flat = parameter.detach().flatten()
-        sampled = flat[:: max(1, flat.numel() // _SAMPLED_PER_TENSOR)]
-        weights.update(sampled.float().cpu().numpy().tobytes())
+    for name, module in modules.items():
+        for key, tensor in sorted(module.state_dict().items()):
+            flat = tensor.detach().flatten()
+            sampled = flat[:: max(1, flat.numel() // _SAMPLED_PER_TENSOR)]
+            weights.update(f"{name}.{key.removeprefix('_orig_mod.')}".encode())
+            weights.update(sampled.double().cpu().numpy().tobytes())
+        weights.update(repr(_switches(module)).encode())
     return {
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "weights_sha256": weights.hexdigest(),
     }
+
+
+def _switches(module: torch.nn.Module) -> list[tuple[Any, ...]]:
+    """What changes a module's output beside its weights: LoRA's state, and FreeU's factors."""
+    found: list[tuple[Any, ...]] = []
+    layer: Any
+    for layer in module.modules():
+        if hasattr(layer, "scaling") and hasattr(layer, "active_adapters"):
+            scales = sorted(layer.scaling.items())
+            found.append((scales, list(layer.active_adapters), bool(layer.disable_adapters)))
+        freeu = tuple(getattr(layer, name, None) for name in ("s1", "s2", "b1", "b2"))
+        if any(isinstance(factor, float) for factor in freeu):
+            found.append(freeu)
+    return found

@@ -98,8 +98,8 @@ BACKENDS: dict[str, Backend] = {
     "cuda": Backend(
         name="cuda",
         dtypes=_HALF_AND_SINGLE,
-        max_bases=1024,
-        max_head_dim=160,
+        max_bases=None,
+        max_head_dim=None,
         differentiable=False,
         machine=cuda.machine_reasons,
         device=_torch_device,

@@ -14,6 +14,7 @@ from pipelines import SHAPES, call, make_pipeline, make_unet, unet_inputs
 import stem
 from stem import InflatedConfig, SparseCausalConfig, StemConfig
 from stem.attention.handle import self_attentions
+from stem_kernels import basis_attention
 from stem_kernels.testing import max_error
 
 SMALL = StemConfig(num_bases=8, num_iters=2)
@@ -101,6 +102,22 @@ def test_nested_contexts_restore_the_outer_one() -> None:
         assert outer.active
         assert torch.equal(call(unet), expected)
     assert not outer.active
+
+
+def test_enabling_inside_a_context_does_not_outlive_it() -> None:
+    unet = make_unet()
+    before = call(unet)
+    with stem.enabled(unet, SMALL):
+        stem.enable(unet, StemConfig(num_bases=2))
+    assert torch.equal(call(unet), before)
+    with stem.enabled(unet, SMALL) as outer:
+        expected = call(unet)
+        with stem.enabled(unet, StemConfig(num_bases=4)):
+            stem.enable(unet, StemConfig(num_bases=2))
+        assert outer.active
+        assert torch.equal(call(unet), expected)
+    assert torch.equal(call(unet), before)
+    assert not unet._forward_pre_hooks
 
 
 def test_a_processor_set_meanwhile_stays(caplog: pytest.LogCaptureFixture) -> None:
@@ -208,8 +225,12 @@ def test_warm_start_takes_the_bases_of_the_timestep_before() -> None:
         warm = call(unet, timestep=880)
         assert not torch.equal(handle.state.bases[0].bases, bases[0])
         # The timestep turns back: another run, which must not see the first one's bases.
-        again = call(unet, timestep=900)
-        assert torch.equal(again, start)
+        assert torch.equal(call(unet, timestep=900), start)
+        # So does one that starts where the last ended, and one of another batch.
+        assert torch.equal(call(unet, timestep=900), start)
+        fewer = call(unet, timestep=880, rows=2)
+    with stem.enabled(unet, StemConfig(num_bases=8, num_iters=1, init="previous")):
+        assert torch.equal(call(unet, timestep=880, rows=2), fewer)
     with stem.enabled(unet, StemConfig(num_bases=8, num_iters=1, init="gaussian")):
         assert torch.equal(call(unet, timestep=900), start)
         assert not torch.equal(call(unet, timestep=880), warm)
@@ -245,10 +266,23 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert relative < (0.02 if dtype == torch.float16 else 0.1)
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("empty", ["mask", "reseed"])
+def test_autocast_does_not_reach_into_the_operators(empty: str) -> None:
     unet = make_unet()
-    with stem.enabled(unet, SMALL), torch.autocast("cpu", torch.bfloat16):
-        assert call(unet).isfinite().all()
+    attention = next(iter(self_attentions(unet).values()))
+    tokens = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(0))
+    config = StemConfig(num_bases=8, num_iters=2, temperature=1.0, init="tokens", empty=empty)
+    with torch.no_grad(), stem.enabled(unet, config):
+        exact = attention(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert call(unet).isfinite().all()
+            cast = attention(tokens)
+    # bfloat16 has 8 bits: the projections alone round by some 2^-8.
+    assert float((cast.float() - exact).norm() / exact.norm()) < 0.02
+    query = torch.randn(1, 2, 50, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = basis_attention(query, query, query)
+    assert torch.equal(inside, basis_attention(query, query, query))
 
 
 def test_lora_counts_and_stays() -> None:
@@ -346,6 +380,11 @@ def test_targets_and_arguments_that_do_not_fit() -> None:
         (lambda: StemConfig(empty="drop"), "empty is 'drop'"),
         (lambda: StemConfig(backend="cpu"), "backend is 'cpu'"),
         (lambda: StemConfig(num_frames=0), "num_frames is 0"),
+        (lambda: StemConfig(seed=1.5), "seed is 1.5"),  # type: ignore[arg-type]
+        (lambda: StemConfig(seed=2**63), "a whole number of 64 bits"),
+        (lambda: StemConfig(proportional="no"), "proportional is 'no'"),  # type: ignore[arg-type]
+        (lambda: StemConfig(temperature="hot"), "temperature is 'hot'"),  # type: ignore[arg-type]
+        (lambda: SparseCausalConfig(min_channels="x"), "is 'x'"),  # type: ignore[arg-type]
         (lambda: SparseCausalConfig(frames=()), "frames is empty"),
         (lambda: SparseCausalConfig(frames=("middle",)), "frames holds 'middle'"),
         (lambda: SparseCausalConfig(min_channels=-1), "min_channels is -1"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from test_inversion import clip
 
-from stem import cli, random_pipeline, read_video, write_video
+from stem import InversionFolder, cli, random_pipeline, read_video, write_video
 from stem.compare import contact_sheet
 
 
@@ -91,7 +93,7 @@ def test_a_file_sets_any_option_and_the_command_line_wins(
 ) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"model: {model}\nmethods: [st-ddim, stem]\nsteps: 4\nframes: '0:2'\nsize: 32x32\n"
+        f"model: {model}\nmethods: [st-ddim, stem]\nsteps: 4\nframes: 0:2\nsize: 32x32\n"
         "option:\n  stem: {num_bases: 4, space: key}\n"
         "  st-ddim: {frames: [mid], min_channels: 64}\n"
     )
@@ -102,7 +104,7 @@ def test_a_file_sets_any_option_and_the_command_line_wins(
     assert document["num_steps"] == 2
     assert document["options"] == {
         "stem": {"seed": 0, "num_bases": 4, "space": "key"},
-        "st-ddim": {"frames": ["mid"], "min_channels": 64},
+        "st-ddim": {"frames": "mid", "min_channels": 64},
     }
     assert document["video"]["frames"] == 2
 
@@ -112,6 +114,7 @@ def test_a_file_sets_any_option_and_the_command_line_wins(
     [
         (["--methods", "sdedit"], "take one or more of ddim"),
         (["--option", "stem.bases=3"], "stem has no option 'bases'"),
+        (["--option", "stem.temperature=hot"], "temperature is 'hot'"),
         (["--option", "num_bases=3"], "write METHOD.FIELD=VALUE"),
         (["--option", "stem.num_bases=many"], "num_bases is 'many'"),
         (["--steps", "30"], "30 steps do not divide"),
@@ -144,6 +147,7 @@ def test_mistakes_are_one_line(
     [
         ("stepz: 3", "compare has no option 'stepz'"),
         ("[1, 2]", "must hold a mapping"),
+        ("option: {stem: 3}", "option must map methods to their fields"),
         ("a: [", "cannot be read"),
     ],
 )
@@ -156,15 +160,26 @@ def test_a_bad_configuration_file(
     assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
 
 
-def test_an_interruption_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(**settings: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "app", interrupted)
-    assert run("demo") == 130
-    assert "goes on where it stopped" in capfd.readouterr().err
+def test_an_interruption_says_how_to_go_on(model: str, video: str, tmp_path: Path) -> None:
+    arguments = ["invert", video, "--model", model, "--steps", "500", "--size", "32"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stem", *arguments, "--out", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    inversions = tmp_path / "out" / "inversions"
+    deadline = time.monotonic() + 120
+    while not list(inversions.glob("*/steps/002-*.safetensors")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on where it stopped" in printed
+    assert "Traceback" not in printed
+    (path,) = inversions.iterdir()
+    assert 3 <= InversionFolder.open(path).steps_done < 500
 
 
 def test_info(capfd: pytest.CaptureFixture[str]) -> None:

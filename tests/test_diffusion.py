@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
 from pipelines import SHAPES, make_pipeline
 
 from stem.inversion.diffusion import (
@@ -62,6 +63,9 @@ def test_steps_that_do_not_divide_name_others() -> None:
         inverse_scheduler(make_pipeline(), 30)
     with pytest.raises(ValueError, match="0 steps do not divide"):
         sampling_scheduler(make_pipeline(), 0)
+    # SD's steps_offset of 1 would make the last of 1000 timesteps 1000.
+    with pytest.raises(ValueError, match="noisiest timestep would be 1000, and the schedule ends"):
+        inverse_scheduler(make_pipeline(), 1000)
 
 
 def test_latents_are_the_scaled_posterior_mean_in_any_batch() -> None:
@@ -111,6 +115,7 @@ def test_the_random_pipeline_is_stable_diffusion_shaped_and_seeded() -> None:
 def test_loading_from_a_folder(tmp_path) -> None:  # type: ignore[no-untyped-def]
     original = random_pipeline(3)
     original.save_pretrained(tmp_path / "model")
+    assert fingerprint(load_pipeline("random:3")) == fingerprint(original)
     loaded = load_pipeline(str(tmp_path / "model"))
     assert fingerprint(loaded) == fingerprint(original)
     assert loaded.tokenizer("a duck").input_ids == original.tokenizer("a duck").input_ids
@@ -135,3 +140,44 @@ def test_a_fingerprint_sees_configuration_and_weights() -> None:
     assert changed["weights_sha256"] != before["weights_sha256"]
     pipeline.vae.register_to_config(scaling_factor=1.0)
     assert fingerprint(pipeline)["config_sha256"] != before["config_sha256"]
+
+
+@pytest.mark.parametrize("component", ["vae", "text_encoder"])
+def test_a_fingerprint_sees_every_component(component: str) -> None:
+    pipeline = random_pipeline(0)
+    before = fingerprint(pipeline)
+    with torch.no_grad():
+        for parameter in getattr(pipeline, component).parameters():
+            parameter.mul_(1.3)
+    assert fingerprint(pipeline) != before
+
+
+def test_a_fingerprint_sees_what_lora_and_freeu_do() -> None:
+    pipeline = random_pipeline(0)
+    seen = [fingerprint(pipeline)]
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), adapter_name="style")
+    seen.append(fingerprint(pipeline))
+    pipeline.unet.set_adapters(["style"], [0.3])
+    seen.append(fingerprint(pipeline))
+    pipeline.unet.disable_adapters()
+    seen.append(fingerprint(pipeline))
+    pipeline.enable_freeu(0.9, 0.2, 1.5, 1.6)
+    seen.append(fingerprint(pipeline))
+    assert len({one["weights_sha256"] for one in seen}) == len(seen)
+
+
+def test_a_half_precision_vae_is_upcast_for_a_while_only() -> None:
+    pipeline = random_pipeline(0)
+    frames = torch.randint(256, (2, 16, 16, 3), dtype=torch.uint8)
+    exact = encode_frames(pipeline, frames)
+    pipeline.vae.to(torch.float16)
+    pipeline.vae.register_to_config(force_upcast=True)
+    latents = encode_frames(pipeline, frames)
+    assert float((latents - exact).norm() / exact.norm()) < 0.01  # its weights were rounded
+    assert decode_latents(pipeline, latents).shape == frames.shape
+    assert pipeline.vae.dtype == torch.float16
+
+
+def test_frames_of_another_dtype_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be uint8 \[N, H, W, 3\], not torch.float32"):
+        encode_frames(make_pipeline(), torch.rand(2, 16, 16, 3))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from pipelines import SHAPES, make_pipeline
 
+import stem
 from stem import Video, invert
 from stem.inversion import (
     METHODS,
@@ -24,6 +25,7 @@ from stem.inversion import (
     reconstruct_latents,
 )
 from stem.inversion.methods import attention_config
+from stem_kernels import BackendError
 
 STEM = {"num_bases": 8, "num_iters": 2}
 
@@ -110,7 +112,7 @@ def test_going_on_gives_the_same_bits(tmp_path: Path, init: str, keep_bases: boo
     with pytest.raises(InversionError, match="has 3 of 5 steps; run the inversion again"):
         reconstruct(make_pipeline(), broken)
     # What a kill in the middle of writing leaves behind is never read.
-    (path / "steps" / "003-t0601.partial").write_bytes(b"half a file")
+    (path / "steps" / "003-t0601.99.partial").write_bytes(b"half a file")
     resumed = inverted(tmp_path / "broken", **settings)
     assert resumed.path == path
     assert torch.equal(all_latents(resumed), all_latents(whole))
@@ -206,6 +208,41 @@ def test_cached_bases(tmp_path: Path, space: str) -> None:
         reconstruct_latents(pipeline, without, bases="cached")
     with pytest.raises(ValueError, match='keep_bases needs method "stem"; ddim has no bases'):
         inverted(tmp_path, method="ddim", keep_bases=True)
+
+
+def test_ddim_is_ddim_whatever_is_enabled(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    expected = inverted(tmp_path / "a", method="ddim")
+    with stem.enabled(pipeline, stem.StemConfig(num_bases=4)) as handle:
+        folder = inverted(tmp_path / "b", method="ddim", pipeline=pipeline)
+        assert handle.active
+    assert torch.equal(all_latents(folder), all_latents(expected))
+
+
+def test_missing_parts_are_made_again(tmp_path: Path) -> None:
+    options = {**STEM, "init": "previous"}
+    whole = inverted(tmp_path, options=options)
+    expected, x0 = all_latents(whole), whole.x0()
+    (whole.path / "x0.safetensors").unlink()
+    assert torch.equal(inverted(tmp_path, options=options).x0(), x0)
+    # The warm start's bases of step 2 are gone by design; without step 3 it starts afresh.
+    next((whole.path / "steps").glob("003-*")).unlink()
+    again = inverted(tmp_path, options=options)
+    assert again.complete
+    assert torch.equal(all_latents(again), expected)
+    kept = inverted(tmp_path, keep_bases=True)
+    next((kept.path / "bases").glob("002-*")).unlink()
+    assert not kept.complete
+    assert inverted(tmp_path, keep_bases=True).bases(2)
+
+
+def test_the_environment_s_backend_is_a_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert inverted(tmp_path).settings["backend"] == "torch"
+    monkeypatch.setenv("STEM_KERNELS_BACKEND", "cuda")
+    with pytest.raises(BackendError, match=r"the C\+\+ extension is not built"):
+        inverted(tmp_path)
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from stem_kernels.triton.basis_attention import _basis_attention_kernel  # noqa:
 from stem_kernels.triton.em_statistics import _logsumexp_kernel, _sums_kernel  # noqa: E402
 
 # What a block may ask for.
-SHARED_KIB = {80: 163, 89: 99, 90: 227}
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
 TILES = json.loads(resources.files("stem_kernels").joinpath("configs/default.json").read_text())
 
 

@@ -1,5 +1,5 @@
 """Attention processors for diffusers' UNets, and the calls that turn them on and off."""
 
-from .handle import Handle, disable, enable, enabled
+from .handle import Handle, disable, enable, enabled, plain
 
-__all__ = ["Handle", "disable", "enable", "enabled"]
+__all__ = ["Handle", "disable", "enable", "enabled", "plain"]

@@ -138,12 +138,22 @@ def disable(target: Any) -> None:
 @contextlib.contextmanager
 def enabled(target: Any, config: AttentionConfig | None = None) -> Iterator[Handle]:
     """`enable` for the length of a `with` block; afterwards what was on before is on again."""
+    with plain(target):
+        yield enable(target, config)
+
+
+@contextlib.contextmanager
+def plain(target: Any) -> Iterator[None]:
+    """The UNet's own attention for the length of a `with` block.
+
+    Whatever is enabled inside is disabled at the end; what was on before is on again.
+    """
     outer = getattr(unet_of(target), _ATTRIBUTE, None)
-    handle = enable(target, config)
+    disable(target)
     try:
-        yield handle
+        yield
     finally:
-        handle.disable()
+        disable(target)
         if outer is not None:
             outer._install()
 

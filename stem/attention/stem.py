@@ -36,6 +36,7 @@ class StemState:
     replayed: dict[int, SoftEM] | None = None
     _normals: list[torch.Tensor] = field(default_factory=list)
     _last_timestep: float | None = None
+    _last_rows: int = 0
     _direction: int = 0
 
     def begin(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> None:
@@ -46,7 +47,7 @@ class StemState:
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.tensor(timestep)
         if self.config.init == "previous":
-            self._forget_bases_of_another_run(timestep)
+            self._forget_bases_of_another_run(sample, timestep)
             if len(self.bases) == len(self.bases_shapes):
                 return
         sizes = [math.prod(shape) for shape in self.bases_shapes]
@@ -55,19 +56,17 @@ class StemState:
         self._normals = [numbers.view(shape) for numbers, shape in pairs]
 
     @torch.compiler.disable
-    def _forget_bases_of_another_run(self, timestep: torch.Tensor) -> None:
-        # Timesteps of one run go one way. Where they turn back, a new run has begun, and bases
-        # from the end of the last one would make it depend on that run.
+    def _forget_bases_of_another_run(self, sample: torch.Tensor, timestep: torch.Tensor) -> None:
+        # The timesteps of one run go one way, on batches of one size. Anything else is a new run,
+        # and bases from the end of the last one would make it depend on that run.
         now = float(timestep.flatten()[0])
-        last, self._last_timestep = self._last_timestep, now
-        if last is None or now == last:
-            return
-        direction = 1 if now > last else -1
-        if self._direction == -direction:
+        last, rows = self._last_timestep, self._last_rows
+        direction = 0 if last is None else (now > last) - (now < last)
+        if last is not None and (direction in (0, -self._direction) or rows != sample.shape[0]):
             self.reset()
-            self._last_timestep = now
-        else:
-            self._direction = direction
+            direction = 0
+        self._direction = direction or self._direction
+        self._last_timestep, self._last_rows = now, sample.shape[0]
 
     def reset(self) -> None:
         """Forget the bases of earlier forward passes; the next one starts a run."""
@@ -75,9 +74,10 @@ class StemState:
         self._last_timestep = None
         self._direction = 0
 
-    def resume(self, bases: dict[int, SoftEM], timesteps: Sequence[int]) -> None:
-        """Take up a warm-started run again after forward passes at `timesteps`."""
+    def resume(self, bases: dict[int, SoftEM], timesteps: Sequence[int], rows: int) -> None:
+        """Take up a warm-started run again after passes at `timesteps` on batches of `rows`."""
         self.bases = bases
+        self._last_rows = rows
         self._last_timestep = float(timesteps[-1])
         self._direction = 0 if len(timesteps) < 2 else (1 if timesteps[-1] > timesteps[0] else -1)
 
@@ -91,7 +91,7 @@ class StemState:
             features,
             config.num_bases,
             init="gaussian" if config.init == "previous" and previous is None else config.init,
-            normals=self._normals[layer] if self._normals else None,
+            normals=self._normals[layer].to(features.device) if self._normals else None,
             previous=None if previous is None else previous.bases.to(features.device),
         )
         found = soft_em(
@@ -104,7 +104,8 @@ class StemState:
             backend=config.backend,
         )
         if self.recording or config.init == "previous":
-            self.bases[layer] = found
+            payload = None if found.payload is None else found.payload.detach()
+            self.bases[layer] = SoftEM(found.bases.detach(), payload, found.mass.detach())
         return found
 
     def _replay(self, layer: int, features: torch.Tensor) -> SoftEM:

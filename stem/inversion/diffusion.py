@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +42,7 @@ class Conditioning:
 def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Conditioning:
     """The conditioning of `prompt`, without guidance. `height` and `width` are in pixels."""
     unet = pipeline.unet
-    device, dtype = pipeline.device, unet.dtype
+    device, dtype = execution_device(pipeline), unet.dtype
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
         embeddings, _, pooled, _ = pipeline.encode_prompt(
             prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -70,42 +72,64 @@ def encode_frames(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
 
     Returns:
         float32 [N, channels, H / factor, W / factor] on the pipeline's device.
+
+    Raises:
+        ValueError: another dtype or shape, or a size that the VAE cannot divide.
     """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        raise ValueError(
+            f"frames must be uint8 [N, H, W, 3], not {frames.dtype} {list(frames.shape)}; scale "
+            "floating point frames to 0 ... 255 first"
+        )
     factor = vae_factor(pipeline)
     if frames.shape[1] % factor or frames.shape[2] % factor:
         raise ValueError(
             f"frames are {frames.shape[2]}x{frames.shape[1]}; the VAE needs multiples of {factor} "
             "(read_video crops to them)"
         )
-    vae, dtype = pipeline.vae, _vae_dtype(pipeline)
+    vae, device = pipeline.vae, execution_device(pipeline)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     parts = []
-    for part in frames.split(VAE_FRAMES):
-        images = part.to(pipeline.device).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1.0
-        mean = vae.encode(images).latent_dist.mean.float()
-        parts.append((mean - shift) * vae.config.scaling_factor)
+    with _upcast_vae(pipeline) as dtype:
+        for part in frames.split(VAE_FRAMES):
+            images = part.to(device).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1.0
+            mean = vae.encode(images).latent_dist.mean.float()
+            parts.append((mean - shift) * vae.config.scaling_factor)
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def decode_latents(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
     """Frames of float32 latents [N, channels, h, w]: uint8 [N, H, W, 3] on the CPU."""
-    vae, dtype = pipeline.vae, _vae_dtype(pipeline)
+    vae = pipeline.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     parts = []
-    for part in latents.split(VAE_FRAMES):
-        images = vae.decode((part / vae.config.scaling_factor + shift).to(dtype)).sample
-        pixels = ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        parts.append(pixels.permute(0, 2, 3, 1).cpu())
+    with _upcast_vae(pipeline) as dtype:
+        for part in latents.split(VAE_FRAMES):
+            images = vae.decode((part / vae.config.scaling_factor + shift).to(dtype)).sample
+            pixels = ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            parts.append(pixels.permute(0, 2, 3, 1).cpu())
     return torch.cat(parts)
 
 
-def _vae_dtype(pipeline: Any) -> torch.dtype:
-    vae = pipeline.vae
-    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        # SDXL's VAE overflows float16; its configuration says so.
-        vae.to(torch.float32)
-    return vae.dtype
+@contextlib.contextmanager
+def _upcast_vae(pipeline: Any) -> Iterator[torch.dtype]:
+    """SDXL's VAE overflows float16, and its configuration says so: float32 for a while."""
+    vae, dtype = pipeline.vae, pipeline.vae.dtype
+    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if not upcast:
+        yield dtype
+        return
+    vae.to(torch.float32)
+    try:
+        yield torch.float32
+    finally:
+        vae.to(dtype)
+
+
+def execution_device(pipeline: Any) -> torch.device:
+    """Where the pipeline computes, which under CPU offloading is not where its weights are."""
+    return getattr(pipeline, "_execution_device", pipeline.device)
 
 
 def inverse_scheduler(pipeline: Any, num_steps: int) -> DDIMInverseScheduler:
@@ -131,6 +155,13 @@ def _prepared(scheduler_class: Any, pipeline: Any, num_steps: int) -> Any:
         pipeline.scheduler.config, clip_sample=False, timestep_spacing="leading"
     )
     scheduler.set_timesteps(num_steps)
+    last = int(scheduler.timesteps.max())
+    if last >= train_steps:
+        raise ValueError(
+            f"with {num_steps} steps the noisiest timestep would be {last}, and the schedule ends "
+            f"at {train_steps - 1} (its steps_offset is {scheduler.config.steps_offset}); take "
+            f"{train_steps // 2} steps or fewer"
+        )
     return scheduler
 
 

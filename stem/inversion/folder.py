@@ -82,16 +82,17 @@ class InversionFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether the latents of every timestep are there."""
-        return self.steps_done == len(self.timesteps)
+        """Whether everything that the settings ask for is there."""
+        return self.has_x0() and self.steps_done == len(self.timesteps)
 
     @property
     def steps_done(self) -> int:
-        """How many steps, from the first on, have their latents."""
-        done = 0
-        while done < len(self.timesteps) and self._step_file("steps", done).is_file():
-            done += 1
-        return done
+        """How many steps, from the first on, have their latents (and bases, where kept)."""
+        for step in range(len(self.timesteps)):
+            kept = not self.settings["keep_bases"] or self.has_bases(step)
+            if not (self._step_file("steps", step).is_file() and kept):
+                return step
+        return len(self.timesteps)
 
     def save_x0(self, latents: torch.Tensor) -> None:
         """Keep the video's own latents, float32 [N, c, h, w]."""
@@ -123,6 +124,10 @@ class InversionFolder:
         }
         _save(self._step_file("bases", step), tensors)
 
+    def has_bases(self, step: int) -> bool:
+        """Whether the bases of a step are there."""
+        return self._step_file("bases", step).is_file()
+
     def bases(self, step: int) -> dict[int, SoftEM]:
         """The bases of every layer at `step`."""
         by_layer: dict[int, dict[str, torch.Tensor | None]] = {}
@@ -140,15 +145,20 @@ class InversionFolder:
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    partial = path.with_suffix(".partial")
+    partial = _partial(path)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
     os.replace(partial, path)
 
 
 def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_suffix(".partial")
+    partial = _partial(path)
     partial.write_bytes(data)
     os.replace(partial, path)
+
+
+def _partial(path: Path) -> Path:
+    # The process in the name: two runs of equal settings must not write into one file.
+    return path.with_suffix(f".{os.getpid()}.partial")
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

@@ -9,13 +9,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
+
+from stem_kernels.backends import select
 
 from ..config import StemConfig
 from ..models import fingerprint
 from ..profiling import nvtx_range
 from ..video import Video
-from .diffusion import encode_frames, encode_prompt, inverse_scheduler, predict
+from .diffusion import (
+    encode_frames,
+    encode_prompt,
+    execution_device,
+    inverse_scheduler,
+    predict,
+)
 from .folder import InversionFolder
 from .methods import attention_config, attention_on
 
@@ -72,24 +81,27 @@ def invert(
     settings = _settings(pipeline, video, prompt, method, config, num_steps, model, keep_bases)
     timesteps = tuple(int(timestep) for timestep in scheduler.timesteps)
     folder = InversionFolder.prepare(Path(root), settings, timesteps)
+    if not folder.has_x0():
+        folder.save_x0(encode_frames(pipeline, frames))
     if folder.complete:
         logger.info("%s has these settings and is complete; it is reused", folder.path)
         return folder
-    if not folder.has_x0():
-        folder.save_x0(encode_frames(pipeline, frames))
     done = folder.steps_done
+    warm = isinstance(config, StemConfig) and config.init == "previous"
+    if warm and done and not folder.has_bases(done - 1):
+        logger.info("%s: the bases to go on from are missing; starting afresh", folder.path)
+        done = 0
     if done:
         logger.info("%s: going on after step %d of %d", folder.path, done, num_steps)
     latents = folder.latents(done - 1) if done else folder.x0()
-    latents = latents.to(pipeline.device)
+    latents = latents.to(execution_device(pipeline))
     conditioning = encode_prompt(pipeline, prompt, frames.shape[1], frames.shape[2])
-    warm = isinstance(config, StemConfig) and config.init == "previous"
     with attention_on(pipeline, config) as handle:
         state = None if handle is None else handle.state
         if state is not None:
             state.recording = keep_bases
             if warm and done:
-                state.resume(folder.bases(done - 1), timesteps[:done])
+                state.resume(folder.bases(done - 1), timesteps[:done], rows=frames.shape[0])
         bar = tqdm(
             total=num_steps,
             initial=done,
@@ -133,16 +145,30 @@ def _settings(
         "keep_bases": keep_bases,
         "model": {"name": model, **fingerprint(pipeline)},
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
-        "device": pipeline.device.type,
+        "device": execution_device(pipeline).type,
+        "backend": _backend(pipeline, config),
         "video": {
-            "frames_sha256": hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest(),
+            "frames_sha256": hashlib.sha256(
+                frames.cpu().contiguous().numpy().tobytes()
+            ).hexdigest(),
             "num_frames": frames.shape[0],
             "height": frames.shape[1],
             "width": frames.shape[2],
             "fps": str(video.fps),
         },
-        "version": importlib.metadata.version("stem-inversion"),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("stem-inversion", "torch", "diffusers")
+        },
     }
+
+
+def _backend(pipeline: Any, config: Any) -> str | None:
+    """The backend that a STEM run gets; two of them differ in the last bits."""
+    if not isinstance(config, StemConfig):
+        return None
+    probe = torch.empty(0, device=execution_device(pipeline), dtype=pipeline.unet.dtype)
+    return select("invert", config.backend, {"features": probe}, config.num_bases)
 
 
 def _as_json(config: Any) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
-from ..attention import Handle, enabled
+from ..attention import Handle, enabled, plain
 from ..config import AttentionConfig, InflatedConfig, SparseCausalConfig, StemConfig
 
 METHODS: dict[str, type[AttentionConfig] | None] = {
@@ -50,4 +50,4 @@ def attention_on(
     pipeline: Any, config: AttentionConfig | None
 ) -> AbstractContextManager[Handle | None]:
     """The attention on in the pipeline's UNet for the length of a `with` block."""
-    return nullcontext(None) if config is None else enabled(pipeline, config)
+    return plain(pipeline) if config is None else enabled(pipeline, config)

@@ -10,7 +10,13 @@ from tqdm.auto import tqdm
 from ..config import StemConfig
 from ..models import fingerprint
 from ..profiling import nvtx_range
-from .diffusion import decode_latents, encode_prompt, predict, sampling_scheduler
+from .diffusion import (
+    decode_latents,
+    encode_prompt,
+    execution_device,
+    predict,
+    sampling_scheduler,
+)
 from .folder import InversionError, InversionFolder
 from .methods import attention_config, attention_on
 
@@ -43,8 +49,7 @@ def reconstruct_latents(
             f"{inversion.path} has {inversion.steps_done} of {len(inversion.timesteps)} steps; "
             "run the inversion again, it goes on where it stopped"
         )
-    made_with = {name: settings["model"][name] for name in fingerprint(pipeline)}
-    if made_with != fingerprint(pipeline):
+    if settings["model"] != {"name": settings["model"]["name"], **fingerprint(pipeline)}:
         raise InversionError(
             f"{inversion.path} was made with the model {settings['model']['name']!r}, whose "
             "configuration or weights (LoRA included) differ from this pipeline's; load that one"
@@ -62,7 +67,7 @@ def reconstruct_latents(
         raise InversionError(f"{inversion.path} is an inversion by {settings['method']}, not stem")
     scheduler = sampling_scheduler(pipeline, settings["num_steps"])
     conditioning = encode_prompt(pipeline, settings["prompt"], size["height"], size["width"])
-    latents = inversion.latents(-1).to(pipeline.device)
+    latents = inversion.latents(-1).to(execution_device(pipeline))
     total = len(scheduler.timesteps)
     with attention_on(pipeline, config) as handle:
         steps = tqdm(

@@ -18,7 +18,7 @@ def psnr(video: torch.Tensor, original: torch.Tensor) -> float:
         video, original: uint8 [N, H, W, 3]; the data range is 1 after division by 255.
 
     Returns:
-        dB; inf where every frame is equal.
+        dB; inf as soon as one frame is exact, since its own PSNR is.
 
     Source: torchmetrics, `peak_signal_noise_ratio`.
     """

@@ -80,10 +80,12 @@ def basis_attention(
                 f"B = {batch} or 1, h = {heads} or 1, K = {num_bases}"
             )
         bias = full
-    chosen = select(OP, backend, {"query": query, "key": key, "value": value}, num_bases)
+    tensors = {"query": query, "key": key, "value": value, "bias": bias}
+    chosen = select(OP, backend, tensors, num_bases)
     scale = dim**-0.5 if scale is None else float(scale)
     if chosen == "triton":
         from ..triton.basis_attention import basis_attention_triton as run
     else:
+        assert chosen == "torch"
         from ..reference.basis_attention import basis_attention_torch as run
     return run(query, key, value, bias, scale).transpose(1, 2)

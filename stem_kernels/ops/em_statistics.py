@@ -82,6 +82,7 @@ def em_statistics(
     if chosen == "triton":
         from ..triton.em_statistics import em_statistics_triton as run
     else:
+        assert chosen == "torch"
         from ..reference.em_statistics import em_statistics_torch as run
     sums, mass, payload_sums = run(features, bases, payload, temperature, normalize)
     if not with_heads:

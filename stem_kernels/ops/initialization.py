@@ -12,12 +12,10 @@ OP = "initial_bases"
 INITIALIZATIONS = ("gaussian", "tokens", "previous")
 
 
-def standard_normals(
-    timestep: torch.Tensor, sizes: list[int], *, seed: int, first_layer: int = 0
-) -> torch.Tensor:
-    """Standard normals for consecutive layers at one timestep, the same on every device.
+def standard_normals(timestep: torch.Tensor, sizes: list[int], *, seed: int) -> torch.Tensor:
+    """Standard normals for layers 0, 1, ... at one timestep, the same on every device.
 
-    Layer `first_layer + i` gets `sizes[i]` numbers from its own generator, which is seeded by
+    Layer i gets `sizes[i]` numbers from its own generator, which is seeded by
     SHA-256 of (seed, layer, timestep) and draws on the CPU. The global generators of torch are
     neither read nor advanced.
 
@@ -25,31 +23,28 @@ def standard_normals(
         timestep: integer or floating tensor; its first element, truncated, is the timestep.
             The result is on its device.
         sizes: how many numbers each layer gets.
-        seed: any integer.
-        first_layer: the index of the first layer.
+        seed: any integer of 64 bits.
 
     Returns:
         float32 [sum(sizes)], layer after layer.
     """
-    return torch.ops.stem_kernels.standard_normals(timestep, sizes, seed, first_layer)
+    return torch.ops.stem_kernels.standard_normals(timestep, sizes, seed)
 
 
 @torch.library.custom_op("stem_kernels::standard_normals", mutates_args=())
-def _standard_normals(
-    timestep: torch.Tensor, sizes: list[int], seed: int, first_layer: int
-) -> torch.Tensor:
+def _standard_normals(timestep: torch.Tensor, sizes: list[int], seed: int) -> torch.Tensor:
     when = int(timestep.flatten()[0])
     generator = torch.Generator(device="cpu")
     drawn = []
-    for offset, size in enumerate(sizes):
-        key = f"{seed}/{first_layer + offset}/{when}".encode()
+    for layer, size in enumerate(sizes):
+        key = f"{seed}/{layer}/{when}".encode()
         generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
         drawn.append(torch.randn(size, generator=generator, dtype=torch.float32))
     return torch.cat(drawn).to(timestep.device) if drawn else timestep.new_empty(0).float()
 
 
 @_standard_normals.register_fake
-def _(timestep: torch.Tensor, sizes: list[int], seed: int, first_layer: int) -> torch.Tensor:
+def _(timestep: torch.Tensor, sizes: list[int], seed: int) -> torch.Tensor:
     return timestep.new_empty(sum(sizes), dtype=torch.float32)
 
 

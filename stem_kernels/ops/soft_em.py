@@ -116,7 +116,8 @@ def _worst_explained(
     num_bases = bases.shape[-2]
     index = even_stride(features.shape[-2], _CANDIDATES_PER_BASE * num_bases, features.device)
     tokens = features.index_select(-2, index).to(bases.dtype)
-    along = torch.matmul(tokens, directions_of(bases, normalize=True).mT)
+    with torch.autocast(features.device.type, enabled=False):
+        along = torch.matmul(tokens, directions_of(bases, normalize=True).mT)
     along = along.masked_fill(is_empty.unsqueeze(-2), float("-inf")).amax(-1)
     residual = tokens.square().sum(-1) - along.clamp(min=0.0).square()
     worst_first = residual.argsort(dim=-1, descending=True, stable=True)

@@ -69,9 +69,9 @@ def stem_attention(
     normals = None
     if init == "gaussian":
         shape = (key.shape[1], num_bases, key.shape[3])
-        timestep = torch.zeros((), device=key.device, dtype=torch.int64)
+        timestep = torch.zeros((), dtype=torch.int64)
         normals = standard_normals(timestep, [shape[0] * shape[1] * shape[2]], seed=seed)
-        normals = normals.view(shape)
+        normals = normals.view(shape).to(key.device)
     start = initial_bases(key, num_bases, init=init, normals=normals)
     found = soft_em(
         key,

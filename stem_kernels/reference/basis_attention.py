@@ -46,11 +46,12 @@ def basis_attention_torch(
     key, value, bias = _for_every_head(query, key, value, bias)
     out = _empty_output(query, value)
     by_head = out.transpose(1, 2)
-    for group in groups(query):
-        for part in token_chunks(query[group], key.shape[-2]):
-            tokens = query[group][..., part, :].to(key.dtype)
-            result = _chunk_attention(tokens, key[group], value[group], bias[group], scale)
-            by_head[group][..., part, :] = result.to(query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        for group in groups(query):
+            for part in token_chunks(query[group], key.shape[-2]):
+                tokens = query[group][..., part, :].to(key.dtype)
+                result = _chunk_attention(tokens, key[group], value[group], bias[group], scale)
+                by_head[group][..., part, :] = result.to(query.dtype)
     return out
 
 

@@ -36,7 +36,7 @@ def token_chunks(tokens: torch.Tensor, num_bases: int) -> Iterator[slice]:
     if tokens.device.type == "cpu":
         size = CPU_LOGITS_PER_HEAD // num_bases
     else:
-        size = GPU_LOGITS // (tokens.shape[:-2].numel() * num_bases)
+        size = GPU_LOGITS // max(1, tokens.shape[:-2].numel() * num_bases)
     size = max(MIN_TOKENS, size)
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))

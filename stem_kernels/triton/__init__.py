@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -49,6 +50,11 @@ def device_reasons(device: torch.device) -> list[str]:
         have, need = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
         return [f"{device} has compute capability {have}; it needs {need} or newer"]
     return []
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device; make that the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def device_capability(device: torch.device) -> tuple[int, int]:

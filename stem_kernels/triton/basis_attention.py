@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..tuning import rows_for, tile_for, tiles
+from . import on_device_of
 from .precision import dot_options
 
 LARGEST_HEAD = 512
@@ -26,9 +27,12 @@ def _basis_attention_kernel(
     WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
-    batch = (tl.program_id(1) // H).to(tl.int64)
-    head = (tl.program_id(1) % H).to(tl.int64)
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
+    tiles = tl.cdiv(n, BLOCK_N)
+    lead = tl.program_id(0) // tiles
+    batch = (lead // H).to(tl.int64)
+    head = (lead % H).to(tl.int64)
+    o_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D).to(tl.int64)
     o_e = tl.arange(0, BLOCK_E).to(tl.int64)
     m_n = o_n < n
@@ -115,13 +119,15 @@ def basis_attention_triton(
     options = tiles("basis_attention")
     block_n = rows_for(row_bytes, options.pop("query_bytes"))
     block_k = tile_for(num_bases, rows_for(row_bytes, options.pop("basis_bytes")))
-    _basis_attention_kernel[(triton.cdiv(n, block_n), batch * heads)](
-        query, key, value, query if bias is None else bias, out,
-        n, num_bases, dim, width, heads,
-        *query.stride(), *key.stride(), *value.stride(), *bias_strides, scale * math.log2(math.e),
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
-        WITH_BIAS=bias is not None, **dot_options(query.dtype), **options,
-    )  # fmt: skip
+    with on_device_of(query):
+        _basis_attention_kernel[(triton.cdiv(n, block_n) * batch * heads,)](
+            query, key, value, query if bias is None else bias, out,
+            n, num_bases, dim, width, heads,
+            *query.stride(), *key.stride(), *value.stride(), *bias_strides,
+            scale * math.log2(math.e),
+            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
+            WITH_BIAS=bias is not None, **dot_options(query.dtype), **options,
+        )  # fmt: skip
     return out
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ..reference.em_statistics import directions_of
 from ..tuning import tile_for, tiles
+from . import on_device_of
 from .precision import dot_options
 
 
@@ -45,6 +46,7 @@ def _logits(
     return tl.where(m_k[:, None], b_logits * scale, float("-inf"))
 
 
+# Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
 @triton.jit
 def _logsumexp_kernel(
     p_features, p_directions, p_logsumexp,
@@ -52,8 +54,9 @@ def _logsumexp_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    lead = tl.program_id(1).to(tl.int64)
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(n, BLOCK_N)
+    lead = (tl.program_id(0) // tiles).to(tl.int64)
+    o_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n
     p_token = p_features + (lead // H) * stride_xb + (lead % H) * stride_xh + o_n * stride_xn
     # [BLOCK_N]
@@ -80,13 +83,13 @@ def _sums_kernel(
     WITH_MASS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     e_tiles = tl.cdiv(E, BLOCK_E)
-    e_tile = tl.program_id(0) % e_tiles
-    o_k = (tl.program_id(0) // e_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    e_tile = tl.program_id(1) % e_tiles
+    o_k = (tl.program_id(1) // e_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
     o_e = (e_tile * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
     m_k = o_k < K
     m_e = o_e < E
-    split = tl.program_id(1).to(tl.int64)
-    lead = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
+    lead = tl.program_id(0).to(tl.int64)
     p_token = p_features + (lead // H) * stride_xb + (lead % H) * stride_xh
     p_value = p_values + (lead // H) * stride_vb + (lead % H) * stride_vh
     p_base = p_directions + (lead * K + o_k) * D
@@ -115,7 +118,7 @@ def _sums_kernel(
         b_sums = tl.dot(b_w, b_v, b_sums, input_precision=PRECISION)
         if WITH_MASS:
             b_mass += tl.sum(b_z, axis=1)
-    row = (split * tl.num_programs(2) + lead) * K + o_k
+    row = (split * tl.num_programs(0) + lead) * K + o_k
     tl.store(p_sums + (row * E)[:, None] + o_e[None, :], b_sums, mask=m_k[:, None] & m_e[None, :])
     if WITH_MASS:
         tl.store(p_mass + row, b_mass, mask=m_k & (e_tile == 0))
@@ -147,13 +150,14 @@ def _accumulate(
     lead = (splits, batch, heads, num_bases)
     sums = torch.empty((*lead, width), dtype=torch.float32, device=features.device)
     mass = torch.empty(lead, dtype=torch.float32, device=features.device)
-    _sums_kernel[(slices, splits, batch * heads)](
-        features, directions, logsumexp, values, sums, mass,
-        n, num_bases, dim, width, heads, tokens_per_split,
-        *features.stride(), *values.stride(), scale,
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e, WITH_MASS=with_mass,
-        **dot_options(features.dtype), **options,
-    )  # fmt: skip
+    with on_device_of(features):
+        _sums_kernel[(batch * heads, slices, splits)](
+            features, directions, logsumexp, values, sums, mass,
+            n, num_bases, dim, width, heads, tokens_per_split,
+            *features.stride(), *values.stride(), scale,
+            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e, WITH_MASS=with_mass,
+            **dot_options(features.dtype), **options,
+        )  # fmt: skip
     return sums.sum(0), mass.sum(0) if with_mass else mass
 
 
@@ -182,11 +186,12 @@ def em_statistics_triton(
     block_d = tile_for(dim, options.pop("block_d"))
     del options["programs"]
     logsumexp = torch.empty((batch, heads, n), dtype=torch.float32, device=features.device)
-    _logsumexp_kernel[(triton.cdiv(n, block_n), batch * heads)](
-        features, directions, logsumexp, n, num_bases, dim, heads, *features.stride(), scale,
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d,
-        **dot_options(features.dtype), **options,
-    )  # fmt: skip
+    with on_device_of(features):
+        _logsumexp_kernel[(triton.cdiv(n, block_n) * batch * heads,)](
+            features, directions, logsumexp, n, num_bases, dim, heads, *features.stride(), scale,
+            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d,
+            **dot_options(features.dtype), **options,
+        )  # fmt: skip
     sums, mass = _accumulate(features, directions, logsumexp, features, scale, with_mass=True)
     if payload is None or width == 0:
         return sums, mass, _outputs(features, num_bases, 0)[2]
