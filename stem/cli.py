@@ -80,9 +80,12 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 def _flat_options(path: Path, methods: Any) -> list[str]:
     """{method: {field: value}} as METHOD.FIELD=VALUE texts."""
+    if isinstance(methods, list) and all(isinstance(text, str) for text in methods):
+        return methods
     if not isinstance(methods, dict) or not all(isinstance(f, dict) for f in methods.values()):
         raise typer.BadParameter(
-            f"{path}: option must map methods to their fields, such as 'stem: {{num_bases: 64}}'"
+            f"{path}: option must map methods to their fields, such as 'stem: {{num_bases: 64}}', "
+            "or list METHOD.FIELD=VALUE texts"
         )
     return [
         f"{method}.{field}={','.join(value) if isinstance(value, list) else value}"
@@ -192,7 +195,9 @@ def invert_command(
                 keep_bases=keep_bases and method == "stem",
             )
             console.print(f"{method}: {inversion.path}", soft_wrap=True)
-    problems.print(_note(model), style="yellow", soft_wrap=True)
+    console.print("the way back: stem reconstruct FOLDER, with a folder from above")
+    if _note(model):
+        problems.print("The model's weights are random numbers.", style="yellow")
 
 
 @app.command("reconstruct")
@@ -267,7 +272,10 @@ def _resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        problems.print("interrupted; run the same command again and it goes on where it stopped")
+        problems.print(
+            "interrupted; finished steps are kept: run the same command again and it goes on after "
+            "the last of them"
+        )
         raise typer.Exit(130) from None
 
 
@@ -275,7 +283,7 @@ def _print_comparison(found: Comparison, clip: Video) -> None:
     count, height, width, _ = clip.frames.shape
     table = Table(title=f"{count} frames, {width}x{height}")
     table.add_column("method")
-    for heading in ("PSNR dB", "SSIM", "latent error", "invert s", "sample s", "peak MiB"):
+    for heading in ("PSNR dB", "SSIM", "latent error", "invert s", "sample s", "extra MiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in found.rows:
         table.add_row(
@@ -290,6 +298,10 @@ def _print_comparison(found: Comparison, clip: Video) -> None:
             _number(None if row.peak_bytes is None else row.peak_bytes / 2**20),
         )
     console.print(table)
+    console.print(
+        "latent error: |x - x0| / |x0| of the latents; extra MiB: the peak above the start of "
+        "each method"
+    )
     for path in (found.sheet, found.video, found.json):
         console.print(str(path), soft_wrap=True)
 

@@ -36,7 +36,7 @@ class Row:
         method: its name; "vae" is the VAE's round trip without any diffusion, the ceiling.
         psnr: dB against the source frames.
         ssim: against the source frames.
-        latent_error: |x - x0| / |x0| of the reconstructed latents, free of the VAE's own loss.
+        latent_error: |x - x0| / |x0| of the reconstructed latents x, free of the VAE's own loss.
         invert_seconds: of what this run did; None where a complete inversion was reused.
         reconstruct_seconds: of the sampling.
         peak_bytes: memory above the loaded model's; None where not measured.
@@ -87,7 +87,7 @@ def compare(
         options: per method, fields of its configuration.
         num_steps: of each inversion and reconstruction.
         model: the pipeline's name, for the record.
-        note: a sentence for compare.json, such as what the weights are.
+        note: for compare.json, where the weights are random: says so, and so do the pictures.
         progress: show progress bars.
 
     Raises:
@@ -134,7 +134,11 @@ def compare(
             )
         )
     result = Comparison(rows, out / "compare.json", out / "compare.png", out / "compare.mp4")
-    videos = {"source": video.frames, **reconstructions}
+    # Without a word on the pictures, noise from random weights would look like a failure.
+    suffix = ", random weights" if note else ""
+    videos = {"source": video.frames}
+    for label, frames in reconstructions.items():
+        videos[("vae alone" if label == "vae" else label) + suffix] = frames
     contact_sheet(videos).save(result.sheet)
     write_video(result.video, torch.stack(list(_side_by_side(videos))), video.fps)
     document = {
@@ -216,9 +220,13 @@ def contact_sheet(videos: Mapping[str, torch.Tensor], columns: int = SHEET_FRAME
     line_height = height + _LABEL_HEIGHT
     sheet = Image.new("RGB", (columns * width, len(videos) * line_height), "white")
     draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
     for line, (label, video) in enumerate(videos.items()):
-        draw.text((4, line * line_height + 4), label, "black", ImageFont.load_default(14))
+        draw.text((4, line * line_height + 4), label, "black", font)
         for column, frame in enumerate(shown):
+            if line == 0:
+                number = (column * width + width - 4, 4)
+                draw.text(number, f"frame {frame}", "black", font, anchor="ra")
             picture = Image.fromarray(video[frame].numpy())
             sheet.paste(picture, (column * width, line * line_height + _LABEL_HEIGHT))
     return sheet

@@ -79,7 +79,8 @@ def test_invert_then_reconstruct(
         *("--steps", "2", "--out", str(tmp_path / "out"), "--keep-bases"),
     ]
     assert run(*arguments) == 0
-    folder = capfd.readouterr().out.splitlines()[-1].removeprefix("stem: ")
+    (line,) = [x for x in capfd.readouterr().out.splitlines() if x.startswith("stem: ")]
+    folder = line.removeprefix("stem: ")
     assert Path(folder).parent == tmp_path / "out" / "inversions"
     target = tmp_path / "again.mp4"
     assert run("reconstruct", folder, "--out", str(target), "--bases", "cached") == 0
@@ -107,6 +108,10 @@ def test_a_file_sets_any_option_and_the_command_line_wins(
         "st-ddim": {"frames": "mid", "min_channels": 64},
     }
     assert document["video"]["frames"] == 2
+    config.write_text(config.read_text().split("option:")[0] + "option: [stem.num_bases=4]\n")
+    assert run(*arguments, "--methods", "stem") == 0
+    document = json.loads((out / "compare.json").read_text())
+    assert document["options"] == {"stem": {"seed": 0, "num_bases": 4}}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,7 @@ def test_an_interruption_says_how_to_go_on(model: str, video: str, tmp_path: Pat
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "goes on where it stopped" in printed
+    assert "finished steps are kept" in printed
     assert "Traceback" not in printed
     (path,) = inversions.iterdir()
     assert 3 <= InversionFolder.open(path).steps_done < 500

@@ -93,6 +93,8 @@ def invert(
         done = 0
     if done:
         logger.info("%s: going on after step %d of %d", folder.path, done, num_steps)
+    else:
+        logger.info("%s: inverting %d frames in %d steps", method, frames.shape[0], num_steps)
     latents = folder.latents(done - 1) if done else folder.x0()
     latents = latents.to(execution_device(pipeline))
     conditioning = encode_prompt(pipeline, prompt, frames.shape[1], frames.shape[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .diffusion import (
 )
 from .folder import InversionError, InversionFolder
 from .methods import attention_config, attention_on
+
+logger = logging.getLogger("stem")
 
 BASES = ("estimate", "cached")
 
@@ -69,6 +72,9 @@ def reconstruct_latents(
     conditioning = encode_prompt(pipeline, settings["prompt"], size["height"], size["width"])
     latents = inversion.latents(-1).to(execution_device(pipeline))
     total = len(scheduler.timesteps)
+    logger.info(
+        "%s: reconstructing %d frames in %d steps", settings["method"], latents.shape[0], total
+    )
     with attention_on(pipeline, config) as handle:
         steps = tqdm(
             scheduler.timesteps,
