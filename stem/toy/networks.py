@@ -1,0 +1,116 @@
+"""The embedded model's parts, all in the classes of diffusers and transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+from .grammar import MAX_CAPTION_WORDS, VOCABULARY
+
+RESOLUTION = 64
+VAE_FACTOR = 4
+TEXT_WIDTH = 128
+_SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|unknown|>")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the grammar, between a start and an end; other words are unknown."""
+    start, end, unknown = _SPECIAL
+    vocabulary = {word: index for index, word in enumerate((*_SPECIAL, *VOCABULARY))}
+    words = Tokenizer(WordLevel(vocabulary, unk_token=unknown))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}",
+        special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        unk_token=unknown,
+        model_max_length=MAX_CAPTION_WORDS // 2 + 2,
+    )
+
+
+def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
+    """A two-layer CLIP text model over the grammar's words."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_autoencoder(scaling_factor: float = 1.0) -> AutoencoderKL:
+    """64x64 pixels to 16x16 latents of 4 channels; no attention."""
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=16,
+        sample_size=RESOLUTION,
+        mid_block_add_attention=False,
+        scaling_factor=scaling_factor,
+    )
+
+
+def make_unet() -> UNet2DConditionModel:
+    """Attention at 16x16 and 8x8, heads of 40 channels as in Stable Diffusion 1.x."""
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // VAE_FACTOR,
+        block_out_channels=(80, 80, 160),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,  # in this class the number of heads
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=16,
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def make_pipeline(
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: Any,
+) -> StableDiffusionPipeline:
+    """The parts as one pipeline, which loads with diffusers alone once saved."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae.eval(),
+        unet=unet.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
