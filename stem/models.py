@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import DDIMScheduler
 
 from .attention.handle import unet_of
 
@@ -77,7 +78,6 @@ def random_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     """
     from diffusers import (
         AutoencoderKL,
-        DDIMScheduler,
         StableDiffusionPipeline,
         UNet2DConditionModel,
     )
@@ -113,23 +113,27 @@ def random_pipeline(seed: int = 0) -> StableDiffusionPipeline:
             sample_size=256,
             scaling_factor=RANDOM_SCALING_FACTOR,
         )
-    scheduler = DDIMScheduler(
+    return StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=CLIPTokenizer(vocab=_byte_vocabulary(), merges=[], model_max_length=77),
+        unet=unet.eval(),
+        scheduler=sd_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sd_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, without clipping."""
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=CLIPTokenizer(vocab=_byte_vocabulary(), merges=[], model_max_length=77),
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
 
 

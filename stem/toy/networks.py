@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from ..models import sd_scheduler
 from .grammar import MAX_CAPTION_WORDS, VOCABULARY
 
 RESOLUTION = 64
@@ -83,18 +84,6 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
 def make_pipeline(
     vae: AutoencoderKL,
     unet: UNet2DConditionModel,
@@ -107,7 +96,7 @@ def make_pipeline(
         unet=unet.eval(),
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
-        scheduler=make_scheduler(),
+        scheduler=sd_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -19,13 +19,13 @@ from torch.nn.functional import l1_loss, mse_loss
 from transformers import PreTrainedTokenizerFast
 
 from ..compare import contact_sheet
+from ..models import sd_scheduler
 from .data import natural_frames, to_images, world_frames
 from .fitting import Schedule, fit
 from .networks import (
     RESOLUTION,
     make_autoencoder,
     make_pipeline,
-    make_scheduler,
     make_text_encoder,
     make_tokenizer,
     make_unet,
@@ -124,7 +124,7 @@ def train(recipe: Recipe, out: Path, *, until: int | None = None) -> StableDiffu
         ["", *captions], padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
     denoiser = Denoiser(tokenizer)
-    scheduler = make_scheduler()
+    scheduler = sd_scheduler()
 
     def diffusion_loss(step: int, generator: torch.Generator) -> torch.Tensor:
         batch = recipe.diffusion_batch
