@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
+from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
 
 from .inversion import InversionFolder, invert, reconstruct_latents
@@ -22,10 +21,8 @@ from .inversion.diffusion import decode_latents, encode_prompt, execution_device
 from .inversion.methods import attention_config
 from .metrics import psnr, ssim
 from .metrics.fidelity import SSIM_VARIANT
+from .pictures import contact_sheet, side_by_side
 from .video import Video, write_video
-
-SHEET_FRAMES = 6
-_LABEL_HEIGHT = 24
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ def compare(
     for label, frames in reconstructions.items():
         videos[("vae alone" if label == "vae" else label) + suffix] = frames
     contact_sheet(videos).save(result.sheet)
-    write_video(result.video, torch.stack(list(_side_by_side(videos))), video.fps)
+    write_video(result.video, torch.stack(list(side_by_side(videos))), video.fps)
     document = {
         "note": note,
         "model": model,
@@ -156,12 +153,8 @@ def compare(
         },
         "ssim_variant": SSIM_VARIANT,
         "peak_memory": PeakMemory(device).what,
-        "machine": {
-            "device": _device_name(device),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "device": device.type,
+        "provenance": provenance("diffusers"),
         "rows": [_finite(dataclasses.asdict(row)) for row in rows],
     }
     result.json.write_text(json.dumps(document, indent=2) + "\n")
@@ -207,49 +200,6 @@ def _row(method: str, frames: torch.Tensor, source: torch.Tensor, latent_error: 
     )
 
 
-def contact_sheet(videos: Mapping[str, torch.Tensor], columns: int = SHEET_FRAMES) -> Image.Image:
-    """A picture with one labelled line per video and up to `columns` frames, evenly spread.
-
-    Args:
-        videos: by label, uint8 [N, H, W, 3], all of one shape.
-        columns: at most so many frames of each.
-    """
-    frames, height, width, _ = next(iter(videos.values())).shape
-    columns = min(columns, frames)
-    shown = [round(index * (frames - 1) / max(1, columns - 1)) for index in range(columns)]
-    line_height = height + _LABEL_HEIGHT
-    sheet = Image.new("RGB", (columns * width, len(videos) * line_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    for line, (label, video) in enumerate(videos.items()):
-        draw.text((4, line * line_height + 4), label, "black", font)
-        for column, frame in enumerate(shown):
-            if line == 0:
-                number = (column * width + width - 4, 4)
-                draw.text(number, f"frame {frame}", "black", font, anchor="ra")
-            picture = Image.fromarray(video[frame].numpy())
-            sheet.paste(picture, (column * width, line * line_height + _LABEL_HEIGHT))
-    return sheet
-
-
-def _side_by_side(videos: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
-    frames, height, width, _ = next(iter(videos.values())).shape
-    columns = math.ceil(math.sqrt(len(videos))) if width < 2 * height else 1
-    lines = math.ceil(len(videos) / columns)
-    size = (columns * width, lines * (height + _LABEL_HEIGHT))
-    for frame in range(frames):
-        canvas = Image.new("RGB", size, "white")
-        draw = ImageDraw.Draw(canvas)
-        for index, (label, video) in enumerate(videos.items()):
-            left = (index % columns) * width
-            top = (index // columns) * (height + _LABEL_HEIGHT)
-            draw.text((left + 4, top + 4), label, "black", ImageFont.load_default(14))
-            canvas.paste(Image.fromarray(video[frame].numpy()), (left, top + _LABEL_HEIGHT))
-        yield torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(
-            size[1], size[0], 3
-        )
-
-
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity; an exact reconstruction's PSNR becomes the text "inf"."""
     return {
@@ -261,9 +211,3 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()

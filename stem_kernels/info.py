@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +36,47 @@ def describe() -> str:
     if len(devices) == 1:
         lines.append("no CUDA GPU is visible to torch")
     return "\n".join(lines)
+
+
+def provenance(*distributions: str) -> dict[str, Any]:
+    """What a file of results says of where it comes from: machine, versions, commit.
+
+    Args:
+        distributions: installed packages to name with their versions, beside torch and triton.
+    """
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    names = ("stem-inversion", "triton", *distributions)
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "versions": {"torch": torch.__version__, **{name: _version(name) for name in names}},
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo")
+    for line in lines.read_text().splitlines() if lines.is_file() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in, "-dirty" if it was changed since; None if in none."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or None
 
 
 def _version(distribution: str) -> str:

@@ -16,7 +16,7 @@ from test_inversion import clip
 
 from stem import InversionFolder, cli, random_pipeline, read_video, write_video
 from stem.clips import shipped_clip
-from stem.compare import contact_sheet
+from stem.pictures import contact_sheet
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_compare_writes_table_picture_video_and_json(
         assert row["peak_bytes"] > 0
         assert Path(row["inversion"]).is_dir()
     assert document["note"] == ""
-    assert Image.open(out / "compare.png").size == (3 * 64, 4 * (32 + 24))
+    assert Image.open(out / "compare.png").size == (3 * 256, 4 * (128 + 24))
     written = read_video(out / "compare.mp4", multiple_of=1)
     assert written.frames.shape[0] == 3
     assert written.fps == 10
@@ -213,5 +213,5 @@ def test_a_contact_sheet_shows_the_first_and_the_last_frame() -> None:
     frames = torch.zeros(9, 20, 30, 3, dtype=torch.uint8)
     frames[0], frames[8] = 50, 200
     sheet = contact_sheet({"a": frames, "b": frames}, columns=3)
-    assert sheet.size == (90, 2 * (20 + 24))
-    assert [sheet.getpixel((30 * column + 15, 40))[0] for column in range(3)] == [50, 0, 200]
+    assert sheet.size == (3 * 210, 2 * (140 + 24))  # magnified by 7
+    assert [sheet.getpixel((210 * column + 105, 100))[0] for column in range(3)] == [50, 0, 200]

@@ -1,0 +1,77 @@
+"""Pictures of several videos together, for a person to look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+SHEET_FRAMES = 6
+MIN_SIDE = 128  # smaller frames are magnified, pixel by pixel
+_LABEL_HEIGHT = 24
+
+
+def contact_sheet(
+    videos: Mapping[str, torch.Tensor], columns: int = SHEET_FRAMES, *, numbered: bool = True
+) -> Image.Image:
+    """A picture with one labelled line per video and up to `columns` frames, evenly spread.
+
+    Args:
+        videos: by label, uint8 [N, H, W, 3], all of one shape.
+        columns: at most so many frames of each.
+        numbered: write each frame's number above the first line.
+    """
+    first = next(iter(videos.values()))
+    frames, columns = first.shape[0], min(columns, first.shape[0])
+    width, height = _shown_size(first)
+    shown = [round(index * (frames - 1) / max(1, columns - 1)) for index in range(columns)]
+    line_height = height + _LABEL_HEIGHT
+    sheet = Image.new("RGB", (columns * width, len(videos) * line_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for line, (label, video) in enumerate(videos.items()):
+        draw.text((4, line * line_height + 4), label, "black", font)
+        for column, frame in enumerate(shown):
+            if line == 0 and numbered:
+                number = (column * width + width - 4, 4)
+                draw.text(number, f"frame {frame}", "black", font, anchor="ra")
+            picture = _picture(video[frame], (width, height))
+            sheet.paste(picture, (column * width, line * line_height + _LABEL_HEIGHT))
+    return sheet
+
+
+def side_by_side(videos: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The frames of all videos at once, labelled: uint8 [H, W, 3], frame after frame.
+
+    Args:
+        videos: by label, uint8 [N, H, W, 3], all of one shape.
+    """
+    first = next(iter(videos.values()))
+    width, height = _shown_size(first)
+    columns = math.ceil(math.sqrt(len(videos))) if width < 2 * height else 1
+    lines = math.ceil(len(videos) / columns)
+    size = (columns * width, lines * (height + _LABEL_HEIGHT))
+    for frame in range(first.shape[0]):
+        canvas = Image.new("RGB", size, "white")
+        draw = ImageDraw.Draw(canvas)
+        for index, (label, video) in enumerate(videos.items()):
+            left = (index % columns) * width
+            top = (index // columns) * (height + _LABEL_HEIGHT)
+            draw.text((left + 4, top + 4), label, "black", ImageFont.load_default(14))
+            canvas.paste(_picture(video[frame], (width, height)), (left, top + _LABEL_HEIGHT))
+        yield torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(
+            size[1], size[0], 3
+        )
+
+
+def _shown_size(frames: torch.Tensor) -> tuple[int, int]:
+    """Width and height at which frames [N, H, W, 3] are shown."""
+    height, width = frames.shape[1:3]
+    scale = math.ceil(MIN_SIDE / min(height, width))
+    return scale * width, scale * height
+
+
+def _picture(frame: torch.Tensor, size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(frame.numpy()).resize(size, Image.Resampling.NEAREST)
