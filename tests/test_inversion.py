@@ -23,6 +23,7 @@ from stem.inversion import (
     InversionFolder,
     reconstruct,
     reconstruct_latents,
+    round_trip,
 )
 from stem.inversion.methods import attention_config
 from stem_kernels import BackendError
@@ -281,3 +282,25 @@ def test_damaged_folders(tmp_path: Path) -> None:
 def test_options_that_do_not_exist(method: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention_config(method, options, num_frames=4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_in_memory_it_is_the_same(tmp_path: Path, method: str) -> None:
+    pipeline = make_pipeline()
+    folder = inverted(tmp_path, method=method)
+    config = attention_config(method, STEM if method == "stem" else {}, 3)
+    seen: list[int] = []
+    latents = round_trip(pipeline, folder.x0(), "a duck", 5, config, on_inverted=seen.append)
+    assert torch.equal(latents, reconstruct_latents(pipeline, folder, progress=False))
+    assert seen == list(folder.timesteps)
+
+
+def test_in_memory_with_the_bases_of_the_inversion(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    folder = inverted(tmp_path, keep_bases=True)
+    config = attention_config("stem", STEM, 3)
+    latents = round_trip(pipeline, folder.x0(), "a duck", 5, config, cached=True)
+    expected = reconstruct_latents(pipeline, folder, bases="cached", progress=False)
+    assert torch.equal(latents, expected)
+    with pytest.raises(ValueError, match="only StemConfig has bases"):
+        round_trip(pipeline, folder.x0(), "a duck", 5, cached=True)

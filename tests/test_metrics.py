@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from stem.metrics import psnr, ssim
+from stem.metrics import mean_interval, psnr, ssim, warped_similarity
 from stem_kernels.measure import PeakMemory
 
 
@@ -56,3 +56,41 @@ def test_peak_memory_counts_what_was_held_at_once() -> None:
             torch.ones(20_000_000)
     assert memory.extra_bytes is not None
     assert 75e6 < memory.extra_bytes < 100e6
+
+
+def test_features_that_move_with_the_flow_are_steady() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(1, 6, 10, 14, generator=generator)
+    # The picture moves two cells to the left and one down from frame to frame.
+    features = torch.cat([wide[:, :, 2 - t : 10 - t, 2 * t : 8 + 2 * t] for t in range(3)])
+    flow = torch.tensor([-2.0, 1.0]).expand(2, 8, 8, 2)
+    occlusion = torch.zeros(2, 8, 8, dtype=torch.bool)
+    occlusion[:, :, :2] = True
+    occlusion[:, 7:] = True
+    assert warped_similarity(features, flow, occlusion) == pytest.approx(1.0, abs=1e-5)
+    still = torch.zeros_like(flow)
+    assert abs(warped_similarity(features, still, occlusion)) < 0.3
+    # A cell that is seen again counts; one that left the picture is not compared with its rim.
+    assert warped_similarity(features, flow, torch.zeros_like(occlusion)) < 0.95
+    scaled = features * torch.tensor([1.0, 2.0, 3.0])[:, None, None, None]
+    assert warped_similarity(scaled, flow, occlusion) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_similarity_refuses_what_does_not_belong_together() -> None:
+    features, seen = torch.ones(3, 4, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"need a flow of \[2, 8, 8, 2\]"):
+        warped_similarity(features, torch.zeros(2, 16, 16, 2), seen)
+    with pytest.raises(ValueError, match="no cell of any frame is seen"):
+        warped_similarity(features, torch.zeros(2, 8, 8, 2), ~seen)
+
+
+def test_the_interval_of_a_mean() -> None:
+    # t(0.975, 3 degrees of freedom) = 3.18245, of any table; the deviation of 1 2 3 4 is 1.29099.
+    found = mean_interval([1.0, 2.0, 3.0, 4.0])
+    assert found.mean == 2.5
+    assert found.half_width == pytest.approx(3.18245 * 1.29099 / 2, rel=1e-5)
+    assert f"{found:.1f}" == "2.5 ± 2.1"
+    assert f"{found:+.1f}" == "+2.5 ± 2.1"
+    assert math.isnan(mean_interval([1.0]).half_width)
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval([])

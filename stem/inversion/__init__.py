@@ -4,6 +4,7 @@ from .folder import InversionError, InversionFolder
 from .invert import invert
 from .methods import METHODS
 from .reconstruct import reconstruct, reconstruct_latents
+from .round_trip import round_trip
 
 __all__ = [
     "METHODS",
@@ -12,4 +13,5 @@ __all__ = [
     "invert",
     "reconstruct",
     "reconstruct_latents",
+    "round_trip",
 ]

@@ -1,0 +1,39 @@
+"""What several videos say together."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from scipy.stats import t
+
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """A mean, and how far on either side of it the true one may lie."""
+
+    mean: float
+    half_width: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}} ± {self.half_width:{spec.lstrip('+')}}"
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean of independent values and its 95 % interval by Student's t; nan for one value alone.
+
+    For two methods on the same videos, take the interval of the differences: videos differ more
+    than methods do.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("there are no values to take the mean of")
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Interval(mean, float("nan"))
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return Interval(mean, float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error)
