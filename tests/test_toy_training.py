@@ -61,7 +61,7 @@ def test_another_recipe_does_not_take_up_a_checkpoint(tmp_path: Path) -> None:
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         return model(torch.randn(4, 2, generator=generator)).square().mean()
 
-    losses = fit("line", model, loss, Schedule(300, 1e-1), tmp_path, seed=0)
+    losses = fit("line", model, loss, Schedule(300, 1e-1), tmp_path, seed=0).losses
     assert len(losses) == 300
     assert losses[-1] < losses[0] / 2
     with pytest.raises(ValueError, match=r"was trained with .* take another folder"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +35,14 @@ class Schedule:
     checkpoint_every: int = 250
 
 
+@dataclass
+class History:
+    """The loss of every step so far, and the seconds that it took."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
 def fit(
     name: str,
     model: nn.Module,
@@ -43,7 +52,7 @@ def fit(
     *,
     seed: int,
     until: int | None = None,
-) -> list[float]:
+) -> History:
     """Train `model`, or go on from the checkpoint in `folder`; then give it its averaged weights.
 
     A step's random numbers come from a generator seeded by (seed, step) alone, so a run that was
@@ -59,7 +68,7 @@ def fit(
         until: stop after so many steps, keeping the checkpoint; None: at the end.
 
     Returns:
-        The loss of every step done so far.
+        What all steps so far, those before an interruption included, came to.
 
     Raises:
         ValueError: the checkpoint is of another schedule or seed.
@@ -68,9 +77,9 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, weight_decay=0.01)
     checkpoint = folder / f"{name}.pt"
     settings = {"seed": seed, **vars(schedule)}
-    losses: list[float] = []
+    history = History()
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
         if saved["settings"] != settings:
             raise ValueError(
                 f"{checkpoint} was trained with {saved['settings']}, not {settings}; take another "
@@ -79,11 +88,13 @@ def fit(
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
-        losses = saved["losses"]
+        history = History(**saved["history"])
     last = schedule.steps if until is None else min(until, schedule.steps)
     model.train()
+    losses = history.losses
     bar = tqdm(range(len(losses), last), initial=len(losses), total=last, desc=name, disable=None)
     for step in bar:
+        start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * _rate(step, schedule.steps)
         loss = loss_at(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
@@ -93,6 +104,7 @@ def fit(
         optimizer.step()
         average.update_parameters(model)
         losses.append(float(loss.detach()))
+        history.seconds.append(time.perf_counter() - start)
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
         if len(losses) % schedule.checkpoint_every == 0 or len(losses) == last:
             state = {
@@ -100,14 +112,14 @@ def fit(
                 "model": model.state_dict(),
                 "average": average.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "losses": losses,
+                "history": vars(history),
             }
             partial = checkpoint.with_suffix(".partial")
             torch.save(state, partial)
             os.replace(partial, checkpoint)
     model.load_state_dict(average.module.state_dict())
     model.eval()
-    return losses
+    return history
 
 
 def _rate(step: int, steps: int) -> float:

@@ -5,10 +5,13 @@ Run the same command again after an interruption and it goes on from its checkpo
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,10 +21,13 @@ from torch import nn
 from torch.nn.functional import l1_loss, mse_loss
 from transformers import PreTrainedTokenizerFast
 
-from ..compare import contact_sheet
+from stem_kernels.info import provenance
+
 from ..models import sd_scheduler
+from ..pictures import contact_sheet
+from .card import TRAINING_RECORD
 from .data import natural_frames, to_images, world_frames
-from .fitting import Schedule, fit
+from .fitting import History, Schedule, fit
 from .networks import (
     RESOLUTION,
     make_autoencoder,
@@ -32,10 +38,12 @@ from .networks import (
 )
 
 CAPTION_DROPOUT = 0.1
-NATURAL_SHARE = 0.3
-KL_WEIGHT = 1e-6
+NATURAL_SHARE = 0.4
+NATURAL_SEED = 0
+LATENT_WEIGHT = 1e-3  # keeps the latents' means near unit size
 GRID_SEED = 10_000_000
-GRID_SAMPLES = 12
+GRID_CAPTIONS = 6
+FINAL_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,16 @@ class Recipe:
 
     Args:
         scenes: world frames drawn once, of seeds 0 ... scenes - 1.
+        natural: crops of photographs and of a clip, for the autoencoder alone.
         autoencoder_steps, autoencoder_batch: of the autoencoder.
         diffusion_steps, diffusion_batch: of the UNet and the text encoder, on its latents.
         seed: of the networks' first weights and of every step.
     """
 
     scenes: int = 30_000
-    autoencoder_steps: int = 6_000
-    autoencoder_batch: int = 16
+    natural: int = 10_000
+    autoencoder_steps: int = 10_000
+    autoencoder_batch: int = 8
     diffusion_steps: int = 20_000
     diffusion_batch: int = 32
     seed: int = 0
@@ -72,12 +82,15 @@ class Denoiser(nn.Module):
         return self.unet(latents, timesteps, text, return_dict=False)[0]
 
 
-def train(recipe: Recipe, out: Path, *, until: int | None = None) -> StableDiffusionPipeline | None:
+def train(
+    recipe: Recipe, out: Path, *, device: str = "cpu", until: int | None = None
+) -> StableDiffusionPipeline | None:
     """Train everything, save the pipeline to `out`/model, and draw losses and samples.
 
     Args:
         recipe: the recipe.
         out: folder of checkpoints, plots and model.
+        device: to train on, such as "cpu" or "cuda".
         until: stop after so many steps, those of the autoencoder counted first; only checkpoints
             are written then.
 
@@ -87,8 +100,9 @@ def train(recipe: Recipe, out: Path, *, until: int | None = None) -> StableDiffu
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     frames, captions = world_frames(recipe.scenes, RESOLUTION, first_seed=0)
-    vae = make_autoencoder()
-    natural = natural_frames(RESOLUTION)
+    # Convolutions of few channels are faster so, on a CPU and on a GPU.
+    vae = make_autoencoder().to(device=device, memory_format=torch.channels_last)
+    natural = natural_frames(recipe.natural, RESOLUTION, seed=NATURAL_SEED)
 
     def autoencoder_loss(step: int, generator: torch.Generator) -> torch.Tensor:
         wild = int(NATURAL_SHARE * recipe.autoencoder_batch)
@@ -98,13 +112,15 @@ def train(recipe: Recipe, out: Path, *, until: int | None = None) -> StableDiffu
                 for pool, count in ((frames, recipe.autoencoder_batch - wild), (natural, wild))
             ]
         )
+        images = images.to(device)
         posterior = vae.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator)
-        decoded = vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0]
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        latents = posterior.mean + posterior.std.detach() * noise
+        decoded = vae.decode(latents, return_dict=False)[0]
         loss = l1_loss(decoded, images) + mse_loss(decoded, images)
-        return loss + KL_WEIGHT * posterior.kl().mean()
+        return loss + LATENT_WEIGHT * posterior.mean.square().mean()
 
-    losses = {
+    histories = {
         "autoencoder": fit(
             "autoencoder",
             vae,
@@ -123,7 +139,8 @@ def train(recipe: Recipe, out: Path, *, until: int | None = None) -> StableDiffu
     ids = tokenizer(
         ["", *captions], padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
-    denoiser = Denoiser(tokenizer)
+    denoiser = Denoiser(tokenizer).to(device)
+    denoiser.unet.to(memory_format=torch.channels_last)
     scheduler = sd_scheduler()
 
     def diffusion_loss(step: int, generator: torch.Generator) -> torch.Tensor:
@@ -134,10 +151,11 @@ def train(recipe: Recipe, out: Path, *, until: int | None = None) -> StableDiffu
         noise = torch.randn(clean.shape, generator=generator)
         told = torch.rand(batch, generator=generator) >= CAPTION_DROPOUT
         noisy = scheduler.add_noise(clean, noise, timesteps)
-        predicted = denoiser(noisy, timesteps, ids[(chosen + 1) * told])
-        return mse_loss(predicted, noise)
+        words = ids[(chosen + 1) * told]
+        predicted = denoiser(noisy.to(device), timesteps.to(device), words.to(device))
+        return mse_loss(predicted, noise.to(device))
 
-    losses["diffusion"] = fit(
+    histories["diffusion"] = fit(
         "diffusion",
         denoiser,
         diffusion_loss,
@@ -146,23 +164,48 @@ def train(recipe: Recipe, out: Path, *, until: int | None = None) -> StableDiffu
         seed=recipe.seed,
         until=None if until is None else until - recipe.autoencoder_steps,
     )
-    if len(losses["diffusion"]) < recipe.diffusion_steps:
+    if len(histories["diffusion"].losses) < recipe.diffusion_steps:
         return None
-    pipeline = make_pipeline(vae, denoiser.unet, denoiser.text_encoder, tokenizer)
-    _plot(losses, out / "losses.png")
-    _, wanted = world_frames(GRID_SAMPLES, RESOLUTION, first_seed=GRID_SEED)
+    pipeline = make_pipeline(vae, denoiser.unet, denoiser.text_encoder, tokenizer).to("cpu")
+    _plot(histories, out / "losses.png")
+    _, wanted = world_frames(GRID_CAPTIONS, RESOLUTION, first_seed=GRID_SEED)
     sample_grid(pipeline, wanted).save(out / "samples.png")
+    for part in (pipeline.unet, pipeline.vae):
+        part.to(memory_format=torch.contiguous_format)  # safetensors takes no other
     # The text encoder stays in float32: transformers would load float16 as such, diffusers not.
     pipeline.unet.half()
     pipeline.vae.half()
     pipeline.save_pretrained(out / "model")
+    record = _record(recipe, device, histories)
+    (out / "model" / TRAINING_RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return pipeline
+
+
+def _record(recipe: Recipe, device: str, histories: dict[str, History]) -> dict[str, Any]:
+    """How the model was trained, for those who find it."""
+    return {
+        "recipe": dataclasses.asdict(recipe),
+        "device": device,
+        "stages": {
+            name: {
+                "steps": len(history.losses),
+                "hours": round(sum(history.seconds) / 3600, 2),
+                "final_loss": statistics.fmean(history.losses[-FINAL_STEPS:]),
+            }
+            for name, history in histories.items()
+        },
+        "final_loss": f"mean of the last {FINAL_STEPS} steps",
+        "provenance": provenance("diffusers", "transformers"),
+    }
 
 
 @torch.no_grad()
 def _encoded(vae: AutoencoderKL, frames: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Posterior means of all frames in float16, and the factor that gives them unit variance."""
-    means = [vae.encode(to_images(part)).latent_dist.mean.half() for part in frames.split(64)]
+    means = [
+        vae.encode(to_images(part).to(vae.device)).latent_dist.mean.half().cpu()
+        for part in frames.split(64)
+    ]
     latents = torch.cat(means)
     return latents, float(1 / latents.float().std())
 
@@ -170,29 +213,28 @@ def _encoded(vae: AutoencoderKL, frames: torch.Tensor) -> tuple[torch.Tensor, fl
 def sample_grid(
     pipeline: StableDiffusionPipeline, captions: Sequence[str], *, columns: int = 6, seed: int = 0
 ) -> Image.Image:
-    """Pictures sampled from captions, `columns` in a line, the captions above each line."""
+    """Pictures sampled from captions, `columns` of each in a line below the caption."""
     images = pipeline(
         list(captions),
         height=RESOLUTION,
         width=RESOLUTION,
+        num_images_per_prompt=columns,
         num_inference_steps=25,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(seed),
         output_type="np",
     ).images
     frames = (torch.from_numpy(images) * 255).round().to(torch.uint8)
-    lines = {
-        " / ".join(captions[start : start + columns]): frames[start : start + columns]
-        for start in range(0, len(captions), columns)
-    }
-    return contact_sheet(lines, columns=columns)
+    lines = dict(zip(captions, frames.split(columns), strict=True))
+    return contact_sheet(lines, columns, numbered=False)
 
 
-def _plot(losses: dict[str, list[float]], path: Path) -> None:
+def _plot(histories: dict[str, History], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (name, values) in zip(figure.subplots(1, 2), losses.items(), strict=True):
+    for axes, (name, history) in zip(figure.subplots(1, 2), histories.items(), strict=True):
+        values = history.losses
         axes.plot(torch.tensor(values).unfold(0, min(50, len(values)), 1).mean(-1))
         axes.set(title=f"{name}: mean of 50 steps", xlabel="step", ylabel="loss", yscale="log")
     figure.savefig(path)
@@ -204,6 +246,7 @@ def main(
     autoencoder_steps: int = Recipe.autoencoder_steps,
     diffusion_steps: int = Recipe.diffusion_steps,
     seed: int = Recipe.seed,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
     until: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
 ) -> None:
     """Train the embedded model from nothing."""
@@ -213,7 +256,7 @@ def main(
         diffusion_steps=diffusion_steps,
         seed=seed,
     )
-    train(recipe, out, until=until)
+    train(recipe, out, device=device, until=until)
 
 
 if __name__ == "__main__":
