@@ -17,7 +17,7 @@ pipeline_tag: text-to-image
 
 # A small text-to-image model of a procedural world
 
-A Stable Diffusion pipeline in miniature, {pixels} pixels through 16x16x4 latents, for trying and
+A Stable Diffusion pipeline in miniature, {pixels} pixels through 16x16 latents, for trying and
 comparing video inversion without a model hub. It was trained by `python -m stem.toy.train`; its
 figures were measured by `python -m stem.toy.evaluate`. It loads with diffusers alone:
 

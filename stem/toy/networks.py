@@ -23,9 +23,9 @@ from .grammar import MAX_CAPTION_WORDS, VOCABULARY
 
 RESOLUTION = 64
 VAE_FACTOR = 4
-# Eight, not Stable Diffusion's four: at a factor of 4 a latent stands for 48 numbers, and with four
+# Not Stable Diffusion's four: a latent stands for the 48 numbers of 4x4 pixels, and with four
 # channels edges blur.
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 12
 TEXT_WIDTH = 128
 POSTERIOR_STD = 0.05
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|unknown|>")

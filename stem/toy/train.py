@@ -60,9 +60,9 @@ class Recipe:
 
     scenes: int = 30_000
     natural: int = 10_000
-    autoencoder_steps: int = 10_000
+    autoencoder_steps: int = 14_000
     autoencoder_batch: int = 8
-    diffusion_steps: int = 20_000
+    diffusion_steps: int = 12_000
     diffusion_batch: int = 32
     seed: int = 0
 
