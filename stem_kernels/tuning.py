@@ -6,24 +6,38 @@ import functools
 import json
 from importlib import resources
 
-from .triton import interpreted
+import torch
+
+from .triton import device_capability, interpreted
 
 MIN_TILE = 16
 
 
-def tiles(op: str) -> dict[str, int]:
+def tiles(op: str, device: torch.device) -> dict[str, int]:
     """The tile sizes and launch options of one operator; the caller may change the copy.
 
-    `default.json` is safe on every GPU that is served. In the interpreter a program costs
+    `default.json` is safe on every GPU that is served, and a table such as `sm90.json` takes the
+    place of its rows on GPUs of that compute capability. In the interpreter a program costs
     milliseconds whatever its size, so `interpreter.json` has few and large ones.
+
+    Args:
+        op: a row of the tables, such as "em_fused 48".
+        device: of the tensors.
+
+    Returns:
+        Empty where no table has such a row: that kernel is not for this device.
     """
-    return dict(_table("interpreter" if interpreted() else "default")[op])
+    if interpreted():
+        return dict(table("interpreter")[op])
+    major, minor = device_capability(device)
+    return dict(table(f"sm{major}{minor}").get(op) or table("default").get(op) or {})
 
 
 @functools.cache
-def _table(name: str) -> dict[str, dict[str, int]]:
-    text = resources.files("stem_kernels").joinpath(f"configs/{name}.json").read_text()
-    return json.loads(text)
+def table(name: str) -> dict[str, dict[str, int]]:
+    """The rows of one file of `configs/` by operator; none where there is no such file."""
+    file = resources.files("stem_kernels").joinpath(f"configs/{name}.json")
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def tile_for(size: int, largest: int) -> int:
@@ -31,9 +45,20 @@ def tile_for(size: int, largest: int) -> int:
     return min(largest, max(MIN_TILE, 1 << (size - 1).bit_length()))
 
 
+def two_tiles(width: int) -> tuple[int, int]:
+    """Powers of two of at least MIN_TILE that cover `width` together; the second may be 0.
+
+    40 = 32 + 8 (a tile of 16), 80 = 64 + 16, 160 = 128 + 32: padding 40 channels to 64 would cost
+    60 % more matrix work.
+    """
+    main = max(MIN_TILE, 1 << (width.bit_length() - 1))
+    rest = width - main
+    return main, tile_for(rest, main) if rest > 0 else 0
+
+
 def rows_for(row_bytes: int, block_bytes: int) -> int:
-    """How many rows of `row_bytes` a tile of about `block_bytes` has, MIN_TILE ... 128.
+    """How many rows of `row_bytes` a tile of about `block_bytes` has, MIN_TILE ... 64.
 
     Both are powers of two, and so is the result.
     """
-    return max(MIN_TILE, min(128, block_bytes // row_bytes))
+    return max(MIN_TILE, min(64, block_bytes // row_bytes))

@@ -215,15 +215,23 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: basis_attention(q, k, v), (query, key, value))
 
 
-@pytest.mark.parametrize("op", ["em_statistics", "basis_attention"])
+@pytest.mark.parametrize("op", ["em_statistics", "soft_em", "basis_attention"])
 @pytest.mark.interpreter
 def test_opcheck(backend: str, op: str) -> None:
     grad = backend == "torch"
+    if grad and op == "soft_em":
+        pytest.skip("in torch soft_em is made of em_statistics, and is no operator of its own")
     operator = _registered(op, backend)
     if op == "em_statistics":
         features = tokens(2, 30, 3, 8).transpose(1, 2).requires_grad_(grad)
         bases, payload = tokens(2, 3, 5, 8), tokens(2, 3, 30, 4)
         samples = [(features, bases, payload, 0.5, True), (features, bases, None, 0.5, False)]
+    elif op == "soft_em":
+        features, bases, payload = tokens(2, 3, 30, 8), tokens(2, 3, 5, 8), tokens(2, 3, 30, 4)
+        samples = [
+            (features, bases, payload, 2, 0.5, True, "mask"),
+            (features, bases, None, 2, 0.5, False, "reseed"),
+        ]
     else:
         query = tokens(2, 30, 3, 8).transpose(1, 2).requires_grad_(grad)
         key, bias = tokens(1, 3, 5, 8), torch.zeros(1, 3, 5, device=DEVICE)
@@ -238,7 +246,8 @@ def test_opcheck(backend: str, op: str) -> None:
 def _registered(op: str, backend: str):  # type: ignore[no-untyped-def]
     if backend == "triton":
         import stem_kernels.triton.basis_attention
-        import stem_kernels.triton.em_statistics  # noqa: F401
+        import stem_kernels.triton.em_statistics
+        import stem_kernels.triton.soft_em  # noqa: F401
     return getattr(torch.ops.stem_kernels, f"{op}_{backend}")
 
 

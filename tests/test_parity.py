@@ -134,6 +134,62 @@ def test_any_shape(n: int, num_bases: int, width: int, payload_width: int, heads
         assert max_error(result, expected) <= 2e-5 * scale
 
 
+@pytest.mark.parametrize("empty", ["zero", "mask"])
+@pytest.mark.parametrize(
+    ("width", "payload_width", "dtype"),
+    [
+        (40, 40, torch.float16),  # summed together with the payload
+        (160, 96, torch.bfloat16),  # responsibilities made again for the payload
+        (320, 24, torch.float16),  # two products
+        (24, 24, torch.float32),  # the pass for everything else
+    ],
+)
+def test_iterations(
+    backend: str, width: int, payload_width: int, dtype: torch.dtype, empty: str
+) -> None:
+    # A temperature at which the assignment is soft: at 0.01 rounding decides it, and EM is chaotic.
+    temperature = width**0.5 / 16
+    features = (1 + clustered_tokens((2, 500, 3, width), seed=5)).to(dtype).transpose(1, 2)
+    payload = clustered_tokens((2, 500, 3, payload_width), seed=6).to(dtype).transpose(1, 2)
+    bases = features[..., ::20, :].float().clone()
+    if empty == "mask":
+        bases[..., :3, :] = -1.0  # away from all tokens
+    features, payload, bases = features.to(DEVICE), payload.to(DEVICE), bases.to(DEVICE)
+    settings = {"num_iters": 3, "temperature": temperature, "empty": empty}
+    found = soft_em(features, bases, payload=payload, backend=backend, **settings)
+    double = [tensor.double().cpu() for tensor in (features, bases, payload)]
+    exact = soft_em(double[0], double[1], payload=double[2], **settings)
+    # Logits of size 25 from directions rounded to the dtype, three times over.
+    tolerance = {torch.float32: 1e-4, torch.float16: 1.5e-2, torch.bfloat16: 1.2e-1}[dtype]
+    assert torch.equal(found.mass.cpu() == 0, exact.mass == 0)
+    assert bool((exact.mass == 0).any()) == (empty == "mask")
+    for result, expected in zip(found, exact, strict=True):
+        assert result.dtype == torch.float32
+        assert max_error(result.cpu(), expected) <= tolerance * float(expected.abs().max())
+
+
+def test_no_base_stays_empty_when_they_are_reseeded(backend: str) -> None:
+    features = (1 + clustered_tokens((1, 1000, 40))).to(DEVICE, torch.float16)
+    bases = torch.full((1, 64, 40), -1.0, device=DEVICE)
+    bases[:, :3] = features[:, :3]
+    settings = {"num_iters": 4, "temperature": 0.1, "backend": backend}
+    assert int((soft_em(features, bases, empty="mask", **settings).mass == 0).sum()) > 50
+    assert int((soft_em(features, bases, empty="reseed", **settings).mass == 0).sum()) < 10
+
+
+def test_tokens_in_several_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend != "triton":
+        pytest.skip("only Triton's pass over wide tokens goes chunk by chunk")
+    from stem_kernels.triton import em_wide
+
+    features, bases, payload = em_case(1000, 16, 320, torch.float16)
+    whole = soft_em(features, bases, payload=payload, num_iters=1, backend=backend)
+    monkeypatch.setattr(em_wide, "LARGEST_CHUNK_BYTES", 300 * 16 * 2)
+    parts = soft_em(features, bases, payload=payload, num_iters=1, backend=backend)
+    for one, other in zip(whole, parts, strict=True):
+        assert max_error(one, other) <= 1e-5 * float(one.abs().max())
+
+
 def test_results_repeat_bit_for_bit(backend: str) -> None:
     features, bases, payload = em_case(1000, 64, 40, torch.float16)
     first, second = (

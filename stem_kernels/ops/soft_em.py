@@ -6,16 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..reference.em_statistics import directions_of
+from ..backends import select
 from .checks import check_choice
-from .em_statistics import check_em_inputs, em_statistics
+from .em_statistics import check_em_inputs
 
 OP = "soft_em"
 
-MASS_EPS = 1e-4
-EMPTY_FRACTION = 0.01
 EMPTY_POLICIES = ("zero", "mask", "reseed")
-_CANDIDATES_PER_BASE = 8
 
 
 class SoftEM(NamedTuple):
@@ -78,58 +75,26 @@ def soft_em(
     check_choice(OP, "empty", empty, EMPTY_POLICIES)
     if num_iters < 1:
         raise ValueError(f"{OP}: num_iters is {num_iters}; it must be at least 1")
-    num_tokens, num_bases = features.shape[-2], bases.shape[-2]
-    if num_tokens == 0:
+    if features.shape[-2] == 0:
         raise ValueError(f"{OP}: features are {list(features.shape)}; there must be a token")
-    least_mass = EMPTY_FRACTION * min(1.0, num_tokens / num_bases)
-    bases = bases.to(torch.promote_types(features.dtype, torch.float32))
-    for iteration in range(num_iters):
-        last = iteration == num_iters - 1
-        statistics = em_statistics(
-            features,
-            bases,
-            temperature=temperature,
-            normalize=normalize,
-            payload=payload if last else None,
-            backend=backend,
-        )
-        mass = statistics.mass
-        share = (mass + MASS_EPS).unsqueeze(-1)
-        updated = statistics.sums / share
-        if empty == "zero":
-            bases = updated
-            continue
-        is_empty = mass < least_mass
-        mass = torch.where(is_empty, 0.0, mass)
-        kept = bases
-        if empty == "reseed" and not last:
-            kept = _worst_explained(features, updated, is_empty)
-        bases = torch.where(is_empty.unsqueeze(-1), kept, updated)
-    payload_sums = statistics.payload_sums
-    return SoftEM(bases, None if payload_sums is None else payload_sums / share, mass)
+    tensors = {"features": features, "bases": bases, "payload": payload}
+    chosen = select(OP, backend, tensors, bases.shape[-2])
+    with_heads = features.ndim == 4
+    if not with_heads:
+        features, bases = features.unsqueeze(0), bases.unsqueeze(0)
+        payload = None if payload is None else payload.unsqueeze(0)
+    arguments = (features, bases, payload, num_iters, temperature, normalize, empty)
+    if chosen == "triton":
+        from ..triton.soft_em import soft_em_triton
 
+        found = soft_em_triton(*arguments)
+    else:
+        assert chosen == "torch"
+        from ..reference.soft_em import soft_em_torch
 
-def _worst_explained(
-    features: torch.Tensor, bases: torch.Tensor, is_empty: torch.Tensor
-) -> torch.Tensor:
-    """For the r-th empty base, the r-th worst explained candidate token. [..., K, D]."""
-    num_bases = bases.shape[-2]
-    index = even_stride(features.shape[-2], _CANDIDATES_PER_BASE * num_bases, features.device)
-    tokens = features.index_select(-2, index).to(bases.dtype)
-    with torch.autocast(features.device.type, enabled=False):
-        along = torch.matmul(tokens, directions_of(bases, normalize=True).mT)
-    along = along.masked_fill(is_empty.unsqueeze(-2), float("-inf")).amax(-1)
-    residual = tokens.square().sum(-1) - along.clamp(min=0.0).square()
-    worst_first = residual.argsort(dim=-1, descending=True, stable=True)
-    rank = (is_empty.cumsum(-1) - 1).clamp(min=0) % index.shape[0]
-    chosen = worst_first.gather(-1, rank)
-    return tokens.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, tokens.shape[-1]))
-
-
-def even_stride(num_tokens: int, count: int, device: torch.device) -> torch.Tensor:
-    """min(count, num_tokens) token indices, int64, evenly spread over 0 ... num_tokens - 1."""
-    count = min(count, num_tokens)
-    return torch.arange(count, device=device) * num_tokens // count
+        found = soft_em_torch(*arguments)
+    bases, payload_bases, mass = found if with_heads else (part[0] for part in found)
+    return SoftEM(bases, None if payload is None else payload_bases, mass)
 
 
 def attention_bias(

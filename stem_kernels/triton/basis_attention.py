@@ -1,4 +1,8 @@
-"""`basis_attention` in Triton: queries against all bases; weights never leave the chip."""
+"""`basis_attention` in Triton: queries against all bases; weights never leave the chip.
+
+Narrow heads in half precision take `resident_attention`. All others, and chips for which its
+tables have no row, take the kernel here, which goes through any number of bases in parts.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import triton.language as tl
 from ..tuning import rows_for, tile_for, tiles
 from . import on_device_of
 from .precision import dot_options
+from .resident_attention import options_of, resident_attention
 
 LARGEST_HEAD = 512
 
@@ -113,17 +118,22 @@ def basis_attention_triton(
         return out
     lead = (batch, heads, num_bases)
     key, value = key.expand(*lead, dim), value.expand(*lead, width)
-    bias_strides = (0, 0, 0) if bias is None else bias.expand(lead).stride()
+    bias = None if bias is None else bias.expand(lead)
+    options = options_of(query, key, value)
+    if options:
+        resident_attention(query, key, value, bias, scale, out, options)
+        return out
     block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
     row_bytes = max(block_d, block_e) * query.element_size()
-    options = tiles("basis_attention")
+    options = tiles("basis_attention", query.device)
     block_n = rows_for(row_bytes, options.pop("query_bytes"))
     block_k = tile_for(num_bases, rows_for(row_bytes, options.pop("basis_bytes")))
     with on_device_of(query):
         _basis_attention_kernel[(triton.cdiv(n, block_n) * batch * heads,)](
             query, key, value, query if bias is None else bias, out,
             n, num_bases, dim, width, heads,
-            *query.stride(), *key.stride(), *value.stride(), *bias_strides,
+            *query.stride(), *key.stride(), *value.stride(),
+            *((0, 0, 0) if bias is None else bias.stride()),
             scale * math.log2(math.e),
             BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
             WITH_BIAS=bias is not None, **dot_options(query.dtype), **options,

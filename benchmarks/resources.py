@@ -1,0 +1,186 @@
+"""What every Triton kernel takes of a GPU that is not here: `python -m benchmarks.resources`.
+
+Compiles the kernels with the tiles of `stem_kernels/configs` for each compute capability, and
+writes registers, spilled bytes, shared memory and matrix instructions to
+benchmarks/results/triton-resources.md.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from stem_kernels.triton.basis_attention import _basis_attention_kernel
+from stem_kernels.triton.em_fused import LARGEST_BASES, _fused_kernel
+from stem_kernels.triton.em_general import _logsumexp_kernel, _sums_kernel
+from stem_kernels.triton.em_wide import _products_kernel, _responsibilities_kernel
+from stem_kernels.triton.resident_attention import LARGEST_PART, _resident_kernel
+from stem_kernels.tuning import rows_for, table, tile_for, two_tiles
+
+OUT = Path(__file__).parent / "results" / "triton-resources.md"
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
+"""What one block may ask for, by compute capability."""
+MATRIX_INSTRUCTIONS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+FLOAT32 = ("p_logsumexp", "p_sums", "p_value_sums", "p_mass", "p_bias")
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel."""
+
+    kernel: str
+    arch: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    matrix_instructions: int
+
+
+def compiled(
+    kernel: Any, constants: dict[str, Any], options: dict[str, int], dtype: str, arch: int
+) -> tuple[int, int, int, int]:
+    """Registers, spilled bytes, shared bytes and matrix instructions of a kernel.
+
+    Strides are taken as a launch on contiguous memory would specialise them: 1 along the channels,
+    else multiples of 16.
+    """
+    constants = dict(constants)
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if re.fullmatch(r"stride_.d", name):
+            constants[name] = 1
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("p_"):
+            signature[name] = "*fp32" if name in FLOAT32 else f"*{dtype}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name == "scale":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if name.startswith("stride_") or name in ("n", "K", "tokens_per_split"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, places, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert usage is not None, report
+    matrix = binary.asm["ptx"].count(MATRIX_INSTRUCTIONS[arch])
+    return int(usage[1]), int(usage[2]), binary.metadata.shared, matrix
+
+
+def cases(
+    arch: int, dtype: str = "fp16"
+) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+    """Name, kernel, constants and launch options of all that a GPU runs in "fp16" or "fp32"."""
+    itemsize = {"fp16": 2, "fp32": 4}[dtype]
+    shared = {"PRECISION": "ieee", "UPCAST": False}
+    rows = {**table("default"), **table(f"sm{arch}")}
+    for op, row in rows.items():
+        options = {name: row[name] for name in ("num_warps", "num_stages")}
+        if op.startswith(("em_fused", "em_wide", "resident_attention")) and dtype == "fp32":
+            continue  # these take half precision only
+        if op.startswith("em_fused"):
+            width = {48: 40}.get(int(op.split()[1]), int(op.split()[1]))
+            main, rest = two_tiles(width)
+            payload = op.endswith("payload")
+            constants = {
+                "D": width, "E": width, "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES,
+                "D_MAIN": main, "D_REST": rest, "E_MAIN": main, "E_REST": rest, "WITH_SUMS": True,
+                "WITH_VALUES": payload, "FULL_K": True, "ALIGNED": True, **shared,
+            }  # fmt: skip
+            name = f"em_fused d={width}" + (" with payload" if payload else "")
+            yield name, _fused_kernel, constants, options
+        elif op == "em_general":
+            for width in (320, 1280):
+                block_d = tile_for(width, row["block_d"])
+                blocks = {
+                    "BLOCK_N": row["block_n"], "BLOCK_K": row["block_k"], "BLOCK_D": block_d,
+                    **shared,
+                }  # fmt: skip
+                yield f"em_general logsumexp d={width}", _logsumexp_kernel, blocks, options
+                blocks |= {"BLOCK_E": block_d, "WITH_MASS": True}
+                yield f"em_general sums d={width}", _sums_kernel, blocks, options
+        elif op == "em_wide logits":
+            constants = {
+                "D": 320, "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES,
+                "BLOCK_D": row["block_d"], "FULL_K": True, **shared,
+            }  # fmt: skip
+            yield "em_wide logits d=320", _responsibilities_kernel, constants, options
+        elif op == "em_wide products":
+            main, rest = two_tiles(row["block_e"])
+            constants = {
+                "E": 320, "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES, "E_MAIN": main,
+                "E_REST": rest, "ADD": True, **shared,
+            }  # fmt: skip
+            yield "em_wide products d=320", _products_kernel, constants, options
+        elif op.startswith("resident_attention"):
+            width = {48: 40}.get(int(op.split()[1]), int(op.split()[1]))
+            main, rest = two_tiles(width)
+            constants = {
+                "D": width, "E": width, "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_PART,
+                "D_MAIN": main, "D_REST": rest, "E_MAIN": main, "E_REST": rest,
+                "TWO_PARTS": True, "FULL_K": True, "WITH_BIAS": True, "ALIGNED": True, **shared,
+            }  # fmt: skip
+            yield f"resident_attention d={width}", _resident_kernel, constants, options
+        elif op == "basis_attention":
+            for width in (40, 64, 80, 160):
+                padded = tile_for(width, 512)
+                constants = {
+                    "BLOCK_N": rows_for(itemsize * padded, row["query_bytes"]),
+                    "BLOCK_K": rows_for(itemsize * padded, row["basis_bytes"]),
+                    "BLOCK_D": padded, "BLOCK_E": padded, "WITH_BIAS": True, **shared,
+                }  # fmt: skip
+                yield f"basis_attention d={width}", _basis_attention_kernel, constants, options
+
+
+def measure(arch: int, dtype: str = "fp16") -> list[Resources]:
+    """All cases of one compute capability."""
+    return [
+        Resources(name, arch, *compiled(kernel, constants, options, dtype, arch))
+        for name, kernel, constants, options in cases(arch, dtype)
+    ]
+
+
+def text(found: list[Resources]) -> str:
+    """The table in Markdown."""
+    lines = [
+        f"Triton {importlib.metadata.version('triton')}, float16, K = {LARGEST_BASES}; written by "
+        "`python -m benchmarks.resources`.",
+        "",
+        "| kernel | sm | registers | spilled bytes | shared KiB | matrix instructions |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.kernel} | {row.arch} | {row.registers} | {row.spilled_bytes} "
+        f"| {row.shared_bytes / 1024:.0f} | {row.matrix_instructions} |"
+        for row in found
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    found = [row for arch in SHARED_KIB for row in measure(arch)]
+    OUT.write_text(text(found))
+    print(text(found))

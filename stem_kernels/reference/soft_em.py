@@ -1,0 +1,73 @@
+"""`soft_em` in plain torch: `em_statistics_torch` and the division, time after time."""
+
+from __future__ import annotations
+
+import torch
+
+from .em_statistics import directions_of, em_statistics_torch
+
+MASS_EPS = 1e-4
+EMPTY_FRACTION = 0.01
+_CANDIDATES_PER_BASE = 8
+
+
+def least_mass(num_tokens: int, num_bases: int) -> float:
+    """Below it a base is empty: a hundredth of a token, or of an even share if that is less."""
+    return EMPTY_FRACTION * min(1.0, num_tokens / num_bases)
+
+
+def soft_em_torch(
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor | None,
+    num_iters: int,
+    temperature: float,
+    normalize: bool,
+    empty: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """features [B, h, n, D], bases [B, h, K, D], payload [B, h, n, E] or None.
+
+    Returns bases, payload bases (E = 0 without a payload) and mass, in float32 or float64.
+    """
+    least = least_mass(features.shape[-2], bases.shape[-2])
+    bases = bases.to(torch.promote_types(features.dtype, torch.float32))
+    for iteration in range(num_iters):
+        last = iteration == num_iters - 1
+        sums, mass, payload_sums = em_statistics_torch(
+            features, bases, payload if last else None, temperature, normalize
+        )
+        share = (mass + MASS_EPS).unsqueeze(-1)
+        updated = sums / share
+        if empty == "zero":
+            bases = updated
+            continue
+        is_empty = mass < least
+        mass = torch.where(is_empty, 0.0, mass)
+        kept = bases
+        if empty == "reseed" and not last:
+            kept = worst_explained(features, updated, is_empty)
+        bases = torch.where(is_empty.unsqueeze(-1), kept, updated)
+    return bases, payload_sums / share, mass
+
+
+def worst_explained(
+    features: torch.Tensor, bases: torch.Tensor, is_empty: torch.Tensor
+) -> torch.Tensor:
+    """For the r-th empty base, the r-th worst explained candidate token. [..., K, D]."""
+    num_bases = bases.shape[-2]
+    index = even_stride(features.shape[-2], _CANDIDATES_PER_BASE * num_bases, features.device)
+    tokens = features.index_select(-2, index).to(bases.dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        along = torch.matmul(tokens, directions_of(bases, normalize=True).mT)
+    along = along.masked_fill(is_empty.unsqueeze(-2), float("-inf")).amax(-1)
+    residual = tokens.square().sum(-1) - along.clamp(min=0.0).square()
+    worst_first = residual.argsort(dim=-1, descending=True, stable=True)
+    rank = (is_empty.cumsum(-1) - 1).clamp(min=0) % index.shape[0]
+    chosen = worst_first.gather(-1, rank)
+    return tokens.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, tokens.shape[-1]))
+
+
+def even_stride(num_tokens: int, count: int, device: torch.device) -> torch.Tensor:
+    """min(count, num_tokens) token indices, int64, evenly spread over 0 ... num_tokens - 1."""
+    count = min(count, num_tokens)
+    return torch.arange(count, device=device) * num_tokens // count

@@ -1,0 +1,196 @@
+"""One EM pass over narrow tokens, in one kernel: tokens are read once, responsibilities never.
+
+A program holds all K bases and its range of tokens' sums in registers. Logits are made as
+[K, BLOCK_N], so that after the softmax over the bases the responsibilities lie as the product with
+the tokens wants its left operand: [K, BLOCK_N] x [BLOCK_N, D].
+
+Per (token, base): 4 D FLOPs of matrix work, one exp2, and about five other operations. Floor on an
+H100 at D = 40: the exponentials, 16 a clock and SM.
+
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..tuning import tile_for, tiles, two_tiles
+from . import on_device_of
+from .precision import dot_options
+from .tiles import load_rows, store_rows
+
+LARGEST_BASES = 256
+LARGEST_TOGETHER = 80  # tokens and payload summed in one program
+WIDTHS = (48, 64, 80, 160)  # each has its own row in the tables of tiles
+MAX_BLOCK_N = 256
+
+
+@triton.jit
+def _fused_kernel(
+    p_features, p_directions, p_values, p_sums, p_value_sums, p_mass,
+    n, K, H, tokens_per_split,
+    stride_xb, stride_xh, stride_xn, stride_xd, stride_vb, stride_vh, stride_vn, stride_vd, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D_MAIN: tl.constexpr, D_REST: tl.constexpr, E_MAIN: tl.constexpr, E_REST: tl.constexpr,
+    WITH_SUMS: tl.constexpr, WITH_VALUES: tl.constexpr, FULL_K: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # Triton itself only notices multiples of 16, which 40 channels are not.
+    if ALIGNED:
+        stride_xn, stride_vn = tl.multiple_of(stride_xn, 8), tl.multiple_of(stride_vn, 8)
+    split = tl.program_id(0)
+    lead = tl.program_id(1).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    p_base = p_directions + lead * K * D
+    # [BLOCK_K, D_MAIN], [BLOCK_K, D_REST]
+    b_base = load_rows(p_base, o_k * D, m_k, 1, D, 0, D_MAIN, UPCAST)
+    if D_REST > 0:
+        b_base_rest = load_rows(p_base, o_k * D, m_k, 1, D, D_MAIN, D_REST, UPCAST)
+    # [BLOCK_K]
+    b_mass = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    # [BLOCK_K, ...]
+    if WITH_SUMS:
+        b_sums = tl.zeros((BLOCK_K, D_MAIN), dtype=tl.float32)
+        if D_REST > 0:
+            b_sums_rest = tl.zeros((BLOCK_K, D_REST), dtype=tl.float32)
+    if WITH_VALUES:
+        b_value_sums = tl.zeros((BLOCK_K, E_MAIN), dtype=tl.float32)
+        if E_REST > 0:
+            b_value_sums_rest = tl.zeros((BLOCK_K, E_REST), dtype=tl.float32)
+    p_x = p_features + (lead // H) * stride_xb + (lead % H) * stride_xh
+    p_v = p_values + (lead // H) * stride_vb + (lead % H) * stride_vh
+    start = split.to(tl.int64) * tokens_per_split
+    o_n = tl.arange(0, BLOCK_N)
+    for offset in range(0, tokens_per_split, BLOCK_N):
+        m_n = o_n < n - start - offset
+        p_x_tile = p_x + (start + offset) * stride_xn
+        # [BLOCK_N, D_MAIN]
+        b_x = load_rows(p_x_tile, o_n * stride_xn, m_n, stride_xd, D, 0, D_MAIN, UPCAST)
+        # [BLOCK_K, BLOCK_N]
+        b_s = tl.dot(b_base, tl.trans(b_x), input_precision=PRECISION)
+        if D_REST > 0:
+            b_x_rest = load_rows(
+                p_x_tile, o_n * stride_xn, m_n, stride_xd, D, D_MAIN, D_REST, UPCAST
+            )
+            b_s = tl.dot(b_base_rest, tl.trans(b_x_rest), b_s, input_precision=PRECISION)
+        if not FULL_K:
+            b_s = tl.where(m_k[:, None], b_s, float("-inf"))
+        # [BLOCK_N]
+        b_shift = tl.max(b_s, axis=0) * scale
+        b_z = tl.exp2(b_s * scale - b_shift[None, :])
+        # Tokens past the end have zeros for logits; a share of 0 keeps them out of the mass.
+        b_share = tl.where(m_n, 1.0 / tl.sum(b_z, axis=0), 0.0)
+        b_z = b_z * b_share[None, :]
+        b_mass += tl.sum(b_z, axis=1)
+        b_w = b_z.to(p_features.dtype.element_ty)
+        if UPCAST:
+            b_w = b_w.to(tl.float32)
+        if WITH_SUMS:
+            b_sums = tl.dot(b_w, b_x, b_sums, input_precision=PRECISION)
+            if D_REST > 0:
+                b_sums_rest = tl.dot(b_w, b_x_rest, b_sums_rest, input_precision=PRECISION)
+        if WITH_VALUES:
+            p_v_tile = p_v + (start + offset) * stride_vn
+            b_v = load_rows(p_v_tile, o_n * stride_vn, m_n, stride_vd, E, 0, E_MAIN, UPCAST)
+            b_value_sums = tl.dot(b_w, b_v, b_value_sums, input_precision=PRECISION)
+            if E_REST > 0:
+                b_v_rest = load_rows(
+                    p_v_tile, o_n * stride_vn, m_n, stride_vd, E, E_MAIN, E_REST, UPCAST
+                )
+                b_value_sums_rest = tl.dot(
+                    b_w, b_v_rest, b_value_sums_rest, input_precision=PRECISION
+                )
+    row = (split * tl.num_programs(1) + lead) * K
+    if WITH_SUMS:
+        tl.store(p_mass + row + o_k, b_mass, mask=m_k)
+        store_rows(p_sums + row * D, o_k * D, m_k, D, b_sums, 0, D_MAIN)
+        if D_REST > 0:
+            store_rows(p_sums + row * D, o_k * D, m_k, D, b_sums_rest, D_MAIN, D_REST)
+    if WITH_VALUES:
+        store_rows(p_value_sums + row * E, o_k * E, m_k, E, b_value_sums, 0, E_MAIN)
+        if E_REST > 0:
+            store_rows(p_value_sums + row * E, o_k * E, m_k, E, b_value_sums_rest, E_MAIN, E_REST)
+
+
+def fits(features: torch.Tensor, payload: torch.Tensor | None, num_bases: int) -> bool:
+    """Whether one program can hold all bases and their sums, in half precision."""
+    tensors = [features] if payload is None else [features, payload]
+    return num_bases <= LARGEST_BASES and all(
+        tensor.shape[-1] <= WIDTHS[-1]
+        and tensor.element_size() == 2
+        # Inside a tile offsets are of 32 bits.
+        and MAX_BLOCK_N * tensor.stride(-2) + WIDTHS[-1] * tensor.stride(-1) < 2**31
+        for tensor in tensors
+    )
+
+
+def fused_pass(
+    features: torch.Tensor,
+    directions: torch.Tensor,
+    payload: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Partial sums over S ranges of tokens; S depends on the shapes alone.
+
+    Args:
+        features: [B, h, n, D], any strides, n >= 1.
+        directions: [B, h, K, D], contiguous, of the features' dtype.
+        payload: [B, h, n, E] or None.
+        scale: log2(e) / temperature.
+
+    Returns:
+        float32 sums [S, B, h, K, D], mass [S, B, h, K] and payload sums [S, B, h, K, E] or None.
+    """
+    width = features.shape[-1] if payload is None else max(features.shape[-1], payload.shape[-1])
+    if payload is not None and width > LARGEST_TOGETHER:
+        # Two sums of [K, D] do not fit, so the responsibilities are made again for the payload.
+        sums, mass, _ = _launch(features, directions, None, scale, "sums")
+        return sums, mass, _launch(features, directions, payload, scale, "payload")[2]
+    return _launch(features, directions, payload, scale, "both" if payload is not None else "sums")
+
+
+def _launch(
+    features: torch.Tensor,
+    directions: torch.Tensor,
+    payload: torch.Tensor | None,
+    scale: float,
+    wanted: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    batch, heads, n, dim = features.shape
+    num_bases = directions.shape[-2]
+    values = features if payload is None else payload
+    width = values.shape[-1]
+    padded = next(bound for bound in WIDTHS if max(dim, width) <= bound)
+    both = wanted == "both"
+    options = tiles(f"em_fused {padded}" + (" payload" if both else ""), features.device)
+    block_n = options.pop("block_n")
+    splits = max(1, min(triton.cdiv(n, block_n), options.pop("programs") // (batch * heads)))
+    tokens_per_split = triton.cdiv(triton.cdiv(n, splits), block_n) * block_n
+    splits = triton.cdiv(n, tokens_per_split)
+    lead = (splits, batch, heads, num_bases)
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.float32, device=features.device)
+
+    mass = empty(*lead)
+    sums = mass if wanted == "payload" else empty(*lead, dim)
+    value_sums = None if wanted == "sums" else empty(*lead, width)
+    block_k = tile_for(num_bases, LARGEST_BASES)
+    d_main, d_rest = two_tiles(dim)
+    e_main, e_rest = two_tiles(width)
+    aligned = all(
+        tensor.stride(-1) == 1 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+        for tensor in (features, values)
+    )
+    with on_device_of(features):
+        _fused_kernel[(splits, batch * heads)](
+            features, directions, values, sums, sums if value_sums is None else value_sums, mass,
+            n, num_bases, heads, tokens_per_split, *features.stride(), *values.stride(), scale,
+            D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k,
+            D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
+            WITH_SUMS=wanted != "payload", WITH_VALUES=wanted != "sums",
+            FULL_K=block_k == num_bases, ALIGNED=aligned, **dot_options(features.dtype), **options,
+        )  # fmt: skip
+    return sums, mass, value_sums

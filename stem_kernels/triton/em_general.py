@@ -1,0 +1,184 @@
+"""One EM pass for any n, K, D and E, and for float32: two kernels.
+
+The first writes each token's log-sum-exp over all bases, [n] floats. The second gives every program
+a slice of the bases and a slice of the channels: it makes its bases' logits again, turns them into
+responsibilities with the stored log-sum-exp, and adds up their products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..tuning import tile_for, tiles
+from . import on_device_of
+from .precision import dot_options
+
+
+@triton.jit
+def _logits(
+    p_token, m_n, stride_xd, p_base, m_k, D, scale, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # [BLOCK_K, BLOCK_N]
+    b_logits = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    for d in range(0, D, BLOCK_D):
+        o_d = d + tl.arange(0, BLOCK_D).to(tl.int64)
+        m_d = o_d < D
+        # [BLOCK_D, BLOCK_N]
+        b_x = tl.load(
+            p_token[None, :] + (o_d * stride_xd)[:, None],
+            mask=m_d[:, None] & m_n[None, :], other=0.0,
+        )  # fmt: skip
+        # [BLOCK_K, BLOCK_D]
+        b_base = tl.load(
+            p_base[:, None] + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0
+        )
+        if UPCAST:
+            b_base, b_x = b_base.to(tl.float32), b_x.to(tl.float32)
+        b_logits = tl.dot(b_base, b_x, b_logits, input_precision=PRECISION)
+    return tl.where(m_k[:, None], b_logits * scale, float("-inf"))
+
+
+# Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
+@triton.jit
+def _logsumexp_kernel(
+    p_features, p_directions, p_logsumexp,
+    n, K, D, H, stride_xb, stride_xh, stride_xn, stride_xd, scale,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(n, BLOCK_N)
+    lead = (tl.program_id(0) // tiles).to(tl.int64)
+    o_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n
+    p_token = p_features + (lead // H) * stride_xb + (lead % H) * stride_xh + o_n * stride_xn
+    # [BLOCK_N]
+    b_max = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_s = _logits(
+            p_token, m_n, stride_xd, p_directions + (lead * K + o_k) * D, o_k < K, D, scale,
+            BLOCK_K, BLOCK_N, BLOCK_D, PRECISION, UPCAST,
+        )  # fmt: skip
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=0))
+        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s - b_new[None, :]), axis=0)
+        b_max = b_new
+    tl.store(p_logsumexp + lead * n + o_n, b_max + tl.log2(b_sum), mask=m_n)
+
+
+@triton.jit
+def _sums_kernel(
+    p_features, p_directions, p_logsumexp, p_values, p_sums, p_mass,
+    n, K, D, E, H, tokens_per_split,
+    stride_xb, stride_xh, stride_xn, stride_xd, stride_vb, stride_vh, stride_vn, stride_vd, scale,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    WITH_MASS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    e_tiles = tl.cdiv(E, BLOCK_E)
+    e_tile = tl.program_id(1) % e_tiles
+    o_k = (tl.program_id(1) // e_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_e = (e_tile * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
+    m_k = o_k < K
+    m_e = o_e < E
+    split = tl.program_id(2).to(tl.int64)
+    lead = tl.program_id(0).to(tl.int64)
+    p_token = p_features + (lead // H) * stride_xb + (lead % H) * stride_xh
+    p_value = p_values + (lead // H) * stride_vb + (lead % H) * stride_vh
+    p_base = p_directions + (lead * K + o_k) * D
+    # [BLOCK_K, BLOCK_E]
+    b_sums = tl.zeros((BLOCK_K, BLOCK_E), dtype=tl.float32)
+    # [BLOCK_K]
+    b_mass = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    start = split * tokens_per_split
+    for offset in range(0, tokens_per_split, BLOCK_N):
+        o_n = start + offset + tl.arange(0, BLOCK_N)
+        m_n = o_n < n
+        b_s = _logits(
+            p_token + o_n * stride_xn, m_n, stride_xd, p_base, m_k, D, scale,
+            BLOCK_K, BLOCK_N, BLOCK_D, PRECISION, UPCAST,
+        )  # fmt: skip
+        b_lse = tl.load(p_logsumexp + lead * n + o_n, mask=m_n, other=float("inf"))
+        b_z = tl.exp2(b_s - b_lse[None, :])
+        # [BLOCK_N, BLOCK_E]
+        b_v = tl.load(
+            p_value + (o_n * stride_vn)[:, None] + (o_e * stride_vd)[None, :],
+            mask=m_n[:, None] & m_e[None, :], other=0.0,
+        )  # fmt: skip
+        b_w = b_z.to(b_v.dtype)
+        if UPCAST:
+            b_w, b_v = b_w.to(tl.float32), b_v.to(tl.float32)
+        b_sums = tl.dot(b_w, b_v, b_sums, input_precision=PRECISION)
+        if WITH_MASS:
+            b_mass += tl.sum(b_z, axis=1)
+    row = (split * tl.num_programs(0) + lead) * K + o_k
+    tl.store(p_sums + (row * E)[:, None] + o_e[None, :], b_sums, mask=m_k[:, None] & m_e[None, :])
+    if WITH_MASS:
+        tl.store(p_mass + row, b_mass, mask=m_k & (e_tile == 0))
+
+
+def general_pass(
+    features: torch.Tensor,
+    directions: torch.Tensor,
+    payload: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Partial sums over S ranges of tokens, as `em_fused.fused_pass` gives them."""
+    batch, heads, n, dim = features.shape
+    num_bases = directions.shape[-2]
+    options = tiles("em_general", features.device)
+    block_n = options.pop("block_n")
+    block_k = tile_for(num_bases, options.pop("block_k"))
+    block_d = tile_for(dim, options.pop("block_d"))
+    del options["programs"]
+    logsumexp = torch.empty((batch, heads, n), dtype=torch.float32, device=features.device)
+    with on_device_of(features):
+        _logsumexp_kernel[(triton.cdiv(n, block_n) * batch * heads,)](
+            features, directions, logsumexp, n, num_bases, dim, heads, *features.stride(), scale,
+            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d,
+            **dot_options(features.dtype), **options,
+        )  # fmt: skip
+    sums, mass = _accumulate(features, directions, logsumexp, features, scale, with_mass=True)
+    if payload is None:
+        return sums, mass, None
+    payload_sums, _ = _accumulate(features, directions, logsumexp, payload, scale, with_mass=False)
+    return sums, mass, payload_sums
+
+
+def _accumulate(
+    features: torch.Tensor,
+    directions: torch.Tensor,
+    logsumexp: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    with_mass: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, n, dim = features.shape
+    num_bases, width = directions.shape[-2], values.shape[-1]
+    options = tiles("em_general", features.device)
+    block_n = options.pop("block_n")
+    block_k = tile_for(num_bases, options.pop("block_k"))
+    block_d = tile_for(dim, options["block_d"])
+    block_e = tile_for(width, options.pop("block_d"))
+    slices = triton.cdiv(num_bases, block_k) * triton.cdiv(width, block_e)
+    # The number of splits depends on shapes alone, and their partial sums are added in order:
+    # equal calls give equal bits.
+    splits = max(
+        1, min(triton.cdiv(n, block_n), options.pop("programs") // (slices * batch * heads))
+    )
+    tokens_per_split = triton.cdiv(triton.cdiv(n, splits), block_n) * block_n
+    splits = triton.cdiv(n, tokens_per_split)
+    lead = (splits, batch, heads, num_bases)
+    sums = torch.empty((*lead, width), dtype=torch.float32, device=features.device)
+    mass = torch.empty(lead, dtype=torch.float32, device=features.device)
+    with on_device_of(features):
+        _sums_kernel[(batch * heads, slices, splits)](
+            features, directions, logsumexp, values, sums, mass,
+            n, num_bases, dim, width, heads, tokens_per_split,
+            *features.stride(), *values.stride(), scale,
+            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e, WITH_MASS=with_mass,
+            **dot_options(features.dtype), **options,
+        )  # fmt: skip
+    return sums, mass

@@ -1,0 +1,204 @@
+"""One EM pass over wide tokens, such as a layer's features: two matrix products.
+
+The sums [K, D] of one program's tokens do not fit on the chip at D = 320 and above. So a first
+kernel writes the responsibilities of a chunk of tokens, in 16 bit, to memory small enough to stay
+in the L2 cache mostly; a second one multiplies them with the tokens. Matrix work 4 n K D, the
+least there is; the alternatives that keep responsibilities on the chip make all logits again, once
+more in all (a pass for the log-sum-exp) or once per slice of the channels.
+
+The responsibilities are rounded to 16 bit for the second product in any case.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..tuning import tile_for, tiles, two_tiles
+from . import on_device_of
+from .precision import dot_options
+from .tiles import load_rows, store_rows
+
+LARGEST_BASES = 256
+LARGEST_CHUNK_BYTES = 2**25  # of responsibilities
+
+
+@triton.jit
+def _responsibilities_kernel(
+    p_features, p_directions, p_z, p_mass,
+    n, first, chunk, K, H, stride_xb, stride_xh, stride_xn, stride_xd, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    FULL_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    lead = tl.program_id(1).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    start = tile.to(tl.int64) * BLOCK_N
+    m_n = o_n < tl.minimum(chunk - start, n - first - start)
+    p_x = (
+        p_features + (lead // H) * stride_xb + (lead % H) * stride_xh + (first + start) * stride_xn
+    )
+    p_base = p_directions + lead * K * D
+    # [BLOCK_N, BLOCK_K]
+    b_s = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for d in range(0, D, BLOCK_D):
+        # [BLOCK_N, BLOCK_D]
+        b_x = load_rows(
+            p_x + d * stride_xd, o_n * stride_xn, m_n, stride_xd, D - d, 0, BLOCK_D, UPCAST
+        )
+        # [BLOCK_K, BLOCK_D]
+        b_base = load_rows(p_base + d, o_k * D, m_k, 1, D - d, 0, BLOCK_D, UPCAST)
+        b_s = tl.dot(b_x, tl.trans(b_base), b_s, input_precision=PRECISION)
+    if not FULL_K:
+        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
+    # [BLOCK_N]
+    b_shift = tl.max(b_s, axis=1) * scale
+    b_z = tl.exp2(b_s * scale - b_shift[:, None])
+    b_share = tl.where(m_n, 1.0 / tl.sum(b_z, axis=1), 0.0)
+    b_z = b_z * b_share[:, None]
+    p_row = p_z + (lead * chunk + start) * K
+    tl.store(
+        p_row + (o_n * K)[:, None] + o_k[None, :],
+        b_z.to(p_z.dtype.element_ty),
+        mask=(o_n < chunk - start)[:, None] & m_k[None, :],
+    )
+    row = (lead * tl.num_programs(0) + tile) * K
+    tl.store(p_mass + row + o_k, tl.sum(b_z, axis=0), mask=m_k)
+
+
+@triton.jit
+def _products_kernel(
+    p_z, p_values, p_sums,
+    n, first, chunk, K, H, tokens_per_split, stride_vb, stride_vh, stride_vn, stride_vd,
+    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E_MAIN: tl.constexpr,
+    E_REST: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    E_TILE: tl.constexpr = E_MAIN + E_REST
+    e = tl.program_id(0) * E_TILE
+    split = tl.program_id(1)
+    lead = tl.program_id(2).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    row = (split * tl.num_programs(2) + lead) * K
+    # [BLOCK_K, E_MAIN], [BLOCK_K, E_REST]
+    p_out = p_sums + row * E + e
+    if ADD:
+        b_sums = load_rows(p_out, o_k * E, m_k, 1, E - e, 0, E_MAIN, False)
+    else:
+        b_sums = tl.zeros((BLOCK_K, E_MAIN), dtype=tl.float32)
+    if E_REST > 0:
+        if ADD:
+            b_sums_rest = load_rows(p_out, o_k * E, m_k, 1, E - e, E_MAIN, E_REST, False)
+        else:
+            b_sums_rest = tl.zeros((BLOCK_K, E_REST), dtype=tl.float32)
+    p_v = p_values + (lead // H) * stride_vb + (lead % H) * stride_vh + e * stride_vd
+    begin = split.to(tl.int64) * tokens_per_split
+    for offset in range(0, tokens_per_split, BLOCK_N):
+        start = begin + offset
+        m_n = o_n < tl.minimum(chunk - start, n - first - start)
+        # [BLOCK_N, BLOCK_K]
+        b_z = load_rows(p_z + (lead * chunk + start) * K, o_n * K, m_n, 1, K, 0, BLOCK_K, UPCAST)
+        p_v_tile = p_v + (first + start) * stride_vn
+        b_v = load_rows(p_v_tile, o_n * stride_vn, m_n, stride_vd, E - e, 0, E_MAIN, UPCAST)
+        b_sums = tl.dot(tl.trans(b_z), b_v, b_sums, input_precision=PRECISION)
+        if E_REST > 0:
+            b_v = load_rows(
+                p_v_tile, o_n * stride_vn, m_n, stride_vd, E - e, E_MAIN, E_REST, UPCAST
+            )
+            b_sums_rest = tl.dot(tl.trans(b_z), b_v, b_sums_rest, input_precision=PRECISION)
+    store_rows(p_out, o_k * E, m_k, E - e, b_sums, 0, E_MAIN)
+    if E_REST > 0:
+        store_rows(p_out, o_k * E, m_k, E - e, b_sums_rest, E_MAIN, E_REST)
+
+
+def fits(features: torch.Tensor, payload: torch.Tensor | None, num_bases: int) -> bool:
+    """Whether these kernels serve the call: half precision, up to LARGEST_BASES bases."""
+    tensors = [features] if payload is None else [features, payload]
+    return num_bases <= LARGEST_BASES and all(
+        tensor.element_size() == 2
+        # Inside a tile offsets are of 32 bits.
+        and 128 * tensor.stride(-2) + tensor.shape[-1] * tensor.stride(-1) < 2**31
+        for tensor in tensors
+    )
+
+
+def wide_pass(
+    features: torch.Tensor,
+    directions: torch.Tensor,
+    payload: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Partial sums over ranges of tokens; their number depends on the shapes alone.
+
+    Args:
+        features: [B, h, n, D], any strides, n >= 1.
+        directions: [B, h, K, D], contiguous, of the features' dtype.
+        payload: [B, h, n, E] or None.
+        scale: log2(e) / temperature.
+
+    Returns:
+        float32 sums [S, B, h, K, D], mass [T, B, h, K] and payload sums [S', B, h, K, E] or None.
+    """
+    batch, heads, n, dim = features.shape
+    num_bases, leads = directions.shape[-2], batch * heads
+    options = tiles("em_wide logits", features.device)
+    block_n = options.pop("block_n")
+    chunk = triton.cdiv(n, block_n) * block_n
+    chunk = min(chunk, max(1, LARGEST_CHUNK_BYTES // (2 * num_bases * leads * block_n)) * block_n)
+    z = torch.empty((leads, chunk, num_bases), dtype=features.dtype, device=features.device)
+    masses = []
+    products = [_Products(features, num_bases, chunk)]
+    if payload is not None:
+        products.append(_Products(payload, num_bases, chunk))
+    block_k = tile_for(num_bases, LARGEST_BASES)
+    with on_device_of(features):
+        for first in range(0, n, chunk):
+            count = triton.cdiv(min(chunk, n - first), block_n)
+            mass = features.new_empty((leads, count, num_bases), dtype=torch.float32)
+            _responsibilities_kernel[(count, leads)](
+                features, directions, z, mass, n, first, chunk, num_bases, heads,
+                *features.stride(), scale,
+                D=dim, BLOCK_N=block_n, BLOCK_K=block_k,
+                BLOCK_D=tile_for(dim, options["block_d"]), FULL_K=block_k == num_bases,
+                **dot_options(features.dtype),
+                num_warps=options["num_warps"], num_stages=options["num_stages"],
+            )  # fmt: skip
+            masses.append(mass)
+            for product in products:
+                product.add(z, first)
+    mass = torch.cat(masses, dim=1).transpose(0, 1).unflatten(1, (batch, heads))
+    sums, *payload_sums = (product.sums for product in products)
+    return sums, mass, payload_sums[0] if payload_sums else None
+
+
+class _Products:
+    """The sums of one kind of values, chunk after chunk."""
+
+    def __init__(self, values: torch.Tensor, num_bases: int, chunk: int) -> None:
+        batch, heads, _, width = values.shape
+        self.values, self.chunk = values, chunk
+        self.options = tiles("em_wide products", values.device)
+        self.block_n = self.options.pop("block_n")
+        self.main, self.rest = two_tiles(min(width, self.options.pop("block_e")))
+        self.slices = triton.cdiv(width, self.main + self.rest)
+        splits = max(1, self.options.pop("programs") // (self.slices * batch * heads))
+        splits = min(triton.cdiv(chunk, self.block_n), splits)
+        self.tokens_per_split = triton.cdiv(triton.cdiv(chunk, splits), self.block_n) * self.block_n
+        splits = triton.cdiv(chunk, self.tokens_per_split)
+        size = (splits, batch, heads, num_bases, width)
+        self.sums = torch.empty(size, dtype=torch.float32, device=values.device)
+
+    def add(self, z: torch.Tensor, first: int) -> None:
+        """Add the products with the responsibilities of the chunk that starts at token `first`."""
+        values, num_bases = self.values, z.shape[-1]
+        batch, heads, n, width = values.shape
+        _products_kernel[(self.slices, self.sums.shape[0], batch * heads)](
+            z, values, self.sums, n, first, self.chunk, num_bases, heads, self.tokens_per_split,
+            *values.stride(), E=width, BLOCK_N=self.block_n,
+            BLOCK_K=tile_for(num_bases, LARGEST_BASES), E_MAIN=self.main, E_REST=self.rest,
+            ADD=first > 0, **dot_options(values.dtype), **self.options,
+        )  # fmt: skip

@@ -1,0 +1,195 @@
+"""Attention to at most 256 bases of a head, which stay on the chip while queries pass by.
+
+K and V of a head are read once per program, in one part of up to 128 bases or two. Logits of one
+part are held at a time: with all 256 they would take 128 registers of a thread and spill. The
+second part rescales what the first gave, one multiplication per output and 256 bases.
+
+Per (query, base): 4 d FLOPs, one exp2. Floor on an H100 at d = 40: the exponentials.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..tuning import tile_for, tiles, two_tiles
+from . import on_device_of
+from .precision import dot_options
+from .tiles import load_rows, store_rows
+
+LARGEST_PART = 128
+WIDTHS = (48, 64, 80)  # each has its own row in the tables of tiles
+
+
+@triton.jit
+def _attend(
+    b_q, b_q_rest, b_k, b_k_rest, b_v, b_v_rest, p_bias, stride_bk, m_k,
+    b_max, b_sum, b_out, b_out_rest, scale,
+    D_REST: tl.constexpr, E_REST: tl.constexpr, WITH_BIAS: tl.constexpr, FULL: tl.constexpr,
+    FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    LOG2E: tl.constexpr = 1.4426950408889634
+    # [BLOCK_N, BLOCK_K]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if D_REST > 0:
+        b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s, input_precision=PRECISION)
+    b_s = b_s * scale
+    if WITH_BIAS:
+        o_k = tl.arange(0, b_s.shape[1])
+        # Held from tile to tile it would take a register per column and thread.
+        b_bias = tl.load(p_bias + o_k * stride_bk, mask=m_k, other=float("-inf")).to(tl.float32)
+        b_s += b_bias[None, :] * LOG2E
+    elif not FULL:
+        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
+    b_new = tl.max(b_s, axis=1)
+    if not FIRST:
+        b_new = tl.maximum(b_new, b_max)
+    # A part whose bases are all excluded has the maximum -inf, and -inf - -inf is NaN.
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new) if WITH_BIAS else b_new
+    b_w = tl.exp2(b_s - b_shift[:, None])
+    b_total = tl.sum(b_w, axis=1)
+    b_w = b_w.to(b_v.dtype)
+    if FIRST:
+        b_out = tl.dot(b_w, b_v, input_precision=PRECISION)
+        if E_REST > 0:
+            b_out_rest = tl.dot(b_w, b_v_rest, input_precision=PRECISION)
+    else:
+        b_rescale = tl.exp2(b_max - b_shift)
+        b_total += b_sum * b_rescale
+        b_out = tl.dot(b_w, b_v, b_out * b_rescale[:, None], input_precision=PRECISION)
+        if E_REST > 0:
+            b_out_rest = tl.dot(
+                b_w, b_v_rest, b_out_rest * b_rescale[:, None], input_precision=PRECISION
+            )
+    return b_new, b_total, b_out, b_out_rest
+
+
+@triton.jit
+def _resident_kernel(
+    p_query, p_key, p_value, p_bias, p_out,
+    n, K, H,
+    stride_qb, stride_qh, stride_qn, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_bb, stride_bh, stride_bk, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D_MAIN: tl.constexpr, D_REST: tl.constexpr, E_MAIN: tl.constexpr, E_REST: tl.constexpr,
+    TWO_PARTS: tl.constexpr, FULL_K: tl.constexpr, WITH_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # Triton itself only notices multiples of 16, which 40 channels are not.
+    if ALIGNED:
+        stride_qn = tl.multiple_of(stride_qn, 8)
+        stride_kn, stride_vn = tl.multiple_of(stride_kn, 8), tl.multiple_of(stride_vn, 8)
+    lead = tl.program_id(1)
+    batch = (lead // H).to(tl.int64)
+    head = (lead % H).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    p_k = p_key + batch * stride_kb + head * stride_kh
+    p_v = p_value + batch * stride_vb + head * stride_vh
+    p_b = p_bias + batch * stride_bb + head * stride_bh
+    # [BLOCK_K, ...]
+    b_k = load_rows(p_k, o_k * stride_kn, m_k, stride_kd, D, 0, D_MAIN, UPCAST)
+    b_v = load_rows(p_v, o_k * stride_vn, m_k, stride_vd, E, 0, E_MAIN, UPCAST)
+    b_k_rest, b_v_rest = b_k, b_v
+    if D_REST > 0:
+        b_k_rest = load_rows(p_k, o_k * stride_kn, m_k, stride_kd, D, D_MAIN, D_REST, UPCAST)
+    if E_REST > 0:
+        b_v_rest = load_rows(p_v, o_k * stride_vn, m_k, stride_vd, E, E_MAIN, E_REST, UPCAST)
+    if TWO_PARTS:
+        m_l = o_k < K - BLOCK_K
+        p_k += BLOCK_K * stride_kn
+        p_v += BLOCK_K * stride_vn
+        b_l = load_rows(p_k, o_k * stride_kn, m_l, stride_kd, D, 0, D_MAIN, UPCAST)
+        b_u = load_rows(p_v, o_k * stride_vn, m_l, stride_vd, E, 0, E_MAIN, UPCAST)
+        b_l_rest, b_u_rest = b_l, b_u
+        if D_REST > 0:
+            b_l_rest = load_rows(p_k, o_k * stride_kn, m_l, stride_kd, D, D_MAIN, D_REST, UPCAST)
+        if E_REST > 0:
+            b_u_rest = load_rows(p_v, o_k * stride_vn, m_l, stride_vd, E, E_MAIN, E_REST, UPCAST)
+    p_q = p_query + batch * stride_qb + head * stride_qh
+    o_n = tl.arange(0, BLOCK_N)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    for offset in range(0, n - first, tl.num_programs(0) * BLOCK_N):
+        start = first + offset
+        m_n = o_n < n - start
+        p_q_tile = p_q + start * stride_qn
+        # [BLOCK_N, D_MAIN]
+        b_q = load_rows(p_q_tile, o_n * stride_qn, m_n, stride_qd, D, 0, D_MAIN, UPCAST)
+        b_q_rest = b_q
+        if D_REST > 0:
+            b_q_rest = load_rows(
+                p_q_tile, o_n * stride_qn, m_n, stride_qd, D, D_MAIN, D_REST, UPCAST
+            )
+        b_max, b_sum, b_out, b_out_rest = _attend(
+            b_q, b_q_rest, b_k, b_k_rest, b_v, b_v_rest, p_b, stride_bk, m_k, 0, 0, 0, 0, scale,
+            D_REST, E_REST, WITH_BIAS, FULL_K or TWO_PARTS, True, PRECISION,
+        )  # fmt: skip
+        if TWO_PARTS:
+            b_max, b_sum, b_out, b_out_rest = _attend(
+                b_q, b_q_rest, b_l, b_l_rest, b_u, b_u_rest, p_b + BLOCK_K * stride_bk, stride_bk,
+                m_l, b_max, b_sum, b_out, b_out_rest, scale,
+                D_REST, E_REST, WITH_BIAS, FULL_K, False, PRECISION,
+            )  # fmt: skip
+        b_share = (1.0 / b_sum)[:, None]
+        p_row = p_out + ((batch * n + start) * H + head) * E
+        store_rows(p_row, o_n * (H * E), m_n, E, b_out * b_share, 0, E_MAIN)
+        if E_REST > 0:
+            store_rows(p_row, o_n * (H * E), m_n, E, b_out_rest * b_share, E_MAIN, E_REST)
+
+
+def options_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[str, int]:
+    """Tiles and launch options where this kernel serves the call; else empty."""
+    width = max(query.shape[-1], value.shape[-1])
+    near = all(
+        # Inside a tile offsets are of 32 bits.
+        LARGEST_PART * tensor.stride(-2) + WIDTHS[-1] * tensor.stride(-1) < 2**31
+        for tensor in (query, key, value)
+    )
+    half = query.element_size() == 2
+    if not (half and near and width <= WIDTHS[-1] and key.shape[-2] <= 2 * LARGEST_PART):
+        return {}
+    padded = next(bound for bound in WIDTHS if width <= bound)
+    return tiles(f"resident_attention {padded}", query.device)
+
+
+def resident_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    out: torch.Tensor,
+    options: dict[str, int],
+) -> None:
+    """Write into `out`, contiguous [B, n, h, e].
+
+    query [B, h, n, d], key [B, h, K, d], value [B, h, K, e], bias [B, h, K] or None, any strides;
+    `options` from `options_of`.
+    """
+    batch, heads, n, dim = query.shape
+    num_bases, width = value.shape[-2:]
+    block_n = options.pop("block_n")
+    programs = max(1, options.pop("programs") // (batch * heads))
+    block_k = tile_for(num_bases, LARGEST_PART)
+    d_main, d_rest = two_tiles(dim)
+    e_main, e_rest = two_tiles(width)
+    aligned = all(
+        tensor.stride(-1) == 1 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+        for tensor in (query, key, value)
+    )
+    with on_device_of(query):
+        _resident_kernel[(min(programs, triton.cdiv(n, block_n)), batch * heads)](
+            query, key, value, query if bias is None else bias, out,
+            n, num_bases, heads, *query.stride(), *key.stride(), *value.stride(),
+            *((0, 0, 0) if bias is None else bias.stride()), scale * math.log2(math.e),
+            D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k,
+            D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
+            TWO_PARTS=num_bases > block_k, FULL_K=num_bases % block_k == 0,
+            WITH_BIAS=bias is not None, ALIGNED=aligned,
+            **dot_options(query.dtype), **options,
+        )  # fmt: skip

@@ -1,0 +1,33 @@
+"""Reading and writing tiles of rows whose width is no power of two (see `tuning.two_tiles`)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(
+    p_tile, o_row, m_row, stride, width,
+    START: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[rows, BLOCK]: channels START ... START + BLOCK, zero past the width."""
+    o = START + tl.arange(0, BLOCK)
+    b = tl.load(
+        p_tile + o_row[:, None] + (o * stride)[None, :],
+        mask=m_row[:, None] & (o < width)[None, :], other=0.0,
+    )  # fmt: skip
+    if UPCAST:
+        b = b.to(tl.float32)
+    return b
+
+
+@triton.jit
+def store_rows(p_tile, o_row, m_row, width, b_tile, START: tl.constexpr, BLOCK: tl.constexpr):
+    """The counterpart of `load_rows`, to contiguous rows."""
+    o = START + tl.arange(0, BLOCK)
+    tl.store(
+        p_tile + o_row[:, None] + o[None, :],
+        b_tile.to(p_tile.dtype.element_ty),
+        mask=m_row[:, None] & (o < width)[None, :],
+    )
