@@ -41,6 +41,7 @@ CAPTION_DROPOUT = 0.1
 NATURAL_SHARE = 0.4
 NATURAL_SEED = 0
 LATENT_WEIGHT = 1e-3  # keeps the latents' means near unit size
+MAX_SNR = 5.0
 GRID_SEED = 10_000_000
 GRID_CAPTIONS = 6
 FINAL_STEPS = 500
@@ -142,6 +143,7 @@ def train(
     denoiser = Denoiser(tokenizer).to(device)
     denoiser.unet.to(memory_format=torch.channels_last)
     scheduler = sd_scheduler()
+    weights = min_snr_weights(scheduler.alphas_cumprod)
 
     def diffusion_loss(step: int, generator: torch.Generator) -> torch.Tensor:
         batch = recipe.diffusion_batch
@@ -153,7 +155,8 @@ def train(
         noisy = scheduler.add_noise(clean, noise, timesteps)
         words = ids[(chosen + 1) * told]
         predicted = denoiser(noisy.to(device), timesteps.to(device), words.to(device))
-        return mse_loss(predicted, noise.to(device))
+        errors = mse_loss(predicted, noise.to(device), reduction="none").mean((1, 2, 3))
+        return (errors * weights[timesteps].to(device)).mean()
 
     histories["diffusion"] = fit(
         "diffusion",
@@ -197,6 +200,18 @@ def _record(recipe: Recipe, device: str, histories: dict[str, History]) -> dict[
         "final_loss": f"mean of the last {FINAL_STEPS} steps",
         "provenance": provenance("diffusers", "transformers"),
     }
+
+
+def min_snr_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Weights min(SNR, 5) / SNR of the squared error of the noise, by timestep.
+
+    Without them most of the gradient comes from the least noisy timesteps, where the noise is hard
+    to tell from the latents' own detail and nothing is to be learned of colours and shapes.
+
+    Source: Min-SNR weighting, arXiv 2303.09556.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=MAX_SNR) / snr
 
 
 @torch.no_grad()
