@@ -63,7 +63,7 @@ class Recipe:
     natural: int = 10_000
     autoencoder_steps: int = 14_000
     autoencoder_batch: int = 8
-    diffusion_steps: int = 12_000
+    diffusion_steps: int = 8_000
     diffusion_batch: int = 32
     seed: int = 0
 
