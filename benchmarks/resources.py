@@ -90,6 +90,17 @@ def compiled(
     return int(usage[1]), int(usage[2]), binary.metadata.shared, matrix
 
 
+def two_tile_case(op: str) -> tuple[int, dict[str, Any]]:
+    """A width of the row "OP WIDTH", and the constants that follow from it."""
+    width = int(op.split()[1])
+    width = 40 if width == 48 else width  # what Stable Diffusion asks of that row
+    main, rest = two_tiles(width)
+    return width, {
+        "D": width, "E": width, "D_MAIN": main, "D_REST": rest, "E_MAIN": main, "E_REST": rest,
+        "FULL_K": True, "ALIGNED": True,
+    }  # fmt: skip
+
+
 def cases(
     arch: int, dtype: str = "fp16"
 ) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
@@ -102,13 +113,11 @@ def cases(
         if op.startswith(("em_fused", "em_wide", "resident_attention")) and dtype == "fp32":
             continue  # these take half precision only
         if op.startswith("em_fused"):
-            width = {48: 40}.get(int(op.split()[1]), int(op.split()[1]))
-            main, rest = two_tiles(width)
+            width, both = two_tile_case(op)
             payload = op.endswith("payload")
             constants = {
-                "D": width, "E": width, "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES,
-                "D_MAIN": main, "D_REST": rest, "E_MAIN": main, "E_REST": rest, "WITH_SUMS": True,
-                "WITH_VALUES": payload, "FULL_K": True, "ALIGNED": True, **shared,
+                "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES, "WITH_SUMS": True,
+                "WITH_VALUES": payload, **both, **shared,
             }  # fmt: skip
             name = f"em_fused d={width}" + (" with payload" if payload else "")
             yield name, _fused_kernel, constants, options
@@ -136,12 +145,10 @@ def cases(
             }  # fmt: skip
             yield "em_wide products d=320", _products_kernel, constants, options
         elif op.startswith("resident_attention"):
-            width = {48: 40}.get(int(op.split()[1]), int(op.split()[1]))
-            main, rest = two_tiles(width)
+            width, both = two_tile_case(op)
             constants = {
-                "D": width, "E": width, "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_PART,
-                "D_MAIN": main, "D_REST": rest, "E_MAIN": main, "E_REST": rest,
-                "TWO_PARTS": True, "FULL_K": True, "WITH_BIAS": True, "ALIGNED": True, **shared,
+                "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_PART, "TWO_PARTS": True,
+                "WITH_BIAS": True, **both, **shared,
             }  # fmt: skip
             yield f"resident_attention d={width}", _resident_kernel, constants, options
         elif op == "basis_attention":

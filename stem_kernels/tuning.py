@@ -56,6 +56,17 @@ def two_tiles(width: int) -> tuple[int, int]:
     return main, tile_for(rest, main) if rest > 0 else 0
 
 
+def token_ranges(num_tokens: int, block_n: int, programs: int) -> tuple[int, int]:
+    """Into how many ranges tokens are cut for about so many programs, and the tokens of each.
+
+    It depends on the shapes alone, and partial sums are added in order: equal calls give equal
+    bits.
+    """
+    wanted = max(1, min(-(-num_tokens // block_n), programs))
+    tokens = -(-num_tokens // (wanted * block_n)) * block_n
+    return -(-num_tokens // tokens), tokens
+
+
 def rows_for(row_bytes: int, block_bytes: int) -> int:
     """How many rows of `row_bytes` a tile of about `block_bytes` has, MIN_TILE ... 64.
 

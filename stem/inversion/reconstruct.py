@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ..config import StemConfig
+from stem_kernels.ops.soft_em import SoftEM
+
+from ..config import AttentionConfig, StemConfig
 from ..models import fingerprint
 from ..profiling import nvtx_range
 from .diffusion import (
+    Conditioning,
     decode_latents,
     encode_prompt,
     execution_device,
@@ -68,23 +72,53 @@ def reconstruct_latents(
     config = attention_config(settings["method"], options, size["num_frames"])
     if cached and not isinstance(config, StemConfig):
         raise InversionError(f"{inversion.path} is an inversion by {settings['method']}, not stem")
-    scheduler = sampling_scheduler(pipeline, settings["num_steps"])
     conditioning = encode_prompt(pipeline, settings["prompt"], size["height"], size["width"])
     latents = inversion.latents(-1).to(execution_device(pipeline))
-    total = len(scheduler.timesteps)
+    total = settings["num_steps"]
     logger.info(
         "%s: reconstructing %d frames in %d steps", settings["method"], latents.shape[0], total
     )
+    return sample(
+        pipeline,
+        latents,
+        conditioning,
+        total,
+        config,
+        bases_at=inversion.bases if cached else None,
+        name=f"reconstruct {settings['method']}",
+        progress=progress,
+    )
+
+
+def sample(
+    pipeline: Any,
+    latents: torch.Tensor,
+    conditioning: Conditioning,
+    num_steps: int,
+    config: AttentionConfig | None,
+    *,
+    bases_at: Callable[[int], dict[int, SoftEM]] | None = None,
+    name: str = "reconstruct",
+    progress: bool = False,
+) -> torch.Tensor:
+    """DDIM sampling from the noisiest latents [N, c, h, w] under an attention.
+
+    Args:
+        pipeline, conditioning: as for `predict`.
+        latents: float32, on the pipeline's device.
+        num_steps: of the sampling.
+        config: of the attention; None: the UNet's own.
+        bases_at: with a StemConfig: the bases to take at a step of the inversion, in place of EM.
+        name: of the progress bar and of the profiler's ranges.
+        progress: show a progress bar, on a terminal.
+    """
+    scheduler = sampling_scheduler(pipeline, num_steps)
     with attention_on(pipeline, config) as handle:
-        steps = tqdm(
-            scheduler.timesteps,
-            desc=f"reconstruct {settings['method']}",
-            disable=None if progress else True,
-        )
+        steps = tqdm(scheduler.timesteps, desc=name, disable=None if progress else True)
         for index, timestep in enumerate(steps):
-            if cached and handle is not None and handle.state is not None:
-                handle.state.replayed = inversion.bases(total - 1 - index)
-            with nvtx_range(f"reconstruct {settings['method']} t={int(timestep)}"):
+            if bases_at is not None and handle is not None and handle.state is not None:
+                handle.state.replayed = bases_at(num_steps - 1 - index)
+            with nvtx_range(f"{name} t={int(timestep)}"):
                 noise = predict(pipeline, latents, timestep, conditioning)
                 latents = scheduler.step(noise, timestep, latents).prev_sample
     return latents

@@ -12,10 +12,10 @@ from .diffusion import (
     encode_prompt,
     inverse_scheduler,
     predict,
-    sampling_scheduler,
     vae_factor,
 )
 from .methods import attention_on
+from .reconstruct import sample
 
 
 def round_trip(
@@ -60,12 +60,5 @@ def round_trip(
                 kept.append(dict(state.bases))
             if on_inverted is not None:
                 on_inverted(int(timestep))
-    scheduler = sampling_scheduler(pipeline, num_steps)
-    with attention_on(pipeline, config) as handle:
-        state = None if handle is None else handle.state
-        for timestep in scheduler.timesteps:
-            if cached and state is not None:
-                state.replayed = kept.pop()
-            noise = predict(pipeline, latents, timestep, conditioning)
-            latents = scheduler.step(noise, timestep, latents).prev_sample
-    return latents
+    bases_at = kept.__getitem__ if cached else None
+    return sample(pipeline, latents, conditioning, num_steps, config, bases_at=bases_at)

@@ -15,15 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tuning import tile_for, tiles, two_tiles
+from ..tuning import tile_for, tiles, token_ranges, two_tiles
 from . import on_device_of
 from .precision import dot_options
-from .tiles import load_rows, store_rows
+from .tiles import aligned, load_rows, store_rows
 
 LARGEST_BASES = 256
 LARGEST_TOGETHER = 80  # tokens and payload summed in one program
 WIDTHS = (48, 64, 80, 160)  # each has its own row in the tables of tiles
-MAX_BLOCK_N = 256
 
 
 @triton.jit
@@ -39,8 +38,9 @@ def _fused_kernel(
     # Triton itself only notices multiples of 16, which 40 channels are not.
     if ALIGNED:
         stride_xn, stride_vn = tl.multiple_of(stride_xn, 8), tl.multiple_of(stride_vn, 8)
-    split = tl.program_id(0)
-    lead = tl.program_id(1).to(tl.int64)
+    # Only the first axis of a grid may exceed 65,535.
+    lead = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K
     p_base = p_directions + lead * K * D
@@ -102,7 +102,7 @@ def _fused_kernel(
                 b_value_sums_rest = tl.dot(
                     b_w, b_v_rest, b_value_sums_rest, input_precision=PRECISION
                 )
-    row = (split * tl.num_programs(1) + lead) * K
+    row = (split * tl.num_programs(0) + lead) * K
     if WITH_SUMS:
         tl.store(p_mass + row + o_k, b_mass, mask=m_k)
         store_rows(p_sums + row * D, o_k * D, m_k, D, b_sums, 0, D_MAIN)
@@ -114,18 +114,6 @@ def _fused_kernel(
             store_rows(p_value_sums + row * E, o_k * E, m_k, E, b_value_sums_rest, E_MAIN, E_REST)
 
 
-def fits(features: torch.Tensor, payload: torch.Tensor | None, num_bases: int) -> bool:
-    """Whether one program can hold all bases and their sums, in half precision."""
-    tensors = [features] if payload is None else [features, payload]
-    return num_bases <= LARGEST_BASES and all(
-        tensor.shape[-1] <= WIDTHS[-1]
-        and tensor.element_size() == 2
-        # Inside a tile offsets are of 32 bits.
-        and MAX_BLOCK_N * tensor.stride(-2) + WIDTHS[-1] * tensor.stride(-1) < 2**31
-        for tensor in tensors
-    )
-
-
 def fused_pass(
     features: torch.Tensor,
     directions: torch.Tensor,
@@ -135,9 +123,9 @@ def fused_pass(
     """Partial sums over S ranges of tokens; S depends on the shapes alone.
 
     Args:
-        features: [B, h, n, D], any strides, n >= 1.
+        features: [B, h, n, D], n >= 1, half precision, any strides that `offsets_fit`.
         directions: [B, h, K, D], contiguous, of the features' dtype.
-        payload: [B, h, n, E] or None.
+        payload: [B, h, n, E] like the features, or None.
         scale: log2(e) / temperature.
 
     Returns:
@@ -166,9 +154,8 @@ def _launch(
     both = wanted == "both"
     options = tiles(f"em_fused {padded}" + (" payload" if both else ""), features.device)
     block_n = options.pop("block_n")
-    splits = max(1, min(triton.cdiv(n, block_n), options.pop("programs") // (batch * heads)))
-    tokens_per_split = triton.cdiv(triton.cdiv(n, splits), block_n) * block_n
-    splits = triton.cdiv(n, tokens_per_split)
+    programs = options.pop("programs") // (batch * heads)
+    splits, tokens_per_split = token_ranges(n, block_n, programs)
     lead = (splits, batch, heads, num_bases)
 
     def empty(*size: int) -> torch.Tensor:
@@ -180,17 +167,14 @@ def _launch(
     block_k = tile_for(num_bases, LARGEST_BASES)
     d_main, d_rest = two_tiles(dim)
     e_main, e_rest = two_tiles(width)
-    aligned = all(
-        tensor.stride(-1) == 1 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
-        for tensor in (features, values)
-    )
     with on_device_of(features):
-        _fused_kernel[(splits, batch * heads)](
+        _fused_kernel[(batch * heads, splits)](
             features, directions, values, sums, sums if value_sums is None else value_sums, mass,
             n, num_bases, heads, tokens_per_split, *features.stride(), *values.stride(), scale,
             D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k,
             D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
             WITH_SUMS=wanted != "payload", WITH_VALUES=wanted != "sums",
-            FULL_K=block_k == num_bases, ALIGNED=aligned, **dot_options(features.dtype), **options,
+            FULL_K=block_k == num_bases, ALIGNED=aligned(features, values),
+            **dot_options(features.dtype), **options,
         )  # fmt: skip
     return sums, mass, value_sums

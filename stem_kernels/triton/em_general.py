@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tuning import tile_for, tiles
+from ..tuning import tile_for, tiles, token_ranges
 from . import on_device_of
 from .precision import dot_options
 
@@ -163,13 +163,8 @@ def _accumulate(
     block_d = tile_for(dim, options["block_d"])
     block_e = tile_for(width, options.pop("block_d"))
     slices = triton.cdiv(num_bases, block_k) * triton.cdiv(width, block_e)
-    # The number of splits depends on shapes alone, and their partial sums are added in order:
-    # equal calls give equal bits.
-    splits = max(
-        1, min(triton.cdiv(n, block_n), options.pop("programs") // (slices * batch * heads))
-    )
-    tokens_per_split = triton.cdiv(triton.cdiv(n, splits), block_n) * block_n
-    splits = triton.cdiv(n, tokens_per_split)
+    programs = options.pop("programs") // (slices * batch * heads)
+    splits, tokens_per_split = token_ranges(n, block_n, programs)
     lead = (splits, batch, heads, num_bases)
     sums = torch.empty((*lead, width), dtype=torch.float32, device=features.device)
     mass = torch.empty(lead, dtype=torch.float32, device=features.device)

@@ -11,6 +11,7 @@ import torch
 
 from ..reference.em_statistics import directions_of
 from . import em_fused, em_general, em_wide
+from .tiles import offsets_fit
 
 
 def em_pass(
@@ -26,9 +27,11 @@ def em_pass(
     """
     scale = math.log2(math.e) / temperature
     num_bases = directions.shape[-2]
-    if em_fused.fits(features, payload, num_bases):
-        return em_fused.fused_pass(features, directions, payload, scale)
-    if em_wide.fits(features, payload, num_bases):
+    tensors = [features] if payload is None else [features, payload]
+    half = all(tensor.element_size() == 2 and offsets_fit(tensor) for tensor in tensors)
+    if half and num_bases <= em_fused.LARGEST_BASES:
+        if max(tensor.shape[-1] for tensor in tensors) <= em_fused.WIDTHS[-1]:
+            return em_fused.fused_pass(features, directions, payload, scale)
         return em_wide.wide_pass(features, directions, payload, scale)
     return em_general.general_pass(features, directions, payload, scale)
 

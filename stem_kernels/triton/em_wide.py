@@ -15,12 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tuning import tile_for, tiles, two_tiles
+from ..tuning import tile_for, tiles, token_ranges, two_tiles
 from . import on_device_of
+from .em_fused import LARGEST_BASES
 from .precision import dot_options
 from .tiles import load_rows, store_rows
 
-LARGEST_BASES = 256
 LARGEST_CHUNK_BYTES = 2**25  # of responsibilities
 
 
@@ -31,8 +31,10 @@ def _responsibilities_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     FULL_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    lead = tl.program_id(1).to(tl.int64)
+    # Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
+    tiles = tl.cdiv(tl.minimum(chunk, n - first), BLOCK_N)
+    lead = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
     o_n = tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K
@@ -60,12 +62,8 @@ def _responsibilities_kernel(
     b_share = tl.where(m_n, 1.0 / tl.sum(b_z, axis=1), 0.0)
     b_z = b_z * b_share[:, None]
     p_row = p_z + (lead * chunk + start) * K
-    tl.store(
-        p_row + (o_n * K)[:, None] + o_k[None, :],
-        b_z.to(p_z.dtype.element_ty),
-        mask=(o_n < chunk - start)[:, None] & m_k[None, :],
-    )
-    row = (lead * tl.num_programs(0) + tile) * K
+    store_rows(p_row, o_n * K, o_n < chunk - start, K, b_z, 0, BLOCK_K)
+    row = (lead * tiles + tile) * K
     tl.store(p_mass + row + o_k, tl.sum(b_z, axis=0), mask=m_k)
 
 
@@ -77,13 +75,13 @@ def _products_kernel(
     E_REST: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     E_TILE: tl.constexpr = E_MAIN + E_REST
-    e = tl.program_id(0) * E_TILE
-    split = tl.program_id(1)
-    lead = tl.program_id(2).to(tl.int64)
+    lead = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * E_TILE
+    split = tl.program_id(2)
     o_n = tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K
-    row = (split * tl.num_programs(2) + lead) * K
+    row = (split * tl.num_programs(0) + lead) * K
     # [BLOCK_K, E_MAIN], [BLOCK_K, E_REST]
     p_out = p_sums + row * E + e
     if ADD:
@@ -115,38 +113,18 @@ def _products_kernel(
         store_rows(p_out, o_k * E, m_k, E - e, b_sums_rest, E_MAIN, E_REST)
 
 
-def fits(features: torch.Tensor, payload: torch.Tensor | None, num_bases: int) -> bool:
-    """Whether these kernels serve the call: half precision, up to LARGEST_BASES bases."""
-    tensors = [features] if payload is None else [features, payload]
-    return num_bases <= LARGEST_BASES and all(
-        tensor.element_size() == 2
-        # Inside a tile offsets are of 32 bits.
-        and 128 * tensor.stride(-2) + tensor.shape[-1] * tensor.stride(-1) < 2**31
-        for tensor in tensors
-    )
-
-
 def wide_pass(
     features: torch.Tensor,
     directions: torch.Tensor,
     payload: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Partial sums over ranges of tokens; their number depends on the shapes alone.
-
-    Args:
-        features: [B, h, n, D], any strides, n >= 1.
-        directions: [B, h, K, D], contiguous, of the features' dtype.
-        payload: [B, h, n, E] or None.
-        scale: log2(e) / temperature.
-
-    Returns:
-        float32 sums [S, B, h, K, D], mass [T, B, h, K] and payload sums [S', B, h, K, E] or None.
-    """
+    """Partial sums, as `em_fused.fused_pass` gives them, in as many parts as suits each."""
     batch, heads, n, dim = features.shape
     num_bases, leads = directions.shape[-2], batch * heads
     options = tiles("em_wide logits", features.device)
     block_n = options.pop("block_n")
+    block_d = tile_for(dim, options.pop("block_d"))
     chunk = triton.cdiv(n, block_n) * block_n
     chunk = min(chunk, max(1, LARGEST_CHUNK_BYTES // (2 * num_bases * leads * block_n)) * block_n)
     z = torch.empty((leads, chunk, num_bases), dtype=features.dtype, device=features.device)
@@ -159,13 +137,11 @@ def wide_pass(
         for first in range(0, n, chunk):
             count = triton.cdiv(min(chunk, n - first), block_n)
             mass = features.new_empty((leads, count, num_bases), dtype=torch.float32)
-            _responsibilities_kernel[(count, leads)](
+            _responsibilities_kernel[(count * leads,)](
                 features, directions, z, mass, n, first, chunk, num_bases, heads,
                 *features.stride(), scale,
-                D=dim, BLOCK_N=block_n, BLOCK_K=block_k,
-                BLOCK_D=tile_for(dim, options["block_d"]), FULL_K=block_k == num_bases,
-                **dot_options(features.dtype),
-                num_warps=options["num_warps"], num_stages=options["num_stages"],
+                D=dim, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d,
+                FULL_K=block_k == num_bases, **dot_options(features.dtype), **options,
             )  # fmt: skip
             masses.append(mass)
             for product in products:
@@ -185,10 +161,8 @@ class _Products:
         self.block_n = self.options.pop("block_n")
         self.main, self.rest = two_tiles(min(width, self.options.pop("block_e")))
         self.slices = triton.cdiv(width, self.main + self.rest)
-        splits = max(1, self.options.pop("programs") // (self.slices * batch * heads))
-        splits = min(triton.cdiv(chunk, self.block_n), splits)
-        self.tokens_per_split = triton.cdiv(triton.cdiv(chunk, splits), self.block_n) * self.block_n
-        splits = triton.cdiv(chunk, self.tokens_per_split)
+        programs = self.options.pop("programs") // (self.slices * batch * heads)
+        splits, self.tokens_per_split = token_ranges(chunk, self.block_n, programs)
         size = (splits, batch, heads, num_bases, width)
         self.sums = torch.empty(size, dtype=torch.float32, device=values.device)
 
@@ -196,7 +170,7 @@ class _Products:
         """Add the products with the responsibilities of the chunk that starts at token `first`."""
         values, num_bases = self.values, z.shape[-1]
         batch, heads, n, width = values.shape
-        _products_kernel[(self.slices, self.sums.shape[0], batch * heads)](
+        _products_kernel[(batch * heads, self.slices, self.sums.shape[0])](
             z, values, self.sums, n, first, self.chunk, num_bases, heads, self.tokens_per_split,
             *values.stride(), E=width, BLOCK_N=self.block_n,
             BLOCK_K=tile_for(num_bases, LARGEST_BASES), E_MAIN=self.main, E_REST=self.rest,

@@ -18,7 +18,7 @@ import triton.language as tl
 from ..tuning import tile_for, tiles, two_tiles
 from . import on_device_of
 from .precision import dot_options
-from .tiles import load_rows, store_rows
+from .tiles import aligned, load_rows, offsets_fit, store_rows
 
 LARGEST_PART = 128
 WIDTHS = (48, 64, 80)  # each has its own row in the tables of tiles
@@ -84,7 +84,8 @@ def _resident_kernel(
     if ALIGNED:
         stride_qn = tl.multiple_of(stride_qn, 8)
         stride_kn, stride_vn = tl.multiple_of(stride_kn, 8), tl.multiple_of(stride_vn, 8)
-    lead = tl.program_id(1)
+    # Only the first axis of a grid may exceed 65,535.
+    lead = tl.program_id(0)
     batch = (lead // H).to(tl.int64)
     head = (lead % H).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
@@ -113,8 +114,8 @@ def _resident_kernel(
             b_u_rest = load_rows(p_v, o_k * stride_vn, m_l, stride_vd, E, E_MAIN, E_REST, UPCAST)
     p_q = p_query + batch * stride_qb + head * stride_qh
     o_n = tl.arange(0, BLOCK_N)
-    first = tl.program_id(0).to(tl.int64) * BLOCK_N
-    for offset in range(0, n - first, tl.num_programs(0) * BLOCK_N):
+    first = tl.program_id(1).to(tl.int64) * BLOCK_N
+    for offset in range(0, n - first, tl.num_programs(1) * BLOCK_N):
         start = first + offset
         m_n = o_n < n - start
         p_q_tile = p_q + start * stride_qn
@@ -145,11 +146,7 @@ def _resident_kernel(
 def options_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[str, int]:
     """Tiles and launch options where this kernel serves the call; else empty."""
     width = max(query.shape[-1], value.shape[-1])
-    near = all(
-        # Inside a tile offsets are of 32 bits.
-        LARGEST_PART * tensor.stride(-2) + WIDTHS[-1] * tensor.stride(-1) < 2**31
-        for tensor in (query, key, value)
-    )
+    near = all(offsets_fit(tensor) for tensor in (query, key, value))
     half = query.element_size() == 2
     if not (half and near and width <= WIDTHS[-1] and key.shape[-2] <= 2 * LARGEST_PART):
         return {}
@@ -178,18 +175,14 @@ def resident_attention(
     block_k = tile_for(num_bases, LARGEST_PART)
     d_main, d_rest = two_tiles(dim)
     e_main, e_rest = two_tiles(width)
-    aligned = all(
-        tensor.stride(-1) == 1 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
-        for tensor in (query, key, value)
-    )
     with on_device_of(query):
-        _resident_kernel[(min(programs, triton.cdiv(n, block_n)), batch * heads)](
+        _resident_kernel[(batch * heads, min(programs, triton.cdiv(n, block_n)))](
             query, key, value, query if bias is None else bias, out,
             n, num_bases, heads, *query.stride(), *key.stride(), *value.stride(),
             *((0, 0, 0) if bias is None else bias.stride()), scale * math.log2(math.e),
             D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k,
             D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
             TWO_PARTS=num_bases > block_k, FULL_K=num_bases % block_k == 0,
-            WITH_BIAS=bias is not None, ALIGNED=aligned,
+            WITH_BIAS=bias is not None, ALIGNED=aligned(query, key, value),
             **dot_options(query.dtype), **options,
         )  # fmt: skip

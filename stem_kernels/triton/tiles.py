@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+LARGEST_ROWS = 256
+
+
+def offsets_fit(tensor: torch.Tensor) -> bool:
+    """Whether offsets inside a tile of up to LARGEST_ROWS of its rows have 32 bits."""
+    return LARGEST_ROWS * tensor.stride(-2) + tensor.shape[-1] * tensor.stride(-1) < 2**31
+
+
+def aligned(*tensors: torch.Tensor) -> bool:
+    """Whether rows are contiguous, and begin at multiples of 8 elements from the first."""
+    return all(
+        tensor.stride(-1) == 1 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
 
 
 @triton.jit
