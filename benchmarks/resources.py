@@ -33,6 +33,7 @@ SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
 """What one block may ask for, by compute capability."""
 MATRIX_INSTRUCTIONS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 FLOAT32 = ("p_logsumexp", "p_sums", "p_value_sums", "p_mass", "p_bias")
+HALF_ONLY = ("em_fused", "em_wide", "resident_attention")
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
 
@@ -86,7 +87,7 @@ def compiled(
         ).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
     assert usage is not None, report
-    matrix = binary.asm["ptx"].count(MATRIX_INSTRUCTIONS[arch])
+    matrix = binary.asm["ptx"].count(MATRIX_INSTRUCTIONS.get(arch, "mma"))
     return int(usage[1]), int(usage[2]), binary.metadata.shared, matrix
 
 
@@ -101,65 +102,66 @@ def two_tile_case(op: str) -> tuple[int, dict[str, Any]]:
     }  # fmt: skip
 
 
+def cases_of(
+    op: str, row: dict[str, int], dtype: str = "fp16"
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Name, kernel and constants of what one row of a table launches in "fp16" or "fp32"."""
+    itemsize = {"fp16": 2, "fp32": 4}[dtype]
+    shared = {"PRECISION": "ieee", "UPCAST": False}
+    if op.startswith("em_fused"):
+        width, both = two_tile_case(op)
+        payload = op.endswith("payload")
+        name = f"em_fused d={width}" + (" with payload" if payload else "")
+        yield name, _fused_kernel, {
+            "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES, "WITH_SUMS": True,
+            "WITH_VALUES": payload, **both, **shared,
+        }  # fmt: skip
+    elif op == "em_general":
+        for width in (320, 1280):
+            block_d = tile_for(width, row["block_d"])
+            blocks = {
+                "BLOCK_N": row["block_n"], "BLOCK_K": row["block_k"], "BLOCK_D": block_d, **shared
+            }  # fmt: skip
+            yield f"em_general logsumexp d={width}", _logsumexp_kernel, blocks
+            blocks = blocks | {"BLOCK_E": block_d, "WITH_MASS": True}
+            yield f"em_general sums d={width}", _sums_kernel, blocks
+    elif op == "em_wide logits":
+        yield "em_wide logits d=320", _responsibilities_kernel, {
+            "D": 320, "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES,
+            "BLOCK_D": row["block_d"], "FULL_K": True, **shared,
+        }  # fmt: skip
+    elif op == "em_wide products":
+        main, rest = two_tiles(row["block_e"])
+        yield "em_wide products d=320", _products_kernel, {
+            "E": 320, "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES, "E_MAIN": main,
+            "E_REST": rest, "ADD": True, **shared,
+        }  # fmt: skip
+    elif op.startswith("resident_attention"):
+        width, both = two_tile_case(op)
+        yield f"resident_attention d={width}", _resident_kernel, {
+            "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_PART, "TWO_PARTS": True,
+            "WITH_BIAS": True, **both, **shared,
+        }  # fmt: skip
+    elif op == "basis_attention":
+        for width in (40, 64, 80, 160):
+            padded = tile_for(width, 512)
+            yield f"basis_attention d={width}", _basis_attention_kernel, {
+                "BLOCK_N": rows_for(itemsize * padded, row["query_bytes"]),
+                "BLOCK_K": rows_for(itemsize * padded, row["basis_bytes"]),
+                "BLOCK_D": padded, "BLOCK_E": padded, "WITH_BIAS": True, **shared,
+            }  # fmt: skip
+
+
 def cases(
     arch: int, dtype: str = "fp16"
 ) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """Name, kernel, constants and launch options of all that a GPU runs in "fp16" or "fp32"."""
-    itemsize = {"fp16": 2, "fp32": 4}[dtype]
-    shared = {"PRECISION": "ieee", "UPCAST": False}
-    rows = {**table("default"), **table(f"sm{arch}")}
-    for op, row in rows.items():
+    for op, row in {**table("default"), **table(f"sm{arch}")}.items():
+        if dtype == "fp32" and op.startswith(HALF_ONLY):
+            continue
         options = {name: row[name] for name in ("num_warps", "num_stages")}
-        if op.startswith(("em_fused", "em_wide", "resident_attention")) and dtype == "fp32":
-            continue  # these take half precision only
-        if op.startswith("em_fused"):
-            width, both = two_tile_case(op)
-            payload = op.endswith("payload")
-            constants = {
-                "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES, "WITH_SUMS": True,
-                "WITH_VALUES": payload, **both, **shared,
-            }  # fmt: skip
-            name = f"em_fused d={width}" + (" with payload" if payload else "")
-            yield name, _fused_kernel, constants, options
-        elif op == "em_general":
-            for width in (320, 1280):
-                block_d = tile_for(width, row["block_d"])
-                blocks = {
-                    "BLOCK_N": row["block_n"], "BLOCK_K": row["block_k"], "BLOCK_D": block_d,
-                    **shared,
-                }  # fmt: skip
-                yield f"em_general logsumexp d={width}", _logsumexp_kernel, blocks, options
-                blocks |= {"BLOCK_E": block_d, "WITH_MASS": True}
-                yield f"em_general sums d={width}", _sums_kernel, blocks, options
-        elif op == "em_wide logits":
-            constants = {
-                "D": 320, "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES,
-                "BLOCK_D": row["block_d"], "FULL_K": True, **shared,
-            }  # fmt: skip
-            yield "em_wide logits d=320", _responsibilities_kernel, constants, options
-        elif op == "em_wide products":
-            main, rest = two_tiles(row["block_e"])
-            constants = {
-                "E": 320, "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES, "E_MAIN": main,
-                "E_REST": rest, "ADD": True, **shared,
-            }  # fmt: skip
-            yield "em_wide products d=320", _products_kernel, constants, options
-        elif op.startswith("resident_attention"):
-            width, both = two_tile_case(op)
-            constants = {
-                "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_PART, "TWO_PARTS": True,
-                "WITH_BIAS": True, **both, **shared,
-            }  # fmt: skip
-            yield f"resident_attention d={width}", _resident_kernel, constants, options
-        elif op == "basis_attention":
-            for width in (40, 64, 80, 160):
-                padded = tile_for(width, 512)
-                constants = {
-                    "BLOCK_N": rows_for(itemsize * padded, row["query_bytes"]),
-                    "BLOCK_K": rows_for(itemsize * padded, row["basis_bytes"]),
-                    "BLOCK_D": padded, "BLOCK_E": padded, "WITH_BIAS": True, **shared,
-                }  # fmt: skip
-                yield f"basis_attention d={width}", _basis_attention_kernel, constants, options
+        for name, kernel, constants in cases_of(op, row, dtype):
+            yield name, kernel, constants, options
 
 
 def measure(arch: int, dtype: str = "fp16") -> list[Resources]:

@@ -1,0 +1,86 @@
+"""The least time that an operator can take: what it must do over what the machine can do."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+import torch
+
+from .timing import time_call
+
+EXPONENTIALS_PER_CLOCK = 16  # of one multiprocessor, on every GPU served
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an operator cannot avoid.
+
+    Args:
+        flops: of matrix products, 2 per multiply and add.
+        exponentials: one per token and base.
+        bytes: every input read once and every output written once.
+    """
+
+    flops: float
+    exponentials: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine does in a second.
+
+    Args:
+        flops: in a large matrix product of the dtype at hand, measured.
+        exponentials: on a GPU counted, multiprocessors x 16 x clock; on a CPU measured.
+        bytes: of a large copy, read and written, measured.
+    """
+
+    flops: float
+    exponentials: float
+    bytes: float
+
+    def floor(self, work: Work) -> tuple[float, str]:
+        """Seconds that `work` takes at least, and which of the ceilings says so."""
+        seconds = {
+            "matrix": work.flops / self.flops,
+            "exponentials": work.exponentials / self.exponentials,
+            "bytes": work.bytes / self.bytes,
+        }
+        limit = max(seconds, key=lambda name: seconds[name])
+        return seconds[limit], limit
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measure this machine."""
+    on_gpu = device.type == "cuda"
+    side, count = (8192, 2**28) if on_gpu else (1024, 2**24)
+    left = torch.randn(side, side, device=device, dtype=dtype)
+    product = torch.empty_like(left)
+    matrix = time_call(lambda: torch.mm(left, left, out=product), device).median
+    source = torch.zeros(count, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    copy = time_call(lambda: target.copy_(source), device).median
+    return Ceilings(
+        flops=2 * side**3 / matrix,
+        exponentials=_gpu_exponentials(device) if on_gpu else _cpu_exponentials(device),
+        bytes=8 * count / copy,
+    )
+
+
+def _gpu_exponentials(device: torch.device) -> float:
+    properties = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    if shutil.which(query[0]) is None:
+        raise SystemExit("nvidia-smi is not found; it tells the clock that floors are counted with")
+    clocks = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    hertz = int(clocks[device.index or 0]) * 1e6
+    return properties.multi_processor_count * EXPONENTIALS_PER_CLOCK * hertz
+
+
+def _cpu_exponentials(device: torch.device) -> float:
+    numbers = torch.rand(2**16, device=device)
+    out = torch.empty_like(numbers)
+    return len(numbers) / time_call(lambda: torch.exp(numbers, out=out), device).median

@@ -1,0 +1,103 @@
+"""Seconds of a call: device events and a cold L2 on a GPU, the host's clock on a CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+MIN_ROUNDS = 5
+MAX_ROUNDS = 200
+LONG_SECONDS = 1.0  # a call as long as this is made three times, and needs no more warming up
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median, the 20th and the 80th percentile of `rounds` calls."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+
+def time_call(
+    work: Callable[[], object], device: torch.device, *, budget: float = 0.5, graph: bool = False
+) -> Timing:
+    """Time `work`, called over and over for about `budget` seconds, MIN_ROUNDS times or
+    more (three, where it takes longer than LONG_SECONDS).
+
+    Before each call on a GPU a buffer of twice its L2 cache is written, which puts the inputs out
+    of that cache and, being a launch itself, lets the host run ahead of the device.
+
+    Args:
+        work: launches its kernels on the current stream.
+        device: where they run.
+        budget: seconds.
+        graph: capture a CUDA graph of one call and time its replays: launch gaps count no more.
+            Ignored on a CPU.
+    """
+    if device.type != "cuda":
+        return _host_timing(work, budget)
+    rounds = _rounds(budget, _synchronised(work, device))
+    run = work
+    if graph:
+        run = _captured(work)
+    if rounds >= MIN_ROUNDS:
+        _synchronised(run, device)
+        rounds = _rounds(budget, _synchronised(run, device))
+    flush = torch.empty(
+        2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device
+    )
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(rounds)
+    ]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize(device)
+    return _summary([start.elapsed_time(end) / 1000 for start, end in events])
+
+
+def _synchronised(work: Callable[[], object], device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    work()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _captured(work: Callable[[], object]) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def _host_timing(work: Callable[[], object], budget: float) -> Timing:
+    begin = time.perf_counter()
+    work()
+    rounds = _rounds(budget, time.perf_counter() - begin)
+    taken = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return _summary(taken)
+
+
+def _rounds(budget: float, seconds: float) -> int:
+    if seconds >= LONG_SECONDS:
+        return 3
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(seconds, 1e-9))))
+
+
+def _summary(taken: list[float]) -> Timing:
+    fifths = statistics.quantiles(taken, n=5, method="inclusive")
+    return Timing(statistics.median(taken), fifths[0], fifths[3], len(taken))

@@ -1,0 +1,156 @@
+"""Find the tiles that are fastest on this machine's GPU: `python -m benchmarks.tune`.
+
+For every row of the tables it compiles the candidates, drops those that spill or ask for too much
+shared memory, checks the others' results, times them, and writes stem_kernels/configs/smXY.json.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from stem_kernels import em_statistics
+from stem_kernels.testing import clustered_tokens
+from stem_kernels.triton import device_capability
+from stem_kernels.tuning import table
+
+from .cases import Case, Contender
+from .operators import attention_case, em_case, ours
+from .resources import HALF_ONLY, SHARED_KIB, cases_of, compiled
+from .timing import time_call
+
+CONFIGS = Path(__file__).parent.parent / "stem_kernels" / "configs"
+TOKENS, HEADS = 131072, 8
+WARPS, STAGES = (4, 8), (1, 2, 3)
+TILES: dict[str, dict[str, tuple[int, ...]]] = {
+    "em_fused": {"block_n": (16, 32, 64, 128)},
+    "em_wide logits": {"block_n": (64, 128), "block_d": (32, 64)},
+    "em_wide products": {"block_n": (32, 64, 128), "block_e": (64, 128)},
+    "em_general": {"block_n": (32, 64, 128), "block_k": (64, 128), "block_d": (32, 64)},
+    "resident_attention": {"block_n": (32, 64, 128)},
+    "basis_attention": {"query_bytes": (16384, 32768), "basis_bytes": (8192, 16384, 32768)},
+}
+PROGRAMS_PER_MULTIPROCESSOR = (1, 2, 4)  # of the ops whose rows have "programs"
+
+
+def candidates(op: str, arch: int, multiprocessors: int) -> Iterator[dict[str, int]]:
+    """Rows for `op` that compile for sm_`arch` without a spill and fit its shared memory."""
+    (tiles,) = (found for prefix, found in TILES.items() if op.startswith(prefix))
+    dtype = "fp16" if op.startswith(HALF_ONLY) or op == "basis_attention" else "fp32"
+    limit = 1024 * SHARED_KIB.get(arch, min(SHARED_KIB.values()))
+    choices = {**tiles, "num_warps": WARPS, "num_stages": STAGES}
+    for values in itertools.product(*choices.values()):
+        row = dict(zip(choices, values, strict=True))
+        options = {name: row[name] for name in ("num_warps", "num_stages")}
+        resources = [
+            compiled(kernel, constants, options, dtype, arch)
+            for _, kernel, constants in cases_of(op, row, dtype)
+        ]
+        if any(spilled or shared > limit for _, spilled, shared, _ in resources):
+            continue
+        # The compiler has thrown kernels away and said nothing.
+        if dtype == "fp16" and not all(matrix for *_, matrix in resources):
+            continue
+        if op in ("em_wide logits", "basis_attention"):
+            yield row
+        else:
+            for each in PROGRAMS_PER_MULTIPROCESSOR:
+                yield {**row, "programs": each * multiprocessors}
+
+
+def case_for(op: str, device: torch.device) -> Case:
+    """The shape that a row is tuned at: SD 1.5's largest layer, N = 32 frames."""
+    half = torch.float16
+    if op == "em_general":
+        return em_case((1, TOKENS, 320), device, torch.float32)
+    if op.startswith("em_wide"):
+        return em_case((1, TOKENS, 320), device, half)
+    if op == "basis_attention":
+        return attention_case(HEADS, TOKENS, 160, device, half)
+    width = int(op.split()[1])
+    width = 40 if width == 48 else width
+    if op.startswith("resident_attention"):
+        return attention_case(HEADS, TOKENS, width, device, half)
+    case = em_case((HEADS, TOKENS, width), device, half)
+    if op.endswith("payload"):
+        features = clustered_tokens((HEADS, TOKENS, width)).to(device, half)
+        bases = features[:, :: TOKENS // 256].float()
+        case.contenders.update(
+            ours(
+                lambda backend: em_statistics(features, bases, payload=features, backend=backend)[
+                    :2
+                ]
+            )
+        )
+    return case
+
+
+def tune(op: str, device: torch.device) -> dict[str, int]:
+    """The fastest row for `op`; the one in use stays where nothing is faster by a hundredth."""
+    major, minor = device_capability(device)
+    arch = 10 * major + minor
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    case = case_for(op, device)
+    contender = case.contenders["triton"]
+    rows = table(f"sm{arch}")
+    used = rows.get(op)
+    best, least = used, float("inf") if used is None else 0.99 * _seconds(case, contender, device)
+    try:
+        for row in candidates(op, arch, multiprocessors):
+            rows[op] = row
+            seconds = _seconds(case, contender, device)
+            if seconds < least:
+                best, least = row, seconds
+                print(f"{op}: {1e6 * seconds:.1f} us with {row}", flush=True)
+    finally:
+        if used is None:
+            rows.pop(op, None)
+        else:
+            rows[op] = used
+    if best is None:
+        raise SystemExit(f"no tiles of {op} serve {torch.cuda.get_device_name(device)}")
+    return best
+
+
+def _seconds(case: Case, contender: Contender, device: torch.device) -> float:
+    """Of one call; infinite where its result is wrong."""
+    call = contender.start()
+    if not (contender.check or case.check)(call()) <= 1:
+        return float("inf")
+    return time_call(call, device, budget=0.1).median
+
+
+def text(rows: dict[str, dict[str, int]]) -> str:
+    """A table as the files in configs/ are written, a row a line."""
+    lines = (f"  {json.dumps(op)}: {json.dumps(row)}" for op, row in rows.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Comma-separated rows. Default: all.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the table.")] = CONFIGS,
+) -> None:
+    """Tune for this machine's GPU."""
+    known = list(table("default")) + [op for op in table("sm90") if op not in table("default")]
+    wanted = [op.strip() for op in only.split(",")] if only else known
+    for op in wanted:
+        if op not in known:
+            raise typer.BadParameter(f"{op!r} is none of {', '.join(known)}")
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no CUDA GPU, and tiles are timed on one")
+    device = torch.device("cuda", torch.cuda.current_device())
+    major, minor = device_capability(device)
+    rows = dict(table(f"sm{major}{minor}"))
+    for op in wanted:
+        rows[op] = tune(op, device)
+        (out / f"sm{major}{minor}.json").write_text(text(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
