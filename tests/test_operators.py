@@ -281,10 +281,10 @@ def test_peak_memory_does_not_hold_the_responsibilities(op: str) -> None:
     run()
     with PeakMemory(DEVICE) as memory:
         run()
-    responsibilities = 4 * 32768 * 256 * 4
-    output = features.numel() * 4 if op.endswith("attention") else 0
+    read = features.numel() * 4
+    written = read if op.endswith("attention") else 0
     assert memory.extra_bytes is not None
-    assert memory.extra_bytes < output + responsibilities / 10
+    assert memory.extra_bytes <= written + 0.02 * read + 2**25  # responsibilities have 2**27
 
 
 X = torch.zeros(2, 10, 4)
