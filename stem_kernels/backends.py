@@ -35,7 +35,7 @@ class Backend:
         name: the value of the `backend` argument that selects it.
         dtypes: the dtypes of features, payload, query, key and value that it takes.
         max_bases: the largest K, or None.
-        max_head_dim: the largest last size of query and value, or None.
+        max_widths: returns the largest last sizes on a device, by argument name.
         differentiable: whether autograd passes through it.
         machine: returns the reasons why it cannot run on this machine at all.
         device: returns the reasons why it cannot run on one device.
@@ -44,7 +44,7 @@ class Backend:
     name: str
     dtypes: frozenset[torch.dtype]
     max_bases: int | None
-    max_head_dim: int | None
+    max_widths: Callable[[torch.device], Mapping[str, int]]
     differentiable: bool
     machine: Callable[[], list[str]]
     device: Callable[[torch.device], list[str]]
@@ -65,10 +65,10 @@ class Backend:
                 found.append(f"{name} is {_dtype_name(tensor)}; it takes {names}")
         if self.max_bases is not None and num_bases > self.max_bases:
             found.append(f"{num_bases} bases; it takes at most {self.max_bases}")
-        for name in ("query", "value"):
-            width = present[name].shape[-1] if name in present else 0
-            if self.max_head_dim is not None and width > self.max_head_dim:
-                found.append(f"{name} has {width} channels a head; it takes {self.max_head_dim}")
+        for name, tensor in present.items():
+            most = self.max_widths(tensor.device).get(name)
+            if most is not None and tensor.shape[-1] > most:
+                found.append(f"{name} has {tensor.shape[-1]} channels a head; it takes {most}")
         if not self.differentiable and torch.is_grad_enabled():
             needing = [name for name, tensor in present.items() if tensor.requires_grad]
             if needing:
@@ -83,6 +83,10 @@ def _torch_device(device: torch.device) -> list[str]:
     return []
 
 
+def _any_width(device: torch.device) -> Mapping[str, int]:
+    return {}
+
+
 _HALF_AND_SINGLE = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 BACKENDS: dict[str, Backend] = {
@@ -90,7 +94,7 @@ BACKENDS: dict[str, Backend] = {
         name="triton",
         dtypes=_HALF_AND_SINGLE,
         max_bases=1024,
-        max_head_dim=512,
+        max_widths=triton.max_widths,
         differentiable=False,
         machine=triton.machine_reasons,
         device=triton.device_reasons,
@@ -98,17 +102,17 @@ BACKENDS: dict[str, Backend] = {
     "cuda": Backend(
         name="cuda",
         dtypes=_HALF_AND_SINGLE,
-        max_bases=None,
-        max_head_dim=None,
+        max_bases=1024,
+        max_widths=cuda.max_widths,
         differentiable=False,
         machine=cuda.machine_reasons,
-        device=_torch_device,
+        device=cuda.device_reasons,
     ),
     "torch": Backend(
         name="torch",
         dtypes=_HALF_AND_SINGLE | {torch.float64},
         max_bases=None,
-        max_head_dim=None,
+        max_widths=_any_width,
         differentiable=True,
         machine=list,
         device=_torch_device,
@@ -158,7 +162,7 @@ def select(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:
 def _log_fallback_once(
     op: str, name: str, passed_over: tuple[tuple[str, tuple[str, ...]], ...], on_gpu: bool
 ) -> None:
-    # On a CPU the torch backend is what anyone expects; on a GPU it is a loss worth a warning.
+    # On a CPU the others are what anyone expects; on a GPU it is a loss worth a warning.
     level = logging.WARNING if on_gpu else logging.INFO
     reasons = "; ".join(f"{other}: {', '.join(why)}" for other, why in passed_over)
     logger.log(level, "%s runs on backend %s (%s)", op, name, reasons)

@@ -26,7 +26,7 @@ class Em {
         payload_(payload.value_or(features)),
         dtype_(dtype_of(features, "features")),
         normalize_(normalize),
-        scale_(static_cast<float>(kLog2E / temperature)) {
+        scale_(kLog2E / temperature) {
     check(features, "features", {-1, -1, -1, -1});
     batch_ = features.size(0), heads_ = features.size(1), tokens_ = features.size(2);
     check(bases, "bases", {batch_, heads_, -1, features.size(3)});
@@ -141,7 +141,7 @@ class Em {
   Tensor features_, payload_, bases_, directions_, sums_;
   DType dtype_;
   bool normalize_;
-  float scale_;
+  double scale_;
   int64_t batch_, heads_, tokens_, panels_, parts_;
   EmSizes sizes_, current_;
 };

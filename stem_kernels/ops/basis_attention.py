@@ -85,6 +85,8 @@ def basis_attention(
     scale = dim**-0.5 if scale is None else float(scale)
     if chosen == "triton":
         from ..triton.basis_attention import basis_attention_triton as run
+    elif chosen == "cuda":
+        from ..cuda.basis_attention import basis_attention_cuda as run
     else:
         assert chosen == "torch"
         from ..reference.basis_attention import basis_attention_torch as run

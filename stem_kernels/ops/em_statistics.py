@@ -81,6 +81,8 @@ def em_statistics(
         payload = None if payload is None else payload.unsqueeze(0)
     if chosen == "triton":
         from ..triton.em_statistics import em_statistics_triton as run
+    elif chosen == "cuda":
+        from ..cuda.em_statistics import em_statistics_cuda as run
     else:
         assert chosen == "torch"
         from ..reference.em_statistics import em_statistics_torch as run

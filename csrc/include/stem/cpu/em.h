@@ -14,9 +14,9 @@
 namespace stem::cpu::STEM_ISA {
 
 constexpr int64_t kTile = 8 * kRows;
-// Channels of the first product at a time, so that a panel of directions stays in the first-level
-// cache: 192 * 32 * 4 bytes = 24 KiB.
-constexpr int64_t kChunk = 192;
+// Channels of the first product that are summed in one go. Sums of sums round less than one long
+// sum: the error of logits in the hundreds shows. It also keeps a panel's part in the first cache.
+constexpr int64_t kChunk = 48;
 
 STEM_INLINE int64_t num_panels(int64_t bases) { return (bases + kPanel - 1) / kPanel; }
 
@@ -113,22 +113,20 @@ static void store_panel(const float* panel, int64_t num_bases, int64_t width, in
       bases[base * width + row] = panel[row * kPanel + base - first];
 }
 
-static void directions(const float* bases, int64_t width, bool normalize, float scale,
+// In double, rounded once: an error of a base's factor would be one of all its logits, and those
+// are in the hundreds.
+static void directions(const float* bases, int64_t width, bool normalize, double scale,
                        float* directions) {
-  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-    Vec factor = broadcast(scale);
-    if (normalize) {
-      Vec squares = {};
-      for (int64_t row = 0; row < width; ++row) {
-        const Vec m = load(bases + row * kPanel + lane);
-        squares += m * m;
-      }
-      for (int i = 0; i < kLanes; ++i)
-        factor[i] = scale / (__builtin_sqrtf(squares[i]) + 1e-4f);
-    }
-    for (int64_t row = 0; row < width; ++row)
-      store(directions + row * kPanel + lane, load(bases + row * kPanel + lane) * factor);
-  }
+  double factors[kPanel] = {};
+  for (int64_t row = 0; row < width; ++row)
+    for (int64_t lane = 0; lane < kPanel; ++lane)
+      factors[lane] += static_cast<double>(bases[row * kPanel + lane]) * bases[row * kPanel + lane];
+  for (double& factor : factors)
+    factor = normalize ? scale / (__builtin_sqrt(factor) + 1e-4) : scale;
+  for (int64_t row = 0; row < width; ++row)
+    for (int64_t lane = 0; lane < kPanel; ++lane)
+      directions[row * kPanel + lane] =
+          static_cast<float>(bases[row * kPanel + lane] * factors[lane]);
 }
 
 static void add_parts(float* first, int64_t parts, int64_t stride, int64_t count) {

@@ -46,7 +46,7 @@ struct Kernels {
   void (*store_panel)(const float* panel, int64_t num_bases, int64_t width, int64_t panel_index,
                       float* bases);
   // One panel of bases [width, panel] -> what the logits are made with.
-  void (*directions)(const float* bases, int64_t width, bool normalize, float scale,
+  void (*directions)(const float* bases, int64_t width, bool normalize, double scale,
                      float* directions);
   // Adds parts 1 ... parts - 1, `stride` floats apart, to the first, in order.
   void (*add_parts)(float* first, int64_t parts, int64_t stride, int64_t count);
