@@ -131,26 +131,28 @@ def gencode(listed: str) -> list[str]:
     return flags
 
 
-class BuildWithExtension(build_py):
-    """Adds the objects, and the report on them, to the package."""
+def build_extension(package: Path) -> None:
+    """Put the objects, and the report on them, into the folder of the package."""
+    built: dict[str, dict[str, str]] = {}
+    for part, build in (("cpu", build_cpu), ("cuda", build_cuda)):
+        target = package / f"_ext_{part}.so"
+        target.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                built[part] = build(target, Path(scratch))
+                print(f"stem_kernels: the extension's {part} part is built: {built[part]}")
+            except NotBuiltError as error:
+                built[part] = {"reason": str(error)}
+                print(f"stem_kernels: the extension's {part} part is not built: {error}")
+    (package / "_build_info.json").write_text(json.dumps(built, indent=2) + "\n")
+    if os.environ.get("STEM_REQUIRE_EXT") == "1" and "reason" in built["cpu"]:
+        raise SystemExit(f"STEM_REQUIRE_EXT=1, but {built['cpu']['reason']}")
 
+
+class BuildWithExtension(build_py):
     def run(self) -> None:
         super().run()
-        package = Path("" if self.editable_mode else self.build_lib, "stem_kernels")
-        built: dict[str, dict[str, str]] = {}
-        for part, build in (("cpu", build_cpu), ("cuda", build_cuda)):
-            target = package / f"_ext_{part}.so"
-            target.unlink(missing_ok=True)
-            with tempfile.TemporaryDirectory() as scratch:
-                try:
-                    built[part] = build(target, Path(scratch))
-                    print(f"stem_kernels: the extension's {part} part is built: {built[part]}")
-                except NotBuiltError as error:
-                    built[part] = {"reason": str(error)}
-                    print(f"stem_kernels: the extension's {part} part is not built: {error}")
-        (package / "_build_info.json").write_text(json.dumps(built, indent=2) + "\n")
-        if os.environ.get("STEM_REQUIRE_EXT") == "1" and "reason" in built["cpu"]:
-            raise SystemExit(f"STEM_REQUIRE_EXT=1, but {built['cpu']['reason']}")
+        build_extension(Path("" if self.editable_mode else self.build_lib, "stem_kernels"))
 
 
 class WithObjects(Distribution):
@@ -163,8 +165,9 @@ class WithObjects(Distribution):
             return False
 
 
-setup(
-    distclass=WithObjects,
-    cmdclass={"build_py": BuildWithExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+if __name__ == "__main__":
+    setup(
+        distclass=WithObjects,
+        cmdclass={"build_py": BuildWithExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    )

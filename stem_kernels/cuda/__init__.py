@@ -40,9 +40,11 @@ def load(part: str, folder: Path = FOLDER) -> str | None:
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
+        # torch names only the file; what was wrong with it is the cause.
         return (
-            f"{path.name} cannot be loaded: {error} (built with torch {info['torch']}, this is "
-            f"{torch.__version__}); build it again with: pip install --no-build-isolation ."
+            f"{path.name} cannot be loaded: {error.__cause__ or error} "
+            f"(built with torch {info['torch']}, this is {torch.__version__}); "
+            "build it again with: pip install --no-build-isolation ."
         )
     return None
 
