@@ -67,7 +67,10 @@ def run(*command: object) -> str:
     if done.returncode != 0:
         print(done.stderr)
         errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
-        raise NotBuiltError(f"{Path(str(command[0])).name} failed: {errors[0].strip()[:500]}")
+        raise NotBuiltError(
+            f"{Path(str(command[0])).name} failed with exit status {done.returncode}: "
+            f"{errors[0].strip()[:500] or 'it printed nothing'}"
+        )
     return done.stdout
 
 

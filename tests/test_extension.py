@@ -69,7 +69,7 @@ def info(package: Path) -> str:
     [
         ("STEM_SKIP_EXT", "1", "it was left out (STEM_SKIP_EXT=1)"),
         ("CXX", "/nonexistent", "there is no C++ compiler (/nonexistent); install g++, or set CXX"),
-        ("CXX", "false", "false failed"),
+        ("CXX", "false", "false failed with exit status 1: it printed nothing"),
     ],
 )
 def test_what_is_not_built_is_said(
