@@ -2,7 +2,8 @@
 
 The CPU part is built where a C++ compiler and torch >= 2.10 are, the CUDA part where nvcc is too
 (no GPU is needed). What cannot be built is left out, as is all with STEM_SKIP_EXT=1, and
-`python -m stem_kernels.info` says why; STEM_REQUIRE_EXT=1 makes a missing CPU part an error.
+`python -m stem_kernels.info` says why; STEM_REQUIRE_EXT=1 makes an error of a missing CPU part,
+and of a CUDA part that fails.
 CXX, CUDA_HOME and TORCH_CUDA_ARCH_LIST (as "8.0;9.0a+PTX") mean what they mean elsewhere.
 
 The objects hold torch operators and no Python module, so they serve every Python; they use only
@@ -19,8 +20,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
@@ -38,11 +39,15 @@ ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 
 
 class NotBuiltError(Exception):
-    """Why a part of the extension is not built."""
+    """Why a part of the extension is not built: something is missing."""
 
 
-def tools() -> tuple[Any, list[str]]:
-    """The module torch that the extension is built with, and the C++ compiler's command."""
+class FailedError(NotBuiltError):
+    """All was there, and yet it failed."""
+
+
+def tools() -> tuple[Path, list[str]]:
+    """The folder of the torch that the extension is built with; the C++ compiler's command."""
     if os.environ.get("STEM_SKIP_EXT") == "1":
         raise NotBuiltError("it was left out (STEM_SKIP_EXT=1)")
     try:
@@ -57,7 +62,7 @@ def tools() -> tuple[Any, list[str]]:
     asked = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
     for command in map(shlex.split, asked):
         if command and shutil.which(command[0]):
-            return torch, command
+            return Path(torch.__file__).parent, command
     raise NotBuiltError(f"there is no C++ compiler ({', '.join(asked)}); install g++, or set CXX")
 
 
@@ -67,34 +72,30 @@ def run(*command: object) -> str:
     if done.returncode != 0:
         print(done.stderr)
         errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
-        raise NotBuiltError(
+        raise FailedError(
             f"{Path(str(command[0])).name} failed with exit status {done.returncode}: "
             f"{errors[0].strip()[:500] or 'it printed nothing'}"
         )
     return done.stdout
 
 
-def includes(home: Path) -> list[object]:
-    return ["-I", CSRC / "include", "-isystem", home / "include"]
-
-
 def build_cpu(target: Path, scratch: Path) -> dict[str, str]:
-    torch, cxx = tools()
-    home = Path(torch.__file__).parent
+    home, cxx = tools()
+    includes = ["-I", CSRC / "include", "-isystem", home / "include"]
     jobs: dict[str, tuple[str, list[str]]] = {"bindings": ("bindings.cpp", [])}
     jobs |= {name: (f"cpu/{name}.cpp", []) for name in ("dispatch", "tensors", "em", "attention")}
     for name, (lanes, flags) in INSTRUCTIONS.items():
         jobs[name] = ("cpu/kernels.cpp", [f"-DSTEM_ISA={name}", f"-DSTEM_LANES={lanes}", *flags])
     objects = [scratch / f"{name}.o" for name in jobs]
     for (source, flags), to in zip(jobs.values(), objects, strict=True):
-        run(*cxx, *CPU_FLAGS, *flags, *includes(home), "-c", CSRC / source, "-o", to)
+        run(*cxx, *CPU_FLAGS, *flags, *includes, "-c", CSRC / source, "-o", to)
     run(*cxx, "-shared", *objects, f"-L{home / 'lib'}", "-ltorch_cpu", "-o", target)
-    return report(torch, run(*cxx, "--version").splitlines()[0], CPU_FLAGS)
+    return {"compiler": run(*cxx, "--version").splitlines()[0], "flags": shlex.join(CPU_FLAGS)}
 
 
 def build_cuda(target: Path, scratch: Path) -> dict[str, str]:
-    torch, cxx = tools()
-    home = Path(torch.__file__).parent
+    home, cxx = tools()
+    includes = ["-I", CSRC / "include", "-isystem", home / "include"]
     toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc", path=f"{toolkit}/bin{os.pathsep}{os.environ['PATH']}")
     if nvcc is None:
@@ -106,18 +107,14 @@ def build_cuda(target: Path, scratch: Path) -> dict[str, str]:
     flags += ["-ccbin", cxx[0], *gencode(run(nvcc, "--list-gpu-arch"))]
     objects = [scratch / f"{source.stem}.cu.o" for source in sources]
     for source, to in zip(sources, objects, strict=True):
-        run(nvcc, *flags, *includes(home), "-c", source, "-o", to)
+        run(nvcc, *flags, *includes, "-c", source, "-o", to)
     if not (home / "lib" / "libtorch_cuda.so").exists():
         # A torch without CUDA lacks the library whose name the object must ask for.
         library = scratch / "libtorch_cuda.so"
         run(*cxx, "-shared", "-x", "c++", "/dev/null", f"-Wl,-soname,{library.name}", "-o", library)
     libraries = ["-L", home / "lib", "-L", scratch, "-Xlinker", "--no-as-needed", "-ltorch_cpu"]
     run(nvcc, "-shared", *flags, *objects, *libraries, "-ltorch_cuda", "-o", target)
-    return report(torch, run(nvcc, "--version").splitlines()[-2], flags)
-
-
-def report(torch: Any, compiler: str, flags: list[str]) -> dict[str, str]:
-    return {"torch": torch.__version__, "compiler": compiler, "flags": shlex.join(flags)}
+    return {"compiler": run(nvcc, "--version").splitlines()[-2], "flags": shlex.join(flags)}
 
 
 def gencode(listed: str) -> list[str]:
@@ -137,19 +134,21 @@ def gencode(listed: str) -> list[str]:
 def build_extension(package: Path) -> None:
     """Put the objects, and the report on them, into the folder of the package."""
     built: dict[str, dict[str, str]] = {}
+    fatal = []
     for part, build in (("cpu", build_cpu), ("cuda", build_cuda)):
         target = package / f"_ext_{part}.so"
         target.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                built[part] = build(target, Path(scratch))
+                built[part] = {**build(target, Path(scratch)), "torch": metadata.version("torch")}
                 print(f"stem_kernels: the extension's {part} part is built: {built[part]}")
             except NotBuiltError as error:
                 built[part] = {"reason": str(error)}
                 print(f"stem_kernels: the extension's {part} part is not built: {error}")
+                fatal += [str(error)] if part == "cpu" or isinstance(error, FailedError) else []
     (package / "_build_info.json").write_text(json.dumps(built, indent=2) + "\n")
-    if os.environ.get("STEM_REQUIRE_EXT") == "1" and "reason" in built["cpu"]:
-        raise SystemExit(f"STEM_REQUIRE_EXT=1, but {built['cpu']['reason']}")
+    if fatal and os.environ.get("STEM_REQUIRE_EXT") == "1":
+        raise SystemExit(f"STEM_REQUIRE_EXT=1, but {'; '.join(fatal)}")
 
 
 class BuildWithExtension(build_py):

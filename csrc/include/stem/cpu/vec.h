@@ -7,6 +7,10 @@
 
 #include <cstdint>
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 #define STEM_INLINE static inline __attribute__((always_inline))
 
 namespace stem::cpu::STEM_ISA {
@@ -24,7 +28,21 @@ typedef float LooseVec __attribute__((vector_size(4 * STEM_LANES), aligned(4), m
 STEM_INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 STEM_INLINE void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 STEM_INLINE Vec broadcast(float x) { return x - Vec{}; }  // not x + 0, which makes 0 of -0
-STEM_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+// b where either is NaN. Compilers make a comparison and a blend of the general form.
+STEM_INLINE Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+alignas(64) static const int32_t kLaneIndices[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                     8, 9, 10, 11, 12, 13, 14, 15};
 
 // Lane i of the result is lane i ^ distance of v.
 STEM_INLINE Vec swap_lanes(Vec v, int distance) {
@@ -33,9 +51,7 @@ STEM_INLINE Vec swap_lanes(Vec v, int distance) {
   for (int i = 0; i < kLanes; ++i) swapped[i] = v[i ^ distance];
   return swapped;
 #else
-  IntVec from;
-  for (int i = 0; i < kLanes; ++i) from[i] = i ^ distance;
-  return __builtin_shuffle(v, from);
+  return __builtin_shuffle(v, *reinterpret_cast<const IntVec*>(kLaneIndices) ^ distance);
 #endif
 }
 
