@@ -39,6 +39,7 @@ class Backend:
         differentiable: whether autograd passes through it.
         machine: returns the reasons why it cannot run on this machine at all.
         device: returns the reasons why it cannot run on one device.
+        auto: returns the reasons why `backend="auto"` passes it over on a device where it can run.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Backend:
     differentiable: bool
     machine: Callable[[], list[str]]
     device: Callable[[torch.device], list[str]]
+    auto: Callable[[torch.device], list[str]]
 
     def reasons(self, tensors: Tensors, num_bases: int) -> list[str]:
         """Why this backend cannot run a call on `tensors`; empty if it can."""
@@ -79,7 +81,7 @@ class Backend:
         return found
 
 
-def _torch_device(device: torch.device) -> list[str]:
+def _any_device(device: torch.device) -> list[str]:
     return []
 
 
@@ -98,6 +100,7 @@ BACKENDS: dict[str, Backend] = {
         differentiable=False,
         machine=triton.machine_reasons,
         device=triton.device_reasons,
+        auto=_any_device,
     ),
     "cuda": Backend(
         name="cuda",
@@ -107,6 +110,7 @@ BACKENDS: dict[str, Backend] = {
         differentiable=False,
         machine=cuda.machine_reasons,
         device=cuda.device_reasons,
+        auto=cuda.auto_reasons,
     ),
     "torch": Backend(
         name="torch",
@@ -115,7 +119,8 @@ BACKENDS: dict[str, Backend] = {
         max_widths=_any_width,
         differentiable=True,
         machine=list,
-        device=_torch_device,
+        device=_any_device,
+        auto=_any_device,
     ),
 }
 """Every backend, in the order in which `backend="auto"` tries them."""
@@ -149,6 +154,8 @@ def select(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:
     passed_over: list[tuple[str, tuple[str, ...]]] = []
     for name, candidate in BACKENDS.items():
         reasons = candidate.reasons(tensors, num_bases)
+        for device in {tensor.device for tensor in tensors.values() if tensor is not None}:
+            reasons = reasons or candidate.auto(device)
         if not reasons:
             if passed_over and not torch.compiler.is_compiling():
                 on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors.values())

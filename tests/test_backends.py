@@ -25,7 +25,12 @@ def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"features": X, "bases": M}
     monkeypatch.setattr(cuda, "load_error", lambda part: None)
+    monkeypatch.setattr(cuda, "instructions", lambda: "avx2")
     assert backends.select("op", "auto", tensors, 3) == "cuda"
+    # "auto" takes what is measured to be faster; by name it can be had all the same.
+    monkeypatch.setattr(cuda, "instructions", lambda: "baseline")
+    assert backends.select("op", "auto", tensors, 3) == "torch"
+    assert backends.select("op", "cuda", tensors, 3) == "cuda"
     monkeypatch.setattr(cuda, "load_error", lambda part: "not built")
     assert backends.select("op", "auto", tensors, 3) == "torch"
     monkeypatch.setattr(triton, "interpreted", lambda: True)

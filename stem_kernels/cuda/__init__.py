@@ -86,9 +86,20 @@ def max_widths(device: torch.device) -> Mapping[str, int]:
     return GPU_WIDTHS if device.type == "cuda" else {}
 
 
+# Asked once, because torch.compile cannot trace an operator that returns a string.
+_instructions = "" if load_error("cpu") else torch.ops.stem_kernels_ext.cpu_instructions()
+
+
 def instructions() -> str:
     """Which of its kernels the CPU part takes here: "avx512", "avx2" or "baseline"."""
-    return str(torch.ops.stem_kernels_ext.cpu_instructions())
+    return _instructions
+
+
+def auto_reasons(device: torch.device) -> list[str]:
+    """Why `backend="auto"` passes it over on `device` though it can run there."""
+    if device.type == "cpu" and instructions() == "baseline":
+        return ["its kernels for this CPU are not known to be faster than torch's"]
+    return []
 
 
 def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
