@@ -26,10 +26,15 @@ interpreter: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/$(RESULT).json
 
-$(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt
+# The extension is built against the torch that is installed, so torch comes first. Where there is
+# a compiler, a test run must not go on without it.
+REQUIRE := $(if $(shell command -v $${CXX:-c++}),STEM_REQUIRE_EXT=1)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+$(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -e '.[$(patsubst .%,%,$(notdir $@))]'
+	STEM_SKIP_EXT=1 $(PIP) setuptools -e '.[$(patsubst .%,%,$(notdir $@))]'
+	$(if $(findstring .dev,$@),$(REQUIRE)) $(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:

@@ -35,19 +35,21 @@ class Backend:
         name: the value of the `backend` argument that selects it.
         dtypes: the dtypes of features, payload, query, key and value that it takes.
         max_bases: the largest K, or None.
-        max_head_dim: the largest last size of query and value, or None.
+        max_widths: returns the largest last sizes on a device, by argument name.
         differentiable: whether autograd passes through it.
         machine: returns the reasons why it cannot run on this machine at all.
         device: returns the reasons why it cannot run on one device.
+        auto: returns the reasons why `backend="auto"` passes it over on a device where it can run.
     """
 
     name: str
     dtypes: frozenset[torch.dtype]
     max_bases: int | None
-    max_head_dim: int | None
+    max_widths: Callable[[torch.device], Mapping[str, int]]
     differentiable: bool
     machine: Callable[[], list[str]]
     device: Callable[[torch.device], list[str]]
+    auto: Callable[[torch.device], list[str]]
 
     def reasons(self, tensors: Tensors, num_bases: int) -> list[str]:
         """Why this backend cannot run a call on `tensors`; empty if it can."""
@@ -65,10 +67,10 @@ class Backend:
                 found.append(f"{name} is {_dtype_name(tensor)}; it takes {names}")
         if self.max_bases is not None and num_bases > self.max_bases:
             found.append(f"{num_bases} bases; it takes at most {self.max_bases}")
-        for name in ("query", "value"):
-            width = present[name].shape[-1] if name in present else 0
-            if self.max_head_dim is not None and width > self.max_head_dim:
-                found.append(f"{name} has {width} channels a head; it takes {self.max_head_dim}")
+        for name, tensor in present.items():
+            most = self.max_widths(tensor.device).get(name)
+            if most is not None and tensor.shape[-1] > most:
+                found.append(f"{name} has {tensor.shape[-1]} channels a head; it takes {most}")
         if not self.differentiable and torch.is_grad_enabled():
             needing = [name for name, tensor in present.items() if tensor.requires_grad]
             if needing:
@@ -79,8 +81,12 @@ class Backend:
         return found
 
 
-def _torch_device(device: torch.device) -> list[str]:
+def _any_device(device: torch.device) -> list[str]:
     return []
+
+
+def _any_width(device: torch.device) -> Mapping[str, int]:
+    return {}
 
 
 _HALF_AND_SINGLE = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -90,28 +96,31 @@ BACKENDS: dict[str, Backend] = {
         name="triton",
         dtypes=_HALF_AND_SINGLE,
         max_bases=1024,
-        max_head_dim=512,
+        max_widths=triton.max_widths,
         differentiable=False,
         machine=triton.machine_reasons,
         device=triton.device_reasons,
+        auto=_any_device,
     ),
     "cuda": Backend(
         name="cuda",
         dtypes=_HALF_AND_SINGLE,
-        max_bases=None,
-        max_head_dim=None,
+        max_bases=1024,
+        max_widths=cuda.max_widths,
         differentiable=False,
         machine=cuda.machine_reasons,
-        device=_torch_device,
+        device=cuda.device_reasons,
+        auto=cuda.auto_reasons,
     ),
     "torch": Backend(
         name="torch",
         dtypes=_HALF_AND_SINGLE | {torch.float64},
         max_bases=None,
-        max_head_dim=None,
+        max_widths=_any_width,
         differentiable=True,
         machine=list,
-        device=_torch_device,
+        device=_any_device,
+        auto=_any_device,
     ),
 }
 """Every backend, in the order in which `backend="auto"` tries them."""
@@ -145,6 +154,8 @@ def select(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:
     passed_over: list[tuple[str, tuple[str, ...]]] = []
     for name, candidate in BACKENDS.items():
         reasons = candidate.reasons(tensors, num_bases)
+        for device in {tensor.device for tensor in tensors.values() if tensor is not None}:
+            reasons = reasons or candidate.auto(device)
         if not reasons:
             if passed_over and not torch.compiler.is_compiling():
                 on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors.values())
@@ -158,7 +169,7 @@ def select(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:
 def _log_fallback_once(
     op: str, name: str, passed_over: tuple[tuple[str, tuple[str, ...]], ...], on_gpu: bool
 ) -> None:
-    # On a CPU the torch backend is what anyone expects; on a GPU it is a loss worth a warning.
+    # On a CPU the others are what anyone expects; on a GPU it is a loss worth a warning.
     level = logging.WARNING if on_gpu else logging.INFO
     reasons = "; ".join(f"{other}: {', '.join(why)}" for other, why in passed_over)
     logger.log(level, "%s runs on backend %s (%s)", op, name, reasons)

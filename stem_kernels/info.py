@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import cuda
 from .backends import BACKEND_VARIABLE, BACKENDS
 from .triton import interpreted
 
@@ -35,6 +36,13 @@ def describe() -> str:
             lines.append(f"  {backend.name:<7}{'; '.join(reasons) if reasons else 'usable'}")
     if len(devices) == 1:
         lines.append("no CUDA GPU is visible to torch")
+    lines.append("C++ extension")
+    for part, info in cuda.build_info().items():
+        reason = cuda.load_error(part)
+        built = ", ".join(f"{name} {value}" for name, value in info.items() if name != "reason")
+        kernels = f" ({cuda.instructions()} kernels)" if part == "cpu" and not reason else ""
+        lines.append(f"  {part:<7}{reason or 'loaded' + kernels}")
+        lines += [f"         built with {built}"] if built else []
     return "\n".join(lines)
 
 

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from stem_kernels import cuda
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 if INTERPRETED:
     BACKENDS = ["triton"]
-elif torch.cuda.is_available():
-    BACKENDS = ["torch", "triton"]
 else:
     BACKENDS = ["torch"]
-
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+    BACKENDS += ["triton"] if DEVICE == "cuda" else []
+    BACKENDS += ["cuda"] if cuda.load_error("cpu" if DEVICE == "cpu" else "cuda") is None else []
 
 
 @pytest.fixture(params=BACKENDS)

@@ -9,15 +9,29 @@ import sys
 import pytest
 import torch
 
-from stem_kernels import BackendError, backends, em_statistics, triton
+from stem_kernels import BackendError, backends, cuda, em_statistics, triton
 from stem_kernels.info import describe
 
 X = torch.randn(1, 20, 4)
 M = torch.randn(1, 3, 4)
 
 
+@pytest.fixture
+def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "the C++ extension's cpu part is not built: there is no C++ compiler"
+    monkeypatch.setattr(cuda, "load_error", lambda part: reason)
+
+
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"features": X, "bases": M}
+    monkeypatch.setattr(cuda, "load_error", lambda part: None)
+    monkeypatch.setattr(cuda, "instructions", lambda: "avx2")
+    assert backends.select("op", "auto", tensors, 3) == "cuda"
+    # "auto" takes what is measured to be faster; by name it can be had all the same.
+    monkeypatch.setattr(cuda, "instructions", lambda: "baseline")
+    assert backends.select("op", "auto", tensors, 3) == "torch"
+    assert backends.select("op", "cuda", tensors, 3) == "cuda"
+    monkeypatch.setattr(cuda, "load_error", lambda part: "not built")
     assert backends.select("op", "auto", tensors, 3) == "torch"
     monkeypatch.setattr(triton, "interpreted", lambda: True)
     assert backends.select("op", "auto", tensors, 3) == "triton"
@@ -29,6 +43,7 @@ def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
         assert backends.select("op", "auto", {"x": X.clone().requires_grad_()}, 3) == "triton"
 
 
+@pytest.mark.usefixtures("without_extension")
 def test_the_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backends.BACKEND_VARIABLE, "cuda")
     assert backends.select("op", "torch", {"x": X}, 3) == "torch"
@@ -39,6 +54,7 @@ def test_the_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         backends.select("op", "auto", {"x": X}, 3)
 
 
+@pytest.mark.usefixtures("without_extension")
 def test_a_refusal_prints_shapes_dtypes_and_every_reason() -> None:
     with pytest.raises(BackendError) as caught:
         em_statistics(X, M, backend="cuda")
@@ -47,7 +63,7 @@ def test_a_refusal_prints_shapes_dtypes_and_every_reason() -> None:
         'em_statistics cannot run with backend="cuda"',
         "features: [1, 20, 4] float32 on cpu",
         "bases: [1, 3, 4] float32 on cpu",
-        "cuda: the C++ extension is not built",
+        "cuda: the C++ extension's cpu part is not built: there is no C++ compiler",
         "triton: tensors are on cpu; it needs a CUDA GPU",
         "torch: can run this call",
     ):
@@ -66,6 +82,26 @@ def test_every_reason_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "query has 520 channels a head; it takes 512" in wide
 
 
+def test_the_extension_states_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "load_error", lambda part: None)
+    extension = backends.BACKENDS["cuda"]
+    assert extension.reasons({"features": torch.zeros(1, 9, 2000)}, 1024) == []
+    assert extension.reasons({"x": X}, 1025) == ["1025 bases; it takes at most 1024"]
+    needing = extension.reasons({"x": X.clone().requires_grad_()}, 3)
+    assert len(needing) == 1
+    assert "x require(s) grad and it has no backward pass" in needing[0]
+    assert dict(cuda.max_widths(torch.device("cuda")))["features"] == 1280
+    other = extension.reasons({"x": X.to("meta")}, 3)
+    assert other == ["tensors are on meta; it takes CPU and CUDA tensors"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    old = ["cuda:0 has compute capability 7.5; it needs 8.0 or newer"]
+    assert cuda.device_reasons(torch.device("cuda", 0)) == old
+    missing = {"cpu": None, "cuda": "_ext_cuda.so cannot be loaded"}
+    monkeypatch.setattr(cuda, "load_error", missing.get)
+    assert cuda.device_reasons(torch.device("cuda", 0)) == [missing["cuda"]]
+    assert cuda.device_reasons(torch.device("cpu")) == []
+
+
 def test_an_old_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "device_capability", lambda device: (7, 5))
     reasons = triton.device_reasons(torch.device("cuda", 0))
@@ -74,6 +110,7 @@ def test_an_old_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton.device_reasons(torch.device("cuda", 0)) == []
 
 
+@pytest.mark.usefixtures("without_extension")
 def test_auto_says_once_that_it_falls_back(caplog: pytest.LogCaptureFixture) -> None:
     backends._log_fallback_once.cache_clear()
     with caplog.at_level(logging.INFO, "stem_kernels"):
@@ -117,5 +154,5 @@ def test_importing_neither_loads_triton_nor_starts_cuda() -> None:
 
 def test_info_names_every_backend_and_its_reason() -> None:
     text = describe()
-    for part in ("torch ", "usable", "triton ", "cuda ", "the C++ extension is not built"):
+    for part in ("torch ", "usable", "triton ", "cuda ", "C++ extension"):
         assert part in text

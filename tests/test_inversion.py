@@ -26,7 +26,7 @@ from stem.inversion import (
     round_trip,
 )
 from stem.inversion.methods import attention_config
-from stem_kernels import BackendError
+from stem_kernels import BackendError, cuda
 
 STEM = {"num_bases": 8, "num_iters": 2}
 
@@ -240,6 +240,7 @@ def test_missing_parts_are_made_again(tmp_path: Path) -> None:
 def test_the_environment_s_backend_is_a_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cuda, "load_error", lambda part: "the C++ extension is not built")
     assert inverted(tmp_path).settings["backend"] == "torch"
     monkeypatch.setenv("STEM_KERNELS_BACKEND", "cuda")
     with pytest.raises(BackendError, match=r"the C\+\+ extension is not built"):

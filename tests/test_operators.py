@@ -221,6 +221,9 @@ def test_opcheck(backend: str, op: str) -> None:
     grad = backend == "torch"
     if grad and op == "soft_em":
         pytest.skip("in torch soft_em is made of em_statistics, and is no operator of its own")
+    if backend == "cuda":
+        _check_extension(op)
+        return
     operator = _registered(op, backend)
     if op == "em_statistics":
         features = tokens(2, 30, 3, 8).transpose(1, 2).requires_grad_(grad)
@@ -251,18 +254,40 @@ def _registered(op: str, backend: str):  # type: ignore[no-untyped-def]
     return getattr(torch.ops.stem_kernels, f"{op}_{backend}")
 
 
-def test_compiles_to_one_graph() -> None:
+def _check_extension(op: str) -> None:
+    """The same for the C++ extension, whose arguments are what is left after its wrappers."""
+    from stem_kernels.cuda import basis_attention, em_statistics, soft_em  # noqa: F401
+
+    features, bases = tokens(2, 30, 3, 8).transpose(1, 2), tokens(2, 3, 5, 8)
+    if op == "basis_attention":
+        key = tokens(1, 3, 5, 8).expand(2, -1, -1, -1)
+        bias = torch.zeros(3, 5, device=DEVICE).expand(2, -1, -1)
+        samples = [(features, key, key, bias, 0.3), (features, key, key, None, 0.3)]
+    else:
+        iterations, policy = ([2], [True, 0.01]) if op == "soft_em" else ([], [])
+        samples = [
+            (features, bases, payload, *iterations, 0.5, True, *policy)
+            for payload in (None, tokens(2, 3, 30, 4))
+        ]
+    for sample in samples:
+        operator = getattr(torch.ops.stem_kernels_ext, op)
+        torch.library.opcheck(operator, sample, test_utils=["test_schema", "test_faketensor"])
+
+
+def test_compiles_to_one_graph(backend: str) -> None:
     query, key, value = (tokens(1, 2, 70, 16, seed=seed) for seed in (0, 1, 2))
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return stem_attention(q, k, v, num_bases=8, init="gaussian", empty="reseed")
+        return stem_attention(
+            q, k, v, num_bases=8, init="gaussian", empty="reseed", backend=backend
+        )
 
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     assert max_error(compiled(query, key, value), attention(query, key, value)) < 1e-5
 
 
 @pytest.mark.parametrize("op", ["em_statistics", "soft_em", "basis_attention", "stem_attention"])
-def test_peak_memory_does_not_hold_the_responsibilities(op: str) -> None:
+def test_peak_memory_does_not_hold_the_responsibilities(backend: str, op: str) -> None:
     from stem_kernels.measure import PeakMemory
 
     features = tokens(1, 4, 32768, 40)
@@ -270,13 +295,14 @@ def test_peak_memory_does_not_hold_the_responsibilities(op: str) -> None:
 
     def run() -> None:
         if op == "em_statistics":
-            em_statistics(features, bases, payload=features)
+            em_statistics(features, bases, payload=features, backend=backend)
         elif op == "soft_em":
-            soft_em(features, bases, num_iters=2, payload=features, empty="reseed")
+            options = {"num_iters": 2, "empty": "reseed", "backend": backend}
+            soft_em(features, bases, payload=features, **options)  # type: ignore[arg-type]
         elif op == "basis_attention":
-            basis_attention(features, bases, bases)
+            basis_attention(features, bases, bases, backend=backend)
         else:
-            stem_attention(features, features, features, num_iters=2)
+            stem_attention(features, features, features, num_iters=2, backend=backend)
 
     run()
     with PeakMemory(DEVICE) as memory:

@@ -1,8 +1,107 @@
-"""The seat of the CUDA C++ extension, which is not written yet."""
+"""The compiled C++ extension: its CUDA part on GPUs, its CPU part on CPU tensors.
+
+Two objects, built by setup.py, lie beside this package: `_ext_cpu.so` declares the operators of
+`torch.ops.stem_kernels_ext` and implements them for CPUs, `_ext_cuda.so` implements them for GPUs
+and is loaded only where torch has CUDA. Both are loaded when this module is imported, because
+torch.compile cannot trace a load; neither initialises CUDA.
+"""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent.parent
+MIN_CAPABILITY = (8, 0)
+GPU_WIDTHS = {"features": 1280, "payload": 1280, "query": 160, "value": 160}
+
+
+def build_info(folder: Path = FOLDER) -> dict[str, dict[str, str]]:
+    """What setup.py wrote of each part, "cpu" and "cuda": how it was built, or the `reason`."""
+    path = folder / "_build_info.json"
+    if not path.is_file():
+        missing = {"reason": "setup.py has not run; install the package with: pip install ."}
+        return {"cpu": missing, "cuda": missing}
+    found: dict[str, dict[str, str]] = json.loads(path.read_text())
+    return found
+
+
+def load(part: str, folder: Path = FOLDER) -> str | None:
+    """Load the object of "cpu" or "cuda". Returns why it cannot be used, or None where it can."""
+    info = build_info(folder)[part]
+    if "reason" in info:
+        return f"the C++ extension's {part} part is not built: {info['reason']}"
+    if part == "cuda" and torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA, which the C++ extension's cuda part needs"
+    path = folder / f"_ext_{part}.so"
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        # torch names only the file; what was wrong with it is the cause.
+        return (
+            f"{path.name} cannot be loaded: {error.__cause__ or error} "
+            f"(built with torch {info['torch']}, this is {torch.__version__}); "
+            "build it again with: pip install --no-build-isolation ."
+        )
+    return None
+
+
+_load_errors = {"cpu": load("cpu")}
+# The CPU part holds the operators' schemas, so there is no loading the other without it.
+_load_errors["cuda"] = _load_errors["cpu"] or load("cuda")
+
+
+def load_error(part: str) -> str | None:
+    """Why the object of "cpu" or "cuda" is not loaded, or None where it is."""
+    return _load_errors[part]
 
 
 def machine_reasons() -> list[str]:
     """Why no call at all can run on this machine."""
-    return ["the C++ extension is not built: this version of the package does not have one yet"]
+    error = load_error("cpu")
+    return [error] if error else []
+
+
+def device_reasons(device: torch.device) -> list[str]:
+    """Why tensors on `device` cannot be served."""
+    if device.type == "cpu":
+        return []
+    if device.type != "cuda":
+        return [f"tensors are on {device}; it takes CPU and CUDA tensors"]
+    error = load_error("cuda")
+    if error:
+        return [error]
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        have, need = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+        return [f"{device} has compute capability {have}; it needs {need} or newer"]
+    return []
+
+
+def max_widths(device: torch.device) -> Mapping[str, int]:
+    """The largest last sizes of tensors by their argument's name. The CPU part takes any."""
+    return GPU_WIDTHS if device.type == "cuda" else {}
+
+
+# Asked once, because torch.compile cannot trace an operator that returns a string.
+_instructions = "" if load_error("cpu") else torch.ops.stem_kernels_ext.cpu_instructions()
+
+
+def instructions() -> str:
+    """Which of its kernels the CPU part takes here: "avx512", "avx2" or "baseline"."""
+    return _instructions
+
+
+def auto_reasons(device: torch.device) -> list[str]:
+    """Why `backend="auto"` passes it over on `device` though it can run there."""
+    if device.type == "cpu" and instructions() == "baseline":
+        return ["its kernels for this CPU are not known to be faster than torch's"]
+    return []
+
+
+def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, copied only where its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

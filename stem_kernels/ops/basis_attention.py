@@ -83,9 +83,18 @@ def basis_attention(
     tensors = {"query": query, "key": key, "value": value, "bias": bias}
     chosen = select(OP, backend, tensors, num_bases)
     scale = dim**-0.5 if scale is None else float(scale)
+    arguments = (query, key, value, bias, scale)
     if chosen == "triton":
-        from ..triton.basis_attention import basis_attention_triton as run
+        from ..triton.basis_attention import basis_attention_triton
+
+        out = basis_attention_triton(*arguments)
+    elif chosen == "cuda":
+        from ..cuda.basis_attention import basis_attention_cuda
+
+        out = basis_attention_cuda(*arguments)
     else:
         assert chosen == "torch"
-        from ..reference.basis_attention import basis_attention_torch as run
-    return run(query, key, value, bias, scale).transpose(1, 2)
+        from ..reference.basis_attention import basis_attention_torch
+
+        out = basis_attention_torch(*arguments)
+    return out.transpose(1, 2)

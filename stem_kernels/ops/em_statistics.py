@@ -79,12 +79,20 @@ def em_statistics(
     if not with_heads:
         features, bases = features.unsqueeze(0), bases.unsqueeze(0)
         payload = None if payload is None else payload.unsqueeze(0)
+    arguments = (features, bases, payload, temperature, normalize)
     if chosen == "triton":
-        from ..triton.em_statistics import em_statistics_triton as run
+        from ..triton.em_statistics import em_statistics_triton
+
+        sums, mass, payload_sums = em_statistics_triton(*arguments)
+    elif chosen == "cuda":
+        from ..cuda.em_statistics import em_statistics_cuda
+
+        sums, mass, payload_sums = em_statistics_cuda(*arguments)
     else:
         assert chosen == "torch"
-        from ..reference.em_statistics import em_statistics_torch as run
-    sums, mass, payload_sums = run(features, bases, payload, temperature, normalize)
+        from ..reference.em_statistics import em_statistics_torch
+
+        sums, mass, payload_sums = em_statistics_torch(*arguments)
     if not with_heads:
         sums, mass, payload_sums = sums[0], mass[0], payload_sums[0]
     return EMStatistics(sums, mass, None if payload is None else payload_sums)

@@ -88,6 +88,10 @@ def soft_em(
         from ..triton.soft_em import soft_em_triton
 
         found = soft_em_triton(*arguments)
+    elif chosen == "cuda":
+        from ..cuda.soft_em import soft_em_cuda
+
+        found = soft_em_cuda(*arguments)
     else:
         assert chosen == "torch"
         from ..reference.soft_em import soft_em_torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -50,6 +51,11 @@ def device_reasons(device: torch.device) -> list[str]:
         have, need = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
         return [f"{device} has compute capability {have}; it needs {need} or newer"]
     return []
+
+
+def max_widths(device: torch.device) -> Mapping[str, int]:
+    """The largest last sizes of tensors by their argument's name."""
+    return {"query": 512, "value": 512}
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:

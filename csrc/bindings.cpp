@@ -1,0 +1,16 @@
+// The operators' schemas, which the CPU and the CUDA object implement. Shapes and formulas are in
+// stem_kernels/ops; the fakes are in stem_kernels/cuda.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(stem_kernels_ext, library) {
+  library.def(
+      "em_statistics(Tensor features, Tensor bases, Tensor? payload, float temperature, "
+      "bool normalize) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "soft_em(Tensor features, Tensor bases, Tensor? payload, int num_iters, float temperature, "
+      "bool normalize, bool keep_empty, float least_mass) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "basis_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale) "
+      "-> Tensor");
+  library.def("cpu_instructions() -> str");
+}

@@ -1,0 +1,16 @@
+// Compiled once for each instruction set, with STEM_ISA and STEM_LANES given on the command line.
+#include "stem/cpu/attention.h"
+#include "stem/cpu/em.h"
+
+#define STEM_TEXT_OF(x) #x
+#define STEM_TEXT(x) STEM_TEXT_OF(x)
+
+namespace stem::cpu::STEM_ISA {
+
+extern const Kernels kKernels;
+const Kernels kKernels = {
+    STEM_TEXT(STEM_ISA), kPanel,      kTile,     em_scratch, em_pass,           load_panel,
+    store_panel,         directions, add_parts, update,     attention_scratch, attention,
+};
+
+}  // namespace stem::cpu::STEM_ISA

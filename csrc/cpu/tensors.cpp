@@ -1,0 +1,63 @@
+#include "tensors.h"
+
+#include <sstream>
+
+namespace stem::cpu {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+
+namespace {
+
+template <typename Sizes>
+std::string text_of(const Sizes& sizes) {
+  std::ostringstream text;
+  const char* separator = "[";
+  for (const int64_t size : sizes) {
+    text << separator;
+    size < 0 ? text << "any" : text << size;
+    separator = ", ";
+  }
+  return text.str() + "]";
+}
+
+}  // namespace
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::Half:
+      return DType::kHalf;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+}
+
+void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  const auto found = tensor.sizes();
+  bool fits = found.size() == sizes.size();
+  for (size_t i = 0; fits && i < sizes.size(); ++i)
+    fits = sizes.begin()[i] < 0 || sizes.begin()[i] == found[i];
+  STD_TORCH_CHECK(fits, name, " must be ", text_of(sizes), ", not ", text_of(found));
+  STD_TORCH_CHECK(found.back() <= 1 || tensor.stride(tensor.dim() - 1) == 1, name,
+                  " must be contiguous in its last dimension");
+}
+
+Rows rows_of(const Tensor& tensor, DType dtype, int64_t batch, int64_t head) {
+  const auto strides = tensor.strides();
+  const int64_t bytes = dtype == DType::kFloat ? 4 : 2;
+  const int64_t offset = batch * strides[0] + head * strides[1];
+  return {static_cast<const char*>(tensor.const_data_ptr()) + offset * bytes, strides[2], dtype};
+}
+
+Tensor float_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, bool zero) {
+  const IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
+  return zero ? torch::stable::new_zeros(like, shape, ScalarType::Float)
+              : torch::stable::new_empty(like, shape, ScalarType::Float);
+}
+
+}  // namespace stem::cpu

@@ -1,0 +1,41 @@
+// What the launchers share: tensors of torch's stable ABI as the kernels' rows, and scratch memory.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <optional>
+
+#include "stem/cpu/kernels.h"
+
+namespace stem::cpu {
+
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& tensor, const char* name);
+
+// Throws unless the tensor is on the CPU, has these sizes (-1: any), and its last is contiguous.
+void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes);
+
+// The rows of one head of a [B, h, n, width] tensor.
+Rows rows_of(const Tensor& tensor, DType dtype, int64_t batch, int64_t head);
+
+Tensor float_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, bool zero = false);
+
+// Uninitialised floats on a cache line's boundary.
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<float*>(::operator new(count * sizeof(float), kAlignment))) {}
+  float* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(float* data) const { ::operator delete(data, kAlignment); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
+
+}  // namespace stem::cpu

@@ -1,0 +1,90 @@
+// The one product that both operators are made of: c [rows, kPanel] (+)= a [rows, depth] b.
+#pragma once
+
+#include "vec.h"
+
+namespace stem::cpu::STEM_ISA {
+
+// kPacked: a is [depth, Rows]; else row i of a starts at a + i * a_stride.
+// All 2 * Rows accumulators stay in registers: each step of depth costs 2 + Rows loads for
+// 2 * Rows multiply-adds, under the two loads a cycle that x86 has for its two multiply-adds.
+// The sum over depth is complete before c is added, so that cutting depth in parts loses nothing.
+template <int Rows, bool kPacked>
+static void multiply_block(int64_t depth, const float* a, int64_t a_stride, const float* b,
+                           float* c, bool add) {
+  Vec left[Rows], right[Rows];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    left[i] = Vec{};
+    right[i] = Vec{};
+  }
+  for (int64_t step = 0; step < depth; ++step) {
+    const Vec b_left = load(b), b_right = load(b + kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const Vec factor = broadcast(kPacked ? a[i] : a[i * a_stride]);
+      left[i] += factor * b_left;
+      right[i] += factor * b_right;
+    }
+    a += kPacked ? Rows : 1;
+    b += kPanel;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    float* row = c + i * kPanel;
+    store(row, add ? load(row) + left[i] : left[i]);
+    store(row + kLanes, add ? load(row + kLanes) + right[i] : right[i]);
+  }
+}
+
+template <int Rows, bool kPacked>
+static void multiply_rows(int64_t rows, int64_t depth, const float* a, int64_t a_stride,
+                          const float* b, float* c, bool add) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      multiply_block<Rows, kPacked>(depth, a, a_stride, b, c, add);
+    else
+      multiply_rows<Rows - 1, kPacked>(rows, depth, a, a_stride, b, c, add);
+  }
+}
+
+// Rows are cut evenly into as few blocks as kRows allows: 41 into 13 + 14 + 14.
+STEM_INLINE int64_t num_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
+STEM_INLINE int64_t block_start(int64_t rows, int64_t block) {
+  return rows * block / num_blocks(rows);
+}
+
+// a: rows of floats, a_stride apart. b: [depth, kPanel]. c: [rows, kPanel].
+static void multiply_strided(int64_t rows, int64_t depth, const float* a, int64_t a_stride,
+                             const float* b, float* c, bool add) {
+  for (int64_t block = 0; block < num_blocks(rows); ++block) {
+    const int64_t first = block_start(rows, block);
+    multiply_rows<kRows, false>(block_start(rows, block + 1) - first, depth, a + first * a_stride,
+                                a_stride, b, c + first * kPanel, add);
+  }
+}
+
+// a: from pack or pack_transposed, with the same rows and depth.
+static void multiply_packed(int64_t rows, int64_t depth, const float* a, const float* b, float* c,
+                            bool add) {
+  for (int64_t block = 0; block < num_blocks(rows); ++block) {
+    const int64_t first = block_start(rows, block);
+    multiply_rows<kRows, true>(block_start(rows, block + 1) - first, depth, a + first * depth, 0,
+                               b, c + first * kPanel, add);
+  }
+}
+
+// source [depth, rows], rows of it source_stride apart, each times its factor -> blocks
+// [depth, rows of the block].
+static void pack(int64_t rows, int64_t depth, const float* source, int64_t source_stride,
+                 const float* factors, float* packed) {
+  for (int64_t block = 0; block < num_blocks(rows); ++block) {
+    const int64_t first = block_start(rows, block), count = block_start(rows, block + 1) - first;
+    for (int64_t step = 0; step < depth; ++step) {
+      const float* from = source + step * source_stride + first;
+      for (int64_t i = 0; i < count; ++i) *packed++ = from[i] * factors[step];
+    }
+  }
+}
+
+}  // namespace stem::cpu::STEM_ISA

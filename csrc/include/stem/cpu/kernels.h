@@ -1,0 +1,68 @@
+// What csrc/cpu asks of the kernels, and the table that each instruction set fills.
+#pragma once
+
+#include <cstdint>
+
+namespace stem::cpu {
+
+enum class DType { kFloat, kHalf, kBFloat16 };
+
+// Rows of contiguous elements: row i starts `stride` elements after row i - 1.
+struct Rows {
+  const void* data;
+  int64_t stride;
+  DType dtype;
+};
+
+// One head of EM. Per-base arrays are in panels of `Kernels::panel` bases: [panels, rows, panel],
+// the last one padded. Sums have width + 1 + payload_width rows: sums, mass, payload sums.
+struct EmSizes {
+  int64_t bases;
+  int64_t width;
+  int64_t payload_width;
+  int64_t columns() const { return width + 1 + payload_width; }
+};
+
+struct AttentionSizes {
+  int64_t bases;
+  int64_t width;
+  int64_t value_width;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t panel;
+  int64_t tile;  // tokens of EM that are worked on at a time
+
+  // Floats of scratch memory that em_pass needs.
+  int64_t (*em_scratch)(const EmSizes&);
+  // Adds up tokens first ... last - 1, at least one, into sums [panels, columns, panel], which is
+  // written and not read. directions [panels, width, panel] carry log2(e) / temperature.
+  void (*em_pass)(const EmSizes&, const Rows& features, const Rows& payload, int64_t first,
+                  int64_t last, const float* directions, float* sums, float* scratch);
+  // Column range of a panel [rows, panel] <- and -> base-major [bases, width].
+  void (*load_panel)(const float* bases, int64_t num_bases, int64_t width, int64_t panel_index,
+                     float* panel);
+  void (*store_panel)(const float* panel, int64_t num_bases, int64_t width, int64_t panel_index,
+                      float* bases);
+  // One panel of bases [width, panel] -> what the logits are made with.
+  void (*directions)(const float* bases, int64_t width, bool normalize, double scale,
+                     float* directions);
+  // Adds parts 1 ... parts - 1, `stride` floats apart, to the first, in order.
+  void (*add_parts)(float* first, int64_t parts, int64_t stride, int64_t count);
+  // New bases of one panel from its sums; payload sums and mass become payload bases and mass.
+  void (*update)(const EmSizes&, bool keep_empty, float least_mass, float* sums, float* bases);
+
+  // Floats of scratch memory that attention needs.
+  int64_t (*attention_scratch)(const AttentionSizes&);
+  // Queries first ... last - 1 -> rows of out, `out_stride` elements apart, of the query's dtype.
+  // bias [bases] float, bias_stride apart, or null.
+  void (*attention)(const AttentionSizes&, const Rows& query, const Rows& key, const Rows& value,
+                    const float* bias, int64_t bias_stride, float scale, int64_t first,
+                    int64_t last, void* out, int64_t out_stride, float* scratch);
+};
+
+// Those that this CPU can run, the fastest; ATEN_CPU_CAPABILITY=default or avx2 asks for less.
+const Kernels& kernels();
+
+}  // namespace stem::cpu

@@ -1,0 +1,41 @@
+"""`basis_attention` in the C++ extension."""
+
+from __future__ import annotations
+
+import torch
+
+from . import contiguous_rows
+
+
+def basis_attention_cuda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """query [B, h, n, d], key [B or 1, h, K, d], value [B or 1, h, K, e], bias [.., .., K].
+
+    Returns contiguous [B, n, h, e] of the query's dtype.
+    """
+    lead = (*query.shape[:2], key.shape[-2])
+    found: torch.Tensor = torch.ops.stem_kernels_ext.basis_attention(
+        contiguous_rows(query),
+        contiguous_rows(key).expand(*lead, key.shape[-1]),
+        contiguous_rows(value).expand(*lead, value.shape[-1]),
+        None if bias is None else bias.float().expand(lead),
+        scale,
+    )
+    return found
+
+
+@torch.library.register_fake("stem_kernels_ext::basis_attention")
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    batch, heads, num_queries, _ = query.shape
+    return query.new_empty((batch, num_queries, heads, value.shape[-1]))

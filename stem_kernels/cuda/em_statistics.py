@@ -1,0 +1,46 @@
+"""`em_statistics` in the C++ extension."""
+
+from __future__ import annotations
+
+import torch
+
+from . import contiguous_rows
+
+
+def em_statistics_cuda(
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor | None,
+    temperature: float,
+    normalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """features [B, h, n, D], bases [B, h, K, D], payload [B, h, n, E] or None, any strides.
+
+    Returns float32 sums, mass and payload sums (E = 0 without a payload).
+    """
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    found = torch.ops.stem_kernels_ext.em_statistics(
+        contiguous_rows(features),
+        bases.float().contiguous(),
+        None if payload is None else contiguous_rows(payload),
+        temperature,
+        normalize,
+    )
+    return found
+
+
+@torch.library.register_fake("stem_kernels_ext::em_statistics")
+def _(
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor | None,
+    temperature: float,
+    normalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lead = bases.shape[:-1]
+    width = 0 if payload is None else payload.shape[-1]
+    return (
+        features.new_empty(bases.shape, dtype=torch.float32),
+        features.new_empty(lead, dtype=torch.float32),
+        features.new_empty((*lead, width), dtype=torch.float32),
+    )

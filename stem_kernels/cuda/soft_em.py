@@ -1,0 +1,59 @@
+"""`soft_em` in the C++ extension: all iterations in one call, but for "reseed"."""
+
+from __future__ import annotations
+
+import torch
+
+from ..reference.soft_em import least_mass, worst_explained
+from . import contiguous_rows
+
+
+def soft_em_cuda(
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor | None,
+    num_iters: int,
+    temperature: float,
+    normalize: bool,
+    empty: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """features [B, h, n, D], bases [B, h, K, D], payload [B, h, n, E] or None, any strides.
+
+    Returns float32 bases, payload bases (E = 0 without a payload) and mass.
+    """
+    run = torch.ops.stem_kernels_ext.soft_em
+    features = contiguous_rows(features)
+    payload = None if payload is None else contiguous_rows(payload)
+    bases = bases.float().contiguous()
+    least = least_mass(features.shape[-2], bases.shape[-2])
+    if empty == "reseed":
+        # Each iteration but the last is a call of its own, and empty bases are put elsewhere.
+        for _ in range(num_iters - 1):
+            bases, _, mass = run(features, bases, None, 1, temperature, normalize, False, least)
+            is_empty = mass < least
+            seeds = worst_explained(features, bases, is_empty)
+            bases = torch.where(is_empty.unsqueeze(-1), seeds, bases)
+        num_iters = 1
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    found = run(features, bases, payload, num_iters, temperature, normalize, empty != "zero", least)
+    return found
+
+
+@torch.library.register_fake("stem_kernels_ext::soft_em")
+def _(
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor | None,
+    num_iters: int,
+    temperature: float,
+    normalize: bool,
+    keep_empty: bool,
+    least_mass: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lead = bases.shape[:-1]
+    width = 0 if payload is None else payload.shape[-1]
+    return (
+        features.new_empty(bases.shape, dtype=torch.float32),
+        features.new_empty((*lead, width), dtype=torch.float32),
+        features.new_empty(lead, dtype=torch.float32),
+    )
