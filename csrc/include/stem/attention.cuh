@@ -35,14 +35,15 @@ template <int STEPS>
 struct AttentionShape {
   static constexpr int WIDTH = 16 * STEPS, PITCH = pitch_of(WIDTH);
   static constexpr int WARPS = LARGEST_BLOCK / WARP, ROWS = 16, QUERIES = WARPS * ROWS;
-  static constexpr int PART = 64, RESIDENT = 256;
+  static constexpr int PART = STEPS > 5 ? 64 : 32, RESIDENT = 256;
   static int64_t shared(int resident) {
     return resident * (2 * PITCH * 2 + 4) + QUERIES * PITCH * 2;
   }
 };
 
 template <typename T, int STEPS>
-__global__ void __launch_bounds__(LARGEST_BLOCK) attention_kernel(const AttentionArgs<T> args) {
+__global__ void __launch_bounds__(LARGEST_BLOCK, STEPS > 5 ? 1 : 2)
+    attention_kernel(const AttentionArgs<T> args) {
   using Shape = AttentionShape<STEPS>;
   constexpr int WIDTH = Shape::WIDTH, PITCH = Shape::PITCH, PART = Shape::PART;
   constexpr int N_TILES = PART / 8, ROWS = Shape::ROWS;
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(LARGEST_BLOCK) attention_kernel(const Attentio
   const T* p_query = call.query.at(lead);
   auto fetch_query = [&](int64_t start) {
     load_rows<ROWS, WIDTH>(
-        b_query, p_query + start * call.query.stride_n, call.query.stride_n, call.n - start,
-        call.query.width, call.query.vectors, lane, WARP);
+        b_query, p_query + start * call.query.stride_n, call.query.stride_n,
+        static_cast<int>(smaller<int64_t>(ROWS, call.n - start)), call.query.width, call.query.vectors, lane, WARP);
   };
   auto fetch_bases = [&](int first) {
     const T* p_key = call.key.at(lead) + first * call.key.stride_n;

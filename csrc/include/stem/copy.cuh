@@ -86,7 +86,7 @@ __host__ __device__ constexpr int pitch_of(int width) { return width + 8; }
 // elsewhere. Complete after a commit and a wait.
 template <int ROWS, int WIDTH, typename T>
 __device__ inline void load_rows(
-    T* b_tile, const T* p_rows, int64_t stride, int64_t rows, int width, bool vectors, int thread,
+    T* b_tile, const T* p_rows, int64_t stride, int rows, int width, bool vectors, int thread,
     int threads) {
   static_assert(sizeof(T) == 2 && WIDTH % 16 == 0);
   constexpr int VECTORS = WIDTH / 8;
@@ -98,6 +98,7 @@ __device__ inline void load_rows(
     if (vectors) {
       copy_async<16>(b, p, left * 2);
     } else {
+#pragma unroll 1
       for (int j = 0; j < 8; ++j) b[j] = j < left ? p[j] : narrow<T>(0.0f);
     }
   }

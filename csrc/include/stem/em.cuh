@@ -146,9 +146,9 @@ class EmPass {
 
   void wide(int64_t lead, int64_t leads, int64_t first, int64_t count, bool with_payload) {
     const ResponsibilitiesArgs<T> args{
-        call_.features.from(lead, first), directions.p, p_z_, mass.p, count, chunk_.tokens,
-        directions.stride, call_.leads * call_.bases, call_.bases, directions.steps, scale(),
-        first > 0};
+        call_.features.from(lead, first), directions.p, p_z_, mass.p, chunk_.tokens,
+        directions.stride, call_.leads * call_.bases, static_cast<int>(count), call_.bases,
+        directions.steps, scale(), first > 0};
     const dim3 grid(static_cast<unsigned>(leads), static_cast<unsigned>(mass.count));
     auto run = [&](auto kernel, int m_tiles, auto shared) {
       const int warps = ceil_div(call_.bases, 16 * m_tiles);
@@ -164,8 +164,9 @@ class EmPass {
       const int base_tiles = ceil_div(call_.bases, ProductsShape::BASES);
       const int value_tiles = ceil_div(values.width, ProductsShape::CHANNELS);
       const ProductsArgs<T> args{
-          values.from(lead, first), p_z_, parts.p, count, chunk_.tokens, ranges.tokens,
-          call_.leads * call_.bases * parts.width, call_.bases, base_tiles, value_tiles, first > 0};
+          values.from(lead, first), p_z_, parts.p, chunk_.tokens,
+          call_.leads * call_.bases * parts.width, static_cast<int>(count),
+          static_cast<int>(ranges.tokens), call_.bases, base_tiles, value_tiles, first > 0};
       launch("em_products_kernel", em_products_kernel<T>,
              dim3(static_cast<unsigned>(leads * base_tiles * value_tiles),
                   static_cast<unsigned>(ranges.count)),

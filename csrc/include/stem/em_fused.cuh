@@ -33,56 +33,61 @@ inline int fused_steps(int width) {
 }
 
 // With the widest tokens, 32 of them: more logits beside the sums would not fit into registers.
-__host__ __device__ constexpr int fused_tiles(int steps) { return steps > 5 ? 4 : 8; }
+__host__ __device__ constexpr int fused_tiles(int steps) { return steps == 4 || steps == 5 ? 8 : 4; }
 
 inline int64_t fused_shared(int steps, int warps, bool separate) {
   int64_t tokens = 8 * fused_tiles(steps);
   int64_t tile = tokens * pitch_of(16 * steps) * 2;
-  return warps * 2 * steps * WARP * 16 + (separate ? 4 : 2) * tile + 3 * warps * tokens * 4;
+  return 3 * LARGEST_BLOCK / WARP * tokens * 4 + warps * 2 * steps * WARP * 16 +
+         (separate ? 4 : 2) * tile;
 }
 
 template <typename T, int STEPS>
-__global__ void __launch_bounds__(LARGEST_BLOCK) em_fused_kernel(const FusedArgs<T> args) {
+__global__ void __launch_bounds__(LARGEST_BLOCK, STEPS < 4 ? 2 : 1)
+    em_fused_kernel(const FusedArgs<T> args) {
   constexpr int M_TILES = 2, N_TILES = fused_tiles(STEPS), TOKENS = 8 * N_TILES;
   constexpr int WIDTH = 16 * STEPS, PITCH = pitch_of(WIDTH), TILE = TOKENS * PITCH;
   const int thread = threadIdx.x, threads = blockDim.x, warps = threads / WARP;
   const int warp = thread / WARP, lane = thread % WARP;
   const int64_t lead = blockIdx.x, split = blockIdx.y, leads = gridDim.x;
   STEM_SHARED(shared);
+  SoftmaxScratch<TOKENS> scratch(shared, warp);
+  // [2, TOKENS, PITCH]
+  T* b_tokens = reinterpret_cast<T*>(shared + scratch.BYTES);
   // [warps, M_TILES, STEPS, WARP]
-  uint4* b_directions = reinterpret_cast<uint4*>(shared);
-  // [2, TOKENS, PITCH] each
-  T* b_tokens = reinterpret_cast<T*>(b_directions + warps * M_TILES * STEPS * WARP);
-  T* b_values = args.separate ? b_tokens + 2 * TILE : b_tokens;
-  SoftmaxScratch<TOKENS> scratch(b_values + 2 * TILE, warp, warps);
+  uint4* b_directions = reinterpret_cast<uint4*>(b_tokens + 2 * TILE);
+  // [2, TOKENS, PITCH]
+  T* b_values = args.separate
+                    ? reinterpret_cast<T*>(b_directions + warps * M_TILES * STEPS * WARP)
+                    : b_tokens;
 
   const T* p_directions = args.p_directions + lead * args.stride_directions;
   for (int i = thread; i < warps * M_TILES * STEPS * WARP; i += threads)
     copy_async<16>(b_directions + i, p_directions + i * 8, 16);
-  const T* p_tokens = args.tokens.at(lead);
-  const T* p_values = args.values.at(lead);
   const int64_t begin = split * args.tokens_per_split;
-  const int64_t end = smaller(args.n, begin + args.tokens_per_split);
-  auto fetch = [&](int64_t start, int stage) {
+  const int count = static_cast<int>(smaller(args.tokens_per_split, args.n - begin));
+  const T* p_tokens = args.tokens.at(lead) + begin * args.tokens.stride_n;
+  const T* p_values = args.values.at(lead) + begin * args.values.stride_n;
+  auto fetch = [&](int start, int stage) {
     load_rows<TOKENS, WIDTH>(
         b_tokens + stage * TILE, p_tokens + start * args.tokens.stride_n, args.tokens.stride_n,
-        end - start, args.tokens.width, args.tokens.vectors, thread, threads);
+        count - start, args.tokens.width, args.tokens.vectors, thread, threads);
     if (args.separate) {
       load_rows<TOKENS, WIDTH>(
           b_values + stage * TILE, p_values + start * args.values.stride_n, args.values.stride_n,
-          end - start, args.values.width, args.values.vectors, thread, threads);
+          count - start, args.values.width, args.values.vectors, thread, threads);
     }
   };
   // C fragments of [16 M_TILES bases, WIDTH channels]
   float b_sums[M_TILES][2 * STEPS][4] = {};
   float b_mass[M_TILES][2] = {};
-  fetch(begin, 0);
+  fetch(0, 0);
   copy_commit();
   int stage = 0;
-  for (int64_t start = begin; start < end; start += TOKENS, stage ^= 1) {
+  for (int start = 0; start < count; start += TOKENS, stage ^= 1) {
     copy_wait<0>();
     __syncthreads();
-    if (start + TOKENS < end) fetch(start + TOKENS, stage ^ 1);
+    if (start + TOKENS < count) fetch(start + TOKENS, stage ^ 1);
     copy_commit();
     const T* b_x = b_tokens + stage * TILE;
     // C fragments of [16 M_TILES bases, TOKENS]
@@ -91,10 +96,8 @@ __global__ void __launch_bounds__(LARGEST_BLOCK) em_fused_kernel(const FusedArgs
     for (int step = 0; step < STEPS; ++step) {
       uint32_t a[M_TILES][4];
 #pragma unroll
-      for (int m = 0; m < M_TILES; ++m) {
-        uint4 both = b_directions[((warp * M_TILES + m) * STEPS + step) * WARP + lane];
-        a[m][0] = both.x, a[m][1] = both.y, a[m][2] = both.z, a[m][3] = both.w;
-      }
+      for (int m = 0; m < M_TILES; ++m)
+        load_fragment(a[m], b_directions + ((warp * M_TILES + m) * STEPS + step) * WARP + lane);
 #pragma unroll
       for (int i = 0; i < N_TILES; i += 2) {
         uint32_t b[4];
@@ -106,7 +109,7 @@ __global__ void __launch_bounds__(LARGEST_BLOCK) em_fused_kernel(const FusedArgs
         }
       }
     }
-    softmax_over_bases(b_s, scratch, args.scale, args.bases - 32 * warp, end - start);
+    softmax_over_bases(b_s, scratch, args.scale, args.bases - 32 * warp, count - start);
     add_mass(b_mass, b_s);
     const T* b_v = b_values + stage * TILE;
 #pragma unroll

@@ -20,8 +20,8 @@ struct ResponsibilitiesArgs {
   const T* p_directions;  // [leads, padded bases / 16, steps] fragments
   T* p_z;                 // [leads, K, chunk]
   float* p_mass;          // [parts, all leads, K]
-  int64_t count, chunk, stride_directions, stride_part;
-  int bases, steps;
+  int64_t chunk, stride_directions, stride_part;
+  int count, bases, steps;
   float scale;
   bool add;  // to the mass of the chunks before
 };
@@ -33,8 +33,7 @@ struct WideShape {
   static constexpr int SLICE = M_TILES > 2 ? 1 : 2;  // fragments of 16 channels that are staged
   static constexpr int TILE = TOKENS * pitch_of(16 * SLICE);
   static int64_t shared(int warps) {
-    return 2 * (warps * M_TILES * SLICE * WARP * 16 + TILE * 2) +
-           SoftmaxScratch<TOKENS>::bytes(warps);
+    return SoftmaxScratch<TOKENS>::BYTES + 2 * (TILE * 2 + warps * M_TILES * SLICE * WARP * 16);
   }
 };
 
@@ -48,30 +47,26 @@ __global__ void __launch_bounds__(LARGEST_BLOCK)
   const int warp = thread / WARP, lane = thread % WARP;
   const int64_t lead = blockIdx.x;
   STEM_SHARED(shared);
-  // [2, warps, M_TILES, SLICE, WARP]
-  uint4* b_directions = reinterpret_cast<uint4*>(shared);
+  SoftmaxScratch<TOKENS> scratch(shared, warp);
   // [2, TOKENS, PITCH]
-  T* b_tokens = reinterpret_cast<T*>(b_directions + 2 * warps * FRAGMENTS);
-  SoftmaxScratch<TOKENS> scratch(b_tokens + 2 * Shape::TILE, warp, warps);
+  T* b_tokens = reinterpret_cast<T*>(shared + scratch.BYTES);
+  // [2, warps, M_TILES, SLICE, WARP]
+  uint4* b_directions = reinterpret_cast<uint4*>(b_tokens + 2 * Shape::TILE);
 
   const int64_t stride = args.tokens.stride_n;
   const T* p_tokens = args.tokens.at(lead);
   const T* p_directions = args.p_directions + (args.tokens.first + lead) * args.stride_directions;
   float b_mass[M_TILES][2] = {};
-  for (int64_t start = blockIdx.y * static_cast<int64_t>(TOKENS); start < args.count;
-       start += gridDim.y * static_cast<int64_t>(TOKENS)) {
+  for (int start = blockIdx.y * TOKENS; start < args.count; start += gridDim.y * TOKENS) {
     auto fetch = [&](int step, int stage) {
-      // Each warp brings its own bases.
-#pragma unroll
+      // Each warp brings its own bases. Unrolled, the addresses would take too many registers.
+#pragma unroll 1
       for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-        for (int s = 0; s < SLICE; ++s) {
-          const int64_t fragment =
-              static_cast<int64_t>(warp * M_TILES + m) * args.steps + step + s;
+        for (int s = 0; s < SLICE; ++s)
           copy_async<16>(
               b_directions + (stage * warps + warp) * FRAGMENTS + (m * SLICE + s) * WARP + lane,
-              p_directions + (fragment * WARP + lane) * 8, 16);
-        }
+              p_directions + (((warp * M_TILES + m) * args.steps + step + s) * WARP + lane) * 8, 16);
       load_rows<TOKENS, WIDTH>(
           b_tokens + stage * Shape::TILE, p_tokens + start * stride + 16 * step, stride,
           args.count - start, args.tokens.width - 16 * step, args.tokens.vectors, thread, threads);
@@ -92,10 +87,8 @@ __global__ void __launch_bounds__(LARGEST_BLOCK)
       for (int s = 0; s < SLICE; ++s) {
         uint32_t a[M_TILES][4];
 #pragma unroll
-        for (int m = 0; m < M_TILES; ++m) {
-          uint4 both = b_a[(m * SLICE + s) * WARP + lane];
-          a[m][0] = both.x, a[m][1] = both.y, a[m][2] = both.z, a[m][3] = both.w;
-        }
+        for (int m = 0; m < M_TILES; ++m)
+          load_fragment(a[m], b_a + (m * SLICE + s) * WARP + lane);
 #pragma unroll
         for (int i = 0; i < N_TILES; i += 2) {
           uint32_t b[4];
@@ -111,13 +104,13 @@ __global__ void __launch_bounds__(LARGEST_BLOCK)
     const int first = 16 * M_TILES * warp;
     softmax_over_bases(b_s, scratch, args.scale, args.bases - first, args.count - start);
     add_mass(b_mass, b_s);
+    // From row to row, rather than each row's place: those would be kept in registers.
+    T* p_z = args.p_z + (lead * args.bases + first + lane / 4) * args.chunk + start + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int base = first + 16 * m + 8 * half + lane / 4;
-        if (base >= args.bases) continue;
-        T* p_z = args.p_z + (lead * args.bases + base) * args.chunk + start + lane % 4 * 2;
+      for (int half = 0; half < 2; ++half, p_z += 8 * args.chunk) {
+        if (first + 16 * m + 8 * half + lane / 4 >= args.bases) continue;
 #pragma unroll
         for (int i = 0; i < N_TILES; ++i)
           *reinterpret_cast<uint32_t*>(p_z + 8 * i) =
@@ -142,8 +135,8 @@ struct ProductsArgs {
   View<T> values;  // [B, h, n, E], from the chunk's first token on
   const T* p_z;    // [leads, K, chunk], whole tiles of it written
   float* p_sums;   // [splits, all leads, K, E]
-  int64_t count, chunk, tokens_per_split, stride_part;
-  int bases, base_tiles, value_tiles;
+  int64_t chunk, stride_part;
+  int count, tokens_per_split, bases, base_tiles, value_tiles;
   bool add;
 };
 
@@ -173,9 +166,9 @@ __global__ void __launch_bounds__(LARGEST_BLOCK) em_products_kernel(const Produc
 
   const T* p_z = args.p_z + (lead * args.bases + o_base) * args.chunk;
   const T* p_values = args.values.at(lead) + o_value;
-  const int64_t begin = blockIdx.y * args.tokens_per_split;
-  const int64_t end = smaller(args.count, begin + args.tokens_per_split);
-  auto fetch = [&](int64_t start, int stage) {
+  const int begin = blockIdx.y * args.tokens_per_split;
+  const int end = smaller(args.count, begin + args.tokens_per_split);
+  auto fetch = [&](int start, int stage) {
     if (start < end) {
       load_rows<Shape::BASES, Shape::TOKENS>(
           b_z + stage * Shape::Z_TILE, p_z + start, args.chunk, args.bases - o_base, Shape::TOKENS,
@@ -192,7 +185,7 @@ __global__ void __launch_bounds__(LARGEST_BLOCK) em_products_kernel(const Produc
   float b_sums[M_TILES][N_TILES][4] = {};
   for (int stage = 0; stage < STAGES - 1; ++stage) fetch(begin + stage * Shape::TOKENS, stage);
   int stage = 0;
-  for (int64_t start = begin; start < end; start += Shape::TOKENS) {
+  for (int start = begin; start < end; start += Shape::TOKENS) {
     copy_wait<STAGES - 2>();
     __syncthreads();
     fetch(start + (STAGES - 1) * Shape::TOKENS, stage == 0 ? STAGES - 1 : stage - 1);

@@ -89,4 +89,9 @@ __host__ __device__ inline int64_t fragment_offset(int row, int column, int step
   return (fragment * WARP + lane) * 8 + reg * 2 + column % 2;
 }
 
+__device__ inline void load_fragment(uint32_t (&a)[4], const uint4* p) {
+  const uint4 both = *p;
+  a[0] = both.x, a[1] = both.y, a[2] = both.z, a[3] = both.w;
+}
+
 }  // namespace stem

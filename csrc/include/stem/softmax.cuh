@@ -33,19 +33,19 @@ __device__ inline int first_of_mine(int lane) {
   return (lane / 16 % 2) * (COUNT / 2) + (lane / 8 % 2) * (COUNT / 4) + (lane / 4 % 2) * (COUNT / 8);
 }
 
-// Shared memory for a softmax over TOKENS columns.
+// Shared memory for a softmax over TOKENS columns, with room for the largest block, so that all
+// addresses are a thread's own plus constants.
 template <int TOKENS>
 struct SoftmaxScratch {
-  float* b_largest;  // [warps, TOKENS]
-  float* b_total;    // [warps, TOKENS]
+  static constexpr int WARPS = LARGEST_BLOCK / WARP, BYTES = 3 * WARPS * TOKENS * 4;
+  float* b_largest;  // [WARPS, TOKENS]
+  float* b_total;    // [WARPS, TOKENS]
   float* b_mine;     // [TOKENS], each warp's own
 
-  static constexpr int bytes(int warps) { return 3 * warps * TOKENS * 4; }
-
-  __device__ SoftmaxScratch(void* b, int warp, int warps)
+  __device__ SoftmaxScratch(void* b, int warp)
       : b_largest(static_cast<float*>(b)),
-        b_total(b_largest + warps * TOKENS),
-        b_mine(b_total + warps * TOKENS + warp * TOKENS) {}
+        b_total(b_largest + WARPS * TOKENS),
+        b_mine(b_total + WARPS * TOKENS + warp * TOKENS) {}
 
   // Column 2 i + j of a fragment row is token 8 i + 2 t + j.
   static __device__ int token_of(int column, int lane) {
@@ -59,7 +59,7 @@ struct SoftmaxScratch {
 template <int M_TILES, int N_TILES>
 __device__ inline void softmax_over_bases(
     float (&b_s)[M_TILES][N_TILES][4], const SoftmaxScratch<8 * N_TILES>& scratch, float scale,
-    int bases, int64_t tokens) {
+    int bases, int tokens) {
   constexpr int TOKENS = 8 * N_TILES, COLUMNS = 2 * N_TILES, MINE = COLUMNS / 8;
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
   if (bases < 16 * M_TILES) {
