@@ -42,14 +42,15 @@ struct Rows {
 };
 
 struct Sizes {
-  int64_t batch, heads, n, bases, dtype, shared_limit;
+  int64_t batch, heads, n, bases, dtype, shared_limit, chunk_bytes;
 };
 
 template <typename Function>
 int64_t run(const Sizes& sizes, Function function) {
   Memory memory;
   const stem::Context context{nullptr, static_cast<int>(sizes.shared_limit),
-                              [&](int64_t bytes) { return memory.allocate(bytes); }};
+                              [&](int64_t bytes) { return memory.allocate(bytes); },
+                              sizes.chunk_bytes};
   try {
     if (sizes.dtype == 0) function(context, float());
     if (sizes.dtype == 1) function(context, __half());

@@ -26,10 +26,13 @@ std::function<void()> body;
 jmp_buf scheduler;
 const char* running = "";
 
+// A fiber's life: a thread of every block that is run, again and again.
 void enter() {
-  body();
-  current->done = true;
-  _longjmp(scheduler, 1);
+  for (;;) {
+    body();
+    current->done = true;
+    if (_setjmp(current->state) == 0) _longjmp(scheduler, 1);
+  }
 }
 
 void suspend(const unsigned* generation) {
@@ -66,12 +69,11 @@ void run_block(int count, bool backwards) {
   alive = count;
   for (int i = 0; i < count; ++i) {
     Fiber& fiber = *fibers[i];
-    fiber = Fiber();
     fiber.index = dim3(i, 0, 0);
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = stacks[i].get();
-    fiber.start.uc_stack.ss_size = STACK;
-    makecontext(&fiber.start, enter, 0);
+    fiber.done = false;
+    fiber.waits_for = nullptr;
+    fiber.pending.clear();
+    fiber.groups.clear();
   }
   while (alive > 0) {
     bool any = false;
@@ -237,8 +239,13 @@ void run(
   body = std::move(kernel);
   warps.resize(count / 32);
   while (fibers.size() < static_cast<size_t>(count)) {
-    fibers.push_back(std::make_unique<Fiber>());
     stacks.emplace_back(new unsigned char[STACK]);
+    fibers.push_back(std::make_unique<Fiber>());
+    ucontext_t& start = fibers.back()->start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = stacks.back().get();
+    start.uc_stack.ss_size = STACK;
+    makecontext(&start, enter, 0);
   }
   shared.resize(bytes + GUARD + 128);
   p_shared = shared.data() + (128 - reinterpret_cast<uintptr_t>(shared.data()) % 128);

@@ -80,7 +80,7 @@ struct Fiber {
   dim3 index{0, 0, 0};
   ucontext_t start;
   jmp_buf state;
-  bool started = false, done = false;
+  bool started = false, done = false;  // done with the block
   const unsigned* waits_for = nullptr;  // a generation that must no longer be `seen`
   unsigned seen = 0;
   std::vector<Copy> pending;             // not committed

@@ -18,7 +18,7 @@ constexpr int ATTENTION_WIDTH = 160;  // the largest d and e
 template <typename T>
 struct AttentionCall {
   View<T> query, key, value;  // [B, h, n, d], [B, h, K, d], [B, h, K, e]
-  View<float> bias;           // [B, h, 1, K]; p may be null
+  View<float> bias;           // [B, h, K, 1], or null
   T* p_out;                   // [B, n, h, e]
   int64_t leads, n;
   int bases;
@@ -38,6 +38,12 @@ struct AttentionShape {
   static constexpr int PART = STEPS > 5 ? 64 : 32, RESIDENT = 256;
   static int64_t shared(int resident) {
     return resident * (2 * PITCH * 2 + 4) + QUERIES * PITCH * 2;
+  }
+  // How many of a head's bases are kept in so many bytes.
+  static int resident(int bases, int limit) {
+    int count = smaller(RESIDENT, round_up(bases, PART));
+    while (count > PART && shared(count) > limit) count -= PART;
+    return count;
   }
 };
 
@@ -66,7 +72,7 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, STEPS > 5 ? 1 : 2)
   auto fetch_bases = [&](int first) {
     const T* p_key = call.key.at(lead) + first * call.key.stride_n;
     const T* p_value = call.value.at(lead) + first * call.value.stride_n;
-    const float* p_bias = call.bias.p == nullptr ? nullptr : call.bias.at(lead) + first;
+    const float* p_bias = call.bias.p == nullptr ? nullptr : call.bias.at(lead);
     const int left = call.bases - first;
     for (int row = 0; row < args.resident; row += PART) {
       load_rows<PART, WIDTH>(
@@ -77,7 +83,9 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, STEPS > 5 ? 1 : 2)
           left - row, call.value.width, call.value.vectors, thread, LARGEST_BLOCK);
     }
     for (int k = thread; k < args.resident; k += LARGEST_BLOCK)
-      b_bias[k] = k >= left ? -INF : p_bias == nullptr ? 0.0f : p_bias[k] * LOG2E;
+      b_bias[k] = k >= left           ? -INF
+                  : p_bias == nullptr ? 0.0f
+                                      : p_bias[(first + k) * call.bias.stride_n] * LOG2E;
   };
   const float scale = call.scale * LOG2E;
   const bool whole = call.bases <= args.resident;
@@ -199,9 +207,7 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, STEPS > 5 ? 1 : 2)
 template <typename T, int STEPS>
 void launch_attention(const Context& context, const AttentionCall<T>& call) {
   using Shape = AttentionShape<STEPS>;
-  int resident = smaller(Shape::RESIDENT, round_up(call.bases, Shape::PART));
-  while (resident > Shape::PART && Shape::shared(resident) > context.shared_limit)
-    resident -= Shape::PART;
+  const int resident = Shape::resident(call.bases, context.shared_limit);
   const int64_t tiles = ceil_div<int64_t>(call.n, Shape::QUERIES);
   const int64_t blocks = smaller(tiles, larger<int64_t>(1, 2 * PROGRAMS / call.leads));
   launch("attention_kernel", attention_kernel<T, STEPS>,
@@ -209,9 +215,11 @@ void launch_attention(const Context& context, const AttentionCall<T>& call) {
          Shape::shared(resident), context, AttentionArgs<T>{call, resident});
 }
 
-inline void float32_attention(const Context& context, const AttentionCall<float>& call) {
+template <typename T>
+void float32_attention(const Context& context, const AttentionCall<T>& call) {
+  static_assert(std::is_same_v<T, float>);
   const Chunk chunk =
-      chunk_of(FLOAT32_CHUNK_BYTES, call.bases * int64_t{4}, call.leads, call.n, ProductShape::M);
+      chunk_of(context.chunk_bytes, call.bases * int64_t{4}, call.leads, call.n, ProductShape::M);
   float* p_z = context.make<float>(chunk.leads * chunk.tokens * call.bases);
   const int64_t stride_z = chunk.tokens * call.bases;
   const View<float> z = view<float>(p_z, stride_z, 0, call.bases, 1, call.bases);
@@ -227,8 +235,8 @@ inline void float32_attention(const Context& context, const AttentionCall<float>
           {call.query.from(lead, first), call.key.from(lead, 0), z, p_z, nullptr, count,
            call.query.width, call.query.width, 0, 0, call.bases, false},
           leads, 1);
-      launch_softmax(context, {p_z, call.bias.from(lead, 0), leads, count, stride_z, call.bases,
-                               call.scale * LOG2E});
+      launch_softmax<T>(context, {p_z, call.bias.from(lead, 0), leads, count, stride_z, call.bases,
+                                  call.scale * LOG2E});
       launch_product<false, true>(
           context,
           {z, call.value.from(lead, 0), out.from(lead, 0), call.p_out + first * row, nullptr, count,

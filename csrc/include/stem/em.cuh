@@ -70,8 +70,8 @@ class EmPass {
       payload = make_parts(ranges_.count, call.payload.width);
       return;
     }
-    chunk_ = chunk_of(SINGLE ? FLOAT32_CHUNK_BYTES : WIDE_CHUNK_BYTES,
-                      call.bases * static_cast<int64_t>(sizeof(T)), call.leads, call.n, WIDE_TILE);
+    chunk_ = chunk_of(context.chunk_bytes, call.bases * static_cast<int64_t>(sizeof(T)), call.leads,
+                      call.n, WIDE_TILE);
     p_z_ = context.make<T>(chunk_.leads * chunk_.tokens * call.bases);
     ranges_ = product_ranges(dim());
     payload_ranges_ = product_ranges(call.payload.width);
@@ -186,7 +186,7 @@ class EmPass {
         {call_.features.from(lead, first), bases, z, p_z_, nullptr, count, dim(), dim(), 0, 0,
          call_.bases, false},
         leads, 1);
-    launch_softmax(context_, {p_z_, {}, leads, count, stride_z, call_.bases, scale()});
+    launch_softmax<float>(context_, {p_z_, {}, leads, count, stride_z, call_.bases, scale()});
     auto products = [&](const View<float>& values, const Ranges& ranges, const Parts& parts,
                         float* p_mass) {
       const int64_t size = static_cast<int64_t>(call_.bases) * parts.width;

@@ -11,8 +11,7 @@
 
 namespace stem {
 
-constexpr int64_t WIDE_CHUNK_BYTES = 1 << 24;  // of responsibilities
-constexpr int WIDE_TILE = 128;                 // tokens; a chunk is made of whole tiles
+constexpr int WIDE_TILE = 128;  // tokens; a chunk is made of whole tiles
 
 template <typename T>
 struct ResponsibilitiesArgs {
@@ -150,7 +149,8 @@ struct ProductsShape {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(LARGEST_BLOCK) em_products_kernel(const ProductsArgs<T> args) {
+__global__ void __launch_bounds__(LARGEST_BLOCK, 2) em_products_kernel(
+    const ProductsArgs<T> args) {
   using Shape = ProductsShape;
   constexpr int M_TILES = Shape::M_TILES, N_TILES = Shape::N_TILES, STAGES = Shape::STAGES;
   const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;

@@ -6,8 +6,6 @@
 
 namespace stem {
 
-constexpr int64_t FLOAT32_CHUNK_BYTES = 1 << 25;  // of logits
-
 // How many leads, and how many of their tokens, are worked on at once; tokens in whole tiles.
 struct Chunk {
   int64_t leads, tokens;
@@ -143,27 +141,28 @@ void launch_product(
          Shape::SHARED, context, args);
 }
 
+template <typename T>
 struct SoftmaxArgs {
-  float* p_z;        // [leads, stride_lead / bases, bases]: logits become weights
-  View<float> bias;  // [B, h, 1, bases]; p may be null
+  T* p_z;        // [leads, stride_lead / bases, bases]: logits become weights
+  View<T> bias;  // [B, h, K, 1], or null
   int64_t leads, rows, stride_lead;
   int bases;
   float scale;  // of the logits, in base 2
 };
 
 // A warp per row.
-template <bool WITH_BIAS>
-__global__ void __launch_bounds__(LARGEST_BLOCK) float32_softmax_kernel(const SoftmaxArgs args) {
+template <typename T, bool WITH_BIAS>
+__global__ void __launch_bounds__(LARGEST_BLOCK) float32_softmax_kernel(const SoftmaxArgs<T> args) {
   const int lane = threadIdx.x % WARP;
   const int64_t row = blockIdx.x * int64_t{LARGEST_BLOCK / WARP} + threadIdx.x / WARP;
   if (row >= args.leads * args.rows) return;
   const int64_t lead = row / args.rows;
-  float* p_z = args.p_z + lead * args.stride_lead + row % args.rows * args.bases;
-  const float* p_bias = WITH_BIAS ? args.bias.at(lead) : nullptr;
+  T* p_z = args.p_z + lead * args.stride_lead + row % args.rows * args.bases;
+  const T* p_bias = WITH_BIAS ? args.bias.at(lead) : nullptr;
   float largest = -INF;
   for (int k = lane; k < args.bases; k += WARP) {
     float s = p_z[k] * args.scale;
-    if (WITH_BIAS) s += p_bias[k] * LOG2E;
+    if (WITH_BIAS) s += p_bias[k * args.bias.stride_n] * LOG2E;
     p_z[k] = s;
     largest = fmaxf(largest, s);
   }
@@ -173,17 +172,19 @@ __global__ void __launch_bounds__(LARGEST_BLOCK) float32_softmax_kernel(const So
   const float shift = largest == -INF ? 0.0f : largest;
   float total = 0.0f;
   for (int k = lane; k < args.bases; k += WARP) {
-    p_z[k] = exp2_fast(p_z[k] - shift);
-    total += p_z[k];
+    const float weight = exp2_fast(p_z[k] - shift);
+    p_z[k] = weight;
+    total += weight;
   }
   for (int bit = 1; bit < WARP; bit *= 2) total += __shfl_xor_sync(0xffffffffu, total, bit);
   for (int k = lane; k < args.bases; k += WARP) p_z[k] /= total;
 }
 
-inline void launch_softmax(const Context& context, const SoftmaxArgs& args) {
+template <typename T>
+void launch_softmax(const Context& context, const SoftmaxArgs<T>& args) {
   const int64_t blocks = ceil_div<int64_t>(args.leads * args.rows, LARGEST_BLOCK / WARP);
   launch("float32_softmax_kernel",
-         args.bias.p == nullptr ? float32_softmax_kernel<false> : float32_softmax_kernel<true>,
+         args.bias.p == nullptr ? float32_softmax_kernel<T, false> : float32_softmax_kernel<T, true>,
          dim3(static_cast<unsigned>(blocks)), LARGEST_BLOCK, 0, context, args);
 }
 

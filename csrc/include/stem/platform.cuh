@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <stdexcept>
@@ -34,6 +35,8 @@ struct Context {
   cudaStream_t stream;
   int shared_limit;  // bytes of shared memory that a block may ask for
   std::function<void*(int64_t bytes)> allocate;  // lives until the operator returns
+  // Of logits or responsibilities that go through memory: they should stay in the L2 cache mostly.
+  int64_t chunk_bytes = 1 << 24;
 
   template <typename T>
   T* make(int64_t count) const {
@@ -107,13 +110,15 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
 // Two numbers as one register of a matrix fragment holds them, the first in the low half.
 template <typename T>
 __device__ inline uint32_t pack(float low, float high) {
+  uint32_t both;
   if constexpr (std::is_same_v<T, __half>) {
-    __half2 both = __floats2half2_rn(low, high);
-    return *reinterpret_cast<uint32_t*>(&both);
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&both, &pair, sizeof(both));
   } else {
-    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t*>(&both);
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&both, &pair, sizeof(both));
   }
+  return both;
 }
 
 __device__ inline float exp2_fast(float x) {
