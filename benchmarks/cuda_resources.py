@@ -155,7 +155,8 @@ def measure() -> list[Resources]:
                 for kernel, text in numbers.items():
                     row = resources(kernel, arch, text, assembly[kernel], shared.result())
                     found[kernel, arch] = row
-        return sorted(found.values(), key=lambda row: (row.kernel, list(SHARED_KIB).index(row.arch)))
+        order = list(SHARED_KIB)
+        return sorted(found.values(), key=lambda row: (row.kernel, order.index(row.arch)))
 
 
 def resources(

@@ -28,7 +28,7 @@ inline std::string text_of(const int64_t* sizes, size_t count) {
   return text.str() + "]";
 }
 
-// Throws unless the tensor has these sizes (-1: any), lies on the device of `like`, and has its dtype.
+// Throws unless the tensor has these sizes (-1: any) and this dtype, and lies where `like` does.
 inline void check(
     const char* name, const Tensor& tensor, const Tensor& like, ScalarType dtype,
     std::initializer_list<int64_t> sizes) {

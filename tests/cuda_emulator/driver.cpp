@@ -67,8 +67,14 @@ stem::EmCall<T> em_call(
     const Sizes& sizes, const Rows& features, const Rows& payload, const float* p_bases,
     float temperature, bool normalize) {
   const int heads = static_cast<int>(sizes.heads);
-  return {features.as<T>(heads), payload.as<T>(heads),           p_bases,     sizes.batch * sizes.heads,
-          sizes.n,               static_cast<int>(sizes.bases), temperature, normalize};
+  return {features.as<T>(heads),
+          payload.as<T>(heads),
+          p_bases,
+          sizes.batch * sizes.heads,
+          sizes.n,
+          static_cast<int>(sizes.bases),
+          temperature,
+          normalize};
 }
 
 }  // namespace

@@ -25,6 +25,15 @@ unsigned block_generation = 0, block_arrived = 0, alive = 0;
 std::function<void()> body;
 jmp_buf scheduler;
 const char* running = "";
+// What hardware leaves open goes one way in some blocks and the other way in others.
+bool backwards = false;  // from the last warp and lane to the first
+bool eager = false;      // cp.async arrives at once, not when it is waited for
+unsigned blocks_run = 0;
+
+void arrive(const Copy& copy) {
+  std::memset(copy.to, 0, copy.size);
+  std::memcpy(copy.to, copy.from, copy.bytes);
+}
 
 // A fiber's life: a thread of every block that is run, again and again.
 void enter() {
@@ -62,8 +71,7 @@ void check_shared(const void* p, int bytes, const char* what) {
     fail(std::string(what) + " of " + std::to_string(bytes) + " bytes is not aligned");
 }
 
-// One block; `backwards` visits warps and lanes from the last to the first.
-void run_block(int count, bool backwards) {
+void run_block(int count) {
   for (auto& warp : warps) warp = Warp();
   block_arrived = 0;
   alive = count;
@@ -197,7 +205,9 @@ void copy_async(void* to, const void* from, int size, int bytes) {
   check_shared(to, size, "cp.async");
   if (reinterpret_cast<uintptr_t>(from) % size != 0) fail("cp.async from an unaligned address");
   if (bytes < 0 || bytes > size) fail("cp.async of " + std::to_string(bytes) + " bytes");
-  current->pending.push_back({to, from, size, bytes});
+  const Copy copy{to, from, size, bytes};
+  if (eager) return arrive(copy);
+  current->pending.push_back(copy);
 }
 
 void copy_commit() {
@@ -208,10 +218,7 @@ void copy_commit() {
 void copy_wait(int pending) {
   auto& groups = current->groups;
   while (groups.size() > static_cast<size_t>(pending)) {
-    for (const Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, copy.size);
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    }
+    for (const Copy& copy : groups.front()) arrive(copy);
     groups.erase(groups.begin());
   }
 }
@@ -254,7 +261,10 @@ void run(
     for (unsigned x = 0; x < blocks.x; ++x) {
       block = dim3(x, y, 0);
       std::fill(shared.begin(), shared.end(), POISON);
-      run_block(count, (x + y) % 2 == 1);
+      backwards = blocks_run % 2 == 1;
+      eager = blocks_run / 2 % 2 == 1;
+      ++blocks_run;
+      run_block(count);
       current = nullptr;
       for (const unsigned char* p = p_shared + bytes; p < shared.data() + shared.size(); ++p)
         if (*p != POISON) fail("wrote after the end of the shared memory");

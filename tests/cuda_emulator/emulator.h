@@ -1,7 +1,8 @@
 // Runs CUDA kernels on a CPU, one block after the other, so that their indices, layouts and
 // barriers can be tested where there is no GPU. A block's threads are fibers: each runs until it
 // waits for its warp or its block, one warp as far as it gets before the next, so that a missing
-// barrier shows. Shared memory begins as NaN, and cp.async arrives when it is waited for, not before.
+// barrier shows. Shared memory begins as NaN. cp.async arrives when it is waited for, or, in every
+// other pair of blocks, at once.
 //
 // Says nothing about speed, nor about what hardware does between two barriers.
 #pragma once

@@ -2,8 +2,8 @@
 //
 // 16 bits: keys and values of a head lie in shared memory while a block's queries pass by; 256 of
 // them at most, and where a head has more, they come by turns for each tile of queries. A warp owns
-// 16 queries, so it waits for no other; logits of 64 bases are held at a time, and what the earlier
-// ones gave is rescaled. float32: two products and a softmax over a chunk of queries.
+// 16 queries, so it waits for no other; logits of 32 or 64 bases are held at a time, and what the
+// earlier ones gave is rescaled. float32: two products and a softmax over a chunk of queries.
 #pragma once
 
 #include "copy.cuh"
@@ -35,6 +35,7 @@ template <int STEPS>
 struct AttentionShape {
   static constexpr int WIDTH = 16 * STEPS, PITCH = pitch_of(WIDTH);
   static constexpr int WARPS = LARGEST_BLOCK / WARP, ROWS = 16, QUERIES = WARPS * ROWS;
+  // Up to 80 channels, 128 registers do for logits of 32 bases: two blocks share a multiprocessor.
   static constexpr int PART = STEPS > 5 ? 64 : 32, RESIDENT = 256;
   static int64_t shared(int resident) {
     return resident * (2 * PITCH * 2 + 4) + QUERIES * PITCH * 2;

@@ -129,9 +129,9 @@ class EmPass {
   }
 
   Ranges product_ranges(int width) const {
-    const int tiles = SINGLE ? ceil_div(call_.bases, ProductShape::M) * ceil_div(width, ProductShape::N)
-                             : ceil_div(call_.bases, ProductsShape::BASES) *
-                                   ceil_div(width, ProductsShape::CHANNELS);
+    const int rows = SINGLE ? ProductShape::M : ProductsShape::BASES;
+    const int columns = SINGLE ? ProductShape::N : ProductsShape::CHANNELS;
+    const int64_t tiles = ceil_div(call_.bases, rows) * ceil_div(width, columns);
     const int64_t blocks = larger<int64_t>(1, chunk_.leads * tiles);
     return Ranges(smaller(chunk_.tokens, call_.n), WIDE_TILE, PROGRAMS / blocks);
   }

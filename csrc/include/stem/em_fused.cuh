@@ -32,8 +32,11 @@ inline int fused_steps(int width) {
   return 0;
 }
 
-// With the widest tokens, 32 of them: more logits beside the sums would not fit into registers.
-__host__ __device__ constexpr int fused_tiles(int steps) { return steps == 4 || steps == 5 ? 8 : 4; }
+// 64 tokens at a time, in eights; 32 with the widest, whose sums leave registers for no more logits,
+// and with the narrowest, where half the registers then do and two blocks share a multiprocessor.
+__host__ __device__ constexpr int fused_tiles(int steps) {
+  return steps == 4 || steps == 5 ? 8 : 4;
+}
 
 inline int64_t fused_shared(int steps, int warps, bool separate) {
   int64_t tokens = 8 * fused_tiles(steps);

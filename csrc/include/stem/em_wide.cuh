@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(LARGEST_BLOCK)
         for (int s = 0; s < SLICE; ++s)
           copy_async<16>(
               b_directions + (stage * warps + warp) * FRAGMENTS + (m * SLICE + s) * WARP + lane,
-              p_directions + (((warp * M_TILES + m) * args.steps + step + s) * WARP + lane) * 8, 16);
+              p_directions + (((warp * M_TILES + m) * args.steps + step + s) * WARP + lane) * 8,
+              16);
       load_rows<TOKENS, WIDTH>(
           b_tokens + stage * Shape::TILE, p_tokens + start * stride + 16 * step, stride,
           args.count - start, args.tokens.width - 16 * step, args.tokens.vectors, thread, threads);
@@ -149,7 +150,7 @@ struct ProductsShape {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(LARGEST_BLOCK, 2) em_products_kernel(
+__global__ void __launch_bounds__(LARGEST_BLOCK) em_products_kernel(
     const ProductsArgs<T> args) {
   using Shape = ProductsShape;
   constexpr int M_TILES = Shape::M_TILES, N_TILES = Shape::N_TILES, STAGES = Shape::STAGES;
@@ -211,23 +212,22 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, 2) em_products_kernel(
       }
     }
   }
-  const int64_t row = (args.values.first + lead) * args.bases;
+  const int width = args.values.width;
+  const int first = o_base + warp_base + lane / 4, o_channel = o_value + warp_value + lane % 4 * 2;
+  float* p_sums = args.p_sums + blockIdx.y * args.stride_part +
+                  ((args.values.first + lead) * args.bases + first) * width + o_channel;
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int base = o_base + warp_base + 16 * m + 8 * half + lane / 4;
-      if (base >= args.bases) continue;
-      float* p_sums =
-          args.p_sums + blockIdx.y * args.stride_part + (row + base) * args.values.width;
+    for (int half = 0; half < 2; ++half, p_sums += 8 * width) {
+      if (first + 16 * m + 8 * half >= args.bases) continue;
 #pragma unroll
       for (int j = 0; j < N_TILES; ++j)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const int channel = o_value + warp_value + 8 * j + lane % 4 * 2 + c;
-          if (channel >= args.values.width) continue;
+          if (o_channel + 8 * j + c >= width) continue;
           const float sum = b_sums[m][j][2 * half + c];
-          p_sums[channel] = args.add ? p_sums[channel] + sum : sum;
+          p_sums[8 * j + c] = args.add ? p_sums[8 * j + c] + sum : sum;
         }
     }
 }

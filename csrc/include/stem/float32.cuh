@@ -183,8 +183,9 @@ __global__ void __launch_bounds__(LARGEST_BLOCK) float32_softmax_kernel(const So
 template <typename T>
 void launch_softmax(const Context& context, const SoftmaxArgs<T>& args) {
   const int64_t blocks = ceil_div<int64_t>(args.leads * args.rows, LARGEST_BLOCK / WARP);
-  launch("float32_softmax_kernel",
-         args.bias.p == nullptr ? float32_softmax_kernel<T, false> : float32_softmax_kernel<T, true>,
+  auto* kernel =
+      args.bias.p == nullptr ? float32_softmax_kernel<T, false> : float32_softmax_kernel<T, true>;
+  launch("float32_softmax_kernel", kernel,
          dim3(static_cast<unsigned>(blocks)), LARGEST_BLOCK, 0, context, args);
 }
 

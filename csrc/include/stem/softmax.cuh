@@ -30,7 +30,7 @@ __device__ inline void combine_over_rows(float (&x)[TOTAL], int lane) {
 
 template <int COUNT>
 __device__ inline int first_of_mine(int lane) {
-  return (lane / 16 % 2) * (COUNT / 2) + (lane / 8 % 2) * (COUNT / 4) + (lane / 4 % 2) * (COUNT / 8);
+  return lane / 16 % 2 * (COUNT / 2) + lane / 8 % 2 * (COUNT / 4) + lane / 4 % 2 * (COUNT / 8);
 }
 
 // Shared memory for a softmax over TOKENS columns, with room for the largest block, so that all
@@ -131,8 +131,8 @@ __device__ inline void softmax_over_bases(
   }
 }
 
-// The mass that a warp's responsibilities add to its bases: b_mass[m][row] of base 16 m + 8 row + g,
-// of the tokens that this lane holds.
+// The mass that the tokens of this lane add to the warp's bases: b_mass[m][row] is that of base
+// 16 m + 8 row + g.
 template <int M_TILES, int N_TILES>
 __device__ inline void add_mass(
     float (&b_mass)[M_TILES][2], const float (&b_z)[M_TILES][N_TILES][4]) {
