@@ -28,9 +28,7 @@ RESERVED = {"sm_80": 0, "sm_90a": 1024, "sm_100": 1024}
 KERNELS = ("float16", "bfloat16", "float32")
 """The sources with kernels; the others hold no device code."""
 FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-MATRIX_RESERVED = {"sm_80": 0, "sm_90a": 1024, "sm_100": 1024}
-"""Bytes that the system takes beside that, and that cuobjdump counts to each kernel."""
-KERNELS = ("attention", "em_fused", "em_responsibilities", "em_products")
+MATRIX_KERNELS = ("attention", "em_fused", "em_responsibilities", "em_products")
 
 
 @dataclass(frozen=True)
@@ -74,11 +72,13 @@ def missing() -> str | None:
     return None
 
 
-def run(*command: object, **options: str) -> str:
-    """Its output."""
+def run(*command: object, text: str | None = None, path: str = "") -> str:
+    """The command's output, given `text`, with `path` before the folders for commands."""
+    folders = f"{path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False, **options
-    )
+        [str(part) for part in command],
+        input=text, capture_output=True, text=True, check=False, env=os.environ | {"PATH": folders},
+    )  # fmt: skip
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -118,8 +118,8 @@ def compiled(source: Path, scratch: Path) -> Path:
 
 def by_kernel(listing: str, arch: str, pattern: str) -> dict[str, str]:
     """What follows each kernel's name in a listing of cuobjdump, for one architecture."""
-    sections = re.split(r"\narch = ", run("c++filt", input=listing))
-    found = {}
+    sections = re.split(r"\narch = ", run("c++filt", text=listing))
+    found: dict[str, str] = {}
     for section in sections[1:]:
         if section.split()[0] == arch:
             names = re.split(pattern, section)[1:]
@@ -138,17 +138,14 @@ def measure() -> list[Resources]:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             shared = pool.submit(dynamic_shared, scratch)
             objects = list(pool.map(lambda source: compiled(source, scratch), sources))
-        path = {"PATH": f"{Path(cuobjdump() or '').parent}{os.pathsep}{os.environ['PATH']}"}
-        found = {}
+        found: dict[tuple[str, str], Resources] = {}
         for target in objects:
             usage = run(cuobjdump(), "--dump-resource-usage", target)
             if target.stem not in KERNELS:
                 assert "Function" not in usage, f"{target.stem}.cu has kernels: add it to KERNELS"
                 continue
-            code = subprocess.run(
-                [str(cuobjdump()), "-sass", str(target)],
-                capture_output=True, text=True, check=True, env=os.environ | path,
-            ).stdout  # fmt: skip
+            # It calls nvdisasm, which lies beside it.
+            code = run(cuobjdump(), "-sass", target, path=str(Path(cuobjdump() or "").parent))
             for arch in SHARED_KIB:
                 numbers = by_kernel(usage, arch, r"Function (.*):\n")
                 assembly = by_kernel(code, arch, r"Function : (.*)\n")

@@ -164,9 +164,7 @@ def test_iterations(
     if empty == "mask":
         bases[..., :3, :] = -1.0  # away from all tokens
     least = least_mass(150, bases.shape[2])
-    found = kernels.soft_em(
-        features, bases, payload, 3, temperature, True, empty == "mask", least
-    )
+    found = kernels.soft_em(features, bases, payload, 3, temperature, True, empty == "mask", least)
     double = (features.double(), bases.double(), payload.double())
     exact = soft_em_torch(*double, 3, temperature, True, empty)
     # As in test_parity: logits of size 25 from directions rounded to the dtype, three times over.
