@@ -1,0 +1,38 @@
+// Prints the dynamic shared memory that the largest launch of each 16-bit kernel asks for:
+// kernel, template arguments, bytes. Its argument is the bytes that a block may have.
+
+#include <cstdio>
+#include <cstdlib>
+
+#include "stem/attention.cuh"
+#include "stem/em.cuh"
+
+template <int STEPS>
+void print_attention(int limit) {
+  using Shape = stem::AttentionShape<STEPS>;
+  const auto bytes = Shape::shared(Shape::resident(stem::LARGEST_BASES, limit));
+  std::printf("attention_kernel %d %lld\n", STEPS, static_cast<long long>(bytes));
+}
+
+int main(int count, char** arguments) {
+  if (count != 2) return 1;
+  const int limit = std::atoi(arguments[1]), warps = stem::LARGEST_BLOCK / stem::WARP;
+  print_attention<3>(limit);
+  print_attention<4>(limit);
+  print_attention<5>(limit);
+  print_attention<10>(limit);
+  for (int steps : {3, 4, 5, 10})
+    for (bool separate : {false, true}) {
+      const auto bytes = stem::fused_shared(steps, warps, separate);
+      // Where it does not fit, em.cuh takes the kernels for wide tokens.
+      if (bytes <= limit)
+        std::printf("em_fused_kernel %d %lld\n", steps, static_cast<long long>(bytes));
+    }
+  std::printf("em_responsibilities_kernel 2 %lld\n",
+              static_cast<long long>(stem::WideShape<2>::shared(warps)));
+  std::printf("em_responsibilities_kernel 8 %lld\n",
+              static_cast<long long>(stem::WideShape<8>::shared(warps)));
+  std::printf("em_products_kernel 0 %d\n", stem::ProductsShape::SHARED);
+  std::printf("float32_product_kernel 0 %d\n", stem::ProductShape::SHARED);
+  std::printf("em_update_kernel 0 %lld\n", static_cast<long long>(stem::update_shared(1280)));
+}

@@ -1,0 +1,14 @@
+// The kernels for float16.
+
+#include "stem/attention.cuh"
+#include "stem/em.cuh"
+
+namespace stem {
+
+template void em_statistics(
+    const Context&, const EmCall<__half>&, float*, float*, float*);
+template void soft_em(
+    const Context&, const EmCall<__half>&, int64_t, bool, float, float*, float*, float*);
+template void basis_attention(const Context&, const AttentionCall<__half>&);
+
+}  // namespace stem

@@ -1,0 +1,14 @@
+// The kernels for float32.
+
+#include "stem/attention.cuh"
+#include "stem/em.cuh"
+
+namespace stem {
+
+template void em_statistics(
+    const Context&, const EmCall<float>&, float*, float*, float*);
+template void soft_em(
+    const Context&, const EmCall<float>&, int64_t, bool, float, float*, float*, float*);
+template void basis_attention(const Context&, const AttentionCall<float>&);
+
+}  // namespace stem

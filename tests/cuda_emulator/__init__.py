@@ -1,0 +1,157 @@
+"""The CUDA kernels on a CPU: builds csrc/include/stem with the emulator, and calls it."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # as driver.cpp numbers them
+NAN = float("nan")
+MARGIN = 64  # numbers of a tensor's dtype
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in ("batch", "heads", "n", "bases", "dtype", "shared_limit", "chunk_bytes")
+    )
+
+
+class Rows(ctypes.Structure):
+    _fields_ = (
+        ("p", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("stride_b", "stride_h", "stride_n", "width")),
+    )
+
+
+def rows(tensor: torch.Tensor | None) -> Rows:
+    """Of [B, h, n, width]."""
+    if tensor is None:
+        return Rows(None, 0, 0, 0, 0)
+    return Rows(tensor.data_ptr(), *tensor.stride()[:3], tensor.shape[3])
+
+
+class Output:
+    """Contiguous memory full of NaN, with margins that a kernel must leave alone."""
+
+    def __init__(self, *sizes: int, dtype: torch.dtype = torch.float32) -> None:
+        count = torch.Size(sizes).numel()
+        self.memory = torch.full((count + 2 * MARGIN,), 1234.0, dtype=dtype)
+        self.tensor = self.memory[MARGIN : MARGIN + count].view(sizes).fill_(NAN)
+        self.pointer = ctypes.c_void_p(self.tensor.data_ptr() if count else None)
+
+    def result(self) -> torch.Tensor:
+        margins = torch.cat([self.memory[:MARGIN], self.memory[-MARGIN:]])
+        assert bool((margins == 1234.0).all()), "wrote outside of the result"
+        return self.tensor
+
+
+class Kernels:
+    """The three operators of csrc/include/stem, on CPU tensors; built in `folder`.
+
+    Attributes:
+        shared_limit: bytes of shared memory that the GPU gives a block.
+        chunk_bytes: of responsibilities that are held at a time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        compiler = shutil.which("g++")
+        assert compiler is not None
+        target = folder / "kernels.so"
+        sources = [HERE / "emulator.cpp", HERE / "driver.cpp"]
+        flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-DSTEM_EMULATOR", "-Wall", "-Wextra"]
+        includes = ["-Wno-unknown-pragmas", f"-I{CSRC / 'include'}", f"-I{HERE}"]
+        subprocess.run([compiler, *flags, *includes, *sources, "-o", target], check=True)
+        self.library = ctypes.CDLL(str(target))
+        for name in ("em_statistics", "soft_em", "basis_attention"):
+            getattr(self.library, name).restype = ctypes.c_int64
+        self.shared_limit = 227 * 1024
+        self.chunk_bytes = 1 << 24
+
+    def _sizes(self, tokens: torch.Tensor, bases: torch.Tensor) -> Sizes:
+        numbers = (DTYPES.index(tokens.dtype), self.shared_limit, self.chunk_bytes)
+        return Sizes(*tokens.shape[:3], bases.shape[2], *numbers)
+
+    def em_statistics(
+        self,
+        features: torch.Tensor,
+        bases: torch.Tensor,
+        payload: torch.Tensor | None,
+        temperature: float,
+        normalize: bool = True,
+    ) -> tuple[torch.Tensor, ...]:
+        outputs = self._outputs(bases, payload)
+        extra = self.library.em_statistics(
+            *self._inputs(features, bases, payload),
+            ctypes.c_float(temperature),
+            ctypes.c_bool(normalize),
+            *(output.pointer for output in outputs),
+        )
+        assert extra >= 0
+        return tuple(output.result() for output in outputs)
+
+    def soft_em(
+        self,
+        features: torch.Tensor,
+        bases: torch.Tensor,
+        payload: torch.Tensor | None,
+        num_iters: int,
+        temperature: float,
+        normalize: bool,
+        keep_empty: bool,
+        least_mass: float,
+    ) -> tuple[torch.Tensor, ...]:
+        outputs = self._outputs(bases, payload)
+        extra = self.library.soft_em(
+            *self._inputs(features, bases, payload),
+            ctypes.c_int64(num_iters),
+            ctypes.c_float(temperature),
+            ctypes.c_bool(normalize),
+            ctypes.c_bool(keep_empty),
+            ctypes.c_float(least_mass),
+            *(output.pointer for output in outputs),
+        )
+        assert extra >= 0
+        new_bases, mass, payload_bases = (output.result() for output in outputs)
+        return new_bases, payload_bases, mass
+
+    def basis_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        batch, heads, n, _ = query.shape
+        output = Output(batch, n, heads, value.shape[3], dtype=query.dtype)
+        extra = self.library.basis_attention(
+            ctypes.byref(self._sizes(query, key)),
+            *(ctypes.byref(rows(tensor)) for tensor in (query, key, value)),
+            ctypes.byref(rows(None if bias is None else bias.unsqueeze(-1))),
+            ctypes.c_float(scale),
+            output.pointer,
+        )
+        assert extra >= 0
+        return output.result()
+
+    def _inputs(
+        self, features: torch.Tensor, bases: torch.Tensor, payload: torch.Tensor | None
+    ) -> tuple[object, ...]:
+        assert bases.is_contiguous()
+        return (
+            ctypes.byref(self._sizes(features, bases)),
+            ctypes.byref(rows(features)),
+            ctypes.byref(rows(payload)),
+            ctypes.c_void_p(bases.data_ptr()),
+        )
+
+    def _outputs(self, bases: torch.Tensor, payload: torch.Tensor | None) -> list[Output]:
+        lead, width = bases.shape[:3], 0 if payload is None else payload.shape[3]
+        return [Output(*bases.shape), Output(*lead), Output(*lead, width)]

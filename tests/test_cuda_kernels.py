@@ -1,0 +1,247 @@
+"""The CUDA kernels' code, run by an emulator, against float64: indices, layouts and barriers.
+
+What only a GPU can show (speed, and what hardware does between barriers) is not tested here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cuda_emulator import DTYPES, NAN, Kernels
+
+from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
+from stem_kernels.ops.em_statistics import ROUNDING_ATOL as EM_ATOL
+from stem_kernels.reference.soft_em import least_mass, soft_em_torch
+from stem_kernels.testing import (
+    clustered_tokens,
+    eager_basis_attention,
+    eager_em_statistics,
+    max_error,
+    parity_bound,
+)
+
+if shutil.which("g++") is None:
+    pytest.skip("g++ is not found; the kernels are emulated by it", allow_module_level=True)
+
+# n, K, D, E, padding of the rows: the 16-byte path needs rows at multiples of 8 numbers.
+NARROW = [
+    (1, 1, 40, 0, 0),
+    (70, 16, 40, 40, 0),
+    (65, 256, 64, 64, 8),
+    (67, 100, 80, 24, 3),
+    (40, 256, 160, 160, 0),
+    (31, 100, 37, 5, 0),
+]
+WIDE = [
+    (130, 256, 320, 24, 0),
+    (70, 300, 40, 40, 8),
+    (35, 1024, 64, 0, 3),
+    (140, 16, 330, 170, 0),
+]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    return Kernels(tmp_path_factory.mktemp("cuda_emulator"))
+
+
+@pytest.fixture
+def kernels(built: Kernels) -> Iterator[Kernels]:
+    before = (built.shared_limit, built.chunk_bytes)
+    yield built
+    built.shared_limit, built.chunk_bytes = before
+
+
+def interleaved(tokens: torch.Tensor, padding: int) -> torch.Tensor:
+    """The same [B, h, n, D] as a view of memory [B, n, h, D + padding] that is NaN elsewhere."""
+    batch, heads, n, width = tokens.shape
+    memory = torch.full((batch, n + 2, heads, width + padding), NAN, dtype=tokens.dtype)
+    view = memory[:, 1 : n + 1, :, :width].transpose(1, 2)
+    view.copy_(tokens)
+    return view
+
+
+def em_case(
+    n: int, num_bases: int, width: int, payload_width: int, padding: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    lead = (2, 2) if num_bases <= 100 else (1, 2)
+    features = interleaved(clustered_tokens((*lead, n, width), seed=n).to(dtype), padding)
+    bases = clustered_tokens((*lead, num_bases, width), seed=1)
+    payload = None
+    if payload_width:
+        values = clustered_tokens((*lead, n, payload_width), seed=2).to(dtype)
+        payload = interleaved(values, padding)
+    return features, bases, payload
+
+
+def check_em(
+    found: tuple[torch.Tensor, ...],
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor | None,
+    temperature: float,
+    normalize: bool = True,
+) -> None:
+    settings = {"temperature": temperature, "normalize": normalize}
+    double = None if payload is None else payload.double()
+    exact = eager_em_statistics(features.double(), bases.double(), payload=double, **settings)
+    plain = eager_em_statistics(features, bases, payload=payload, **settings)
+    largest_logit = float(features.double().norm(dim=-1).max()) / temperature
+    for result, expected, same_dtype in zip(found, exact, plain, strict=True):
+        if expected is None:
+            assert result.numel() == 0
+            continue
+        bound = parity_bound(expected, same_dtype, EM_ATOL, largest_logit)
+        assert max_error(result, expected) <= bound
+        if features.dtype == torch.float32:
+            assert max_error(result, expected) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("case", NARROW + WIDE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_em_statistics(kernels: Kernels, dtype: torch.dtype, case: tuple[int, ...]) -> None:
+    features, bases, payload = em_case(*case, dtype)
+    temperature = features.shape[-1] ** 0.5 / 4
+    found = kernels.em_statistics(features, bases, payload, temperature)
+    check_em(found, features, bases, payload, temperature)
+
+
+@pytest.mark.parametrize("width", [40, 320])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sharp_softmax_and_bases_as_they_are(
+    kernels: Kernels, dtype: torch.dtype, width: int
+) -> None:
+    features, bases, payload = em_case(50, 20, width, 8, 0, dtype)
+    # Bases of 16 bits, or their rounding would be what is measured.
+    bases = bases.to(dtype).float()
+    found = kernels.em_statistics(features, bases, payload, 0.5, normalize=False)
+    check_em(found, features, bases, payload, 0.5, normalize=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_tokens(kernels: Kernels, dtype: torch.dtype) -> None:
+    features, bases, payload = em_case(0, 20, 40, 8, 0, dtype)
+    for result in kernels.em_statistics(features, bases, payload, 1.0):
+        assert bool((result == 0).all())
+
+
+@pytest.mark.parametrize(("num_bases", "width"), [(16, 320), (300, 40)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks_of_tokens_and_of_heads(
+    kernels: Kernels, dtype: torch.dtype, num_bases: int, width: int
+) -> None:
+    features = clustered_tokens((1, 3, 300, width), seed=3).to(dtype)
+    payload = clustered_tokens((1, 3, 300, 24), seed=4).to(dtype)
+    bases = clustered_tokens((1, 3, num_bases, width), seed=1)
+    kernels.chunk_bytes = 2 * 128 * num_bases * dtype.itemsize  # two heads' tiles of tokens
+    temperature = width**0.5 / 4
+    found = kernels.em_statistics(features, bases, payload, temperature)
+    check_em(found, features, bases, payload, temperature)
+    again = kernels.em_statistics(features, bases, payload, temperature)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def test_too_little_shared_memory_for_the_fused_kernel(kernels: Kernels) -> None:
+    features, bases, payload = em_case(40, 256, 160, 0, 0, torch.float16)
+    kernels.shared_limit = 99 * 1024
+    found = kernels.em_statistics(features, bases, payload, 3.0)
+    check_em(found, features, bases, payload, 3.0)
+
+
+@pytest.mark.parametrize("empty", ["zero", "mask"])
+@pytest.mark.parametrize(("width", "payload_width"), [(40, 40), (160, 96), (320, 24)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_iterations(
+    kernels: Kernels, dtype: torch.dtype, width: int, payload_width: int, empty: str
+) -> None:
+    temperature = width**0.5 / 16
+    features = interleaved((1 + clustered_tokens((1, 2, 150, width), seed=5)).to(dtype), 0)
+    payload = interleaved(clustered_tokens((1, 2, 150, payload_width), seed=6).to(dtype), 0)
+    bases = features[..., ::10, :].float().contiguous()
+    if empty == "mask":
+        bases[..., :3, :] = -1.0  # away from all tokens
+    least = least_mass(150, bases.shape[2])
+    found = kernels.soft_em(features, bases, payload, 3, temperature, True, empty == "mask", least)
+    double = (features.double(), bases.double(), payload.double())
+    exact = soft_em_torch(*double, 3, temperature, True, empty)
+    # As in test_parity: logits of size 25 from directions rounded to the dtype, three times over.
+    tolerance = {torch.float32: 1e-4, torch.float16: 1.5e-2, torch.bfloat16: 1.2e-1}[dtype]
+    assert torch.equal(found[2] == 0, exact[2] == 0)
+    assert bool((exact[2] == 0).any()) == (empty == "mask")
+    for result, expected in zip(found, exact, strict=True):
+        assert max_error(result, expected) <= tolerance * float(expected.abs().max())
+
+
+def attention_case(
+    n: int, num_bases: int, width: int, value_width: int, padding: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    query = interleaved(clustered_tokens((2, 2, n, width), seed=n).to(dtype), padding)
+    key = interleaved(clustered_tokens((1, 2, num_bases, width), seed=1).to(dtype), padding)
+    value = interleaved(clustered_tokens((1, 2, num_bases, value_width), seed=2).to(dtype), padding)
+    bias = clustered_tokens((1, 2, num_bases), seed=3)
+    bias[..., 1::3] = float("-inf")
+    bias[..., :64] += 2.0
+    return query, *(tensor.expand(2, *tensor.shape[1:]) for tensor in (key, value, bias))
+
+
+def check_attention(
+    found: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    wide = None if bias is None else bias.double()
+    exact = eager_basis_attention(query.double(), key.double(), value.double(), bias=wide)
+    plain = eager_basis_attention(query, key, value, bias=bias)
+    error = max_error(found.transpose(1, 2), exact)
+    assert error <= parity_bound(exact, plain, ATTENTION_ATOL)
+    if query.dtype == torch.float32:
+        assert error <= 1e-5 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1, 1, 64, 24, 0),
+        (70, 16, 40, 40, 0),
+        (150, 256, 80, 80, 8),
+        (33, 300, 160, 160, 0),
+        (129, 1024, 40, 24, 3),
+        (20, 100, 37, 5, 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention(
+    kernels: Kernels, dtype: torch.dtype, with_bias: bool, case: tuple[int, ...]
+) -> None:
+    query, key, value, bias = attention_case(*case, dtype)
+    given = bias if with_bias else None
+    found = kernels.basis_attention(query, key, value, given, case[2] ** -0.5)
+    check_attention(found, query, key, value, given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_with_little_memory(kernels: Kernels, dtype: torch.dtype) -> None:
+    query, key, value, bias = attention_case(300, 200, 160, 160, 0, dtype)
+    whole = kernels.basis_attention(query, key, value, bias, 160**-0.5)
+    kernels.shared_limit = 99 * 1024
+    kernels.chunk_bytes = 2 * 128 * 200 * dtype.itemsize
+    parts = kernels.basis_attention(query, key, value, bias, 160**-0.5)
+    check_attention(parts, query, key, value, bias)
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_head_whose_bases_are_all_excluded(kernels: Kernels, dtype: torch.dtype) -> None:
+    query, key, value, bias = attention_case(20, 100, 40, 40, 0, dtype)
+    bias = bias.clone()
+    bias[:, 1] = float("-inf")
+    found = kernels.basis_attention(query, key, value, bias, 1.0)
+    assert bool(found[:, :, 0].isfinite().all())
+    assert bool(found[:, :, 1].isnan().all())
