@@ -30,6 +30,16 @@ def table(results: dict[str, Any]) -> str:
         f"| `soft_em`, torch backend | {em['stats']['median']:.2f} "
         f"| {held['extra_bytes'] / 2**20:.0f} MiB |",
         "",
+        "| C++ extension against the torch backend, float32, K=256 | torch, ms | C++, ms | ratio |",
+        "|---|---|---|---|",
+        *(
+            f"| {row['group']} | {1000 * row['extra_info']['torch_seconds']:.1f} "
+            f"| {1000 * row['extra_info']['cuda_seconds']:.1f} "
+            f"| {row['extra_info']['times_faster_than_torch']:.1f} |"
+            for row in results["benchmarks"]
+            if "times_faster_than_torch" in row["extra_info"]
+        ),
+        "",
         "| One self-attention layer with its projections, milliseconds | 16x16 | 32x32 | 64x64 |",
         "|---|---|---|---|",
     ]
@@ -39,7 +49,10 @@ def table(results: dict[str, Any]) -> str:
             for side in (16, 32, 64)
         ]
         lines.append(f"| {kind} | {' | '.join(medians)} |")
-    lines += ["", "N=4 frames, C=320, h=8, K=256, float32. On a GPU: not measured yet."]
+    lines += [
+        "",
+        'N=4 frames, C=320, h=8, K=256, float32, backend "auto". On a GPU: not measured yet.',
+    ]
     return "\n".join(lines) + "\n"
 
 
