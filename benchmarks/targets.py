@@ -155,6 +155,14 @@ def targets(matrix_rate: float) -> list[Target]:
         ),
         *(
             Target(
+                f"C++ extension, {case}, share of Triton's time",
+                *at_most(1.5),
+                share_of_time(case, "cuda", OURS),
+            )
+            for case in (key, feature, "basis attention d=40", "basis attention d=160")
+        ),
+        *(
+            Target(
                 f"UNet step {side}x{side}, N=32, {kind}, share of per-frame dense",
                 *at_most(bound),
                 share_of_time(unet.format(side), kind, "per-frame"),
