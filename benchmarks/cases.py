@@ -54,6 +54,10 @@ class Case:
     work: Work | None = None
     graph: bool = False
 
+    def error(self, name: str, answer: Outputs) -> float:
+        """Of the answer of the contender `name`, over the error allowed."""
+        return (self.contenders[name].check or self.check)(answer)
+
 
 def no_common_check(answer: Outputs) -> float:
     """For cases whose contenders differ in what is right: each has a check of its own."""
@@ -100,27 +104,26 @@ class Bench:
     dtype: torch.dtype
     ceilings: Ceilings
     budget: float = 0.5
-    small: bool = False
     rows: list[Row] = field(default_factory=list)
 
     def run(self, part: str, cases: Iterator[Case]) -> None:
         """Check, then time, every contender of every case; one row each."""
         for case in cases:
-            for name, contender in case.contenders.items():
-                row = self._row(part, case, name, contender)
+            for name in case.contenders:
+                row = self._row(part, case, name)
                 self.rows.append(row)
                 print(line(row), flush=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _row(self, part: str, case: Case, name: str, contender: Contender) -> Row:
+    def _row(self, part: str, case: Case, name: str) -> Row:
         dtype = str(self.dtype).removeprefix("torch.")
         bare = Row(part, case.name, case.shape, name, dtype)
         floor, limit = (None, "") if case.work is None else self.ceilings.floor(case.work)
         try:
-            call = contender.start()
+            call = case.contenders[name].start()
             answer = call()
-            error = (contender.check or case.check)(answer)
+            error = case.error(name, answer)
             if not error <= 1:
                 note = f"wrong: {error:.3g} times the error allowed"
                 return replace(bare, error=error, wrong=True, note=note)

@@ -52,7 +52,7 @@ def _row(case: Case, backend: str, dtype: torch.dtype, device: torch.device) -> 
         answer = call()
     except BackendError as problem:
         return replace(bare, note=reason(backend, problem))
-    error = case.check(answer)
+    error = case.error(backend, answer)
     if not error <= 1:
         return replace(bare, error=error, wrong=True, note=f"{error:.3g} times the error allowed")
     if not _equal(answer, call()):

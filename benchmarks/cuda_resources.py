@@ -14,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from . import resource_table
+from .resource_table import Resources
 
 CSRC = Path(__file__).parent.parent / "csrc"
 OUT = Path(__file__).parent / "results" / "cuda-resources.md"
@@ -29,18 +31,6 @@ KERNELS = ("float16", "bfloat16", "float32")
 """The sources with kernels; the others hold no device code."""
 FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 MATRIX_KERNELS = ("attention", "em_fused", "em_responsibilities", "em_products")
-
-
-@dataclass(frozen=True)
-class Resources:
-    """One compiled kernel; `kernel` has its template arguments."""
-
-    kernel: str
-    arch: str
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    matrix_instructions: int
 
 
 def nvcc() -> str | None:
@@ -172,19 +162,11 @@ def resources(
 
 def text(found: list[Resources]) -> str:
     """The table in Markdown."""
-    lines = [
+    return resource_table.text(
         f"{version()}; written by `python -m benchmarks.cuda_resources`. Shared memory is that of "
         "the largest launch.",
-        "",
-        "| kernel | architecture | registers | spilled bytes | shared KiB | matrix instructions |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row.kernel} | {row.arch} | {row.registers} | {row.spilled_bytes} "
-        f"| {row.shared_bytes / 1024:.0f} | {row.matrix_instructions} |"
-        for row in found
-    ]
-    return "\n".join(lines) + "\n"
+        found,
+    )
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 
 from stem import InflatedConfig, StemConfig, enable
-from stem.attention.frames import InflatedProcessor
-from stem.attention.processor import VideoAttentionProcessor
-from stem.attention.stem import StemProcessor, StemState, bases_shape
+from stem.attention.handle import make_processors
 from stem.config import AttentionConfig
 from stem_kernels import initial_bases
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL
@@ -25,7 +23,12 @@ from .operators import NUM_BASES, parity
 
 HEADS = 8
 CHECKED = 64
-LAYER_KINDS = ("per-frame", "all-frame", "stem R=5", "stem R=1")
+LAYER_KINDS: dict[str, AttentionConfig | None] = {
+    "per-frame": None,
+    "all-frame": InflatedConfig(),
+    "stem R=5": StemConfig(init="tokens", num_iters=5),
+    "stem R=1": StemConfig(init="tokens", num_iters=1),
+}
 
 
 def layer(channels: int, device: torch.device, dtype: torch.dtype) -> Attention:
@@ -36,22 +39,20 @@ def layer(channels: int, device: torch.device, dtype: torch.dtype) -> Attention:
     return module.eval().to(device, dtype)
 
 
-def processor(kind: str, attention: Attention) -> VideoAttentionProcessor | AttnProcessor2_0:
-    """One of LAYER_KINDS."""
-    if kind == "per-frame":
-        return AttnProcessor2_0()
-    if kind == "all-frame":
-        return InflatedProcessor("all-frame", InflatedConfig().num_frames)
-    config = StemConfig(init="tokens", num_iters=int(kind.removeprefix("stem R=")))
-    return StemProcessor(kind, 0, StemState(config, [bases_shape(attention, config)]))
+def set_attention(attention: Attention, config: AttentionConfig | None) -> None:
+    """Put a mechanism into one self-attention; None: its own, per frame."""
+    if config is not None:
+        processors, _ = make_processors({"layer": attention}, config)
+        attention.set_processor(processors["layer"])
 
 
 def expected(kind: str, attention: Attention, tokens: torch.Tensor) -> torch.Tensor:
     """The output of the first tokens of the first frame, by eager formulas in the tokens' dtype."""
-    seen = tokens[:1] if kind == "per-frame" else tokens.flatten(0, 1).unsqueeze(0)
-    if kind.startswith("stem"):
+    config = LAYER_KINDS[kind]
+    seen = tokens[:1] if config is None else tokens.flatten(0, 1).unsqueeze(0)
+    if isinstance(config, StemConfig):
         bases = initial_bases(seen, NUM_BASES).to(tokens.dtype)
-        seen = eager_soft_em(seen, bases, num_iters=int(kind.removeprefix("stem R=")))
+        seen = eager_soft_em(seen, bases, num_iters=config.num_iters)
     query, key, value = (
         project(rows).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         for project, rows in (
@@ -86,7 +87,7 @@ def layer_case(
     def contender(kind: str) -> Contender:
         def start() -> Callable[[], Outputs]:
             module = copy.deepcopy(attention)
-            module.set_processor(processor(kind, module))
+            set_attention(module, LAYER_KINDS[kind])
 
             def run() -> Outputs:
                 with torch.no_grad():

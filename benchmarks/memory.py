@@ -14,16 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
 
-from stem import InflatedConfig, SparseCausalConfig, StemConfig
-from stem.attention.frames import InflatedProcessor, SparseCausalProcessor
-from stem.attention.stem import StemProcessor, StemState, bases_shape
+from stem.inversion.methods import METHODS, attention_config
 from stem_kernels.measure import PeakMemory
 
-from .layers import layer
+from .layers import layer, set_attention
 
-METHODS = ("ddim", "st-ddim", "inflated", "stem")
 FRAMES = (8, 16, 32, 64, 128, 256, 512)
 LARGEST_INFLATED = 128  # beyond it the attention alone takes seconds; its memory grows as before
 HOLDERS = 4
@@ -73,7 +69,8 @@ def _peak(attention: Any, method: str, tokens: torch.Tensor) -> Peak:
     if method == "inflated" and tokens.is_cuda and frames > LARGEST_INFLATED:
         return Peak(method, frames, None, {}, "not measured: it would take many seconds")
     module = copy.deepcopy(attention)
-    module.set_processor(_processor(method, module))
+    options = {"init": "tokens"} if method == "stem" else {}
+    set_attention(module, attention_config(method, options, frames))
 
     @torch.no_grad()
     def run() -> None:
@@ -87,17 +84,6 @@ def _peak(attention: Any, method: str, tokens: torch.Tensor) -> Peak:
         return Peak(method, frames, None, {}, f"out of memory: {problem}"[:200])
     holders = recorded_holders(run, tokens.device) if tokens.is_cuda else {}
     return Peak(method, frames, memory.extra_bytes, holders)
-
-
-def _processor(method: str, attention: Any) -> Any:
-    if method == "ddim":
-        return AttnProcessor2_0()
-    if method == "st-ddim":
-        return SparseCausalProcessor(method, SparseCausalConfig())
-    if method == "inflated":
-        return InflatedProcessor(method, InflatedConfig().num_frames)
-    config = StemConfig(init="tokens")
-    return StemProcessor(method, 0, StemState(config, [bases_shape(attention, config)]))
 
 
 def recorded_holders(run: Callable[[], None], device: torch.device) -> dict[str, int]:

@@ -29,12 +29,14 @@ NUM_BASES = 256
 NUM_ITERS = 5
 TEMPERATURE = 0.01
 OBJECTIVE_TOLERANCE = 1e-3
+EAGER, COMPILED, FLASH_KMEANS = "eager", "eager, torch.compile", "flash-kmeans"
 SDPA = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa math": SDPBackend.MATH,
 }
+"""The names of contenders."""
 LARGEST_KEY = 160  # the widest head of SD 1.x
 SMALL_TOKENS = 1024  # below it a call is shorter than its launches
 
@@ -102,11 +104,11 @@ def em_case(
         return lambda: run(features, bases)[:2]
 
     contenders = ours(lambda backend: em_statistics(features, bases, backend=backend)[:2])
-    contenders["eager"] = Contender(lambda: lambda: eager_em_statistics(features, bases)[:2])
+    contenders[EAGER] = Contender(lambda: lambda: eager_em_statistics(features, bases)[:2])
     if compiled:
-        contenders["eager, torch.compile"] = Contender(start_compiled)
+        contenders[COMPILED] = Contender(start_compiled)
     if width <= LARGEST_KEY:
-        contenders["flash-kmeans"] = flash_kmeans(features, bases)
+        contenders[FLASH_KMEANS] = flash_kmeans(features, bases)
     pairs = batch * tokens * num_bases
     return Case(
         f"em {'key' if width <= LARGEST_KEY else 'feature'} d={width}",
@@ -180,7 +182,7 @@ def soft_em_case(shape: tuple[int, int, int], device: torch.device, dtype: torch
     contenders["eager, without payload"] = Contender(
         lambda: lambda: (eager_soft_em(features, bases.to(dtype)),)
     )
-    contenders["eager, torch.compile"] = Contender(compiled)
+    contenders[COMPILED] = Contender(compiled)
     pairs = batch * tokens * NUM_BASES
     read = features.numel() * features.element_size()
     return Case(
@@ -219,7 +221,7 @@ def attention_case(
 
     contenders = ours(lambda backend: (basis_attention(query, key, value, backend=backend),))
     for name, backend in SDPA.items():
-        contenders[f"sdpa {name}"] = Contender(lambda backend=backend: sdpa(backend))  # type: ignore[misc]
+        contenders[name] = Contender(lambda backend=backend: sdpa(backend))  # type: ignore[misc]
 
     def sdpa(backend: SDPBackend) -> Callable[[], Outputs]:
         def run() -> Outputs:

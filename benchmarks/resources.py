@@ -12,7 +12,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ from stem_kernels.triton.em_wide import _products_kernel, _responsibilities_kern
 from stem_kernels.triton.resident_attention import LARGEST_PART, _resident_kernel
 from stem_kernels.tuning import rows_for, table, tile_for, two_tiles
 
+from . import resource_table
+from .resource_table import Resources
+
 OUT = Path(__file__).parent / "results" / "triton-resources.md"
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
 """What one block may ask for, by compute capability."""
@@ -35,18 +37,6 @@ MATRIX_INSTRUCTIONS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 10
 FLOAT32 = ("p_logsumexp", "p_sums", "p_value_sums", "p_mass", "p_bias")
 HALF_ONLY = ("em_fused", "em_wide", "resident_attention")
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-
-
-@dataclass(frozen=True)
-class Resources:
-    """One compiled kernel."""
-
-    kernel: str
-    arch: int
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    matrix_instructions: int
 
 
 def compiled(
@@ -167,26 +157,18 @@ def cases(
 def measure(arch: int, dtype: str = "fp16") -> list[Resources]:
     """All cases of one compute capability."""
     return [
-        Resources(name, arch, *compiled(kernel, constants, options, dtype, arch))
+        Resources(name, f"sm_{arch}", *compiled(kernel, constants, options, dtype, arch))
         for name, kernel, constants, options in cases(arch, dtype)
     ]
 
 
 def text(found: list[Resources]) -> str:
     """The table in Markdown."""
-    lines = [
+    return resource_table.text(
         f"Triton {importlib.metadata.version('triton')}, float16, K = {LARGEST_BASES}; written by "
         "`python -m benchmarks.resources`.",
-        "",
-        "| kernel | sm | registers | spilled bytes | shared KiB | matrix instructions |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row.kernel} | {row.arch} | {row.registers} | {row.spilled_bytes} "
-        f"| {row.shared_bytes / 1024:.0f} | {row.matrix_instructions} |"
-        for row in found
-    ]
-    return "\n".join(lines) + "\n"
+        found,
+    )
 
 
 if __name__ == "__main__":

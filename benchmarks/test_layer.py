@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from .layers import CHECKED, HEADS, LAYER_KINDS, expected, layer, processor
+from .layers import CHECKED, HEADS, LAYER_KINDS, expected, layer, set_attention
 
 CHANNELS, FRAMES = 320, 4
 
@@ -19,7 +19,7 @@ def test_layer(benchmark: Any, kind: str, side: int) -> None:
     attention = layer(CHANNELS, torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randn(FRAMES, side * side, CHANNELS, generator=generator)
-    attention.set_processor(processor(kind, attention))
+    set_attention(attention, LAYER_KINDS[kind])
     with torch.no_grad():
         right = expected(kind, attention, tokens)
         out = benchmark.pedantic(lambda: attention(tokens), rounds=5, warmup_rounds=1)

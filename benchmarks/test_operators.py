@@ -17,29 +17,28 @@ import torch
 from stem_kernels.backends import BACKENDS, BackendError
 
 from .cases import Case, UnavailableError
-from .operators import SDPA, attention_case, em_case, soft_em_case
+from .operators import COMPILED, EAGER, FLASH_KMEANS, SDPA, attention_case, em_case, soft_em_case
 from .timing import time_call
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
 TOKENS = 4 * 64 * 64
-EAGER = ("eager", "eager, torch.compile")
 BUILDERS: dict[str, tuple[Callable[[], Case], tuple[str, ...]]] = {
     "em key": (
         lambda: em_case((8, TOKENS, 40), DEVICE, DTYPE, compiled=True),
-        (*BACKENDS, *EAGER, "flash-kmeans"),
+        (*BACKENDS, EAGER, COMPILED, FLASH_KMEANS),
     ),
     "em feature": (
         lambda: em_case((1, TOKENS, 320), DEVICE, DTYPE, compiled=True),
-        (*BACKENDS, *EAGER),
+        (*BACKENDS, EAGER, COMPILED),
     ),
     "soft_em": (
         lambda: soft_em_case((8, TOKENS, 40), DEVICE, DTYPE),
-        (*BACKENDS, "eager, without payload", "eager, torch.compile"),
+        (*BACKENDS, "eager, without payload", COMPILED),
     ),
     "basis attention": (
         lambda: attention_case(8, TOKENS, 40, DEVICE, DTYPE),
-        (*BACKENDS, *(f"sdpa {name}" for name in SDPA)),
+        (*BACKENDS, *SDPA),
     ),
 }
 
@@ -56,13 +55,12 @@ def built(name: str) -> Case:
 def test_operator(benchmark: Any, name: str, contender: str) -> None:
     case = built(name)
     benchmark.group = f"{case.name}, {case.shape}"
-    rival = case.contenders[contender]
     try:
-        call = rival.start()
+        call = case.contenders[contender].start()
         answer = call()
     except (BackendError, UnavailableError) as problem:
         pytest.skip(" ".join(str(problem).split()))
-    error = (rival.check or case.check)(answer)
+    error = case.error(contender, answer)
     benchmark.extra_info["error_over_allowed"] = error
     assert error <= 1
 

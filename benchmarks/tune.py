@@ -20,7 +20,7 @@ from stem_kernels.testing import clustered_tokens
 from stem_kernels.triton import device_capability
 from stem_kernels.tuning import table
 
-from .cases import Case, Contender
+from .cases import Case
 from .operators import attention_case, em_case, ours
 from .resources import HALF_ONLY, SHARED_KIB, cases_of, compiled
 from .timing import time_call
@@ -97,14 +97,13 @@ def tune(op: str, device: torch.device) -> dict[str, int]:
     arch = 10 * major + minor
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     case = case_for(op, device)
-    contender = case.contenders["triton"]
     rows = table(f"sm{arch}")
     used = rows.get(op)
-    best, least = used, float("inf") if used is None else 0.99 * _seconds(case, contender, device)
+    best, least = used, float("inf") if used is None else 0.99 * _seconds(case, device)
     try:
         for row in candidates(op, arch, multiprocessors):
             rows[op] = row
-            seconds = _seconds(case, contender, device)
+            seconds = _seconds(case, device)
             if seconds < least:
                 best, least = row, seconds
                 print(f"{op}: {1e6 * seconds:.1f} us with {row}", flush=True)
@@ -118,10 +117,10 @@ def tune(op: str, device: torch.device) -> dict[str, int]:
     return best
 
 
-def _seconds(case: Case, contender: Contender, device: torch.device) -> float:
+def _seconds(case: Case, device: torch.device) -> float:
     """Of one call; infinite where its result is wrong."""
-    call = contender.start()
-    if not (contender.check or case.check)(call()) <= 1:
+    call = case.contenders["triton"].start()
+    if not case.error("triton", call()) <= 1:
         return float("inf")
     return time_call(call, device, budget=0.1).median
 

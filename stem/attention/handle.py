@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,11 +33,10 @@ class Handle:
     def __init__(self, unet: UNet2DConditionModel, config: AttentionConfig) -> None:
         self.unet = unet
         self.config = config
-        self.state: StemState | None = None
         self._saved: dict[str, Any] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._attentions = self_attentions(unet)
-        self._processors = self._make_processors()
+        self._processors, self.state = make_processors(self._attentions, config)
 
     @property
     def active(self) -> bool:
@@ -76,27 +75,33 @@ class Handle:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         self.state.begin(sample, timestep)
 
-    def _make_processors(self) -> dict[str, VideoAttentionProcessor]:
-        config = self.config
-        if isinstance(config, StemConfig):
-            shapes = [bases_shape(attention, config) for attention in self._attentions.values()]
-            self.state = StemState(config, shapes)
-            return {
-                name: StemProcessor(name, layer, self.state)
-                for layer, name in enumerate(self._attentions)
-            }
-        if isinstance(config, SparseCausalConfig):
-            return {
-                name: SparseCausalProcessor(name, config)
-                for name, attention in self._attentions.items()
-                if attention.query_dim >= config.min_channels
-            }
-        if isinstance(config, InflatedConfig):
-            return {name: InflatedProcessor(name, config.num_frames) for name in self._attentions}
-        raise TypeError(
-            f"config is a {type(config).__name__}; it must be a StemConfig, a SparseCausalConfig "
-            "or an InflatedConfig"
-        )
+
+def make_processors(
+    attentions: Mapping[str, Attention], config: AttentionConfig
+) -> tuple[dict[str, VideoAttentionProcessor], StemState | None]:
+    """The processors of a mechanism by the attention's name, and, for STEM, what they share.
+
+    Raises:
+        TypeError: `config` is no mechanism's.
+    """
+    if isinstance(config, StemConfig):
+        shapes = [bases_shape(attention, config) for attention in attentions.values()]
+        state = StemState(config, shapes)
+        return {
+            name: StemProcessor(name, layer, state) for layer, name in enumerate(attentions)
+        }, state
+    if isinstance(config, SparseCausalConfig):
+        return {
+            name: SparseCausalProcessor(name, config)
+            for name, attention in attentions.items()
+            if attention.query_dim >= config.min_channels
+        }, None
+    if isinstance(config, InflatedConfig):
+        return {name: InflatedProcessor(name, config.num_frames) for name in attentions}, None
+    raise TypeError(
+        f"config is a {type(config).__name__}; it must be a StemConfig, a SparseCausalConfig "
+        "or an InflatedConfig"
+    )
 
 
 def enable(target: Any, config: AttentionConfig | None = None) -> Handle:

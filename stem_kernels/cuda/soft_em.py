@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..reference.soft_em import least_mass, worst_explained
+from ..reference.soft_em import least_mass, reseeded
 from . import contiguous_rows
 
 
@@ -30,9 +30,7 @@ def soft_em_cuda(
         # Each iteration but the last is a call of its own, and empty bases are put elsewhere.
         for _ in range(num_iters - 1):
             bases, _, mass = run(features, bases, None, 1, temperature, normalize, False, least)
-            is_empty = mass < least
-            seeds = worst_explained(features, bases, is_empty)
-            bases = torch.where(is_empty.unsqueeze(-1), seeds, bases)
+            bases = reseeded(features, bases, mass < least)
         num_iters = 1
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     found = run(features, bases, payload, num_iters, temperature, normalize, empty != "zero", least)

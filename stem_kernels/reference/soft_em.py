@@ -43,17 +43,15 @@ def soft_em_torch(
             continue
         is_empty = mass < least
         mass = torch.where(is_empty, 0.0, mass)
-        kept = bases
         if empty == "reseed" and not last:
-            kept = worst_explained(features, updated, is_empty)
-        bases = torch.where(is_empty.unsqueeze(-1), kept, updated)
+            bases = reseeded(features, updated, is_empty)
+        else:
+            bases = torch.where(is_empty.unsqueeze(-1), bases, updated)
     return bases, payload_sums / share, mass
 
 
-def worst_explained(
-    features: torch.Tensor, bases: torch.Tensor, is_empty: torch.Tensor
-) -> torch.Tensor:
-    """For the r-th empty base, the r-th worst explained candidate token. [..., K, D]."""
+def reseeded(features: torch.Tensor, bases: torch.Tensor, is_empty: torch.Tensor) -> torch.Tensor:
+    """The bases [..., K, D], the r-th empty one put on the r-th worst explained candidate token."""
     num_bases = bases.shape[-2]
     index = even_stride(features.shape[-2], _CANDIDATES_PER_BASE * num_bases, features.device)
     tokens = features.index_select(-2, index).to(bases.dtype)
@@ -64,7 +62,8 @@ def worst_explained(
     worst_first = residual.argsort(dim=-1, descending=True, stable=True)
     rank = (is_empty.cumsum(-1) - 1).clamp(min=0) % index.shape[0]
     chosen = worst_first.gather(-1, rank)
-    return tokens.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, tokens.shape[-1]))
+    seeds = tokens.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, tokens.shape[-1]))
+    return torch.where(is_empty.unsqueeze(-1), seeds, bases)
 
 
 def even_stride(num_tokens: int, count: int, device: torch.device) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..reference.em_statistics import directions_of
-from ..reference.soft_em import MASS_EPS, least_mass, worst_explained
+from ..reference.soft_em import MASS_EPS, least_mass, reseeded
 from .em_statistics import em_pass
 from .em_update import update
 
@@ -44,9 +44,7 @@ def soft_em_triton(
             dtype=features.dtype,
         )
         if reseed:
-            is_empty = mass < least
-            seeds = worst_explained(features, bases, is_empty)
-            bases = torch.where(is_empty.unsqueeze(-1), seeds, bases)
+            bases = reseeded(features, bases, mass < least)
             directions = directions_of(bases, normalize).to(features.dtype)
     if payload_sums is None:
         return bases, bases.new_empty((*bases.shape[:-1], 0)), mass
