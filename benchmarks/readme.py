@@ -1,16 +1,23 @@
-"""`python -m benchmarks.readme`: write the README's table of measurements from a results file."""
+"""`python -m benchmarks.readme`: write the README's tables of measurements from results files."""
 
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from stem.metrics import mean_interval
+
+from .quality import BASE_NAME, CEILING, METHODS, similarity, values
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = Path("benchmarks/results/cpu-2-cores.json")
-BEGIN = "<!-- measured: written by python -m benchmarks.readme -->\n"
-END = "<!-- end of measured -->\n"
+QUALITY = Path("benchmarks/results/quality.json")
+BEGIN = "<!-- {}: written by python -m benchmarks.readme -->\n"
+END = "<!-- end of {} -->\n"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -56,12 +63,52 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def quality_table(results: dict[str, Any]) -> str:
+    """The Markdown of the methods' reconstructions in the quality study."""
+    provenance = results["provenance"]
+    lines = [
+        f"Source: `{QUALITY}` ({provenance['cpu']}, torch {provenance['versions']['torch']}, "
+        f"commit `{provenance['commit']}`): {results['videos']}; "
+        f"{results['pixels']}x{results['pixels']} pixels, {results['steps']} steps there and back. "
+        "±: 95 % interval of the mean. Seconds are those of one video on one thread, "
+        f"{results['processes']} videos at a time.",
+        "",
+        "| | PSNR dB, world | SSIM, world | PSNR dB, natural | warped similarity | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in (CEILING, *METHODS):
+        cells = [
+            f"{mean_interval(values(results, name, 'psnr', world=True)):.2f}",
+            f"{mean_interval(values(results, name, 'ssim', world=True)):.3f}",
+            f"{statistics.fmean(values(results, name, 'psnr', world=False)):.2f}",
+        ]
+        if name == CEILING:
+            cells += ["", ""]
+        else:
+            cells += [
+                f"{statistics.fmean(similarity(results, name).values()):.4f}",
+                f"{statistics.median(values(results, name, 'seconds', world=True)):.1f}",
+            ]
+        shown = "stem, as in the paper" if name == BASE_NAME else name
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
+    "measured": (RESULTS, table),
+    "quality": (QUALITY, quality_table),
+}
+"""By the name of their place in the README: file of results, and what is written from it."""
+
+
 def updated(text: str) -> str:
-    """The README's text with the table of the committed results."""
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    results = json.loads((ROOT / RESULTS).read_text())
-    return f"{head}{BEGIN}\n{table(results)}\n{END}{tail}"
+    """The README's text with the tables of the committed results."""
+    for name, (path, written) in TABLES.items():
+        head, rest = text.split(BEGIN.format(name))
+        _, tail = rest.split(END.format(name))
+        results = json.loads((ROOT / path).read_text())
+        text = f"{head}{BEGIN.format(name)}\n{written(results)}\n{END.format(name)}{tail}"
+    return text
 
 
 if __name__ == "__main__":

@@ -22,17 +22,15 @@ from rich.table import Table
 from stem_kernels import BackendError
 from stem_kernels.info import describe
 
-from .clips import shipped_clip
 from .compare import Comparison, compare
+from .demo import FRAMES, Demo, demo
 from .inversion import METHODS, InversionError, InversionFolder, invert, reconstruct
 from .inversion.diffusion import vae_factor
 from .inversion.methods import attention_config
-from .models import RANDOM_MODEL, ModelError, load_pipeline
+from .models import EMBEDDED_MODEL, RANDOM_MODEL, ModelError, load_pipeline
 from .video import Video, read_video, write_video
 
 ALL_METHODS = ",".join(METHODS)
-DEMO_CLIP = "bikes.mp4"
-DEMO_PROMPT = "people riding bicycles in a street"
 RANDOM_NOTE = (
     "The model's weights are random numbers: the pictures mean nothing, and the figures show the "
     "machinery, not quality. For a real model, point --model at a hub id or a local folder in "
@@ -99,7 +97,8 @@ VideoPath = Annotated[Path, typer.Argument(help="Any video file that FFmpeg read
 Model = Annotated[
     str,
     typer.Option(
-        help=f"A hub id, a local folder in diffusers' format, or '{RANDOM_MODEL}' (untrained)."
+        help=f"A hub id, a local folder in diffusers' format, '{EMBEDDED_MODEL}' (small, trained, "
+        f"comes with this package) or '{RANDOM_MODEL}' (untrained)."
     ),
 ]
 Prompt = Annotated[str, typer.Option(help="Describes the source video.")]
@@ -125,27 +124,42 @@ Out = Annotated[Path, typer.Option(help="Folder of everything written.")]
 
 @app.command("demo")
 def demo_command(
-    model: Model = RANDOM_MODEL,
-    prompt: Prompt = DEMO_PROMPT,
-    methods: Methods = "ddim,stem",
-    frames: Frames = "100:108",
-    size: Size = "256x144",
+    model: Model = EMBEDDED_MODEL,
+    methods: Methods = ALL_METHODS,
+    videos: Annotated[int, typer.Option(help="World videos; one natural clip comes on top.")] = 4,
+    size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 64,
     steps: Steps = 50,
     seed: Seed = 0,
     option: Options = None,
     config: Config = None,
     out: Out = Path("out/demo"),
 ) -> None:
-    """Compare inversions of a clip that comes with a package; needs no arguments and no hub."""
-    _compare(
-        shipped_clip(DEMO_CLIP), model, prompt, methods, frames, size, steps, seed, option, out
-    )
+    """Compare inversions of videos drawn on the spot and of a real clip; needs nothing else."""
+    chosen = _methods(methods)
+    options = _options(option, chosen, seed)
+    model = _model_name(model, seed)
+    note = _note(model)
+    with _resumable():
+        found = demo(
+            load_pipeline(model),
+            out,
+            chosen,
+            options=options,
+            videos=videos,
+            size=size,
+            num_steps=steps,
+            model=model,
+            note=note,
+        )
+    _print_demo(found, size)
+    if note:
+        console.print(note, style="yellow", soft_wrap=True)
 
 
 @app.command("compare")
 def compare_command(
     video: VideoPath,
-    model: Model,
+    model: Model = EMBEDDED_MODEL,
     prompt: Prompt = "",
     methods: Methods = ALL_METHODS,
     frames: Frames = None,
@@ -163,7 +177,7 @@ def compare_command(
 @app.command("invert")
 def invert_command(
     video: VideoPath,
-    model: Model,
+    model: Model = EMBEDDED_MODEL,
     prompt: Prompt = "",
     methods: Methods = "stem",
     frames: Frames = None,
@@ -290,7 +304,7 @@ def _print_comparison(found: Comparison, clip: Video) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in found.rows:
         table.add_row(
-            "vae alone" if row.method == "vae" else row.method,
+            _shown(row.method),
             f"{row.psnr:.2f}",
             f"{row.ssim:.3f}",
             f"{row.latent_error:.4f}",
@@ -307,6 +321,31 @@ def _print_comparison(found: Comparison, clip: Video) -> None:
     )
     for path in (found.sheet, found.video, found.json):
         console.print(str(path), soft_wrap=True)
+
+
+def _print_demo(found: Demo, size: int) -> None:
+    *world, natural = found.comparisons
+    table = Table(title=f"{len(world)} world videos and {natural}, {FRAMES} frames, {size}x{size}")
+    table.add_column("method")
+    for heading in ("world PSNR dB", "world SSIM", f"{natural} PSNR dB", "SSIM"):
+        table.add_column(heading, justify="right")
+    for row in found.comparisons[natural].rows:
+        table.add_row(
+            _shown(row.method),
+            f"{found.psnr[row.method]:.2f}",
+            f"{found.ssim[row.method]:.3f}",
+            f"{row.psnr:.2f}",
+            f"{row.ssim:.3f}",
+        )
+    console.print(table)
+    console.print("±: 95 % interval of the mean over the world videos")
+    for comparison in found.comparisons.values():
+        console.print(str(comparison.sheet), soft_wrap=True)
+    console.print(str(found.json), soft_wrap=True)
+
+
+def _shown(method: str) -> str:
+    return "vae alone" if method == "vae" else method
 
 
 def _number(value: float | None) -> str:

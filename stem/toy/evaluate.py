@@ -1,0 +1,152 @@
+"""Measure a trained model of the world: `python -m stem.toy.evaluate --model FOLDER`.
+
+Writes evaluation.json and the model card, README.md, into the model's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from stem_kernels.info import provenance
+
+from ..clips import shipped_clip
+from ..inversion import round_trip
+from ..inversion.diffusion import decode_latents, encode_frames
+from ..metrics import psnr
+from ..models import EMBEDDED_FOLDER, load_pipeline
+from ..video import read_video
+from .card import CARD, EVALUATION_RECORD, TRAINING_RECORD, model_card
+from .data import UNSEEN_CLIPS
+from .grammar import Scene, caption
+from .judge import judge
+from .networks import RESOLUTION
+from .render import render
+from .sampling import sample_scene
+
+FIRST_SEED = 20_000_000  # training takes its scenes from 0 on
+SAMPLING_STEPS = 50
+GUIDANCE = 5.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much to measure on.
+
+    Args:
+        frames: unseen world frames through the autoencoder, and captions to sample from.
+        natural: frames of each unseen natural clip through the autoencoder.
+        videos: unseen world videos, of `video_frames` frames, through DDIM inversion and back.
+        steps: of the inversion, and of the way back.
+    """
+
+    frames: int = 200
+    natural: int = 32
+    videos: int = 20
+    video_frames: int = 8
+    steps: int = 50
+
+
+def evaluate(pipeline: Any, size: Size = Size()) -> dict[str, Any]:
+    """All figures of the model card, as JSON types.
+
+    Args:
+        pipeline: of the world, at RESOLUTION.
+        size: how much to measure on.
+    """
+    scenes = [sample_scene(FIRST_SEED + index, num_things=1) for index in range(size.frames)]
+    return {
+        "size": asdict(size),
+        "autoencoder_psnr": _autoencoder(pipeline, size),
+        "text": _text(pipeline, scenes),
+        "inversion": _inversion(pipeline, size),
+    }
+
+
+def _autoencoder(pipeline: Any, size: Size) -> dict[str, float]:
+    """PSNR of the round trip by what went through it."""
+    world = torch.cat(
+        [
+            render(sample_scene(FIRST_SEED + index), 1, RESOLUTION, (0.5, 0.5)).frames
+            for index in range(size.frames)
+        ]
+    )
+    sources = {"world": world}
+    for name in UNSEEN_CLIPS:
+        frames = read_video(shipped_clip(name), size=(RESOLUTION, RESOLUTION)).frames
+        sources[name] = frames[:: max(1, len(frames) // size.natural)][: size.natural]
+    return {
+        name: psnr(decode_latents(pipeline, encode_frames(pipeline, frames)), frames)
+        for name, frames in sources.items()
+    }
+
+
+def _text(pipeline: Any, scenes: list[Scene]) -> dict[str, Any]:
+    """Share of pictures sampled from captions of one object that show its colour and its shape."""
+    captions = [caption(scene) for scene in scenes]
+    pictures = pipeline(
+        captions,
+        height=RESOLUTION,
+        width=RESOLUTION,
+        num_inference_steps=SAMPLING_STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(FIRST_SEED),
+        output_type="np",
+    ).images
+    sampled = (torch.from_numpy(pictures) * 255).round().to(torch.uint8)
+    true = torch.cat([render(scene, 1, RESOLUTION, (0.5, 0.5)).frames for scene in scenes])
+    return {
+        "steps": SAMPLING_STEPS,
+        "guidance": GUIDANCE,
+        "samples": _shares(sampled, scenes),
+        "true_renders": _shares(true, scenes),
+    }
+
+
+def _shares(frames: torch.Tensor, scenes: list[Scene]) -> dict[str, float]:
+    verdicts = [judge(frame) for frame in frames]
+    return {
+        kind: sum(
+            verdict is not None and getattr(verdict, kind) == getattr(scene.things[0], kind)
+            for verdict, scene in zip(verdicts, scenes, strict=True)
+        )
+        / len(scenes)
+        for kind in ("colour", "shape")
+    }
+
+
+def _inversion(pipeline: Any, size: Size) -> dict[str, float]:
+    """Mean PSNR of plain DDIM inversion and sampling, and of the autoencoder alone."""
+    through, alone = [], []
+    for index in range(size.videos):
+        clip = render(sample_scene(FIRST_SEED + index), size.video_frames, RESOLUTION)
+        latents = encode_frames(pipeline, clip.frames)
+        back = round_trip(pipeline, latents, clip.caption, size.steps)
+        through.append(psnr(decode_latents(pipeline, back), clip.frames))
+        alone.append(psnr(decode_latents(pipeline, latents), clip.frames))
+    return {"ddim_psnr": sum(through) / len(through), "vae_psnr": sum(alone) / len(alone)}
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the model.")] = EMBEDDED_FOLDER,
+) -> None:
+    """Measure a model, and write its figures and its card into its folder."""
+    found = {
+        **evaluate(load_pipeline(str(model))),
+        "provenance": provenance("diffusers", "transformers"),
+    }
+    text = json.dumps(found, indent=2)
+    (model / EVALUATION_RECORD).write_text(text + "\n")
+    training = json.loads((model / TRAINING_RECORD).read_text())
+    (model / CARD).write_text(model_card(training, found))
+    print(re.sub(r'[{}"]', "", text))
+
+
+if __name__ == "__main__":
+    typer.run(main)

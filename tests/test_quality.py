@@ -1,0 +1,47 @@
+"""The quality study, small: it goes on where it stopped, and its table is that of its rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks import quality
+
+ROWS = ("ddim", "stem", "16 frames: global bases", "16 frames: bases of 8")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "WORLD_VIDEOS", 2)
+    monkeypatch.setattr(quality, "STEPS", 2)
+    monkeypatch.setattr(quality, "NATURAL", {"bikes.mp4": "0:16"})
+
+
+@pytest.mark.usefixtures("small")
+def test_an_interrupted_study_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "quality.json"
+    quality.run(out, ROWS[:2], 1)
+    first = json.loads(out.read_text())["rows"]
+    assert list(first) == [quality.CEILING, *ROWS[:2]]
+    for row in first["stem"].values():
+        assert 0 < row["psnr"] <= 100
+        assert len(row["similarity"]) in (0, 2)
+    capsys.readouterr()
+    quality.main(out, ",".join(ROWS), 1)
+    assert "ddim:" not in capsys.readouterr().out
+    results = json.loads(out.read_text())
+    assert results["rows"]["stem"] == first["stem"]
+    text = out.with_suffix(".md").read_text()
+    for name in (quality.CEILING, *ROWS):
+        assert f"| {name} |" in text
+    one, two = quality.values(results, "ddim", "psnr", world=True)
+    assert re.search(rf"\| ddim \| {(one + two) / 2:.2f} ± ", text)
+    assert Image.open(out.with_suffix(".png")).size[0] > 1000
+    results["model"] = {}
+    out.write_text(json.dumps(results))
+    with pytest.raises(SystemExit, match="of another model"):
+        quality.run(out, ROWS, 1)
