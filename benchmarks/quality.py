@@ -34,6 +34,7 @@ from stem.metrics import Interval, mean_interval, psnr, ssim, warped_similarity
 from stem.metrics.fidelity import SSIM_VARIANT
 from stem.models import fingerprint
 from stem.toy import render, sample_scene
+from stem.toy.data import TRAINING_CLIP
 from stem_kernels.info import provenance
 
 OUT = Path(__file__).parent / "results" / "quality.json"
@@ -190,7 +191,8 @@ def vae_alone(source: Source) -> dict[str, Any]:
 def run(out: Path, names: Sequence[str], processes: int) -> dict[str, Any]:
     """Measure what `out` does not hold yet, and write it after every variant."""
     results: dict[str, Any] = {
-        "videos": f"{WORLD_VIDEOS} of the world from seed {FIRST_SEED}, and {', '.join(NATURAL)}",
+        "videos": f"{WORLD_VIDEOS} world videos that no training saw, and {', '.join(NATURAL)} "
+        f"(of which the autoencoder's training saw {TRAINING_CLIP})",
         "pixels": SIZE,
         "steps": STEPS,
         "processes": processes,
