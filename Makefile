@@ -19,9 +19,11 @@ lint: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-# Triton reads TRITON_INTERPRET when it is imported, so its tests have a process of their own.
+# Triton reads TRITON_INTERPRET when it is imported, so its tests have processes of their own.
+# The interpreter is Python, which uses one core a process.
 interpreter: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interpreter \
+		-n logical --maxprocesses 8
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/$(RESULT).json
