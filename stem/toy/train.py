@@ -28,6 +28,7 @@ from ..pictures import contact_sheet
 from .card import TRAINING_RECORD
 from .data import natural_frames, to_images, world_frames
 from .fitting import History, Schedule, fit
+from .grammar import caption
 from .networks import (
     RESOLUTION,
     make_autoencoder,
@@ -35,6 +36,7 @@ from .networks import (
     make_text_encoder,
     make_tokenizer,
     make_unet,
+    sample_frames,
 )
 
 CAPTION_DROPOUT = 0.1
@@ -105,7 +107,7 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    frames, captions = world_frames(recipe.scenes, RESOLUTION, first_seed=0)
+    frames, scenes = world_frames(recipe.scenes, RESOLUTION, first_seed=0)
     # Convolutions of few channels are faster so, on a CPU and on a GPU.
     vae = make_autoencoder().to(device=device, memory_format=torch.channels_last)
     natural = natural_frames(recipe.natural, RESOLUTION, seed=NATURAL_SEED)
@@ -143,7 +145,7 @@ def train(
     vae.register_to_config(scaling_factor=scaling_factor)
     tokenizer = make_tokenizer()
     ids = tokenizer(
-        ["", *captions], padding="max_length", truncation=True, return_tensors="pt"
+        ["", *map(caption, scenes)], padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
     denoiser = Denoiser(tokenizer).to(device)
     denoiser.unet.to(memory_format=torch.channels_last)
@@ -173,7 +175,7 @@ def train(
         return loss_on(chosen, timesteps, even, generator)
 
     layout = layout_weights(scheduler.alphas_cumprod)
-    single = torch.tensor([index for index, text in enumerate(captions) if is_single(text)])
+    single = torch.tensor([index for index, scene in enumerate(scenes) if len(scene.things) == 1])
 
     def refinement_loss(step: int, generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(latents), (batch,), generator=generator)
@@ -204,7 +206,7 @@ def train(
     pipeline = make_pipeline(vae, denoiser.unet, denoiser.text_encoder, tokenizer).to("cpu")
     _plot(histories, out / "losses.png")
     _, wanted = world_frames(GRID_CAPTIONS, RESOLUTION, first_seed=GRID_SEED)
-    sample_grid(pipeline, wanted).save(out / "samples.png")
+    sample_grid(pipeline, [caption(scene) for scene in wanted]).save(out / "samples.png")
     for part in (pipeline.unet, pipeline.vae):
         part.to(memory_format=torch.contiguous_format)  # safetensors takes no other
     # The text encoder stays in float32: transformers would load float16 as such, diffusers not.
@@ -232,11 +234,6 @@ def _record(recipe: Recipe, device: str, histories: dict[str, History]) -> dict[
         "final_loss": f"mean of the last {FINAL_STEPS} steps",
         "provenance": provenance("diffusers", "transformers"),
     }
-
-
-def is_single(text: str) -> bool:
-    """Whether a caption is of one object: it has an article for the object and the background."""
-    return sum(word in ("a", "an") for word in text.split()) == 2
 
 
 def min_snr_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
@@ -277,17 +274,9 @@ def sample_grid(
     pipeline: StableDiffusionPipeline, captions: Sequence[str], *, columns: int = 6, seed: int = 0
 ) -> Image.Image:
     """Pictures sampled from captions, `columns` of each in a line below the caption."""
-    images = pipeline(
-        list(captions),
-        height=RESOLUTION,
-        width=RESOLUTION,
-        num_images_per_prompt=columns,
-        num_inference_steps=25,
-        guidance_scale=4.0,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="np",
-    ).images
-    frames = (torch.from_numpy(images) * 255).round().to(torch.uint8)
+    frames = sample_frames(
+        pipeline, captions, num_steps=25, guidance=4.0, seed=seed, per_caption=columns
+    )
     lines = dict(zip(captions, frames.split(columns), strict=True))
     return contact_sheet(lines, columns, numbered=False)
 
@@ -296,7 +285,9 @@ def _plot(histories: dict[str, History], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    for axes, (name, history) in zip(figure.subplots(1, 3), histories.items(), strict=True):
+    for axes, (name, history) in zip(
+        figure.subplots(1, len(histories)), histories.items(), strict=True
+    ):
         values = history.losses
         axes.plot(torch.tensor(values).unfold(0, min(50, len(values)), 1).mean(-1))
         axes.set(title=f"{name}: mean of 50 steps", xlabel="step", ylabel="loss", yscale="log")
