@@ -25,6 +25,7 @@ import torch
 import typer
 
 from stem import InflatedConfig, SparseCausalConfig, StemConfig, load_pipeline, read_video
+from stem.attention.frames import InflatedProcessor
 from stem.attention.handle import self_attentions
 from stem.clips import shipped_clip
 from stem.config import AttentionConfig
@@ -41,6 +42,7 @@ OUT = Path(__file__).parent / "results" / "quality.json"
 SIZE = 64
 FACTOR = 4
 STEPS = 50
+PROBED_STEPS = 5
 FIRST_SEED = 30_000_000
 WORLD_VIDEOS = 20
 FRAMES = 8
@@ -64,12 +66,12 @@ class Variant:
 # Written out, so that the study stays what it is whatever defaults are chosen from it.
 BASE: dict[str, Any] = {
     "num_bases": 256,
-    "num_iters": 5,
+    "num_iters": 2,
     "temperature": 0.01,
     "space": "feature",
-    "init": "gaussian",
+    "init": "tokens",
     "empty": "mask",
-    "proportional": False,
+    "proportional": True,
 }
 
 
@@ -82,22 +84,32 @@ VARIANTS: dict[str, Variant] = {
     "st-ddim": Variant(SparseCausalConfig()),
     "inflated": Variant(InflatedConfig()),
     "stem": Variant(stem_with()),
-    "space=key": Variant(stem_with(space="key")),
-    "space=key empty=zero": Variant(stem_with(space="key", empty="zero")),
-    **{f"K={k}": Variant(stem_with(num_bases=k)) for k in (32, 64, 128)},
-    **{f"R={r}": Variant(stem_with(num_iters=r)) for r in (1, 2, 3)},
+    "paper": Variant(StemConfig.paper()),
+    "paper R=1": Variant(StemConfig.paper(num_iters=1)),
+    "paper init=tokens": Variant(StemConfig.paper(init="tokens")),
+    "paper proportional": Variant(StemConfig.paper(proportional=True)),
+    "paper empty=zero": Variant(StemConfig.paper(empty="zero")),
+    "paper empty=reseed": Variant(StemConfig.paper(empty="reseed")),
+    "paper space=key": Variant(StemConfig.paper(space="key")),
+    "released": Variant(StemConfig.released()),
+    "R=1": Variant(stem_with(num_iters=1)),
+    "R=5": Variant(stem_with(num_iters=5)),
+    "K=16 R=1": Variant(stem_with(num_bases=16, num_iters=1)),
+    "K=16": Variant(stem_with(num_bases=16)),
+    "K=16 R=5": Variant(stem_with(num_bases=16, num_iters=5)),
+    "K=64": Variant(stem_with(num_bases=64)),
+    "K=128": Variant(stem_with(num_bases=128)),
+    "init=gaussian": Variant(stem_with(init="gaussian")),
     "warm R=1": Variant(stem_with(init="previous", num_iters=1)),
-    "warm R=2": Variant(stem_with(init="previous", num_iters=2)),
-    "init=tokens": Variant(stem_with(init="tokens")),
-    "empty=zero": Variant(stem_with(empty="zero")),
+    "warm R=2": Variant(stem_with(init="previous")),
+    "not proportional": Variant(stem_with(proportional=False)),
     "empty=reseed": Variant(stem_with(empty="reseed")),
-    "proportional": Variant(stem_with(proportional=True)),
+    "space=key": Variant(stem_with(space="key")),
+    "cached bases": Variant(stem_with(), cached=True),
     "16 frames: global bases": Variant(stem_with(), LONG_FRAMES),
     "16 frames: bases of 8": Variant(stem_with(num_frames=8), LONG_FRAMES),
-    "K=512": Variant(stem_with(num_bases=512)),
-    "cached bases": Variant(stem_with(), cached=True),
 }
-"""What is not named is as in BASE."""
+"""What is not named is as in BASE, after "paper" as in the paper."""
 
 BASE_NAME = "stem"
 LONG_BASE = "16 frames: global bases"
@@ -139,18 +151,7 @@ def measure(source: Source, variant: Variant, steps: int) -> dict[str, Any]:
     """One video through one variant."""
     pipeline = model()
     latents = encode_frames(pipeline, source.frames)
-    features: dict[str, torch.Tensor] = {}
-    similarity: dict[str, float] = {}
-
-    def keep(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> None:
-        features["last"] = output
-
-    def on_inverted(timestep: int) -> None:
-        if source.flow is not None and source.occlusion is not None:
-            maps = features["last"].transpose(1, 2).unflatten(2, latents.shape[2:])
-            similarity[str(timestep)] = warped_similarity(maps, source.flow, source.occlusion)
-
-    hook = last_self_attention(pipeline.unet).register_forward_hook(keep)
+    probe = Probe(pipeline.unet, source, latents.shape[2:], steps)
     start = time.perf_counter()
     try:
         back = round_trip(
@@ -160,19 +161,74 @@ def measure(source: Source, variant: Variant, steps: int) -> dict[str, Any]:
             steps,
             variant.config,
             cached=variant.cached,
-            on_inverted=on_inverted,
+            on_inverted=probe.on_inverted,
         )
     finally:
-        hook.remove()
-    seconds = time.perf_counter() - start
+        probe.remove()
+    seconds = time.perf_counter() - start - probe.seconds
     decoded = decode_latents(pipeline, back)
     return {
         "psnr": psnr(decoded, source.frames),
         "ssim": ssim(decoded, source.frames),
         "latent_error": float((back - latents).norm() / latents.norm()),
-        "similarity": similarity,
+        "similarity": probe.similarity,
+        "attention_error": statistics.fmean(probe.errors),
         "seconds": seconds,
     }
+
+
+class Probe:
+    """What the self-attentions of a UNet put out while it inverts a video.
+
+    Attributes:
+        similarity: by timestep, of the last self-attention's features warped by the true flow.
+        errors: at every PROBED_STEPS-th step of the inversion and for every self-attention,
+            ||out - dense|| / ||dense||: dense is what attention over all frames makes of its input.
+        seconds: the probe's own.
+    """
+
+    def __init__(
+        self, unet: torch.nn.Module, source: Source, map_size: Sequence[int], num_steps: int
+    ) -> None:
+        self.similarity: dict[str, float] = {}
+        self.errors: list[float] = []
+        self.seconds = 0.0
+        self._source = source
+        self._map_size = tuple(map_size)
+        self._num_steps = num_steps
+        self._features = torch.empty(0)
+        self._steps = 0
+        last = last_self_attention(unet)
+        self._hooks = [last.register_forward_hook(self._keep)]
+        for name, layer in self_attentions(unet).items():
+            compare = partial(self._compare, InflatedProcessor(name, None))
+            self._hooks.append(layer.register_forward_hook(compare))
+
+    def on_inverted(self, timestep: int) -> None:
+        self._steps += 1
+        flow, occlusion = self._source.flow, self._source.occlusion
+        if flow is not None and occlusion is not None:
+            start = time.perf_counter()
+            maps = self._features.transpose(1, 2).unflatten(2, self._map_size)
+            self.similarity[str(timestep)] = warped_similarity(maps, flow, occlusion)
+            self.seconds += time.perf_counter() - start
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> None:
+        self._features = output
+
+    def _compare(
+        self, inflated: InflatedProcessor, module: Any, arguments: Any, output: torch.Tensor
+    ) -> None:
+        if self._steps % PROBED_STEPS or self._steps == self._num_steps:
+            return
+        start = time.perf_counter()
+        dense = inflated(module, arguments[0])
+        self.errors.append(float((output - dense).norm() / dense.norm()))
+        self.seconds += time.perf_counter() - start
 
 
 def last_self_attention(unet: torch.nn.Module) -> torch.nn.Module:
@@ -197,6 +253,7 @@ def run(out: Path, names: Sequence[str], processes: int) -> dict[str, Any]:
         "processes": processes,
         "ssim_variant": SSIM_VARIANT,
         "provenance": provenance("diffusers", "transformers"),
+        "commits": [],
         "model": fingerprint(load_pipeline("embedded")),
         "rows": {},
     }
@@ -204,7 +261,7 @@ def run(out: Path, names: Sequence[str], processes: int) -> dict[str, Any]:
         earlier = json.loads(out.read_text())
         if earlier["model"] != results["model"]:
             raise SystemExit(f"{out} is of another model; move it away to start afresh")
-        results = earlier
+        results = {**results, "rows": earlier["rows"], "commits": earlier["commits"]}
     rows = results["rows"]
     videos = {frames: sources(frames) for frames in (FRAMES, LONG_FRAMES)}
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
@@ -219,6 +276,9 @@ def run(out: Path, names: Sequence[str], processes: int) -> dict[str, Any]:
             chosen = videos[variant.frames]
             measured = pool.map(measure, chosen.values(), repeat(variant), repeat(STEPS))
             rows[name] = dict(zip(chosen, measured, strict=True))
+            commit = results["provenance"]["commit"]
+            if commit not in results["commits"]:
+                results["commits"].append(commit)
             out.write_text(json.dumps(results, indent=1) + "\n")
             print(
                 f"{name}: {mean_interval(values(results, name, 'psnr', world=True)):.2f} dB",
@@ -262,8 +322,8 @@ def table(results: dict[str, Any], names: Iterable[str] | None = None) -> str:
     """The study in Markdown: rows `names`, or all."""
     lines = [
         "| | PSNR dB, world | against stem | SSIM, world | PSNR dB, natural | latent error | "
-        "warped similarity | seconds a video |",
-        "|---|---|---|---|---|---|---|---|",
+        "warped similarity | off all-frame attention | seconds a video |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in results["rows"] if names is None else names:
         world = partial(values, results, name, world=True)
@@ -275,53 +335,59 @@ def table(results: dict[str, Any], names: Iterable[str] | None = None) -> str:
             f"{statistics.fmean(values(results, name, 'psnr', world=False)):.2f}",
         ]
         if name == CEILING:
-            cells += ["", "", ""]
+            cells += ["", "", "", ""]
         else:
             cells += [
                 f"{statistics.fmean(world('latent_error')):.4f}",
                 f"{statistics.fmean(similarity(results, name).values()):.4f}",
+                f"{mean_interval(world('attention_error')):.3f}",
                 f"{statistics.median(world('seconds')):.1f}",
             ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Three plots: fidelity of all variants, similarity over time, fidelity against seconds."""
-    from matplotlib.figure import Figure
-
-    names = [name for name in results["rows"] if name != CEILING]
-    short = [name for name in names if VARIANTS[name].frames == FRAMES]
-    figure = Figure(figsize=(16, 7), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    compared = [name for name in results["rows"] if name != base_of(name)]
-    intervals = [differences(results, name, base_of(name), "psnr") for name in compared]
-    left.errorbar(
-        [interval.mean for interval in intervals],
-        compared,
-        xerr=[interval.half_width for interval in intervals],
+def plot_intervals(axes: Any, intervals: dict[str, Interval]) -> None:
+    axes.errorbar(
+        [interval.mean for interval in intervals.values()],
+        list(intervals),
+        xerr=[interval.half_width for interval in intervals.values()],
         fmt="o",
         capsize=3,
     )
+    axes.invert_yaxis()
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Three plots: by variant fidelity and nearness to all-frame attention; similarity in time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(17, 8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    compared = [name for name in results["rows"] if name != base_of(name)]
+    plot_intervals(
+        left, {name: differences(results, name, base_of(name), "psnr") for name in compared}
+    )
     left.axvline(0, color="black", linestyle=":")
-    left.invert_yaxis()
     left.set(
         title=f"reconstruction of {WORLD_VIDEOS} world videos, video by video",
         xlabel="PSNR above stem's, dB (95 % interval); 16 frames: above global bases'",
     )
+    measured = [name for name in results["rows"] if name not in (CEILING, "inflated")]
+    errors = {name: values(results, name, "attention_error", world=True) for name in measured}
+    plot_intervals(middle, {name: mean_interval(found) for name, found in errors.items()})
+    middle.set(
+        title="self-attentions against all-frame attention",
+        xlabel="relative error (95 % interval)",
+        xscale="log",
+    )
     for name in METHODS:
         if name in results["rows"]:
             curve = similarity(results, name)
-            middle.plot(list(curve), list(curve.values()), label=name)
-    middle.set(title="features warped by the true flow", xlabel="timestep of the inversion")
-    middle.set_ylabel("cosine similarity, last self-attention")
-    middle.legend()
-    for name in short:
-        seconds = statistics.median(values(results, name, "seconds", world=True))
-        decibels = statistics.fmean(values(results, name, "psnr", world=True))
-        right.plot(seconds, decibels, "o", color="C1" if name in METHODS else "C0")
-        right.annotate(name, (seconds, decibels), fontsize=7)
-    right.set(title=f"{FRAMES} frames, there and back", xlabel="seconds", ylabel="PSNR dB")
+            right.plot(list(curve), list(curve.values()), label=name)
+    right.set(title="features warped by the true flow", xlabel="timestep of the inversion")
+    right.set_ylabel("cosine similarity, last self-attention")
+    right.legend()
     figure.savefig(path, dpi=110)
 
 

@@ -65,15 +65,18 @@ def table(results: dict[str, Any]) -> str:
 def quality_table(results: dict[str, Any]) -> str:
     """The Markdown of the methods' reconstructions in the quality study."""
     provenance = results["provenance"]
+    commits = ", ".join(f"`{commit}`" for commit in results["commits"])
     lines = [
         f"Source: `{QUALITY}` ({provenance['cpu']}, torch {provenance['versions']['torch']}, "
-        f"commit `{provenance['commit']}`): {results['videos']}; "
+        f"commit {commits}): {results['videos']}; "
         f"{results['pixels']}x{results['pixels']} pixels, {results['steps']} steps there and back. "
         "±: 95 % interval of the mean; against stem: of the differences video by video. Seconds "
         f"are those of one video on one thread, {results['processes']} videos at a time. "
-        "stem is as in the paper: feature space, K=256, R=5.",
+        "Off all-frame attention: relative error of the self-attentions' outputs against those of "
+        "attention over all frames on the same input. stem has `StemConfig()`'s defaults, paper is "
+        "`StemConfig.paper()`.",
         "",
-        quality.table(results, (quality.CEILING, *METHODS)),
+        quality.table(results, (quality.CEILING, *METHODS, "paper")),
     ]
     return "\n".join(lines)
 

@@ -12,6 +12,13 @@ from stem_kernels.ops.soft_em import EMPTY_POLICIES
 
 SPACES = ("feature", "key")
 NAMED_FRAMES = ("first", "mid", "last")
+_PUBLISHED: dict[str, Any] = {
+    "num_bases": 256,
+    "num_iters": 5,
+    "temperature": 0.01,
+    "init": "gaussian",
+    "proportional": False,
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class StemConfig:
             values being projections of the bases (the paper). "key": per head, on the keys, the
             values riding along (the released code).
         init: "gaussian", "tokens" or "previous", see `stem_kernels.initial_bases`. "previous"
-            warm-starts from the timestep before, and starts a run as "gaussian" does.
+            warm-starts from the timestep before, and starts a run as "tokens" does.
         empty: "zero", "mask" or "reseed", see `stem_kernels.soft_em`.
         proportional: weigh every base by its mass, see `stem_kernels.attention_bias`.
         num_frames: so many consecutive rows of a batch are one video with bases of its own.
@@ -71,12 +78,12 @@ class StemConfig:
 
         The paper does not say what becomes of a base without mass; here it is masked.
         """
-        return cls(**{"space": "feature", "empty": "mask", "init": "gaussian", **changes})
+        return cls(**{**_PUBLISHED, "space": "feature", "empty": "mask", **changes})
 
     @classmethod
     def released(cls, **changes: Any) -> StemConfig:
-        """The authors' released code: key space, empty bases fall to zero, Gaussian start."""
-        return cls(**{"space": "key", "empty": "zero", "init": "gaussian", **changes})
+        """The authors' released code: as `paper`, in key space; empty bases fall to zero."""
+        return cls(**{**_PUBLISHED, "space": "key", "empty": "zero", **changes})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import stem
 from stem import InflatedConfig, SparseCausalConfig, StemConfig
 from stem.attention.handle import self_attentions
 from stem_kernels import basis_attention
+from stem_kernels.reference.spread import spread_tokens
 from stem_kernels.testing import max_error
 
 SMALL = StemConfig(num_bases=8, num_iters=2)
@@ -140,7 +141,7 @@ def test_one_self_attention_follows_the_formula() -> None:
         found = attention(tokens)
     with torch.no_grad():
         x = tokens.reshape(60, 32).double()
-        start = x[torch.arange(5) * 60 // 5]
+        start = x[spread_tokens(60, 5, x.device)]
         directions = start / (start.norm(dim=-1, keepdim=True) + 1e-4)
         z = torch.softmax(x @ directions.T / 0.7, -1)
         bases = z.T @ x / (z.sum(0) + 1e-4).unsqueeze(-1)
@@ -160,7 +161,10 @@ def test_one_self_attention_follows_the_formula() -> None:
 @pytest.mark.parametrize("init", ["gaussian", "tokens"])
 def test_each_video_of_a_batch_has_its_own_bases(space: str, init: str) -> None:
     unet = make_unet()
-    config = StemConfig(num_bases=8, num_iters=2, num_frames=2, space=space, init=init)
+    # At tau = 0.01 the rounding of another batch size alone moves assignments.
+    config = StemConfig(
+        num_bases=8, num_iters=2, temperature=0.1, num_frames=2, space=space, init=init
+    )
     (sample, timestep, text), keywords = unet_inputs(rows=6)
     with stem.enabled(unet, config), torch.no_grad():
         together = unet(sample, timestep, text, **keywords)[0]
@@ -231,7 +235,7 @@ def test_warm_start_takes_the_bases_of_the_timestep_before() -> None:
         fewer = call(unet, timestep=880, rows=2)
     with stem.enabled(unet, StemConfig(num_bases=8, num_iters=1, init="previous")):
         assert torch.equal(call(unet, timestep=880, rows=2), fewer)
-    with stem.enabled(unet, StemConfig(num_bases=8, num_iters=1, init="gaussian")):
+    with stem.enabled(unet, StemConfig(num_bases=8, num_iters=1, init="tokens")):
         assert torch.equal(call(unet, timestep=900), start)
         assert not torch.equal(call(unet, timestep=880), warm)
 

@@ -16,6 +16,7 @@ from stem_kernels import (
     standard_normals,
     stem_attention,
 )
+from stem_kernels.reference.spread import spread_tokens
 from stem_kernels.testing import clustered_tokens, eager_soft_em, max_error
 
 
@@ -160,7 +161,8 @@ def test_dense_attention_is_the_limit_of_a_base_per_token(space: int) -> None:
 def test_initial_bases() -> None:
     features = tokens(2, 30, 4)
     spread = initial_bases(features, 10, init="tokens")
-    assert torch.equal(spread, features[:, ::3])
+    index = spread_tokens(30, 10, DEVICE)
+    assert torch.equal(spread, features[:, index])
     repeated = initial_bases(features[:, :2], 4, init="tokens")
     assert torch.equal(repeated, features[:, [0, 0, 1, 1]])
     normals = torch.randn(10, 4, device=DEVICE)
@@ -175,6 +177,18 @@ def test_initial_bases() -> None:
         initial_bases(features, 10, init="previous")
     with pytest.raises(ValueError, match=r"normals is \[9, 4\]; it must broadcast to \[2, 10, 4\]"):
         initial_bases(features, 10, init="gaussian", normals=normals[:9])
+
+
+@pytest.mark.parametrize(("n", "count"), [(7, 7), (100, 99), (4096 * 32, 256), (2**23 + 5, 8192)])
+def test_spread_tokens_come_from_everywhere(n: int, count: int) -> None:
+    index = spread_tokens(n, count, torch.device("cpu"))
+    edges = [k * n // count for k in range(count + 1)]
+    assert all(a <= int(i) < b for a, i, b in zip(edges, index, edges[1:], strict=False))
+
+
+def test_spread_tokens_are_not_of_one_column() -> None:
+    columns = spread_tokens(32 * 64 * 64, 256, torch.device("cpu")) % 64
+    assert torch.bincount(columns, minlength=64).min() >= 1
 
 
 def test_normals_depend_on_seed_layer_and_timestep_alone() -> None:

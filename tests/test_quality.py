@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import quality
+from stem import StemConfig
 
-ROWS = ("ddim", "stem", "16 frames: global bases", "16 frames: bases of 8")
+ROWS = ("inflated", "stem", "16 frames: global bases", "16 frames: bases of 8")
 
 
 @pytest.fixture
@@ -30,18 +31,25 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, capsys: pytest.CaptureFixt
     for row in first["stem"].values():
         assert 0 < row["psnr"] <= 100
         assert len(row["similarity"]) in (0, 2)
+        assert 0 < row["attention_error"] < 1
     capsys.readouterr()
     quality.main(out, ",".join(ROWS), 1)
-    assert "ddim:" not in capsys.readouterr().out
+    assert "stem:" not in capsys.readouterr().out
     results = json.loads(out.read_text())
     assert results["rows"]["stem"] == first["stem"]
     text = out.with_suffix(".md").read_text()
     for name in (quality.CEILING, *ROWS):
         assert f"| {name} |" in text
-    one, two = quality.values(results, "ddim", "psnr", world=True)
-    assert re.search(rf"\| ddim \| {(one + two) / 2:.2f} ± ", text)
+    # Attention over all frames differs from itself by rounding only.
+    assert max(quality.values(results, "inflated", "attention_error", world=True)) < 1e-5
+    one, two = quality.values(results, "inflated", "psnr", world=True)
+    assert re.search(rf"\| inflated \| {(one + two) / 2:.2f} ± ", text)
     assert Image.open(out.with_suffix(".png")).size[0] > 1000
     results["model"] = {}
     out.write_text(json.dumps(results))
     with pytest.raises(SystemExit, match="of another model"):
         quality.run(out, ROWS, 1)
+
+
+def test_stem_in_the_study_has_the_defaults() -> None:
+    assert quality.stem_with() == StemConfig()

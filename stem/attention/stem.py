@@ -48,8 +48,7 @@ class StemState:
             timestep = torch.tensor(timestep)
         if self.config.init == "previous":
             self._forget_bases_of_another_run(sample, timestep)
-            if len(self.bases) == len(self.bases_shapes):
-                return
+            return
         sizes = [math.prod(shape) for shape in self.bases_shapes]
         drawn = standard_normals(timestep, sizes, seed=self.config.seed).to(sample.device)
         pairs = zip(drawn.split(sizes), self.bases_shapes, strict=True)
@@ -90,7 +89,7 @@ class StemState:
         start = initial_bases(
             features,
             config.num_bases,
-            init="gaussian" if config.init == "previous" and previous is None else config.init,
+            init="tokens" if config.init == "previous" and previous is None else config.init,
             normals=self._normals[layer].to(features.device) if self._normals else None,
             previous=None if previous is None else previous.bases.to(features.device),
         )

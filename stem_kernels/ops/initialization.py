@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 
+from ..reference.spread import spread_tokens
 from .checks import check_choice, check_floating
 
 OP = "initial_bases"
@@ -63,7 +64,8 @@ def initial_bases(
         num_bases: K >= 1.
         init: "gaussian": mean + std * normals, per channel, with the mean and the unbiased
             standard deviation over the n tokens (the authors' code; std of one token is 0).
-            "tokens": K tokens at an even stride over the whole video (repeated where n < K).
+            "tokens": K tokens from all over the video, one from each of K equal stretches, each
+            time at another place in it (repeated where n < K).
             "previous": `previous` as it is (warm start from the timestep before).
         normals: for "gaussian": float32, broadcastable to [..., K, D] (see `standard_normals`).
         previous: for "previous": bases [..., K, D].
@@ -85,8 +87,8 @@ def initial_bases(
     shape = (*features.shape[:-2], num_bases, features.shape[-1])
     compute = torch.promote_types(features.dtype, torch.float32)
     if init == "tokens":
-        spread = torch.arange(num_bases, device=features.device) * num_tokens // num_bases
-        return features.index_select(-2, spread).to(compute)
+        index = spread_tokens(num_tokens, num_bases, features.device)
+        return features.index_select(-2, index).to(compute)
     name, given = ("normals", normals) if init == "gaussian" else ("previous", previous)
     if given is None:
         raise ValueError(f'{OP}: init="{init}" needs the argument {name}')

@@ -58,8 +58,8 @@ def soft_em(
         empty: what becomes of empty bases. "zero": they fall to the zero vector, as in the
             authors' code. "mask": they keep their last value and report mass 0. "reseed": as
             "mask", but before each further iteration they are put on the tokens that the bases
-            explain worst (largest part orthogonal to its nearest base, among 8 K tokens at an
-            even stride; deterministic).
+            explain worst (largest part orthogonal to its nearest base, among 8 K tokens
+            spread over all; deterministic).
         backend: "auto", "triton", "cuda" or "torch".
 
     Returns:

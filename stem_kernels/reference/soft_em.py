@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .em_statistics import directions_of, em_statistics_torch
+from .spread import spread_tokens
 
 MASS_EPS = 1e-4
 EMPTY_FRACTION = 0.01
@@ -52,8 +53,9 @@ def soft_em_torch(
 
 def reseeded(features: torch.Tensor, bases: torch.Tensor, is_empty: torch.Tensor) -> torch.Tensor:
     """The bases [..., K, D], the r-th empty one put on the r-th worst explained candidate token."""
-    num_bases = bases.shape[-2]
-    index = even_stride(features.shape[-2], _CANDIDATES_PER_BASE * num_bases, features.device)
+    num_tokens, num_bases = features.shape[-2], bases.shape[-2]
+    candidates = min(num_tokens, _CANDIDATES_PER_BASE * num_bases)
+    index = spread_tokens(num_tokens, candidates, features.device)
     tokens = features.index_select(-2, index).to(bases.dtype)
     with torch.autocast(features.device.type, enabled=False):
         along = torch.matmul(tokens, directions_of(bases, normalize=True).mT)
@@ -64,9 +66,3 @@ def reseeded(features: torch.Tensor, bases: torch.Tensor, is_empty: torch.Tensor
     chosen = worst_first.gather(-1, rank)
     seeds = tokens.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, tokens.shape[-1]))
     return torch.where(is_empty.unsqueeze(-1), seeds, bases)
-
-
-def even_stride(num_tokens: int, count: int, device: torch.device) -> torch.Tensor:
-    """min(count, num_tokens) token indices, int64, evenly spread over 0 ... num_tokens - 1."""
-    count = min(count, num_tokens)
-    return torch.arange(count, device=device) * num_tokens // count

@@ -1,0 +1,27 @@
+"""Which tokens of a video stand for all of them."""
+
+from __future__ import annotations
+
+import torch
+
+_GOLDEN = 2654435769  # 2^32 / golden ratio, rounded to odd: its multiples fill 0 ... 2^32 evenly
+
+
+def spread_tokens(num_tokens: int, count: int, device: torch.device) -> torch.Tensor:
+    """Token indices, one from each of `count` equal stretches of the video.
+
+    Within its stretch an index lies where the golden ratio's multiples put it. An even stride
+    would do worse: rows of a feature map are powers of two wide, so it sees one column only.
+
+    Args:
+        num_tokens: n >= 1.
+        count: where it exceeds n, tokens come more than once.
+        device: of the result; the indices are the same on every device.
+
+    Returns:
+        int64 [count], ascending, distinct where count <= n.
+    """
+    stretch = torch.arange(count + 1, device=device)
+    edges = stretch * num_tokens // count
+    offset = ((stretch[:-1] * _GOLDEN) % 2**32 * edges.diff()) >> 32
+    return edges[:-1] + offset
