@@ -14,9 +14,9 @@ from diffusers.models.attention_processor import Attention
 from stem import InflatedConfig, StemConfig, enable
 from stem.attention.handle import make_processors
 from stem.config import AttentionConfig
-from stem_kernels import initial_bases
+from stem_kernels import attention_bias, initial_bases
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL
-from stem_kernels.testing import eager_basis_attention, eager_soft_em
+from stem_kernels.testing import eager_basis_attention, eager_em_statistics, eager_soft_em
 
 from .cases import Case, Contender, Outputs, no_common_check
 from .operators import NUM_BASES, parity
@@ -26,8 +26,9 @@ CHECKED = 64
 LAYER_KINDS: dict[str, AttentionConfig | None] = {
     "per-frame": None,
     "all-frame": InflatedConfig(),
-    "stem R=5": StemConfig(init="tokens", num_iters=5),
-    "stem R=1": StemConfig(init="tokens", num_iters=1),
+    "stem": StemConfig(),
+    "stem R=5": StemConfig(num_iters=5),
+    "stem R=1": StemConfig(num_iters=1),
 }
 
 
@@ -50,9 +51,13 @@ def expected(kind: str, attention: Attention, tokens: torch.Tensor) -> torch.Ten
     """The output of the first tokens of the first frame, by eager formulas in the tokens' dtype."""
     config = LAYER_KINDS[kind]
     seen = tokens[:1] if config is None else tokens.flatten(0, 1).unsqueeze(0)
+    bias = None
     if isinstance(config, StemConfig):
         bases = initial_bases(seen, NUM_BASES).to(tokens.dtype)
-        seen = eager_soft_em(seen, bases, num_iters=config.num_iters)
+        bases = eager_soft_em(seen, bases, num_iters=config.num_iters - 1)
+        sums, mass, _ = eager_em_statistics(seen, bases)
+        seen = sums / (mass + 1e-4).unsqueeze(-1)
+        bias = attention_bias(mass, empty="zero", proportional=config.proportional)
     query, key, value = (
         project(rows).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         for project, rows in (
@@ -61,7 +66,7 @@ def expected(kind: str, attention: Attention, tokens: torch.Tensor) -> torch.Ten
             (attention.to_v, seen),
         )
     )
-    mixed = eager_basis_attention(query, key, value)
+    mixed = eager_basis_attention(query, key, value, bias=bias)
     return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
@@ -117,6 +122,7 @@ def layer_case(
 UNET_KINDS: dict[str, AttentionConfig | None] = {
     "per-frame": None,
     "all-frame": InflatedConfig(),
+    "stem": StemConfig(),
     "stem R=5": StemConfig(num_iters=5),
     "stem R=1 warm": StemConfig(num_iters=1, init="previous"),
 }

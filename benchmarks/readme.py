@@ -10,6 +10,7 @@ from typing import Any
 from stem.inversion import METHODS
 
 from . import quality
+from .layers import LAYER_KINDS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -49,7 +50,7 @@ def table(results: dict[str, Any]) -> str:
         "| One self-attention layer with its projections, milliseconds | 16x16 | 32x32 | 64x64 |",
         "|---|---|---|---|",
     ]
-    for kind in ("per-frame", "all-frame", "stem R=5", "stem R=1"):
+    for kind in LAYER_KINDS:
         medians = [
             f"{1000 * rows[f'test_layer[{kind}-{side}]']['stats']['median']:.0f}"
             for side in (16, 32, 64)

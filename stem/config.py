@@ -46,12 +46,12 @@ class StemConfig:
     """
 
     num_bases: int = 256
-    num_iters: int = 5
+    num_iters: int = 2
     temperature: float = 0.01
     space: str = "feature"
-    init: str = "gaussian"
+    init: str = "tokens"
     empty: str = "mask"
-    proportional: bool = False
+    proportional: bool = True
     num_frames: int | None = None
     seed: int = 0
     backend: str = "auto"

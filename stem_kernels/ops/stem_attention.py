@@ -18,12 +18,12 @@ def stem_attention(
     value: torch.Tensor,
     *,
     num_bases: int = 256,
-    num_iters: int = 5,
+    num_iters: int = 2,
     temperature: float = 0.01,
     init: str = "tokens",
     seed: int = 0,
     empty: str = "mask",
-    proportional: bool = False,
+    proportional: bool = True,
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -45,7 +45,8 @@ def stem_attention(
         init: "tokens" (no random numbers) or "gaussian" (the authors' code; `seed` counts).
         seed: of "gaussian".
         empty: "zero", "mask" or "reseed", see `soft_em`.
-        proportional: weigh bases by their mass, see `attention_bias`.
+        proportional: weigh bases by their mass, see `attention_bias`; without it bases that
+            stand for few tokens weigh as much as those that stand for many.
         scale: of the attention logits; 1 / sqrt(d) if None.
         backend: "auto", "triton", "cuda" or "torch".
 
@@ -56,7 +57,9 @@ def stem_attention(
         ValueError, TypeError: shapes, dtypes or values that do not fit.
         BackendError: the backend asked for cannot run this call.
 
-    Source: arXiv 2312.05856; the key-space form is the authors' released code's.
+    Source: arXiv 2312.05856; the key-space form is the authors' released code's, which has
+    num_iters=5, init="gaussian", empty="zero" and proportional=False. The defaults here are those
+    of `stem.StemConfig`.
     """
     check_floating(OP, query=query, key=key, value=value)
     check_same_dtype(OP, query=query, key=key, value=value)
