@@ -69,8 +69,7 @@ def _peak(attention: Any, method: str, tokens: torch.Tensor) -> Peak:
     if method == "inflated" and tokens.is_cuda and frames > LARGEST_INFLATED:
         return Peak(method, frames, None, {}, "not measured: it would take many seconds")
     module = copy.deepcopy(attention)
-    options = {"init": "tokens"} if method == "stem" else {}
-    set_attention(module, attention_config(method, options, frames))
+    set_attention(module, attention_config(method, {}, frames))
 
     @torch.no_grad()
     def run() -> None:

@@ -1,8 +1,9 @@
 """The quality study: `python -m benchmarks.quality`; an interrupted run goes on where it stopped.
 
 Inverts and reconstructs 20 unseen videos of the procedural world and 3 natural clips with the
-embedded model, by every method and, for stem, with every option changed in turn. Writes
-benchmarks/results/quality.json, .md and .png; `StemConfig`'s defaults are chosen from them.
+embedded model, by every method and, for stem, with its options changed one at a time, from the
+defaults and from the paper's. Writes benchmarks/results/quality.json, .md and .png; `StemConfig`'s
+defaults are chosen from them.
 """
 
 from __future__ import annotations
@@ -63,27 +64,11 @@ class Variant:
     cached: bool = False
 
 
-# Written out, so that the study stays what it is whatever defaults are chosen from it.
-BASE: dict[str, Any] = {
-    "num_bases": 256,
-    "num_iters": 2,
-    "temperature": 0.01,
-    "space": "feature",
-    "init": "tokens",
-    "empty": "mask",
-    "proportional": True,
-}
-
-
-def stem_with(**changes: Any) -> StemConfig:
-    return StemConfig(**{**BASE, **changes})
-
-
 VARIANTS: dict[str, Variant] = {
     "ddim": Variant(None),
     "st-ddim": Variant(SparseCausalConfig()),
     "inflated": Variant(InflatedConfig()),
-    "stem": Variant(stem_with()),
+    "stem": Variant(StemConfig()),
     "paper": Variant(StemConfig.paper()),
     "paper R=1": Variant(StemConfig.paper(num_iters=1)),
     "paper init=tokens": Variant(StemConfig.paper(init="tokens")),
@@ -92,24 +77,28 @@ VARIANTS: dict[str, Variant] = {
     "paper empty=reseed": Variant(StemConfig.paper(empty="reseed")),
     "paper space=key": Variant(StemConfig.paper(space="key")),
     "released": Variant(StemConfig.released()),
-    "R=1": Variant(stem_with(num_iters=1)),
-    "R=5": Variant(stem_with(num_iters=5)),
-    "K=16 R=1": Variant(stem_with(num_bases=16, num_iters=1)),
-    "K=16": Variant(stem_with(num_bases=16)),
-    "K=16 R=5": Variant(stem_with(num_bases=16, num_iters=5)),
-    "K=64": Variant(stem_with(num_bases=64)),
-    "K=128": Variant(stem_with(num_bases=128)),
-    "init=gaussian": Variant(stem_with(init="gaussian")),
-    "warm R=1": Variant(stem_with(init="previous", num_iters=1)),
-    "warm R=2": Variant(stem_with(init="previous")),
-    "not proportional": Variant(stem_with(proportional=False)),
-    "empty=reseed": Variant(stem_with(empty="reseed")),
-    "space=key": Variant(stem_with(space="key")),
-    "cached bases": Variant(stem_with(), cached=True),
-    "16 frames: global bases": Variant(stem_with(), LONG_FRAMES),
-    "16 frames: bases of 8": Variant(stem_with(num_frames=8), LONG_FRAMES),
+    "R=1": Variant(StemConfig(num_iters=1)),
+    "R=5": Variant(StemConfig(num_iters=5)),
+    "R=3": Variant(StemConfig(num_iters=3)),
+    "R=8": Variant(StemConfig(num_iters=8)),
+    "K=16 R=1": Variant(StemConfig(num_bases=16, num_iters=1)),
+    "K=16": Variant(StemConfig(num_bases=16)),
+    "K=16 R=5": Variant(StemConfig(num_bases=16, num_iters=5)),
+    "K=32": Variant(StemConfig(num_bases=32)),
+    "K=64": Variant(StemConfig(num_bases=64)),
+    "K=128": Variant(StemConfig(num_bases=128)),
+    "K=512": Variant(StemConfig(num_bases=512)),
+    "init=gaussian": Variant(StemConfig(init="gaussian")),
+    "warm R=1": Variant(StemConfig(init="previous", num_iters=1)),
+    "warm R=2": Variant(StemConfig(init="previous")),
+    "not proportional": Variant(StemConfig(proportional=False)),
+    "empty=reseed": Variant(StemConfig(empty="reseed")),
+    "space=key": Variant(StemConfig(space="key")),
+    "cached bases": Variant(StemConfig(), cached=True),
+    "16 frames: global bases": Variant(StemConfig(), LONG_FRAMES),
+    "16 frames: bases of 8": Variant(StemConfig(num_frames=8), LONG_FRAMES),
 }
-"""What is not named is as in BASE, after "paper" as in the paper."""
+"""What is not named has its default; after "paper" it is as in the paper."""
 
 BASE_NAME = "stem"
 LONG_BASE = "16 frames: global bases"
@@ -245,6 +234,8 @@ def vae_alone(source: Source) -> dict[str, Any]:
 
 def run(out: Path, names: Sequence[str], processes: int) -> dict[str, Any]:
     """Measure what `out` does not hold yet, and write it after every variant."""
+    where = provenance("diffusers", "transformers")
+    commit = where.pop("commit")
     results: dict[str, Any] = {
         "videos": f"{WORLD_VIDEOS} world videos that no training saw, and {', '.join(NATURAL)} "
         f"(of which the autoencoder's training saw {TRAINING_CLIP})",
@@ -252,16 +243,13 @@ def run(out: Path, names: Sequence[str], processes: int) -> dict[str, Any]:
         "steps": STEPS,
         "processes": processes,
         "ssim_variant": SSIM_VARIANT,
-        "provenance": provenance("diffusers", "transformers"),
-        "commits": [],
         "model": fingerprint(load_pipeline("embedded")),
+        "provenance": where,
+        "measured": {},
         "rows": {},
     }
     if out.is_file():
-        earlier = json.loads(out.read_text())
-        if earlier["model"] != results["model"]:
-            raise SystemExit(f"{out} is of another model; move it away to start afresh")
-        results = {**results, "rows": earlier["rows"], "commits": earlier["commits"]}
+        take_up(results, json.loads(out.read_text()), out)
     rows = results["rows"]
     videos = {frames: sources(frames) for frames in (FRAMES, LONG_FRAMES)}
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
@@ -276,15 +264,33 @@ def run(out: Path, names: Sequence[str], processes: int) -> dict[str, Any]:
             chosen = videos[variant.frames]
             measured = pool.map(measure, chosen.values(), repeat(variant), repeat(STEPS))
             rows[name] = dict(zip(chosen, measured, strict=True))
-            commit = results["provenance"]["commit"]
-            if commit not in results["commits"]:
-                results["commits"].append(commit)
+            results["measured"][name] = {"commit": commit, "variant": repr(variant)}
             out.write_text(json.dumps(results, indent=1) + "\n")
             print(
                 f"{name}: {mean_interval(values(results, name, 'psnr', world=True)):.2f} dB",
                 flush=True,
             )
     return results
+
+
+def take_up(results: dict[str, Any], earlier: dict[str, Any], out: Path) -> None:
+    """Put the rows of an earlier run into `results`, but for variants that have changed since.
+
+    Raises:
+        SystemExit: the earlier run is of another model, machine or setting.
+    """
+    for name, now in results.items():
+        if name not in ("measured", "rows") and earlier.get(name) != now:
+            raise SystemExit(f"{out} is of another {name}; move it away to start afresh")
+    for name, row in earlier["rows"].items():
+        if name == CEILING:
+            results["rows"][name] = row
+            continue
+        then = earlier["measured"][name]
+        if name in VARIANTS and then["variant"] == repr(VARIANTS[name]):
+            results["rows"][name], results["measured"][name] = row, then
+        else:
+            print(f"{name} has changed: {then['variant']} in {out} is left out", flush=True)
 
 
 def is_world(name: str) -> bool:
@@ -359,24 +365,27 @@ def plot_intervals(axes: Any, intervals: dict[str, Interval]) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Three plots: by variant fidelity and nearness to all-frame attention; similarity in time."""
+    """By variant fidelity and nearness to all-frame attention, its price, similarity in time."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(17, 8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(17, 15), layout="constrained")
+    (fidelity, nearness), (features, price) = figure.subplots(2, 2)
     compared = [name for name in results["rows"] if name != base_of(name)]
     plot_intervals(
-        left, {name: differences(results, name, base_of(name), "psnr") for name in compared}
+        fidelity, {name: differences(results, name, base_of(name), "psnr") for name in compared}
     )
-    left.axvline(0, color="black", linestyle=":")
-    left.set(
+    fidelity.axvline(0, color="black", linestyle=":")
+    fidelity.set(
         title=f"reconstruction of {WORLD_VIDEOS} world videos, video by video",
         xlabel="PSNR above stem's, dB (95 % interval); 16 frames: above global bases'",
     )
     measured = [name for name in results["rows"] if name not in (CEILING, "inflated")]
-    errors = {name: values(results, name, "attention_error", world=True) for name in measured}
-    plot_intervals(middle, {name: mean_interval(found) for name, found in errors.items()})
-    middle.set(
+    errors = {
+        name: mean_interval(values(results, name, "attention_error", world=True))
+        for name in measured
+    }
+    plot_intervals(nearness, errors)
+    nearness.set(
         title="self-attentions against all-frame attention",
         xlabel="relative error (95 % interval)",
         xscale="log",
@@ -384,10 +393,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for name in METHODS:
         if name in results["rows"]:
             curve = similarity(results, name)
-            right.plot(list(curve), list(curve.values()), label=name)
-    right.set(title="features warped by the true flow", xlabel="timestep of the inversion")
-    right.set_ylabel("cosine similarity, last self-attention")
-    right.legend()
+            features.plot(list(curve), list(curve.values()), label=name)
+    features.set(title="features warped by the true flow", xlabel="timestep of the inversion")
+    features.set_ylabel("cosine similarity, last self-attention")
+    features.legend()
+    for name, error in errors.items():
+        if VARIANTS[name].frames == FRAMES:
+            seconds = statistics.median(values(results, name, "seconds", world=True))
+            price.plot(seconds, error.mean, "o", color="C1" if name in METHODS else "C0")
+            price.annotate(name, (seconds, error.mean), fontsize=7)
+    price.set(title=f"{FRAMES} frames, there and back", xlabel="seconds", yscale="log")
+    price.set_ylabel("relative error against all-frame attention")
     figure.savefig(path, dpi=110)
 
 

@@ -66,7 +66,8 @@ def table(results: dict[str, Any]) -> str:
 def quality_table(results: dict[str, Any]) -> str:
     """The Markdown of the methods' reconstructions in the quality study."""
     provenance = results["provenance"]
-    commits = ", ".join(f"`{commit}`" for commit in results["commits"])
+    measured = [row["commit"] for row in results["measured"].values()]
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(measured))
     lines = [
         f"Source: `{QUALITY}` ({provenance['cpu']}, torch {provenance['versions']['torch']}, "
         f"commit {commits}): {results['videos']}; "

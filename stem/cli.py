@@ -110,7 +110,7 @@ Size = Annotated[
     str | None, typer.Option(help="256 (shorter side) or 512x320. Default: the source's.")
 ]
 Steps = Annotated[int, typer.Option(help="DDIM steps; must divide the training steps.")]
-Seed = Annotated[int, typer.Option(help="Of STEM's initial bases, and of a random model.")]
+Seed = Annotated[int, typer.Option(help="Of STEM's Gaussian initial bases, and of a random model.")]
 Options = Annotated[
     list[str] | None,
     typer.Option(help="METHOD.FIELD=VALUE, repeatable: stem.num_bases=64, st-ddim.frames=mid, ..."),
@@ -349,7 +349,7 @@ def _methods(text: str) -> list[str]:
 
 def _options(texts: list[str] | None, methods: list[str], seed: int) -> dict[str, dict[str, Any]]:
     """METHOD.FIELD=VALUE texts by method, values read as YAML; checked against the methods."""
-    options: dict[str, dict[str, Any]] = {"stem": {"seed": seed}} if "stem" in methods else {}
+    options: dict[str, dict[str, Any]] = {}
     for text in texts or []:
         target, equals, value = text.partition("=")
         method, dot, name = target.partition(".")
@@ -360,6 +360,8 @@ def _options(texts: list[str] | None, methods: list[str], seed: int) -> dict[str
             )
         parts = tuple(_value(part) for part in value.split(","))
         options.setdefault(method, {})[name] = parts if len(parts) > 1 else parts[0]
+    if options.get("stem", {}).get("init") == "gaussian":
+        options["stem"].setdefault("seed", seed)
     for method in methods:
         attention_config(method, options.get(method, {}), num_frames=1)
     return options

@@ -73,18 +73,22 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is in, "-dirty" if it was changed since; None if in none."""
+    """Of the checkout that this file is in, "-dirty" if its code was changed; None if in none."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or None
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
+        )
+        return found.stdout.strip()
+
+    # What a benchmark writes does not change what the next one measures.
+    code = (".", ":(exclude)benchmarks/results")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return f"{commit}-dirty" if commit and changed else commit or None
 
 
 def _version(distribution: str) -> str:

@@ -316,7 +316,7 @@ def test_lora_counts_and_stays() -> None:
     assert torch.equal(call(unet), adapted)
 
 
-@pytest.mark.parametrize("init", ["gaussian", "previous"])
+@pytest.mark.parametrize("init", ["gaussian", "tokens", "previous"])
 def test_a_compiled_unet_keeps_working(init: str) -> None:
     unet = make_unet()
     before = call(unet)

@@ -75,13 +75,15 @@ def test_v_prediction(tmp_path: Path) -> None:
     assert (latents - folder.x0()).norm() / folder.x0().norm() < 0.5
 
 
-def test_inversion_is_bit_identical_and_leaves_the_global_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("init", ["gaussian", "tokens"])
+def test_inversion_is_bit_identical_and_leaves_the_global_state(tmp_path: Path, init: str) -> None:
+    options = {**STEM, "init": init}
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    first = inverted(tmp_path / "a")
+    first = inverted(tmp_path / "a", options=options)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(6)
-    second = inverted(tmp_path / "b")
+    second = inverted(tmp_path / "b", options=options)
     assert torch.equal(all_latents(first), all_latents(second))
 
 

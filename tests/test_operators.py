@@ -161,7 +161,7 @@ def test_dense_attention_is_the_limit_of_a_base_per_token(space: int) -> None:
 def test_initial_bases() -> None:
     features = tokens(2, 30, 4)
     spread = initial_bases(features, 10, init="tokens")
-    index = spread_tokens(30, 10, DEVICE)
+    index = spread_tokens(30, 10, torch.device(DEVICE))
     assert torch.equal(spread, features[:, index])
     repeated = initial_bases(features[:, :2], 4, init="tokens")
     assert torch.equal(repeated, features[:, [0, 0, 1, 1]])
@@ -183,7 +183,8 @@ def test_initial_bases() -> None:
 def test_spread_tokens_come_from_everywhere(n: int, count: int) -> None:
     index = spread_tokens(n, count, torch.device("cpu"))
     edges = [k * n // count for k in range(count + 1)]
-    assert all(a <= int(i) < b for a, i, b in zip(edges, index, edges[1:], strict=False))
+    stretches = zip(edges[:-1], index.tolist(), edges[1:], strict=True)
+    assert all(start <= chosen < end for start, chosen, end in stretches)
 
 
 def test_spread_tokens_are_not_of_one_column() -> None:

@@ -10,7 +10,11 @@ import pytest
 from PIL import Image
 
 from benchmarks import quality
-from stem import StemConfig
+from stem import InflatedConfig, load_pipeline
+from stem.attention.handle import self_attentions
+from stem.inversion import round_trip
+from stem.inversion.diffusion import encode_frames
+from stem.toy import render, sample_scene
 
 ROWS = ("inflated", "stem", "16 frames: global bases", "16 frames: bases of 8")
 
@@ -45,11 +49,30 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, capsys: pytest.CaptureFixt
     one, two = quality.values(results, "inflated", "psnr", world=True)
     assert re.search(rf"\| inflated \| {(one + two) / 2:.2f} ± ", text)
     assert Image.open(out.with_suffix(".png")).size[0] > 1000
+    results["measured"]["stem"]["variant"] = "what it was"
+    results["rows"]["gone"] = results["rows"]["stem"]
+    results["measured"]["gone"] = results["measured"]["stem"]
+    out.write_text(json.dumps(results))
+    kept = quality.run(out, ROWS[:1], 1)["rows"]
+    assert set(kept) == {quality.CEILING, *ROWS} - {"stem"}
+    assert "stem has changed: what it was" in capsys.readouterr().out
     results["model"] = {}
     out.write_text(json.dumps(results))
     with pytest.raises(SystemExit, match="of another model"):
         quality.run(out, ROWS, 1)
 
 
-def test_stem_in_the_study_has_the_defaults() -> None:
-    assert quality.stem_with() == StemConfig()
+def test_the_probe_looks_at_the_inversion_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "PROBED_STEPS", 2)
+    pipeline = load_pipeline("embedded")
+    clip = render(sample_scene(1), 2, quality.SIZE)
+    latents = encode_frames(pipeline, clip.frames)
+    probe = quality.Probe(
+        pipeline.unet, quality.Source(clip.frames, ""), latents.shape[2:], num_steps=4
+    )
+    round_trip(pipeline, latents, "", 4, InflatedConfig(), on_inverted=probe.on_inverted)
+    probe.remove()
+    assert len(probe.errors) == 2 * len(self_attentions(pipeline.unet))
+    assert max(probe.errors) < 1e-5
+    round_trip(pipeline, latents, "", 4)
+    assert len(probe.errors) == 2 * len(self_attentions(pipeline.unet))

@@ -51,7 +51,7 @@ def soft_em(
     Args:
         features: tokens [B, n, D] or [B, h, n, D], n >= 1, any strides.
         bases: initial bases [B, K, D] or [B, h, K, D] (see `initial_bases`).
-        num_iters: R >= 1.
+        num_iters: R >= 1. The paper's 5; from tokens (see `initial_bases`) 2 come as far.
         temperature: tau > 0.
         normalize: scale the bases to unit length before the logits.
         payload: [B, n, E] or [B, h, n, E]; values that ride along, as the tokens' values do.

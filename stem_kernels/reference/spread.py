@@ -11,7 +11,7 @@ def spread_tokens(num_tokens: int, count: int, device: torch.device) -> torch.Te
     """Token indices, one from each of `count` equal stretches of the video.
 
     Within its stretch an index lies where the golden ratio's multiples put it. An even stride
-    would do worse: rows of a feature map are powers of two wide, so it sees one column only.
+    would do worse: rows of a feature map are often powers of two wide, and it then sees one column.
 
     Args:
         num_tokens: n >= 1.
