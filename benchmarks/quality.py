@@ -318,6 +318,11 @@ def similarity(results: dict[str, Any], variant: str) -> dict[int, float]:
     }
 
 
+def measured(results: dict[str, Any]) -> list[str]:
+    """The rows that there are, in the study's order."""
+    return [name for name in (CEILING, *VARIANTS) if name in results["rows"]]
+
+
 def base_of(name: str) -> str:
     """The variant that another is compared with, video by video."""
     long = name != CEILING and VARIANTS[name].frames == LONG_FRAMES
@@ -331,7 +336,7 @@ def table(results: dict[str, Any], names: Iterable[str] | None = None) -> str:
         "warped similarity | off all-frame attention | seconds a video |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in results["rows"] if names is None else names:
+    for name in measured(results) if names is None else names:
         world = partial(values, results, name, world=True)
         base = base_of(name)
         cells = [
@@ -370,7 +375,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(17, 15), layout="constrained")
     (fidelity, nearness), (features, price) = figure.subplots(2, 2)
-    compared = [name for name in results["rows"] if name != base_of(name)]
+    compared = [name for name in measured(results) if name != base_of(name)]
     plot_intervals(
         fidelity, {name: differences(results, name, base_of(name), "psnr") for name in compared}
     )
@@ -379,10 +384,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
         title=f"reconstruction of {WORLD_VIDEOS} world videos, video by video",
         xlabel="PSNR above stem's, dB (95 % interval); 16 frames: above global bases'",
     )
-    measured = [name for name in results["rows"] if name not in (CEILING, "inflated")]
     errors = {
         name: mean_interval(values(results, name, "attention_error", world=True))
-        for name in measured
+        for name in measured(results)
+        if name not in (CEILING, "inflated")
     }
     plot_intervals(nearness, errors)
     nearness.set(

@@ -45,14 +45,16 @@ class StemConfig:
         ValueError: a value out of range, named with what is allowed.
     """
 
-    # From benchmarks/results/quality.md, where all defaults together leave the self-attentions
-    # 1.2 % off attention over all frames, and the paper's 19.8 % (attention per frame: 12.6 %):
-    # - tokens in place of Gaussian bases, and bases that weigh as much as their mass, make the
-    #   difference (19.8 % -> 3.1 % and 6.3 % one by one).
-    # - 2 iterations: with 8 tokens a base the third to fifth gain 0.1 percentage points, and with
-    #   128 tokens a base, as in 8 frames of 64x64 tokens, the second gains more than they do.
-    # - 256 bases: 128 double the error, and fewer cost little less time.
-    # - Reseeding finds nothing to do where bases start as tokens; feature and key space are alike.
+    # From benchmarks/results/quality.md. These defaults leave the self-attentions 1.2 % off
+    # attention over all frames, the paper's values 19.8 %, attention per frame 12.6 %.
+    # - Tokens to start from, and bases that weigh as much as their mass, make the difference:
+    #   either alone takes the paper's 19.8 % to 3.1 % and 6.3 %.
+    # - 2 iterations: with 8 tokens a base a third to fifth gain 0.1 points. With 128 tokens a
+    #   base, as 8 frames of 64x64 have, the second gains 2.2 and the next three 1.4.
+    # - 256 bases: 128 leave 2.2 %, for a tenth less time.
+    # - "reseed" finds nothing to do where bases start as tokens; key space is as near.
+    # Reconstruction does not tell them apart, but for "zero" and "previous", which lose on
+    # natural clips.
     num_bases: int = 256
     num_iters: int = 2
     temperature: float = 0.01
