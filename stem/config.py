@@ -51,7 +51,7 @@ class StemConfig:
     #   either alone takes the paper's 19.8 % to 3.1 % and 6.3 %.
     # - 2 iterations: with 8 tokens a base a third to fifth gain 0.1 points. With 128 tokens a
     #   base, as 8 frames of 64x64 have, the second gains 2.2 and the next three 1.4.
-    # - 256 bases: 128 leave 2.2 %, for a tenth less time.
+    # - 256 bases: 128 leave 2.2 % for a tenth less time, 512 leave 0.6 % for a third more.
     # - "reseed" finds nothing to do where bases start as tokens; key space is as near.
     # Reconstruction does not tell them apart, but for "zero" and "previous", which lose on
     # natural clips.
