@@ -57,7 +57,7 @@ def expected(kind: str, attention: Attention, tokens: torch.Tensor) -> torch.Ten
         bases = eager_soft_em(seen, bases, num_iters=config.num_iters - 1)
         sums, mass, _ = eager_em_statistics(seen, bases)
         seen = sums / (mass + 1e-4).unsqueeze(-1)
-        bias = attention_bias(mass, empty="zero", proportional=config.proportional)
+        bias = attention_bias(mass, empty=config.empty, proportional=config.proportional)
     query, key, value = (
         project(rows).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         for project, rows in (

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,19 +25,21 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from stem import InflatedConfig, SparseCausalConfig, StemConfig, load_pipeline, read_video
+from stem import load_pipeline, read_video
 from stem.attention.frames import InflatedProcessor
 from stem.attention.handle import self_attentions
 from stem.clips import shipped_clip
-from stem.config import AttentionConfig
-from stem.inversion import METHODS, round_trip
+from stem.inversion import round_trip
 from stem.inversion.diffusion import decode_latents, encode_frames
-from stem.metrics import Interval, mean_interval, psnr, ssim, warped_similarity
+from stem.metrics import mean_interval, psnr, ssim, warped_similarity
 from stem.metrics.fidelity import SSIM_VARIANT
 from stem.models import fingerprint
 from stem.toy import render, sample_scene
 from stem.toy.data import TRAINING_CLIP
 from stem_kernels.info import provenance
+
+from .quality_report import draw, table, values
+from .quality_variants import CEILING, FRAMES, LONG_FRAMES, VARIANTS, Variant
 
 OUT = Path(__file__).parent / "results" / "quality.json"
 SIZE = 64
@@ -46,63 +48,11 @@ STEPS = 50
 PROBED_STEPS = 5
 FIRST_SEED = 30_000_000
 WORLD_VIDEOS = 20
-FRAMES = 8
-LONG_FRAMES = 16
 NATURAL = {
     "bikes.mp4": "100:116",
     "bigbuckbunny.mp4": "40:56",
     "carphone_pristine.mp4": "100:116",
 }
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to invert: an attention, the frames of a video, and where bases come from."""
-
-    config: AttentionConfig | None
-    frames: int = FRAMES
-    cached: bool = False
-
-
-VARIANTS: dict[str, Variant] = {
-    "ddim": Variant(None),
-    "st-ddim": Variant(SparseCausalConfig()),
-    "inflated": Variant(InflatedConfig()),
-    "stem": Variant(StemConfig()),
-    "paper": Variant(StemConfig.paper()),
-    "paper R=1": Variant(StemConfig.paper(num_iters=1)),
-    "paper init=tokens": Variant(StemConfig.paper(init="tokens")),
-    "paper proportional": Variant(StemConfig.paper(proportional=True)),
-    "paper empty=zero": Variant(StemConfig.paper(empty="zero")),
-    "paper empty=reseed": Variant(StemConfig.paper(empty="reseed")),
-    "paper space=key": Variant(StemConfig.paper(space="key")),
-    "released": Variant(StemConfig.released()),
-    "R=1": Variant(StemConfig(num_iters=1)),
-    "R=3": Variant(StemConfig(num_iters=3)),
-    "R=5": Variant(StemConfig(num_iters=5)),
-    "R=8": Variant(StemConfig(num_iters=8)),
-    "K=16 R=1": Variant(StemConfig(num_bases=16, num_iters=1)),
-    "K=16": Variant(StemConfig(num_bases=16)),
-    "K=16 R=5": Variant(StemConfig(num_bases=16, num_iters=5)),
-    "K=32": Variant(StemConfig(num_bases=32)),
-    "K=64": Variant(StemConfig(num_bases=64)),
-    "K=128": Variant(StemConfig(num_bases=128)),
-    "K=512": Variant(StemConfig(num_bases=512)),
-    "init=gaussian": Variant(StemConfig(init="gaussian")),
-    "warm R=1": Variant(StemConfig(init="previous", num_iters=1)),
-    "warm R=2": Variant(StemConfig(init="previous")),
-    "not proportional": Variant(StemConfig(proportional=False)),
-    "empty=reseed": Variant(StemConfig(empty="reseed")),
-    "space=key": Variant(StemConfig(space="key")),
-    "cached bases": Variant(StemConfig(), cached=True),
-    "16 frames: global bases": Variant(StemConfig(), LONG_FRAMES),
-    "16 frames: bases of 8": Variant(StemConfig(num_frames=8), LONG_FRAMES),
-}
-"""What is not named has its default; after "paper" it is as in the paper."""
-
-BASE_NAME = "stem"
-LONG_BASE = "16 frames: global bases"
-CEILING = "vae alone"
 
 
 @dataclass(frozen=True)
@@ -262,8 +212,8 @@ def run(out: Path, names: Sequence[str], processes: int) -> dict[str, Any]:
                 continue
             variant = VARIANTS[name]
             chosen = videos[variant.frames]
-            measured = pool.map(measure, chosen.values(), repeat(variant), repeat(STEPS))
-            rows[name] = dict(zip(chosen, measured, strict=True))
+            found = pool.map(measure, chosen.values(), repeat(variant), repeat(STEPS))
+            rows[name] = dict(zip(chosen, found, strict=True))
             results["measured"][name] = {"commit": commit, "variant": repr(variant)}
             out.write_text(json.dumps(results, indent=1) + "\n")
             print(
@@ -291,125 +241,6 @@ def take_up(results: dict[str, Any], earlier: dict[str, Any], out: Path) -> None
             results["rows"][name], results["measured"][name] = row, then
         else:
             print(f"{name} has changed: {then['variant']} in {out} is left out", flush=True)
-
-
-def is_world(name: str) -> bool:
-    return name.startswith("world ")
-
-
-def values(results: dict[str, Any], variant: str, figure: str, *, world: bool) -> list[float]:
-    """A figure of all world videos, or of all natural ones, in the order of the videos."""
-    rows = results["rows"][variant]
-    return [row[figure] for name, row in rows.items() if is_world(name) == world]
-
-
-def differences(results: dict[str, Any], variant: str, against: str, figure: str) -> Interval:
-    """By how much a variant is above another on the same world videos."""
-    ours, theirs = (values(results, name, figure, world=True) for name in (variant, against))
-    return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
-
-
-def similarity(results: dict[str, Any], variant: str) -> dict[int, float]:
-    """Mean over the world videos of the warped similarity, by timestep of the inversion."""
-    rows = [row for name, row in results["rows"][variant].items() if is_world(name)]
-    return {
-        int(timestep): statistics.fmean(row["similarity"][timestep] for row in rows)
-        for timestep in rows[0]["similarity"]
-    }
-
-
-def measured(results: dict[str, Any]) -> list[str]:
-    """The rows that there are, in the study's order."""
-    return [name for name in (CEILING, *VARIANTS) if name in results["rows"]]
-
-
-def base_of(name: str) -> str:
-    """The variant that another is compared with, video by video."""
-    long = name != CEILING and VARIANTS[name].frames == LONG_FRAMES
-    return LONG_BASE if long else BASE_NAME
-
-
-def table(results: dict[str, Any], names: Iterable[str] | None = None) -> str:
-    """The study in Markdown: rows `names`, or all."""
-    lines = [
-        "| | PSNR dB, world | against stem | SSIM, world | PSNR dB, natural | latent error | "
-        "warped similarity | off all-frame attention | seconds a video |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in measured(results) if names is None else names:
-        world = partial(values, results, name, world=True)
-        base = base_of(name)
-        cells = [
-            f"{mean_interval(world('psnr')):.2f}",
-            "" if name == base else f"{differences(results, name, base, 'psnr'):+.2f}",
-            f"{mean_interval(world('ssim')):.3f}",
-            f"{statistics.fmean(values(results, name, 'psnr', world=False)):.2f}",
-        ]
-        if name == CEILING:
-            cells += ["", "", "", ""]
-        else:
-            cells += [
-                f"{statistics.fmean(world('latent_error')):.4f}",
-                f"{statistics.fmean(similarity(results, name).values()):.4f}",
-                f"{mean_interval(world('attention_error')):.3f}",
-                f"{statistics.median(world('seconds')):.1f}",
-            ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def plot_intervals(axes: Any, intervals: dict[str, Interval]) -> None:
-    axes.errorbar(
-        [interval.mean for interval in intervals.values()],
-        list(intervals),
-        xerr=[interval.half_width for interval in intervals.values()],
-        fmt="o",
-        capsize=3,
-    )
-    axes.invert_yaxis()
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """By variant fidelity and nearness to all-frame attention, its price, similarity in time."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(17, 15), layout="constrained")
-    (fidelity, nearness), (features, price) = figure.subplots(2, 2)
-    compared = [name for name in measured(results) if name != base_of(name)]
-    plot_intervals(
-        fidelity, {name: differences(results, name, base_of(name), "psnr") for name in compared}
-    )
-    fidelity.axvline(0, color="black", linestyle=":")
-    fidelity.set(
-        title=f"reconstruction of {WORLD_VIDEOS} world videos, video by video",
-        xlabel="PSNR above stem's, dB (95 % interval); 16 frames: above global bases'",
-    )
-    errors = {
-        name: mean_interval(values(results, name, "attention_error", world=True))
-        for name in measured(results)
-        if name not in (CEILING, "inflated")
-    }
-    plot_intervals(nearness, errors)
-    nearness.set(
-        title="self-attentions against all-frame attention",
-        xlabel="relative error (95 % interval)",
-        xscale="log",
-    )
-    for name in METHODS:
-        if name in results["rows"]:
-            curve = similarity(results, name)
-            features.plot(list(curve), list(curve.values()), label=name)
-    features.set(title="features warped by the true flow", xlabel="timestep of the inversion")
-    features.set_ylabel("cosine similarity, last self-attention")
-    features.legend()
-    for name, error in errors.items():
-        if VARIANTS[name].frames == FRAMES:
-            seconds = statistics.median(values(results, name, "seconds", world=True))
-            price.plot(seconds, error.mean, "o", color="C1" if name in METHODS else "C0")
-            price.annotate(name, (seconds, error.mean), fontsize=7)
-    price.set(title=f"{FRAMES} frames, there and back", xlabel="seconds", yscale="log")
-    price.set_ylabel("relative error against all-frame attention")
-    figure.savefig(path, dpi=110)
 
 
 def main(

@@ -9,8 +9,9 @@ from typing import Any
 
 from stem.inversion import METHODS
 
-from . import quality
 from .layers import LAYER_KINDS
+from .quality_report import table as study_table
+from .quality_variants import CEILING
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -78,7 +79,7 @@ def quality_table(results: dict[str, Any]) -> str:
         "attention over all frames on the same input. stem has `StemConfig()`'s defaults, paper is "
         "`StemConfig.paper()`.",
         "",
-        quality.table(results, (quality.CEILING, *METHODS, "paper")),
+        study_table(results, (CEILING, *METHODS, "paper")),
     ]
     return "\n".join(lines)
 

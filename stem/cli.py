@@ -17,17 +17,17 @@ import typer
 import yaml
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
 from stem_kernels import BackendError
 from stem_kernels.info import describe
 
 from .compare import Comparison, compare
-from .demo import FRAMES, Demo, demo
+from .demo import Demo, demo
 from .inversion import METHODS, InversionError, InversionFolder, invert, reconstruct
 from .inversion.diffusion import vae_factor
 from .inversion.methods import attention_config
 from .models import EMBEDDED_MODEL, RANDOM_MODEL, ModelError, load_pipeline
+from .tables import comparison_table, demo_table
 from .video import Video, read_video, write_video
 
 ALL_METHODS = ",".join(METHODS)
@@ -282,24 +282,7 @@ def _resumable() -> Iterator[None]:
 
 
 def _print_comparison(found: Comparison, clip: Video) -> None:
-    count, height, width, _ = clip.frames.shape
-    table = Table(title=f"{count} frames, {width}x{height}")
-    table.add_column("method")
-    for heading in ("PSNR dB", "SSIM", "latent error", "invert s", "sample s", "extra MiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in found.rows:
-        table.add_row(
-            _shown(row.method),
-            f"{row.psnr:.2f}",
-            f"{row.ssim:.3f}",
-            f"{row.latent_error:.4f}",
-            "reused"
-            if row.invert_seconds is None and row.inversion
-            else _number(row.invert_seconds),
-            _number(row.reconstruct_seconds),
-            _number(None if row.peak_bytes is None else row.peak_bytes / 2**20),
-        )
-    console.print(table)
+    console.print(comparison_table(found, clip))
     console.print(
         "latent error: |x - x0| / |x0| of the latents; extra MiB: the peak above the start of "
         "each method"
@@ -309,32 +292,11 @@ def _print_comparison(found: Comparison, clip: Video) -> None:
 
 
 def _print_demo(found: Demo, size: int) -> None:
-    *world, natural = found.comparisons
-    table = Table(title=f"{len(world)} world videos and {natural}, {FRAMES} frames, {size}x{size}")
-    table.add_column("method")
-    for heading in ("world PSNR dB", "world SSIM", f"{natural} PSNR dB", "SSIM"):
-        table.add_column(heading, justify="right")
-    for row in found.comparisons[natural].rows:
-        table.add_row(
-            _shown(row.method),
-            f"{found.psnr[row.method]:.2f}",
-            f"{found.ssim[row.method]:.3f}",
-            f"{row.psnr:.2f}",
-            f"{row.ssim:.3f}",
-        )
-    console.print(table)
+    console.print(demo_table(found, size))
     console.print("±: 95 % interval of the mean over the world videos")
     for comparison in found.comparisons.values():
         console.print(str(comparison.sheet), soft_wrap=True)
     console.print(str(found.json), soft_wrap=True)
-
-
-def _shown(method: str) -> str:
-    return "vae alone" if method == "vae" else method
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 def _methods(text: str) -> list[str]:

@@ -1,0 +1,128 @@
+"""The quality study's table and plots, from its results file."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stem.inversion import METHODS
+from stem.metrics import Interval, mean_interval
+
+from .quality_variants import BASE_NAME, CEILING, FRAMES, VARIANTS, base_of
+
+
+def is_world(name: str) -> bool:
+    return name.startswith("world ")
+
+
+def values(results: dict[str, Any], variant: str, figure: str, *, world: bool) -> list[float]:
+    """A figure of all world videos, or of all natural ones, in the order of the videos."""
+    rows = results["rows"][variant]
+    return [row[figure] for name, row in rows.items() if is_world(name) == world]
+
+
+def differences(results: dict[str, Any], variant: str, against: str, figure: str) -> Interval:
+    """By how much a variant is above another on the same world videos."""
+    ours, theirs = (values(results, name, figure, world=True) for name in (variant, against))
+    return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
+
+
+def similarity(results: dict[str, Any], variant: str) -> dict[int, float]:
+    """Mean over the world videos of the warped similarity, by timestep of the inversion."""
+    rows = [row for name, row in results["rows"][variant].items() if is_world(name)]
+    return {
+        int(timestep): statistics.fmean(row["similarity"][timestep] for row in rows)
+        for timestep in rows[0]["similarity"]
+    }
+
+
+def in_order(results: dict[str, Any]) -> list[str]:
+    """The rows that there are, in the study's order."""
+    return [name for name in (CEILING, *VARIANTS) if name in results["rows"]]
+
+
+def table(results: dict[str, Any], names: Iterable[str] | None = None) -> str:
+    """The study in Markdown: rows `names`, or all."""
+    lines = [
+        "| | PSNR dB, world | against stem | SSIM, world | PSNR dB, natural | latent error | "
+        "warped similarity | off all-frame attention | seconds a video |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in in_order(results) if names is None else names:
+        world = partial(values, results, name, world=True)
+        base = base_of(name)
+        cells = [
+            f"{mean_interval(world('psnr')):.2f}",
+            "" if name == base else f"{differences(results, name, base, 'psnr'):+.2f}",
+            f"{mean_interval(world('ssim')):.3f}",
+            f"{statistics.fmean(values(results, name, 'psnr', world=False)):.2f}",
+        ]
+        if name == CEILING:
+            cells += ["", "", "", ""]
+        else:
+            cells += [
+                f"{statistics.fmean(world('latent_error')):.4f}",
+                f"{statistics.fmean(similarity(results, name).values()):.4f}",
+                f"{mean_interval(world('attention_error')):.3f}",
+                f"{statistics.median(world('seconds')):.1f}",
+            ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_intervals(axes: Any, intervals: dict[str, Interval]) -> None:
+    axes.errorbar(
+        [interval.mean for interval in intervals.values()],
+        list(intervals),
+        xerr=[interval.half_width for interval in intervals.values()],
+        fmt="o",
+        capsize=3,
+    )
+    axes.invert_yaxis()
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """By variant fidelity and nearness to all-frame attention, its price, similarity in time."""
+    from matplotlib.figure import Figure
+
+    videos = len(values(results, BASE_NAME, "psnr", world=True))
+    figure = Figure(figsize=(17, 15), layout="constrained")
+    (fidelity, nearness), (features, price) = figure.subplots(2, 2)
+    compared = [name for name in in_order(results) if name != base_of(name)]
+    plot_intervals(
+        fidelity, {name: differences(results, name, base_of(name), "psnr") for name in compared}
+    )
+    fidelity.axvline(0, color="black", linestyle=":")
+    fidelity.set(
+        title=f"reconstruction of {videos} world videos, video by video",
+        xlabel="PSNR above stem's, dB (95 % interval); 16 frames: above global bases'",
+    )
+    errors = {
+        name: mean_interval(values(results, name, "attention_error", world=True))
+        for name in in_order(results)
+        if name not in (CEILING, "inflated")
+    }
+    plot_intervals(nearness, errors)
+    nearness.set(
+        title="self-attentions against all-frame attention",
+        xlabel="relative error (95 % interval)",
+        xscale="log",
+    )
+    for name in METHODS:
+        if name in results["rows"]:
+            curve = similarity(results, name)
+            features.plot(list(curve), list(curve.values()), label=name)
+    features.set(title="features warped by the true flow", xlabel="timestep of the inversion")
+    features.set_ylabel("cosine similarity, last self-attention")
+    features.legend()
+    for name, error in errors.items():
+        if VARIANTS[name].frames == FRAMES:
+            seconds = statistics.median(values(results, name, "seconds", world=True))
+            price.plot(seconds, error.mean, "o", color="C1" if name in METHODS else "C0")
+            price.annotate(name, (seconds, error.mean), fontsize=7)
+    price.set(title=f"{FRAMES} frames, there and back", xlabel="seconds", yscale="log")
+    price.set_ylabel("relative error against all-frame attention")
+    figure.savefig(path, dpi=110)
