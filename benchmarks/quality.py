@@ -29,11 +29,11 @@ from stem import load_pipeline, read_video
 from stem.attention.frames import InflatedProcessor
 from stem.attention.handle import self_attentions
 from stem.clips import shipped_clip
+from stem.diffusion.fingerprint import fingerprint
+from stem.diffusion.pipeline import decode_latents, encode_frames
 from stem.inversion import round_trip
-from stem.inversion.diffusion import decode_latents, encode_frames
 from stem.metrics import mean_interval, psnr, ssim, warped_similarity
 from stem.metrics.fidelity import SSIM_VARIANT
-from stem.models import fingerprint
 from stem.toy import render, sample_scene
 from stem.toy.data import TRAINING_CLIP
 from stem_kernels.info import provenance

@@ -23,8 +23,8 @@ from stem_kernels.info import describe
 
 from .compare import Comparison, compare
 from .demo import Demo, demo
+from .diffusion.pipeline import vae_factor
 from .inversion import METHODS, InversionError, InversionFolder, invert, reconstruct
-from .inversion.diffusion import vae_factor
 from .inversion.methods import attention_config
 from .models import EMBEDDED_MODEL, RANDOM_MODEL, ModelError, load_pipeline
 from .tables import comparison_table, demo_table

@@ -16,8 +16,8 @@ import torch
 from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
 
+from .diffusion.pipeline import decode_latents, encode_prompt, execution_device, predict
 from .inversion import InversionFolder, invert, reconstruct_latents
-from .inversion.diffusion import decode_latents, encode_prompt, execution_device, predict
 from .inversion.methods import attention_config
 from .metrics import psnr, ssim
 from .metrics.fidelity import SSIM_VARIANT

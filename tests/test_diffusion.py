@@ -8,16 +8,16 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from pipelines import SHAPES, make_pipeline
 
-from stem.inversion.diffusion import (
+from stem.diffusion.fingerprint import fingerprint
+from stem.diffusion.pipeline import (
     decode_latents,
     encode_frames,
     encode_prompt,
-    inverse_scheduler,
     predict,
-    sampling_scheduler,
     vae_factor,
 )
-from stem.models import ModelError, fingerprint, load_pipeline, random_pipeline
+from stem.diffusion.schedule import inverse_scheduler, sampling_scheduler
+from stem.models import ModelError, load_pipeline, random_pipeline
 from stem_kernels.testing import max_error
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 from benchmarks import quality
 from stem import InflatedConfig, load_pipeline
 from stem.attention.handle import self_attentions
+from stem.diffusion.pipeline import encode_frames
 from stem.inversion import round_trip
-from stem.inversion.diffusion import encode_frames
 from stem.toy import render, sample_scene
 
 ROWS = ("inflated", "stem", "16 frames: global bases", "16 frames: bases of 8")

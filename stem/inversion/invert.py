@@ -15,16 +15,16 @@ from tqdm.auto import tqdm
 from stem_kernels.backends import select
 
 from ..config import StemConfig
-from ..models import fingerprint
-from ..profiling import nvtx_range
-from ..video import Video
-from .diffusion import (
+from ..diffusion.fingerprint import fingerprint
+from ..diffusion.pipeline import (
     encode_frames,
     encode_prompt,
     execution_device,
-    inverse_scheduler,
     predict,
 )
+from ..diffusion.schedule import inverse_scheduler
+from ..profiling import nvtx_range
+from ..video import Video
 from .folder import InversionFolder
 from .methods import attention_config, attention_on
 

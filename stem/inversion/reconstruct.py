@@ -12,16 +12,16 @@ from tqdm.auto import tqdm
 from stem_kernels.ops.soft_em import SoftEM
 
 from ..config import AttentionConfig, StemConfig
-from ..models import fingerprint
-from ..profiling import nvtx_range
-from .diffusion import (
+from ..diffusion.fingerprint import fingerprint
+from ..diffusion.pipeline import (
     Conditioning,
     decode_latents,
     encode_prompt,
     execution_device,
     predict,
-    sampling_scheduler,
 )
+from ..diffusion.schedule import sampling_scheduler
+from ..profiling import nvtx_range
 from .folder import InversionError, InversionFolder
 from .methods import attention_config, attention_on
 

@@ -8,12 +8,8 @@ from typing import Any
 import torch
 
 from ..config import AttentionConfig, StemConfig
-from .diffusion import (
-    encode_prompt,
-    inverse_scheduler,
-    predict,
-    vae_factor,
-)
+from ..diffusion.pipeline import encode_prompt, predict, vae_factor
+from ..diffusion.schedule import inverse_scheduler
 from .methods import attention_on
 from .reconstruct import sample
 

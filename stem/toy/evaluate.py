@@ -17,8 +17,8 @@ import typer
 from stem_kernels.info import provenance
 
 from ..clips import shipped_clip
+from ..diffusion.pipeline import decode_latents, encode_frames
 from ..inversion import round_trip
-from ..inversion.diffusion import decode_latents, encode_frames
 from ..metrics import psnr
 from ..models import EMBEDDED_FOLDER, load_pipeline
 from ..video import read_video

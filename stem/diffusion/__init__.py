@@ -1,0 +1,1 @@
+"""What lies between a pipeline and an inversion or an edit: its parts, its schedule, its hashes."""
