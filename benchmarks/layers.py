@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 
 from stem import InflatedConfig, StemConfig, enable
 from stem.attention.handle import make_processors
+from stem.attention.processor import RowLayout
 from stem.config import AttentionConfig
 from stem_kernels import attention_bias, initial_bases
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL
@@ -43,7 +44,7 @@ def layer(channels: int, device: torch.device, dtype: torch.dtype) -> Attention:
 def set_attention(attention: Attention, config: AttentionConfig | None) -> None:
     """Put a mechanism into one self-attention; None: its own, per frame."""
     if config is not None:
-        processors, _ = make_processors({"layer": attention}, config)
+        processors, _ = make_processors({"layer": attention}, config, RowLayout(config.num_frames))
         attention.set_processor(processors["layer"])
 
 
