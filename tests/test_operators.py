@@ -170,11 +170,8 @@ def test_initial_bases() -> None:
     expected = features.mean(1, keepdim=True) + features.std(1, keepdim=True) * normals
     assert max_error(gaussian, expected) < 1e-6
     assert initial_bases(features[:, :1], 10, init="gaussian", normals=normals).isfinite().all()
-    assert initial_bases(features, 10, init="previous", previous=spread).data_ptr() == (
-        spread.data_ptr()
-    )
-    with pytest.raises(ValueError, match='init="previous" needs the argument previous'):
-        initial_bases(features, 10, init="previous")
+    with pytest.raises(ValueError, match='init="gaussian" needs the argument normals'):
+        initial_bases(features, 10, init="gaussian")
     with pytest.raises(ValueError, match=r"normals is \[9, 4\]; it must broadcast to \[2, 10, 4\]"):
         initial_bases(features, 10, init="gaussian", normals=normals[:9])
 
@@ -363,6 +360,11 @@ KV = torch.zeros(1, 3, 5, 4)
             r"bias is \[3, 4\]; it must be \[h, K\] or \[B, h, K\] with B = 2 or 1",
         ),
         (lambda: stem_attention(Q, Q[:, :, :9], Q), ValueError, r"key \[B, h, m, d\]"),
+        (
+            lambda: initial_bases(X, 3, init="previous"),
+            ValueError,
+            'init is "previous"; it must be one of "gaussian", "tokens"',
+        ),
         (lambda: stem_attention(Q, Q, Q, init="previous"), ValueError, "init is"),
     ],
 )

@@ -85,13 +85,11 @@ class StemState:
         config = self.config
         if self.replayed is not None:
             return self._replay(layer, features)
-        previous = self.bases.get(layer) if config.init == "previous" else None
         start = initial_bases(
             features,
             config.num_bases,
-            init="tokens" if config.init == "previous" and previous is None else config.init,
+            init=config.init,
             normals=self._normals[layer].to(features.device) if self._normals else None,
-            previous=None if previous is None else previous.bases.to(features.device),
         )
         found = soft_em(
             features,
