@@ -6,8 +6,8 @@ import hashlib
 
 import torch
 
-from ..reference.spread import spread_tokens
-from .checks import check_choice, check_floating
+from ..shared.spread import spread_tokens
+from .checks import check_choice, check_count, check_floating
 
 OP = "initial_bases"
 INITIALIZATIONS = ("gaussian", "tokens")
@@ -75,12 +75,10 @@ def initial_bases(
     """
     check_floating(OP, features=features, normals=normals)
     check_choice(OP, "init", init, INITIALIZATIONS)
+    check_count(OP, "num_bases", num_bases)
     num_tokens = features.shape[-2]
-    if num_bases < 1 or num_tokens < 1:
-        raise ValueError(
-            f"{OP}: num_bases is {num_bases} and features are {list(features.shape)}; "
-            "there must be at least one base and one token"
-        )
+    if num_tokens < 1:
+        raise ValueError(f"{OP}: features are {list(features.shape)}; there must be a token")
     shape = (*features.shape[:-2], num_bases, features.shape[-1])
     compute = torch.promote_types(features.dtype, torch.float32)
     if init == "tokens":
