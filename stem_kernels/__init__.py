@@ -3,6 +3,7 @@
 from .backends import BackendError
 from .ops.basis_attention import basis_attention
 from .ops.em_statistics import em_statistics
+from .ops.em_update import em_update
 from .ops.initialization import initial_bases, standard_normals
 from .ops.soft_em import attention_bias, soft_em
 from .ops.stem_attention import stem_attention
@@ -12,6 +13,7 @@ __all__ = [
     "attention_bias",
     "basis_attention",
     "em_statistics",
+    "em_update",
     "initial_bases",
     "soft_em",
     "standard_normals",

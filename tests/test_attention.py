@@ -15,7 +15,7 @@ import stem
 from stem import InflatedConfig, SparseCausalConfig, StemConfig
 from stem.attention.handle import self_attentions
 from stem_kernels import basis_attention
-from stem_kernels.reference.spread import spread_tokens
+from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import max_error
 
 SMALL = StemConfig(num_bases=8, num_iters=2, num_frames=4)

@@ -6,11 +6,11 @@ import hashlib
 
 import torch
 
-from ..reference.spread import spread_tokens
-from .checks import check_choice, check_floating
+from ..shared.spread import spread_tokens
+from .checks import check_choice, check_count, check_floating
 
 OP = "initial_bases"
-INITIALIZATIONS = ("gaussian", "tokens", "previous")
+INITIALIZATIONS = ("gaussian", "tokens")
 
 
 def standard_normals(timestep: torch.Tensor, sizes: list[int], *, seed: int) -> torch.Tensor:
@@ -55,7 +55,6 @@ def initial_bases(
     *,
     init: str = "tokens",
     normals: torch.Tensor | None = None,
-    previous: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bases to start EM from.
 
@@ -66,9 +65,7 @@ def initial_bases(
             standard deviation over the n tokens (the authors' code; std of one token is 0).
             "tokens": K tokens from all over the video, one from each of K equal stretches, each
             time at another place in it (repeated where n < K).
-            "previous": `previous` as it is (warm start from the timestep before).
         normals: for "gaussian": float32, broadcastable to [..., K, D] (see `standard_normals`).
-        previous: for "previous": bases [..., K, D].
 
     Returns:
         float32 [..., K, D] (float64 for float64 features).
@@ -76,29 +73,24 @@ def initial_bases(
     Raises:
         ValueError: an unknown `init`, or the tensor that it needs is missing or misshapen.
     """
-    check_floating(OP, features=features, normals=normals, previous=previous)
+    check_floating(OP, features=features, normals=normals)
     check_choice(OP, "init", init, INITIALIZATIONS)
+    check_count(OP, "num_bases", num_bases)
     num_tokens = features.shape[-2]
-    if num_bases < 1 or num_tokens < 1:
-        raise ValueError(
-            f"{OP}: num_bases is {num_bases} and features are {list(features.shape)}; "
-            "there must be at least one base and one token"
-        )
+    if num_tokens < 1:
+        raise ValueError(f"{OP}: features are {list(features.shape)}; there must be a token")
     shape = (*features.shape[:-2], num_bases, features.shape[-1])
     compute = torch.promote_types(features.dtype, torch.float32)
     if init == "tokens":
         index = spread_tokens(num_tokens, num_bases, features.device)
         return features.index_select(-2, index).to(compute)
-    name, given = ("normals", normals) if init == "gaussian" else ("previous", previous)
-    if given is None:
-        raise ValueError(f'{OP}: init="{init}" needs the argument {name}')
+    if normals is None:
+        raise ValueError(f'{OP}: init="gaussian" needs the argument normals')
     try:
-        given = given.to(compute).expand(shape)
+        normals = normals.to(compute).expand(shape)
     except RuntimeError as error:
         raise ValueError(
-            f"{OP}: {name} is {list(given.shape)}; it must broadcast to {list(shape)}"
+            f"{OP}: normals is {list(normals.shape)}; it must broadcast to {list(shape)}"
         ) from error
-    if init == "previous":
-        return given
     std, mean = torch.std_mean(features, dim=-2, correction=min(1, num_tokens - 1), keepdim=True)
-    return mean.to(compute) + std.to(compute) * given
+    return mean.to(compute) + std.to(compute) * normals

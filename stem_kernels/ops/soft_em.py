@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import select
-from .checks import check_choice
+from .checks import check_choice, check_count
 from .em_statistics import check_em_inputs
 
 OP = "soft_em"
@@ -16,7 +16,7 @@ EMPTY_POLICIES = ("zero", "mask", "reseed")
 
 
 class SoftEM(NamedTuple):
-    """Converged bases [..., K, D], payload bases [..., K, E] or None, mass [..., K]; float32.
+    """Bases [..., K, D], payload bases [..., K, E] or None, mass [..., K]; float32 or float64.
 
     Unless `empty="zero"`, the mass of an empty base is exactly 0.
     """
@@ -42,8 +42,8 @@ def soft_em(
     $$m_k \leftarrow \text{sums}_k / (\text{mass}_k + 10^{-4})$$
 
     and after the last iteration $v_k = \text{payload\_sums}_k / (\text{mass}_k + 10^{-4})$ with
-    the same responsibilities that made the last bases (see `em_statistics`). Nothing waits for
-    the device between iterations.
+    the same responsibilities that made the last bases (see `em_statistics`, `em_update`). Nothing
+    waits for the device between iterations.
 
     A base is empty if its mass is below 0.01 * min(1, n / K), a hundredth of one token (or of an
     even share, where tokens are fewer than bases); some base always has more than that.
@@ -73,8 +73,7 @@ def soft_em(
     """
     check_em_inputs(OP, features, bases, payload, temperature)
     check_choice(OP, "empty", empty, EMPTY_POLICIES)
-    if num_iters < 1:
-        raise ValueError(f"{OP}: num_iters is {num_iters}; it must be at least 1")
+    check_count(OP, "num_iters", num_iters)
     if features.shape[-2] == 0:
         raise ValueError(f"{OP}: features are {list(features.shape)}; there must be a token")
     tensors = {"features": features, "bases": bases, "payload": payload}

@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.em_statistics import NORM_EPS
-from ..reference.soft_em import MASS_EPS
+from ..shared.bases import MASS_EPS, NORM_EPS
 from ..tuning import tile_for
 from . import on_device_of
 
