@@ -89,14 +89,13 @@ class Handle:
             return
         replaced = self._replaced()
         for name, processor in self._saved.items():
-            if name in replaced:
-                logger.warning(
-                    "%s has got another processor since it was enabled (%s); that one stays",
-                    name,
-                    type(replaced[name]).__name__,
-                )
-            else:
+            if name not in replaced:
                 self._attentions[name].set_processor(processor)
+        if replaced:
+            logger.warning(
+                "others have put a processor into %s since this was enabled; those stay",
+                ", ".join(f"{name} ({type(other).__name__})" for name, other in replaced.items()),
+            )
         if self._hook is not None:
             self._hook.remove()
         self._saved = {}

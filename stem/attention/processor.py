@@ -24,6 +24,9 @@ class RowLayout:
     def __init__(self, num_frames: int | None, pipeline: Any = None) -> None:
         self.num_frames = num_frames
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        # A distilled UNet is told the scale and sees one branch.
+        unet = getattr(pipeline, "unet", None)
+        self._scale_embedded = unet is not None and unet.config.time_cond_proj_dim is not None
 
     def frames(self, rows: int) -> int:
         """The number of frames of each video in a batch of so many rows.
@@ -49,8 +52,11 @@ class RowLayout:
         )
 
     def _guidance_branches(self) -> int:
+        # As the pipelines' own `do_classifier_free_guidance`, which torch.compile cannot trace from
+        # inside their UNet.
         pipeline = None if self._pipeline is None else self._pipeline()
-        return 2 if getattr(pipeline, "do_classifier_free_guidance", False) else 1
+        scale = getattr(pipeline, "guidance_scale", None)
+        return 2 if scale is not None and scale > 1 and not self._scale_embedded else 1
 
 
 class VideoAttentionProcessor(ABC):
