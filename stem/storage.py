@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 _PARTIAL = re.compile(r"\.(\d+)\.part(ial)?$")
 _DIGEST = "sha256"
@@ -98,13 +98,14 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         FileNotFoundError: there is no such file.
         DamagedFileError: it is not what was written.
     """
+    # Read whole: a mapped file that is cut short later would end the process.
+    data = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = load(data)
     except SafetensorError as error:
-        size = path.stat().st_size
-        raise DamagedFileError(f"{path} is damaged ({error}; {size} bytes)") from error
+        raise DamagedFileError(f"{path} is damaged ({error}; {len(data)} bytes)") from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata: dict[str, str] = header.get("__metadata__", {})
     digest = metadata.pop(_DIGEST, None)
     if digest is None:
         raise DamagedFileError(f"{path} has no checksum; this version did not write it")
