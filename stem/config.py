@@ -39,6 +39,10 @@ class StemConfig:
         num_frames: Number of consecutive rows of a batch that are one video with bases of its
             own. None: one row a video, where the pipeline that was enabled says that a batch
             holds one image, or its two guidance branches; any other batch is an error then.
+        chunk: Number of frames that go through the UNet at once; None: all of a video. Chunks of
+            one video share their bases; `num_frames` must be given.
+        fit_frames: Number of frames, spread evenly, that the bases are found on; every frame then
+            attends to them. None: all frames.
         seed: Seed of the Gaussian initial bases, used with the layer and the timestep.
         backend: Backend of the operators, "auto", "triton", "cuda" or "torch".
 
@@ -63,6 +67,8 @@ class StemConfig:
     empty: str = "mask"
     proportional: bool = True
     num_frames: int | None = None
+    chunk: int | None = None
+    fit_frames: int | None = None
     seed: int = 0
     backend: str = "auto"
 
@@ -76,7 +82,11 @@ class StemConfig:
         _check_choice("init", self.init, INITIALIZATIONS)
         _check_choice("empty", self.empty, EMPTY_POLICIES)
         _check_choice("backend", self.backend, ("auto", *BACKENDS))
-        _check_frames(self.num_frames)
+        _check_frames(self)
+        if self.fit_frames is not None:
+            _check_count("fit_frames", self.fit_frames)
+            if self.num_frames is None:
+                raise ValueError(f"fit_frames is {self.fit_frames}; it needs num_frames, too")
         if not isinstance(self.proportional, bool):
             raise ValueError(f"proportional is {self.proportional!r}; it must be True or False")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
@@ -105,11 +115,13 @@ class SparseCausalConfig:
             to the video) or "first", "mid", "last". Default: the previous and the first.
         min_channels: Least number of channels; narrower layers keep per-frame attention.
         num_frames: Number of rows that are one video, as in `StemConfig`.
+        chunk: Number of frames that go through the UNet at once, as in `StemConfig`.
     """
 
     frames: tuple[int | str, ...] = (-1, "first")
     min_channels: int = 0
     num_frames: int | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.frames, (int, str)):
@@ -128,7 +140,7 @@ class SparseCausalConfig:
             raise ValueError(
                 f"min_channels is {self.min_channels!r}; it must be a whole number of at least 0"
             )
-        _check_frames(self.num_frames)
+        _check_frames(self)
 
     @classmethod
     def mid(cls, **changes: Any) -> SparseCausalConfig:
@@ -142,15 +154,34 @@ class InflatedConfig:
 
     Args:
         num_frames: Number of rows that are one video, as in `StemConfig`.
+        chunk: Number of frames that go through the UNet at once, as in `StemConfig`; the keys and
+            values of all frames are held for one layer at a time.
     """
 
     num_frames: int | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
-        _check_frames(self.num_frames)
+        _check_frames(self)
 
 
-AttentionConfig = StemConfig | SparseCausalConfig | InflatedConfig
+@dataclass(frozen=True)
+class PerFrameConfig:
+    """The UNet's own attention, each frame by itself.
+
+    Args:
+        num_frames: Number of rows that are one video, as in `StemConfig`.
+        chunk: Number of frames that go through the UNet at once, as in `StemConfig`.
+    """
+
+    num_frames: int | None = None
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_frames(self)
+
+
+AttentionConfig = StemConfig | SparseCausalConfig | InflatedConfig | PerFrameConfig
 
 
 def _check_count(name: str, value: int) -> None:
@@ -158,9 +189,13 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
-def _check_frames(value: int | None) -> None:
-    if value is not None:
-        _check_count("num_frames", value)
+def _check_frames(config: AttentionConfig) -> None:
+    for name in ("num_frames", "chunk"):
+        value = getattr(config, name)
+        if value is not None:
+            _check_count(name, value)
+    if config.chunk is not None and config.num_frames is None:
+        raise ValueError(f"chunk is {config.chunk}; it needs num_frames, the frames of one video")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

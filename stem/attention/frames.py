@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import SparseCausalConfig
+from .exchange import Lockstep
 from .processor import RowLayout, VideoAttentionProcessor, project_keys_and_values
 
 
@@ -20,18 +21,54 @@ class SparseCausalProcessor(VideoAttentionProcessor):
 
     def attend(self, attn: Attention, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         videos, frames, num_tokens, _ = tokens.shape
-        key, value = project_keys_and_values(attn, tokens, videos)
-        seen = seen_frames(self.seen, frames).to(tokens.device)
+        key, value = (
+            per_video.unflatten(2, (frames, num_tokens))
+            for per_video in project_keys_and_values(attn, tokens, videos)
+        )
+        if self.layout.exchange is None:
+            seen = seen_frames(self.seen, frames)
+        else:
+            key, value, seen = self._with_neighbours(self.layout.exchange, key, value)
+        seen = seen.to(tokens.device)
 
-        # [videos, h, frames * S, d] -> [videos * frames, h, len(seen) * S, d]
-        def gathered(per_video: torch.Tensor) -> torch.Tensor:
-            per_frame = per_video.unflatten(2, (frames, num_tokens))
+        # [videos, h, frames, S, d] -> [videos * frames, h, len(seen) * S, d]
+        def gathered(per_frame: torch.Tensor) -> torch.Tensor:
             chosen = per_frame[:, :, seen].flatten(3, 4)
             return chosen.transpose(1, 2).flatten(0, 1)
 
         per_frame_query = query.unflatten(2, (frames, num_tokens)).transpose(1, 2).flatten(0, 1)
         attended = scaled_dot_product_attention(per_frame_query, gathered(key), gathered(value))
         return attended.unflatten(0, (videos, frames)).transpose(1, 2).flatten(2, 3)
+
+    def _with_neighbours(
+        self, exchange: Lockstep, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values of what other chunks' frames see and of the running chunk's own frames,
+        and where among them each of these finds what it sees."""
+        seen = seen_frames(self.seen, exchange.num_frames)
+        offered = []
+        first = 0
+        for frames in exchange.chunks:
+            own = range(first, first + len(frames))
+            others = torch.cat([seen[: own.start], seen[own.stop :]]).unique().tolist()
+            offered.append([frame for frame in others if frame in own])
+            first = own.stop
+        mine = [frame - exchange.position for frame in offered[exchange.number]]
+        keys, values = exchange.meet(
+            (key[:, :, mine], value[:, :, mine]),
+            lambda parts: tuple(torch.cat(column, dim=2) for column in zip(*parts, strict=True)),
+            counts=[len(frames) for frames in offered],
+            dim=2,
+        )
+        own = range(exchange.position, exchange.position + len(exchange.running))
+        held = [frame for frames in offered for frame in frames]
+        places = {frame: place for place, frame in enumerate([*held, *own])}
+        found = [[places[frame] for frame in row] for row in seen[own.start : own.stop].tolist()]
+        return (
+            torch.cat([keys, key], dim=2),
+            torch.cat([values, value], dim=2),
+            torch.tensor(found),
+        )
 
 
 def seen_frames(seen: tuple[int | str, ...], frames: int) -> torch.Tensor:
@@ -52,6 +89,14 @@ class InflatedProcessor(VideoAttentionProcessor):
 
     def attend(self, attn: Attention, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         key, value = project_keys_and_values(attn, tokens, tokens.shape[0])
+        exchange = self.layout.exchange
+        if exchange is not None:
+            key, value = exchange.meet(
+                (key, value),
+                lambda parts: tuple(torch.cat(column, 2) for column in zip(*parts, strict=True)),
+                counts=[len(frames) * tokens.shape[2] for frames in exchange.chunks],
+                dim=2,
+            )
         if not torch.compiler.is_compiling():
             check_memory(self.name, query, key, value)
         return scaled_dot_product_attention(query, key, value)

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-from ..config import AttentionConfig, SparseCausalConfig, StemConfig
+from ..config import AttentionConfig, PerFrameConfig, SparseCausalConfig, StemConfig
+from .chunks import ChunkedForward
 from .frames import InflatedProcessor, SparseCausalProcessor
 from .processor import RowLayout, VideoAttentionProcessor
 from .stem import StemProcessor, StemState, bases_shape
@@ -46,16 +48,41 @@ class Handle:
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, config: AttentionConfig, pipeline: Any = None
+        self,
+        unet: UNet2DConditionModel,
+        config: AttentionConfig,
+        pipeline: Any = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.unet = unet
         self.config = config
         self._saved: dict[str, Any] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._forward_before: Any = None
         self._warned = False
         self._attentions = self_attentions(unet)
         layout = RowLayout(config.num_frames, pipeline)
         self._processors, self.state = make_processors(self._attentions, config, layout)
+        self._chunked: ChunkedForward | None = None
+        if config.chunk is not None or self._fit_frames is not None or group is not None:
+            assert config.num_frames is not None
+            self._chunked = ChunkedForward(
+                unet.forward,
+                layout,
+                config.chunk or config.num_frames,
+                fit_frames=self._fit_frames,
+                state=self.state,
+                group=group,
+            )
+
+    @property
+    def chunk(self) -> int | None:
+        """The number of frames that go through the UNet at once; None: all of a batch."""
+        return None if self._chunked is None else self._chunked.chunk
+
+    @property
+    def _fit_frames(self) -> int | None:
+        return self.config.fit_frames if isinstance(self.config, StemConfig) else None
 
     @property
     def active(self) -> bool:
@@ -96,6 +123,10 @@ class Handle:
                 "others have put a processor into %s since this was enabled; those stay",
                 ", ".join(f"{name} ({type(other).__name__})" for name, other in replaced.items()),
             )
+        if self._chunked is not None and self.unet.__dict__.get("forward") is self._chunked:
+            del self.unet.forward
+            if self._forward_before is not None:
+                self.unet.forward = self._forward_before
         if self._hook is not None:
             self._hook.remove()
         self._saved = {}
@@ -106,6 +137,9 @@ class Handle:
         for name, processor in self._processors.items():
             self._saved[name] = self._attentions[name].processor
             self._attentions[name].set_processor(processor)
+        if self._chunked is not None:
+            self._forward_before = self.unet.__dict__.get("forward")
+            self.unet.forward = self._chunked
         self._hook = self.unet.register_forward_pre_hook(self._begin, with_kwargs=True)
         setattr(self.unet, _ATTRIBUTE, self)
 
@@ -185,10 +219,17 @@ def make_processors(
             for name, attention in attentions.items()
             if attention.query_dim >= config.min_channels
         }, None
+    if isinstance(config, PerFrameConfig):
+        return {}, None
     return {name: InflatedProcessor(name, layout) for name in attentions}, None
 
 
-def enable(target: Any, config: AttentionConfig | None = None) -> Handle:
+def enable(
+    target: Any,
+    config: AttentionConfig | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Handle:
     """Put an attention mechanism into every self-attention of a UNet.
 
     Enabling again replaces the mechanism that is on; one `disable` still restores what was there
@@ -199,7 +240,9 @@ def enable(target: Any, config: AttentionConfig | None = None) -> Handle:
         target: Pipeline with a `UNet2DConditionModel`, or such a UNet (also compiled, or with
             LoRA).
         config: Configuration of the mechanism: `StemConfig()` if None; a `SparseCausalConfig` or
-            an `InflatedConfig` puts those mechanisms in.
+            an `InflatedConfig` puts those mechanisms in, a `PerFrameConfig` leaves the UNet's own.
+        group: Process group whose ranks share the chunks of every call; all of them must make
+            the same calls, and all get the whole output. None: this process runs all chunks.
 
     Returns:
         A `Handle`, whose `disable()` undoes it.
@@ -213,10 +256,12 @@ def enable(target: Any, config: AttentionConfig | None = None) -> Handle:
     config = StemConfig() if config is None else config
     if not isinstance(config, AttentionConfig):
         raise TypeError(
-            f"config is a {type(config).__name__}; it must be a StemConfig, a SparseCausalConfig "
-            "or an InflatedConfig"
+            f"config is a {type(config).__name__}; it must be a StemConfig, a SparseCausalConfig, "
+            "an InflatedConfig or a PerFrameConfig"
         )
-    handle = Handle(unet, config, target if hasattr(target, "unet") else None)
+    if group is not None and config.num_frames is None:
+        raise ValueError("a process group needs num_frames, the frames of one video")
+    handle = Handle(unet, config, target if hasattr(target, "unet") else None, group)
     with _lock:
         _check_owner(unet)
         _remove_from(unet)
@@ -240,14 +285,19 @@ def disable(target: Any) -> None:
 
 
 @contextlib.contextmanager
-def enabled(target: Any, config: AttentionConfig | None = None) -> Iterator[Handle]:
+def enabled(
+    target: Any,
+    config: AttentionConfig | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Iterator[Handle]:
     """`enable` for the length of a `with` block; afterwards what was on before is on again.
 
     Raises:
         RuntimeError: another thread has this UNet in such a block. Blocks of one thread nest.
     """
     with plain(target):
-        yield enable(target, config)
+        yield enable(target, config, group=group)
 
 
 @contextlib.contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 
 from ..profiling import nvtx_range
+from .exchange import Lockstep
 
 
 class RowLayout:
@@ -19,10 +22,15 @@ class RowLayout:
         num_frames: Number of consecutive rows that are one video; None where nobody said.
         pipeline: Pipeline of the UNet, which knows whether a batch holds guidance branches; None
             where only the UNet is known.
+
+    Attributes:
+        exchange: Exchange in which the running chunk meets the others of its video; None while
+            whole videos go through the UNet.
     """
 
     def __init__(self, num_frames: int | None, pipeline: Any = None) -> None:
         self.num_frames = num_frames
+        self.exchange: Lockstep | None = None
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         # A distilled UNet is told the scale and sees one branch.
         unet = getattr(pipeline, "unet", None)
@@ -34,6 +42,8 @@ class RowLayout:
         Raises:
             ValueError: the rows do not divide into videos, or nothing tells what they are.
         """
+        if self.exchange is not None:
+            return len(self.exchange.running)
         if self.num_frames is not None:
             if rows % self.num_frames:
                 raise ValueError(
@@ -50,6 +60,15 @@ class RowLayout:
             "may be frames of one video or separate images, and nothing says which: enable with "
             "num_frames, the number of rows that are one video (num_frames=1 for images)"
         )
+
+    @contextlib.contextmanager
+    def exchanging(self, exchange: Lockstep) -> Iterator[None]:
+        """Rows are those of the exchange's running chunk for the length of a `with` block."""
+        before, self.exchange = self.exchange, exchange
+        try:
+            yield
+        finally:
+            self.exchange = before
 
     def _guidance_branches(self) -> int:
         # As the pipelines' own `do_classifier_free_guidance`, which torch.compile cannot trace from

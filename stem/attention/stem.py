@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +14,9 @@ from stem_kernels import attention_bias, basis_attention, initial_bases, soft_em
 from stem_kernels.ops.soft_em import SoftEM
 
 from ..config import StemConfig
+from .exchange import Lockstep
 from .processor import RowLayout, VideoAttentionProcessor, project_keys_and_values
+from .shared_em import shared_em
 
 
 @dataclass
@@ -47,26 +51,61 @@ class StemState:
         pairs = zip(drawn.split(sizes), self.bases_shapes, strict=True)
         self._normals = [numbers.view(shape) for numbers, shape in pairs]
 
-    def converge(self, layer: int, features: torch.Tensor, payload: torch.Tensor | None) -> SoftEM:
-        """The bases of one layer for this forward pass. features [videos, (h,) n, D]."""
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[dict[int, SoftEM]]:
+        """The bases that layers converge to within a `with` block; they are filled in at its end
+        and stay in `bases` where `recording` is on."""
+        before, self.recording = self.recording, True
+        found: dict[int, SoftEM] = {}
+        try:
+            yield found
+            found.update(self.bases)
+        finally:
+            self.recording = before
+            if not before:
+                self.bases = {}
+
+    @contextlib.contextmanager
+    def replaying(self, bases: dict[int, SoftEM]) -> Iterator[None]:
+        """Layers take these bases for the length of a `with` block."""
+        before, self.replayed = self.replayed, bases
+        try:
+            yield
+        finally:
+            self.replayed = before
+
+    def converge(
+        self,
+        layer: int,
+        features: torch.Tensor,
+        payload: torch.Tensor | None,
+        exchange: Lockstep | None = None,
+    ) -> SoftEM:
+        """The bases of one layer for this forward pass.
+
+        Args:
+            layer: Index of the layer.
+            features: Tokens [videos, (h,) n, D], of the running chunk where there is an exchange.
+            payload: Values [videos, (h,) n, E] that ride along, or None.
+            exchange: Exchange through which the chunks of a video share their bases; None: the
+                tokens are those of whole videos.
+        """
         config = self.config
         if self.replayed is not None:
             return self._replay(layer, features)
-        start = initial_bases(
-            features,
-            config.num_bases,
-            init=config.init,
-            normals=self._normals[layer].to(features.device) if self._normals else None,
-        )
-        found = soft_em(
-            features,
-            start,
-            num_iters=config.num_iters,
-            temperature=config.temperature,
-            payload=payload,
-            empty=config.empty,
-            backend=config.backend,
-        )
+        normals = self._normals[layer].to(features.device) if self._normals else None
+        if exchange is None:
+            found = soft_em(
+                features,
+                initial_bases(features, config.num_bases, init=config.init, normals=normals),
+                num_iters=config.num_iters,
+                temperature=config.temperature,
+                payload=payload,
+                empty=config.empty,
+                backend=config.backend,
+            )
+        else:
+            found = shared_em(exchange, config, features, payload, normals)
         if self.recording:
             payload = None if found.payload is None else found.payload.detach()
             self.bases[layer] = SoftEM(found.bases.detach(), payload, found.mass.detach())
@@ -110,15 +149,15 @@ class StemProcessor(VideoAttentionProcessor):
         self.state = state
 
     def attend(self, attn: Attention, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        config = self.state.config
+        config, exchange = self.state.config, self.layout.exchange
         videos = tokens.shape[0]
         if config.space == "feature":
-            found = self.state.converge(self.layer, tokens.flatten(1, 2), None)
+            found = self.state.converge(self.layer, tokens.flatten(1, 2), None, exchange)
             key, value = project_keys_and_values(attn, found.bases.to(tokens.dtype), videos)
             mass = found.mass.unsqueeze(1)
         else:
             keys, values = project_keys_and_values(attn, tokens, videos)
-            found = self.state.converge(self.layer, keys, values)
+            found = self.state.converge(self.layer, keys, values, exchange)
             assert found.payload is not None
             key, value = found.bases.to(query.dtype), found.payload.to(query.dtype)
             mass = found.mass

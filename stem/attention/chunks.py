@@ -1,0 +1,138 @@
+"""A UNet call over all frames of a video, cut into chunks of frames."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .exchange import Lockstep
+from .processor import RowLayout
+from .stem import StemState
+
+logger = logging.getLogger("stem")
+
+Forward = Callable[..., Any]
+
+
+class ChunkedForward:
+    """Takes the place of a UNet's `forward`: rows [video, frame] go through it chunk by chunk.
+
+    Where memory runs out within a chunk, the chunk is halved and the pass begins again; the log
+    says so. (Not with several processes: there a rank that fails ends the run.)
+
+    Args:
+        forward: The UNet's own `forward`.
+        layout: Layout of the rows, shared with the attention processors.
+        chunk: Number of frames in a chunk.
+        fit_frames: Number of frames that STEM's bases are found on; None: all.
+        state: State of STEM's layers; None for other mechanisms.
+        group: Process group whose ranks share the chunks; None: this process runs all.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        layout: RowLayout,
+        chunk: int,
+        *,
+        fit_frames: int | None = None,
+        state: StemState | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.forward = forward
+        self.layout = layout
+        self.chunk = chunk
+        self.fit_frames = fit_frames
+        self.state = state
+        self.group = group
+
+    def __call__(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return_dict = kwargs.pop("return_dict", True)
+        while True:
+            try:
+                found = self._in_chunks(sample, args, kwargs)
+                break
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or self.chunk == 1 or self.group is not None:
+                    raise
+                # Outside the handler, whose traceback holds the failed pass's memory.
+                failed = self.chunk
+            self.chunk = (failed + 1) // 2
+            if sample.device.type == "cuda":
+                torch.cuda.empty_cache()
+            logger.warning(
+                "memory ran out in a chunk of %d frames; going on in chunks of %d, whose results "
+                "differ in the last bits",
+                failed,
+                self.chunk,
+            )
+        if not return_dict:
+            return (found,)
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+        return UNet2DConditionOutput(sample=found)
+
+    def _in_chunks(self, sample: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        rows = sample.shape[0]
+        frames = self.layout.frames(rows)
+        videos = rows // frames
+
+        def call(chosen: list[int]) -> torch.Tensor:
+            part, others, named = (
+                _rows_of(given, rows, videos, chosen) for given in (sample, args, kwargs)
+            )
+            out = self.forward(part, *others, **named, return_dict=False)[0]
+            return out.unflatten(0, (videos, len(chosen)))
+
+        def together(chosen: Sequence[int]) -> torch.Tensor:
+            exchange = Lockstep(chosen, min(self.chunk, len(chosen)), self.group)
+            with self.layout.exchanging(exchange):
+                return exchange.run(call, dim=1)
+
+        state = self.state
+        if self.fit_frames is None or state is None or state.replayed is not None:
+            return together(range(frames)).flatten(0, 1)
+        fit = spread_frames(frames, self.fit_frames)
+        out = sample.new_empty(())
+        with state.recorded() as bases:
+            fitted = together(fit)
+        rest = sorted(set(range(frames)) - set(fit))
+        out = fitted.new_empty((videos, frames, *fitted.shape[2:]))
+        out[:, fit] = fitted
+        if rest:
+            with state.replaying(bases):
+                out[:, rest] = together(rest)
+        return out.flatten(0, 1)
+
+
+def spread_frames(num_frames: int, count: int) -> list[int]:
+    """`count` frame numbers spread evenly over a video, the middle of as many equal stretches."""
+    count = min(count, num_frames)
+    return [(2 * index + 1) * num_frames // (2 * count) for index in range(count)]
+
+
+def _rows_of(given: Any, rows: int, videos: int, frames: list[int]) -> Any:
+    """The rows [video, frame] of some frames, of every tensor that has a row for each."""
+    if isinstance(given, torch.Tensor):
+        if given.ndim == 0 or given.shape[0] != rows:
+            return given
+        by_frame = given.unflatten(0, (videos, rows // videos))
+        first, last = frames[0], frames[-1]
+        if last - first + 1 == len(frames):
+            return by_frame[:, first : last + 1].flatten(0, 1)
+        return by_frame[:, frames].flatten(0, 1)
+    if isinstance(given, dict):
+        return {name: _rows_of(value, rows, videos, frames) for name, value in given.items()}
+    if isinstance(given, (tuple, list)):
+        return type(given)(_rows_of(value, rows, videos, frames) for value in given)
+    return given
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # torch has no exception of its own for a CPU that has no memory left.
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "can't allocate memory" in str(error)

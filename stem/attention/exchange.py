@@ -1,0 +1,193 @@
+"""Where the chunks of a video meet in a layer that needs the whole of it.
+
+A chunk is a run of frames that goes through the UNet by itself. `Lockstep` runs every chunk up to
+its next meeting, brings together what they carry, and lets each of them go on: one chunk computes
+at a time, and only what waits (residual streams, skip connections) is held for all. With a process
+group the chunks are spread over its ranks, and what they carry is gathered from all of them.
+
+Everything is merged in the order of the chunks, so bits depend on the size of a chunk and not on
+how many devices hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from greenlet import GreenletExit, getcurrent, greenlet
+
+Merged = TypeVar("Merged")
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """What one chunk brings to a meeting.
+
+    Args:
+        tensors: Tensors of this chunk.
+        merge: Function of the tensors of all chunks, in their order.
+        counts: Sizes of the tensors along `dim`, a chunk each; None: all have one shape.
+        dim: Dimension along which sizes differ.
+    """
+
+    tensors: Tensors
+    merge: Callable[[list[Tensors]], Any]
+    counts: Sequence[int] | None
+    dim: int
+
+
+class Lockstep:
+    """Chunks of one video that run in turns and meet.
+
+    Args:
+        frames: Numbers of the video's frames that go through the UNet, ascending.
+        chunk: Number of frames in a chunk, at least 1; the last may have fewer.
+        group: Process group whose ranks share the chunks; None: this process runs all.
+
+    Raises:
+        ValueError: there are fewer chunks than ranks.
+    """
+
+    def __init__(
+        self, frames: Sequence[int], chunk: int, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.num_frames = len(frames)
+        starts = range(0, len(frames), chunk)
+        self.chunks = [list(frames[start : start + chunk]) for start in starts]
+        self._group = group
+        ranks = 1 if group is None else group.size()
+        if len(self.chunks) < ranks:
+            raise ValueError(
+                f"{len(frames)} frames in chunks of {chunk} are {len(self.chunks)} chunks, fewer "
+                f"than the {ranks} processes; take chunks of at most {len(frames) // ranks} frames"
+            )
+        edges = [rank * len(self.chunks) // ranks for rank in range(ranks + 1)]
+        self._of_rank = [range(start, end) for start, end in pairwise(edges)]
+        self._own = self._of_rank[0 if group is None else group.rank()]
+        self._running = 0
+
+    @property
+    def running(self) -> list[int]:
+        """The numbers of the frames of the chunk that computes now."""
+        return self.chunks[self._running]
+
+    @property
+    def number(self) -> int:
+        """The number of the running chunk."""
+        return self._running
+
+    @property
+    def position(self) -> int:
+        """The position of the running chunk's first frame among all frames of this run."""
+        return sum(map(len, self.chunks[: self._running]))
+
+    def run(self, call: Callable[[list[int]], torch.Tensor], dim: int = 0) -> torch.Tensor:
+        """Run every chunk, and join the results.
+
+        Args:
+            call: Function of the numbers of a chunk's frames; inside it `meet` may be called, by
+                every chunk equally often.
+            dim: Dimension of the results along which frames lie.
+
+        Returns:
+            The results of all chunks, joined along `dim`, on every rank.
+
+        Raises:
+            RuntimeError: some chunks meet and others have ended.
+            Exception: what a chunk raised; the others are ended first.
+        """
+        waiting: dict[int, Any] = {index: self.chunks[index] for index in self._own}
+        greenlets = {index: greenlet(call) for index in self._own}
+        results: list[Tensors] = []
+        try:
+            while waiting:
+                meetings: list[_Meeting] = []
+                for index, given in waiting.items():
+                    self._running = index
+                    answer = greenlets[index].switch(given)
+                    if isinstance(answer, _Meeting):
+                        meetings.append(answer)
+                    else:
+                        results.append((answer,))
+                if not meetings:
+                    break
+                if results:
+                    raise RuntimeError("some chunks of a video wait for others that have ended")
+                merged = meetings[0].merge(
+                    self._collect(
+                        [meeting.tensors for meeting in meetings],
+                        meetings[0].counts,
+                        meetings[0].dim,
+                    )
+                )
+                del meetings, answer
+                waiting = dict.fromkeys(waiting, merged)
+        finally:
+            for running in greenlets.values():
+                if not running.dead:
+                    running.throw(GreenletExit)
+        counts = [len(frames) for frames in self.chunks]
+        gathered = self._collect(results, counts, dim)
+        return torch.cat([result for (result,) in gathered], dim)
+
+    def meet(
+        self,
+        tensors: Tensors,
+        merge: Callable[[list[Tensors]], Merged],
+        *,
+        counts: Sequence[int] | None = None,
+        dim: int = 0,
+    ) -> Merged:
+        """Wait until every chunk has come here, and take what `merge` makes of all they bring.
+
+        Args:
+            tensors: Tensors of the running chunk.
+            merge: Function of the tensors of all chunks, in the order of the chunks. It is called
+                once on every rank, and its result is every chunk's: it must not be changed.
+            counts: Sizes of the tensors along `dim`, a chunk each; None: all have one shape.
+            dim: Dimension along which sizes differ.
+        """
+        found: Merged = getcurrent().parent.switch(_Meeting(tensors, merge, counts, dim))
+        return found
+
+    def _collect(self, own: list[Tensors], counts: Sequence[int] | None, dim: int) -> list[Tensors]:
+        """The tensors of the chunks of all ranks, of those of this one."""
+        if self._group is None:
+            return own
+        columns = [
+            self._gather([tensors[column] for tensors in own], counts, dim)
+            for column in range(len(own[0]))
+        ]
+        return list(zip(*columns, strict=True))
+
+    def _gather(
+        self, own: list[torch.Tensor], counts: Sequence[int] | None, dim: int
+    ) -> list[torch.Tensor]:
+        assert self._group is not None
+        most = max(map(len, self._of_rank))
+        shape = list(own[0].shape)
+        if counts is not None:
+            shape[dim] = max(1, *counts)
+        sent = own[0].new_zeros((most, *shape))
+        for place, tensor in zip(sent, own, strict=False):
+            place.narrow(dim, 0, tensor.shape[dim]).copy_(tensor) if counts else place.copy_(tensor)
+        received = [torch.empty_like(sent) for _ in self._of_rank]
+        dist.all_gather(received, sent, group=self._group)
+        found = []
+        for places, chunks in zip(received, self._of_rank, strict=True):
+            for place, index in zip(places, chunks, strict=False):
+                found.append(place if counts is None else place.narrow(dim, 0, counts[index]))
+        return found
+
+
+def in_order(statistics: list[Tensors]) -> Tensors:
+    """Sums over chunks, added in the order of the chunks."""
+    totals = list(statistics[0])
+    for tensors in statistics[1:]:
+        totals = [total + tensor for total, tensor in zip(totals, tensors, strict=True)]
+    return tuple(totals)
