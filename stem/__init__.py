@@ -2,7 +2,7 @@
 
 from .attention import Handle, disable, enable, enabled
 from .compare import compare
-from .config import InflatedConfig, SparseCausalConfig, StemConfig
+from .config import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
 from .inversion import InversionFolder, invert, reconstruct
 from .models import load_pipeline, random_pipeline
 from .video import Video, read_video, write_video
@@ -13,6 +13,7 @@ __all__ = [
     "Handle",
     "InflatedConfig",
     "InversionFolder",
+    "PerFrameConfig",
     "SparseCausalConfig",
     "StemConfig",
     "Video",

@@ -79,6 +79,25 @@ class Video:
     fps: Fraction
     notes: tuple[str, ...] = ()
 
+    @property
+    def num_frames(self) -> int:
+        """The number N of frames."""
+        return self.frames.shape[0]
+
+    @property
+    def height(self) -> int:
+        """The height H in pixels."""
+        return self.frames.shape[1]
+
+    @property
+    def width(self) -> int:
+        """The width W in pixels."""
+        return self.frames.shape[2]
+
+    def parts(self, count: int) -> Iterator[torch.Tensor]:
+        """The frames, `count` at a time (the last part may have fewer): uint8 [n, H, W, 3]."""
+        yield from self.frames.cpu().split(count)
+
 
 def read_video(
     path: str | os.PathLike[str],

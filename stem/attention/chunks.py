@@ -89,7 +89,10 @@ class ChunkedForward:
             return out.unflatten(0, (videos, len(chosen)))
 
         def together(chosen: Sequence[int]) -> torch.Tensor:
-            exchange = Lockstep(chosen, min(self.chunk, len(chosen)), self.group)
+            group = self.group
+            if group is not None and len(chosen) < frames and not self._enough(len(chosen)):
+                group = None  # a part of the video too short to share: every rank runs it
+            exchange = Lockstep(chosen, min(self.chunk, len(chosen)), group)
             with self.layout.exchanging(exchange):
                 return exchange.run(call, dim=1)
 
@@ -107,6 +110,10 @@ class ChunkedForward:
             with state.replaying(bases):
                 out[:, rest] = together(rest)
         return out.flatten(0, 1)
+
+    def _enough(self, frames: int) -> bool:
+        """Whether so many frames are a chunk for each rank at least."""
+        return self.group is not None and -(-frames // self.chunk) >= self.group.size()
 
 
 def spread_frames(num_frames: int, count: int) -> list[int]:

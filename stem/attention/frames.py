@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 from diffusers.models.attention_processor import Attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import SparseCausalConfig
 from .exchange import Lockstep
+from .memory import free_bytes
 from .processor import RowLayout, VideoAttentionProcessor, project_keys_and_values
 
 
@@ -128,12 +128,3 @@ def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return torch.backends.cuda.can_use_flash_attention(
         params
     ) or torch.backends.cuda.can_use_efficient_attention(params)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
-    return psutil.virtual_memory().available

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,11 +142,12 @@ def vae_factor(pipeline: Any) -> int:
 
 
 @torch.no_grad()
-def encode_frames(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
+def encode_frames(pipeline: Any, frames: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
     """Latents of a video: the VAE's posterior mean, scaled as the UNet expects it.
 
     Args:
-        frames: uint8 [N, H, W, 3], H and W multiples of the VAE's factor.
+        frames: Frames, uint8 [N, H, W, 3], H and W multiples of the VAE's factor; or parts of a
+            video that are so, one after the other.
 
     Returns:
         float32 [N, channels, H / factor, W / factor] on the pipeline's device.
@@ -154,6 +155,24 @@ def encode_frames(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: another dtype or shape, or a size that the VAE cannot divide.
     """
+    vae, device = pipeline.vae, execution_device(pipeline)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    given = [frames] if isinstance(frames, torch.Tensor) else frames
+    latents: list[torch.Tensor] = []
+    with _upcast_vae(pipeline) as dtype:
+
+        def encoded(part: torch.Tensor) -> torch.Tensor:
+            images = part.to(device).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1.0
+            mean = vae.encode(images).latent_dist.mean.float()
+            return (mean - shift) * vae.config.scaling_factor
+
+        for frames in given:
+            _check_frames(pipeline, frames)
+            latents += _in_parts(encoded, frames)
+    return torch.cat(latents)
+
+
+def _check_frames(pipeline: Any, frames: torch.Tensor) -> None:
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise ValueError(
             f"frames must be uint8 [N, H, W, 3], not {frames.dtype} {list(frames.shape)}; scale "
@@ -165,29 +184,51 @@ def encode_frames(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
             f"frames are {frames.shape[2]}x{frames.shape[1]}; the VAE needs multiples of {factor} "
             "(read_video crops to them)"
         )
-    vae, device = pipeline.vae, execution_device(pipeline)
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    parts = []
-    with _upcast_vae(pipeline) as dtype:
-        for part in frames.split(VAE_FRAMES):
-            images = part.to(device).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1.0
-            mean = vae.encode(images).latent_dist.mean.float()
-            parts.append((mean - shift) * vae.config.scaling_factor)
-    return torch.cat(parts)
+
+
+def decode_latents(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Frames of float32 latents [N, channels, h, w]: uint8 [N, H, W, 3] on the CPU."""
+    return torch.cat(list(decoded_parts(pipeline, latents)))
 
 
 @torch.no_grad()
-def decode_latents(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Frames of float32 latents [N, channels, h, w]: uint8 [N, H, W, 3] on the CPU."""
+def decoded_parts(pipeline: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The frames of `decode_latents`, a few at a time."""
     vae = pipeline.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    parts = []
+
+    def decoded(part: torch.Tensor) -> torch.Tensor:
+        part = part.to(execution_device(pipeline)) / vae.config.scaling_factor + shift
+        images = vae.decode(part.to(dtype)).sample
+        pixels = ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).cpu()
+
     with _upcast_vae(pipeline) as dtype:
-        for part in latents.split(VAE_FRAMES):
-            images = vae.decode((part / vae.config.scaling_factor + shift).to(dtype)).sample
-            pixels = ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            parts.append(pixels.permute(0, 2, 3, 1).cpu())
-    return torch.cat(parts)
+        yield from _in_parts(decoded, latents)
+
+
+def _in_parts(
+    work: Callable[[torch.Tensor], torch.Tensor], frames: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """`work` on a few frames at a time; on fewer where memory runs out."""
+    size, first = VAE_FRAMES, 0
+    while first < frames.shape[0]:
+        try:
+            done = work(frames[first : first + size])
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise torch.OutOfMemoryError(
+                    f"the VAE has no memory for one frame: {error}. Call "
+                    "pipeline.vae.enable_tiling(), or take smaller frames"
+                ) from error
+            done = None
+        if done is None:
+            torch.cuda.empty_cache()
+            size //= 2
+            logger.warning("memory ran out in the VAE; it takes %d frames at a time now", size)
+            continue
+        first += size
+        yield done
 
 
 @contextlib.contextmanager

@@ -90,6 +90,11 @@ class InversionFolder:
         return folder, wrong
 
     @classmethod
+    def path_of(cls, root: Path, settings: Mapping[str, Any], timesteps: tuple[int, ...]) -> Path:
+        """Where below `root` the inversion of these settings lies."""
+        return root / f"{settings['method']}-{_digest(settings, timesteps)}"
+
+    @classmethod
     def open(cls, path: str | Path) -> InversionFolder:
         """An inversion written earlier.
 
@@ -106,7 +111,7 @@ class InversionFolder:
         try:
             document = json.loads(file.read_bytes())
             settings, timesteps = document["settings"], tuple(document["timesteps"])
-            name = f"{settings['method']}-{_digest(settings, timesteps)}"
+            name = cls.path_of(path, settings, timesteps).name
         except (ValueError, KeyError, TypeError) as error:
             raise InversionError(f"{file} is damaged ({error!r})", _AGAIN) from error
         if name != path.absolute().name:

@@ -7,23 +7,34 @@ import importlib.metadata
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from stem_kernels.backends import select
 
 from ..attention.stem import StemState
-from ..config import StemConfig
+from ..config import AttentionConfig, StemConfig
 from ..diffusion.environment import numeric_environment, warn_of_differences
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import denoise, guided
-from ..diffusion.pipeline import check_pipeline, encode_frames, encode_prompt, execution_device
+from ..diffusion.memory import chunk_that_fits
+from ..diffusion.pipeline import (
+    VAE_FRAMES,
+    check_pipeline,
+    encode_frames,
+    encode_prompt,
+    execution_device,
+    vae_factor,
+)
 from ..diffusion.schedule import inverse_scheduler
+from ..distributed import Ranks
 from ..storage import check_output, remove_stale
 from .folder import InversionFolder, MissingFileError
-from .methods import attention_config, attention_on
+from .methods import attention_config, attention_on, inversion_attention
 
 if TYPE_CHECKING:
     from ..video import Video
@@ -40,8 +51,10 @@ def invert(
     method: str = "stem",
     options: Mapping[str, Any] | None = None,
     num_steps: int = 50,
+    chunk: int | str | None = "auto",
     model: str = "",
     keep_bases: bool = False,
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
     on_step: Callable[[], None] | None = None,
 ) -> InversionFolder:
@@ -58,15 +71,20 @@ def invert(
 
     Args:
         pipeline: Stable Diffusion 1.x, 2.x or XL pipeline.
-        video: Video whose frames go through the UNet as one batch.
+        video: Video to invert.
         prompt: Prompt that describes the video.
         root: Folder below which the inversion gets one of its own, named by its settings.
         method: Name of the inversion, "ddim", "st-ddim", "inflated" or "stem".
         options: Fields of the method's configuration, e.g. {"num_bases": 64}.
         num_steps: Number of steps; it must divide the training steps of the schedule.
+        chunk: Number of frames that go through the UNet at once; "auto": as many as fit into free
+            memory, or as an inversion of these settings below `root` was begun with; None: all.
+            Chunks share their bases: what is computed does not depend on it, but its last bits do.
         model: Name of the pipeline, for the record.
         keep_bases: Whether to keep, with "stem", the bases of every step for
             `reconstruct(bases="cached")`.
+        group: Process group whose ranks share the chunks; all ranks make this call. Its first
+            rank reads, shows progress and writes.
         progress: Whether to show progress.
         on_step: Function called after each step that this call did; never where all is reused.
 
@@ -76,48 +94,64 @@ def invert(
     Raises:
         ValueError: settings that do not fit, or a pipeline that cannot be inverted.
         OSError: the folder cannot be written, or its disk has too little space for all steps.
+        MemoryError: not even a chunk of one frame fits.
 
     Source: DDIM inversion, arXiv 2010.02502 and 2105.05233; STEM, arXiv 2312.05856.
     """
-    frames = video.frames
     check_pipeline(pipeline)
-    config = attention_config(method, options or {}, frames.shape[0])
+    ranks = Ranks(group)
+    config = attention_config(method, options or {}, video.num_frames)
     if keep_bases and not isinstance(config, StemConfig):
         raise ValueError(f'keep_bases needs method "stem"; {method} has no bases')
+    check_chunk(chunk)
     scheduler = inverse_scheduler(pipeline, num_steps)
-    check_output(Path(root))
-    settings = _settings(pipeline, video, prompt, method, config, num_steps, model, keep_bases)
-    timesteps = tuple(int(timestep) for timestep in scheduler.timesteps)
-    folder, wrong = InversionFolder.prepare(Path(root), settings, timesteps)
-    if wrong:
-        logger.warning("%s; the settings were written again", wrong)
-    for path, _ in remove_stale(folder.path):
-        logger.info("%s: removed what a killed run left half written", path)
     device = execution_device(pipeline)
     environment = numeric_environment(device)
-    _mend_x0(pipeline, folder, frames, environment)
-    undone = _undone(folder, environment)
+    fingerprinted = fingerprint(pipeline)
+    ranks.check_equal("model", fingerprinted)
+
+    def prepared() -> tuple[InversionFolder, list[int]]:
+        check_output(Path(root))
+        settings = _settings(pipeline, video, prompt, method, config, num_steps, model, keep_bases)
+        timesteps = tuple(int(timestep) for timestep in scheduler.timesteps)
+        size = _chunk(pipeline, settings, timesteps, Path(root), chunk)
+        settings["attention"]["chunk"] = size
+        environment["chunk"] = str(size)
+        folder, wrong = InversionFolder.prepare(Path(root), settings, timesteps)
+        if wrong:
+            logger.warning("%s; the settings were written again", wrong)
+        for path, _ in remove_stale(folder.path):
+            logger.info("%s: removed what a killed run left half written", path)
+        _mend_x0(pipeline, folder, video, environment)
+        undone = _undone(folder, environment)
+        if not undone:
+            logger.info("%s has these settings and is complete; it is reused", folder.path)
+        return folder, undone
+
+    folder, undone = ranks.from_main(prepared)
     if not undone:
-        logger.info("%s has these settings and is complete; it is reused", folder.path)
         return folder
-    conditioning = encode_prompt(pipeline, prompt, frames.shape[1], frames.shape[2])
-    with attention_on(pipeline, config) as handle:
-        state = None if handle is None or not keep_bases else handle.state
+    conditioning = encode_prompt(pipeline, prompt, video.height, video.width)
+    with attention_on(pipeline, inversion_attention(folder), group) as handle:
+        assert handle is not None
+        state = handle.state if keep_bases else None
         if state is not None:
             state.recording = True
-        x0 = folder.x0()
-        check_output(folder.path, len(undone) * (4 * x0.numel() + _bytes_of_bases(state)))
+        size = _bytes_of_a_step(pipeline, video, state)
+        ranks.from_main(lambda: check_output(folder.path, len(undone) * size))
 
         def keep(step: int, latents: torch.Tensor) -> None:
-            if state is not None:
+            conditions = {**environment, "chunk": str(handle.chunk)}
+            if ranks.main and state is not None:
                 # Before the latents: a step whose latents are there has its bases, too.
-                folder.save_bases(step, state.bases, environment)
-            folder.save_latents(step, latents, environment)
+                folder.save_bases(step, state.bases, conditions)
+            if ranks.main:
+                folder.save_latents(step, latents, conditions)
             if on_step is not None:
                 on_step()
 
         for steps in _runs(undone):
-            before = folder.latents(steps.start - 1) if steps.start else x0
+            before = ranks.from_main(partial(_before, folder, steps.start))
             denoise(
                 before.to(device),
                 scheduler,
@@ -125,20 +159,62 @@ def invert(
                 steps=steps,
                 after_step=keep,
                 name=f"invert {method}",
-                progress=progress,
+                progress=progress and ranks.main,
             )
     return folder
 
 
+def check_chunk(chunk: int | str | None) -> None:
+    """Raise ValueError where `chunk` is neither a number of frames nor "auto" nor None."""
+    if chunk is None or chunk == "auto" or (type(chunk) is int and chunk >= 1):
+        return
+    raise ValueError(f"chunk is {chunk!r}; it must be a number of frames of at least 1, or auto")
+
+
+def _chunk(
+    pipeline: Any,
+    settings: dict[str, Any],
+    timesteps: tuple[int, ...],
+    root: Path,
+    asked: int | str | None,
+) -> int | None:
+    """The chunk to run with; None where all frames go through the UNet at once."""
+    frames = settings["video"]["num_frames"]
+    if asked is None or isinstance(asked, int):
+        return None if asked is None or asked >= frames else asked
+    sizes = [None, *(2**power for power in range((frames - 1).bit_length()))]
+    for size in sizes:
+        begun = {**settings, "attention": {**settings["attention"], "chunk": size}}
+        if InversionFolder.path_of(root, begun, timesteps).is_dir():
+            return size
+    return chunk_that_fits(
+        pipeline,
+        frames,
+        settings["video"]["height"],
+        settings["video"]["width"],
+        branches=1,
+        meets=meets(settings["method"], settings["attention"]),
+    )
+
+
+def meets(method: str, attention: Mapping[str, Any]) -> bool:
+    """Whether the chunks of a video wait for each other in every self-attention."""
+    return method != "ddim" and attention.get("fit_frames") is None
+
+
+def _before(folder: InversionFolder, step: int) -> torch.Tensor:
+    return folder.latents(step - 1) if step else folder.x0()
+
+
 def _mend_x0(
-    pipeline: Any, folder: InversionFolder, frames: torch.Tensor, environment: dict[str, str]
+    pipeline: Any, folder: InversionFolder, video: Video, environment: dict[str, str]
 ) -> None:
     wrong = folder.x0_problems()
     if not wrong:
         return
     if folder.steps_done or not isinstance(wrong[0], MissingFileError):
         logger.warning("%s; the video is encoded again", wrong[0].problem)
-    folder.save_x0(encode_frames(pipeline, frames), environment)
+    folder.save_x0(encode_frames(pipeline, video.parts(VAE_FRAMES)), environment)
 
 
 def _undone(folder: InversionFolder, environment: dict[str, str]) -> list[int]:
@@ -169,12 +245,14 @@ def _runs(steps: list[int]) -> Iterator[range]:
         yield range(numbers[0], numbers[-1] + 1)
 
 
-def _bytes_of_bases(state: StemState | None) -> int:
-    """The size of one step's bases on disk, about: bases, payload and mass in float32."""
-    if state is None:
-        return 0
-    numbers = sum(torch.Size(shape).numel() for shape in state.bases_shapes)
-    return 4 * numbers * (2 if state.config.space == "key" else 1)
+def _bytes_of_a_step(pipeline: Any, video: Video, state: StemState | None) -> int:
+    """The size of one step on disk, about: latents, bases and their payload, in float32."""
+    factor, channels = vae_factor(pipeline), pipeline.vae.config.latent_channels
+    numbers = video.num_frames * channels * (video.height // factor) * (video.width // factor)
+    if state is not None:
+        bases = sum(torch.Size(shape).numel() for shape in state.bases_shapes)
+        numbers += bases * (2 if state.config.space == "key" else 1)
+    return 4 * numbers
 
 
 def _settings(
@@ -182,15 +260,17 @@ def _settings(
     video: Video,
     prompt: str,
     method: str,
-    config: Any,
+    config: AttentionConfig,
     num_steps: int,
     model: str,
     keep_bases: bool,
 ) -> dict[str, Any]:
-    frames = video.frames
+    digest = hashlib.sha256()
+    for part in video.parts(VAE_FRAMES):
+        digest.update(part.contiguous().numpy().data)
     return {
         "method": method,
-        "attention": None if config is None else _as_json(config),
+        "attention": _as_json(config),
         "prompt": prompt,
         "num_steps": num_steps,
         "keep_bases": keep_bases,
@@ -199,12 +279,10 @@ def _settings(
         "device": execution_device(pipeline).type,
         "backend": _backend(pipeline, config),
         "video": {
-            "frames_sha256": hashlib.sha256(
-                frames.cpu().contiguous().numpy().tobytes()
-            ).hexdigest(),
-            "num_frames": frames.shape[0],
-            "height": frames.shape[1],
-            "width": frames.shape[2],
+            "frames_sha256": digest.hexdigest(),
+            "num_frames": video.num_frames,
+            "height": video.height,
+            "width": video.width,
             "fps": str(video.fps),
         },
         "versions": {
@@ -214,7 +292,7 @@ def _settings(
     }
 
 
-def _backend(pipeline: Any, config: Any) -> str | None:
+def _backend(pipeline: Any, config: AttentionConfig) -> str | None:
     """The backend that a STEM run gets; two of them differ in the last bits."""
     if not isinstance(config, StemConfig):
         return None
@@ -222,7 +300,7 @@ def _backend(pipeline: Any, config: Any) -> str | None:
     return select("invert", config.backend, {"features": probe}, config.num_bases)
 
 
-def _as_json(config: Any) -> dict[str, Any]:
+def _as_json(config: AttentionConfig) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in vars(config).items()

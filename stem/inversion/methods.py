@@ -7,47 +7,69 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ..attention import Handle, enabled, plain
-from ..config import AttentionConfig, InflatedConfig, SparseCausalConfig, StemConfig
+import torch.distributed as dist
 
-METHODS: dict[str, type[AttentionConfig] | None] = {
-    "ddim": None,
+from ..attention import Handle, enabled, plain
+from ..config import (
+    AttentionConfig,
+    InflatedConfig,
+    PerFrameConfig,
+    SparseCausalConfig,
+    StemConfig,
+)
+from .folder import InversionFolder
+
+METHODS: dict[str, type[AttentionConfig]] = {
+    "ddim": PerFrameConfig,
     "st-ddim": SparseCausalConfig,
     "inflated": InflatedConfig,
     "stem": StemConfig,
 }
-"""ddim keeps the UNet's own per-frame attention."""
+"""The configuration of each inversion's attention."""
+_OF_THE_RUN = ("num_frames", "chunk")
 
 
 def attention_config(
-    method: str, options: Mapping[str, Any], num_frames: int
-) -> AttentionConfig | None:
+    method: str, options: Mapping[str, Any], num_frames: int, chunk: int | None = None
+) -> AttentionConfig:
     """The attention of an inversion of one video.
 
     Args:
-        method: a key of METHODS.
-        options: changes to its configuration's defaults, by field name.
-        num_frames: of the video.
+        method: Name of the inversion, a key of METHODS.
+        options: Changes to its configuration's defaults, by field name.
+        num_frames: Number of frames of the video.
+        chunk: Number of frames that go through the UNet at once; None: all.
 
     Raises:
         ValueError: an unknown method or option, or a value that the option refuses.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
-    config_class = METHODS[method]
-    fields = [] if config_class is None else [f.name for f in dataclasses.fields(config_class)]
-    allowed = [name for name in fields if name != "num_frames"]
+    fields = [field.name for field in dataclasses.fields(METHODS[method])]
+    allowed = [name for name in fields if name not in _OF_THE_RUN]
     for name in options:
         if name not in allowed:
             raise ValueError(
                 f"{method} has no option {name!r}; "
                 + (f"it has {', '.join(allowed)}" if allowed else "it has no options")
             )
-    return None if config_class is None else config_class(**options, num_frames=num_frames)
+    return METHODS[method](**options, num_frames=num_frames, chunk=chunk)
+
+
+def inversion_attention(inversion: InversionFolder, chunk: int | None = None) -> AttentionConfig:
+    """The configuration of the attention that an inversion was made with.
+
+    Args:
+        inversion: Inversion.
+        chunk: Number of frames that go through the UNet at once; None: as in the inversion.
+    """
+    options = dict(inversion.settings["attention"])
+    frames, begun = options.pop("num_frames"), options.pop("chunk")
+    return attention_config(inversion.settings["method"], options, frames, chunk or begun)
 
 
 def attention_on(
-    pipeline: Any, config: AttentionConfig | None
+    pipeline: Any, config: AttentionConfig | None, group: dist.ProcessGroup | None = None
 ) -> AbstractContextManager[Handle | None]:
     """The attention on in the pipeline's UNet for the length of a `with` block."""
-    return plain(pipeline) if config is None else enabled(pipeline, config)
+    return plain(pipeline) if config is None else enabled(pipeline, config, group=group)

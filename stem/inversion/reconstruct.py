@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from stem_kernels.ops.soft_em import SoftEM
 
@@ -18,9 +19,11 @@ from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import Predictor, denoise, guided
 from ..diffusion.pipeline import check_pipeline, decode_latents, encode_prompt, execution_device
 from ..diffusion.schedule import sampling_scheduler
+from ..distributed import Ranks
 from ..storage import check_output
 from .folder import InversionError, InversionFolder
-from .methods import attention_config, attention_on
+from .invert import check_chunk
+from .methods import attention_on, inversion_attention
 
 logger = logging.getLogger("stem")
 
@@ -34,6 +37,8 @@ def reconstruct_latents(
     bases: str = "estimate",
     guidance: float = 1.0,
     negative_prompt: str = "",
+    chunk: int | None = None,
+    group: dist.ProcessGroup | None = None,
     resume: bool = True,
     progress: bool = True,
     on_step: Callable[[], None] | None = None,
@@ -47,6 +52,8 @@ def reconstruct_latents(
             takes the bases that the inversion kept at that timestep (`keep_bases`).
         guidance: Classifier-free guidance scale; 1 is without, as the inversion was.
         negative_prompt: Negative prompt, used with guidance only.
+        chunk: Number of frames that go through the UNet at once; None: as in the inversion.
+        group: Process group whose ranks share the chunks; all ranks make this call.
         resume: Whether to keep the latents reached so far in the inversion's folder, and to go on
             from those that an earlier call of equal arguments kept there.
         progress: Whether to show progress.
@@ -58,14 +65,10 @@ def reconstruct_latents(
     Raises:
         InversionError: incomplete, made with another model, or without the bases asked for.
     """
-    settings = inversion.settings
+    settings, ranks = inversion.settings, Ranks(group)
     if bases not in BASES:
         raise ValueError(f"bases is {bases!r}; it must be one of {', '.join(BASES)}")
-    if not inversion.complete:
-        raise InversionError(
-            f"{inversion.path} has {inversion.steps_done} of {len(inversion.timesteps)} steps",
-            "run the inversion again, it goes on where it stopped",
-        )
+    ranks.from_main(lambda: _check_complete(inversion))
     check_pipeline(pipeline)
     if settings["model"] != {"name": settings["model"]["name"], **fingerprint(pipeline)}:
         raise InversionError(
@@ -78,7 +81,8 @@ def reconstruct_latents(
         raise InversionError(
             f"{inversion.path} has no cached bases", "invert with keep_bases (--keep-bases)"
         )
-    config = inversion_attention(inversion)
+    check_chunk(chunk)
+    config = inversion_attention(inversion, chunk)
     size = settings["video"]
     conditioning = encode_prompt(pipeline, settings["prompt"], size["height"], size["width"])
     negative = None
@@ -86,8 +90,11 @@ def reconstruct_latents(
         negative = encode_prompt(pipeline, negative_prompt, size["height"], size["width"])
     device = execution_device(pipeline)
     environment = numeric_environment(device)
-    run = _run_name(bases, guidance, negative_prompt)
-    done, latents = _begin(inversion, run, environment) if resume else (0, inversion.latents(-1))
+    environment["chunk"] = str(config.chunk)
+    run = _run_name(bases, guidance, negative_prompt, config.chunk)
+    done, latents = ranks.from_main(
+        lambda: _begin(inversion, run, environment) if resume else (0, inversion.latents(-1))
+    )
     total = settings["num_steps"]
     if done < total:
         logger.info(
@@ -95,7 +102,7 @@ def reconstruct_latents(
         )
 
     def keep(step: int, latents: torch.Tensor) -> None:
-        if resume:
+        if resume and ranks.main:
             inversion.save_progress(run, step + 1, latents, environment)
         if on_step is not None:
             on_step()
@@ -107,24 +114,24 @@ def reconstruct_latents(
         total,
         config,
         steps=range(done, total),
-        bases_at=inversion.bases if cached else None,
+        bases_at=(lambda step: ranks.from_main(lambda: inversion.bases(step))) if cached else None,
         after_step=keep,
+        group=group,
         name=f"reconstruct {settings['method']}",
-        progress=progress,
+        progress=progress and ranks.main,
     )
 
 
-def inversion_attention(inversion: InversionFolder) -> AttentionConfig | None:
-    """The configuration of the attention that an inversion was made with."""
-    options = dict(inversion.settings["attention"] or {})
-    options.pop("num_frames", None)
-    return attention_config(
-        inversion.settings["method"], options, inversion.settings["video"]["num_frames"]
-    )
+def _check_complete(inversion: InversionFolder) -> None:
+    if not inversion.complete:
+        raise InversionError(
+            f"{inversion.path} has {inversion.steps_done} of {len(inversion.timesteps)} steps",
+            "run the inversion again, it goes on where it stopped",
+        )
 
 
-def _run_name(bases: str, guidance: float, negative_prompt: str) -> str:
-    text = json.dumps([bases, guidance, negative_prompt if guidance != 1.0 else ""])
+def _run_name(bases: str, guidance: float, negative_prompt: str, chunk: int | None) -> str:
+    text = json.dumps([bases, guidance, negative_prompt if guidance != 1.0 else "", chunk])
     return f"reconstruction-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -160,6 +167,7 @@ def sample(
     steps: range | None = None,
     bases_at: Callable[[int], dict[int, SoftEM]] | None = None,
     after_step: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
+    group: dist.ProcessGroup | None = None,
     name: str = "reconstruct",
     progress: bool = False,
 ) -> torch.Tensor:
@@ -175,12 +183,13 @@ def sample(
         bases_at: Function that gives the bases of a step of the inversion, which the layers take
             in place of EM; with a StemConfig only.
         after_step: Function called after each step, see `denoise`.
+        group: Process group whose ranks share the chunks, or None.
         name: Name of the run.
         progress: Whether to show progress.
     """
     if bases_at is not None and not isinstance(config, StemConfig):
         raise ValueError(f"only a StemConfig has bases to take; config is {config!r}")
-    with attention_on(pipeline, config) as handle:
+    with attention_on(pipeline, config, group) as handle:
 
         def replay(step: int) -> None:
             if bases_at is not None and handle is not None and handle.state is not None:
@@ -198,24 +207,6 @@ def sample(
         )
 
 
-def reconstruct(
-    pipeline: Any,
-    inversion: InversionFolder,
-    *,
-    bases: str = "estimate",
-    guidance: float = 1.0,
-    negative_prompt: str = "",
-    resume: bool = True,
-    progress: bool = True,
-) -> torch.Tensor:
-    """`reconstruct_latents`, decoded: uint8 frames [N, H, W, 3] on the CPU."""
-    latents = reconstruct_latents(
-        pipeline,
-        inversion,
-        bases=bases,
-        guidance=guidance,
-        negative_prompt=negative_prompt,
-        resume=resume,
-        progress=progress,
-    )
-    return decode_latents(pipeline, latents)
+def reconstruct(pipeline: Any, inversion: InversionFolder, **settings: Any) -> torch.Tensor:
+    """`reconstruct_latents` with the same arguments, decoded: uint8 [N, H, W, 3] on the CPU."""
+    return decode_latents(pipeline, reconstruct_latents(pipeline, inversion, **settings))

@@ -1,0 +1,101 @@
+"""How many frames go through a UNet at once."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from stem_kernels.measure import PeakMemory
+
+from ..attention.handle import plain, unet_of
+from ..attention.memory import free_bytes
+from .pipeline import encode_prompt, execution_device, predict, vae_factor
+
+logger = logging.getLogger("stem")
+
+USED_SHARE = 0.7
+"""Share of the free memory that a run plans with."""
+_PROBED = 3  # frames of the second probe
+_WAITING_COPIES = 4  # residual, normalised input, queries and keys of the layer that waits
+
+
+def chunk_that_fits(
+    pipeline: Any, num_frames: int, height: int, width: int, *, branches: int, meets: bool
+) -> int | None:
+    """The largest power of two of frames whose UNet call fits into free memory.
+
+    Two calls of the UNet, on 1 and on 3 frames, tell what a frame takes.
+
+    Args:
+        pipeline: Pipeline whose UNet is called.
+        num_frames: Number N of frames of the video.
+        height: Height of the frames in pixels.
+        width: Width of the frames in pixels.
+        branches: Number of guidance branches.
+        meets: Whether chunks wait for each other, so that what is alive between layers is held
+            for all frames.
+
+    Returns:
+        Frames in a chunk; None where all fit at once.
+
+    Raises:
+        MemoryError: not even one frame fits, with the bytes needed and the bytes free.
+    """
+    device = execution_device(pipeline)
+    one, held = _probe(pipeline, 1, height, width)
+    one, _ = _probe(pipeline, 1, height, width)  # the first call also paid for set-up
+    more, _ = _probe(pipeline, _PROBED, height, width)
+    if one is None or more is None:
+        logger.info("memory cannot be measured here; all frames go through the UNet at once")
+        return None
+    a_frame = branches * max(0, more - one) // (_PROBED - 1)
+    fixed = max(0, one - a_frame)
+    free = int(USED_SHARE * free_bytes(device))
+    if fixed + num_frames * a_frame <= free:
+        return None
+    waiting = branches * held * num_frames if meets else 0
+    fits = (free - fixed - waiting) // max(1, a_frame)
+    if fits < 1:
+        raise MemoryError(
+            f"{num_frames} frames of {width}x{height} need {fixed + waiting + a_frame:,} bytes on "
+            f"{device} even in chunks of one frame ({waiting:,} of them for what waits between "
+            f"layers), and {free:,} may be used. Take fit_frames, smaller frames, half precision "
+            "or fewer frames"
+        )
+    chunk = min(2 ** (fits.bit_length() - 1), num_frames)
+    logger.info(
+        "chunks of %d frames: about %d MiB at once and %d MiB that wait; %d MiB may be used",
+        chunk,
+        (fixed + chunk * a_frame) // 2**20,
+        waiting // 2**20,
+        free // 2**20,
+    )
+    return chunk
+
+
+def _probe(pipeline: Any, frames: int, height: int, width: int) -> tuple[int | None, int]:
+    """Peak bytes of a UNet call, and the bytes of it that live from block to block, a frame."""
+    device, unet = execution_device(pipeline), unet_of(pipeline)
+    factor = vae_factor(pipeline)
+    shape = (frames, unet.config.in_channels, height // factor, width // factor)
+    latents = torch.zeros(shape, device=device)
+    conditioning = encode_prompt(pipeline, "", height, width)
+    held = [0, 0]  # skip connections; the widest residual stream
+
+    def count(module: torch.nn.Module, given: Any, output: Any) -> None:
+        skips = output[1] if isinstance(output, tuple) else (output,)
+        sizes = [skip.numel() * skip.element_size() // frames for skip in skips]
+        held[0] += sum(sizes)
+        held[1] = max(held[1], *sizes)
+
+    hooks = [module.register_forward_hook(count) for module in (unet.conv_in, *unet.down_blocks)]
+    memory = PeakMemory(device)
+    try:
+        with plain(pipeline), memory:
+            predict(pipeline, latents, torch.ones((), dtype=torch.int64), conditioning)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return memory.extra_bytes, held[0] + _WAITING_COPIES * held[1]

@@ -1,0 +1,61 @@
+"""The processes that share a run, under torchrun or any other launcher of torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+
+class Ranks:
+    """The ranks of a process group; one alone where there is no group.
+
+    Args:
+        group: Process group, or None.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that reads, shows progress and writes."""
+        return self.group is None or self.group.rank() == 0
+
+    def from_main(self, make: Callable[[], Value]) -> Value:
+        """What `make` returns on the main rank, on every rank. What it raises there is raised
+        everywhere, so that none waits for a rank that has gone."""
+        if self.group is None:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.main:
+            try:
+                outcome[0] = make()
+            except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(
+            outcome, src=dist.get_global_rank(self.group, 0), group=self.group
+        )
+        if outcome[1] is not None:
+            raise outcome[1]
+        value: Value = outcome[0]
+        return value
+
+    def check_equal(self, what: str, value: object) -> None:
+        """Raise on every rank where the ranks do not hold the same.
+
+        Raises:
+            ValueError: naming `what`.
+        """
+        if self.group is None:
+            return
+        values: list[object] = [None] * self.group.size()
+        dist.all_gather_object(values, value, group=self.group)
+        if any(other != values[0] for other in values):
+            raise ValueError(
+                f"the processes do not have the same {what}; give all of them the same arguments "
+                "and files"
+            )

@@ -1,0 +1,153 @@
+"""Several processes over gloo: the same bits as one, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import make_pipeline
+from test_inversion import clip
+
+from stem import invert
+from stem.attention.exchange import Lockstep
+from stem.inversion import InversionFolder, reconstruct_latents
+
+RANK = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+root, world, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group(
+    "gloo", store=dist.FileStore(str(root / "store"), world), rank=rank, world_size=world,
+    timeout=timedelta(seconds=120),
+)
+from test_distributed import run
+{body}
+"""
+# (method, options, frames in a chunk)
+RUNS: list[tuple[str, dict[str, Any], int]] = [
+    ("stem", {"num_bases": 8, "init": "gaussian", "empty": "reseed"}, 2),
+    ("stem", {"num_bases": 8, "space": "key", "fit_frames": 5}, 1),
+    ("st-ddim", {}, 2),
+    ("inflated", {}, 2),
+]
+
+
+def run(root: Path, runs: list[Any], group: Any = None) -> dict[str, list[float]]:
+    """Invert and reconstruct; sums of the reconstructions, which say whether ranks agree."""
+    found = {}
+    for method, options, chunk in runs:
+        folder = invert(
+            make_pipeline(),
+            clip(7),
+            "a duck",
+            root / "inversions",
+            method=method,
+            options=options,
+            num_steps=4,
+            chunk=chunk,
+            group=group,
+            progress=False,
+            on_step=lambda: print("step", flush=True),
+        )
+        latents = reconstruct_latents(
+            make_pipeline(), folder, guidance=2.0, group=group, progress=False
+        )
+        found[folder.path.name] = latents.double().sum(dim=(1, 2, 3)).tolist()
+    return found
+
+
+def start(root: Path, world: int, body: str) -> list[subprocess.Popen[str]]:
+    code = RANK.format(tests=str(Path(__file__).parent), body=body)
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(root), str(world), str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(world)
+    ]
+
+
+def files(root: Path) -> dict[str, bytes]:
+    found = root / "inversions"
+    return {str(f.relative_to(found)): f.read_bytes() for f in found.rglob("*") if f.is_file()}
+
+
+WORLDS = """
+import json
+two = dist.new_group([0, 1])
+for ranks, group in ((1, None), (2, two), (3, dist.group.WORLD)):
+    if rank < ranks:
+        found = run(root / str(ranks), {runs!r}, group)
+        print(json.dumps([ranks, found]), flush=True)
+    dist.barrier()
+"""
+
+
+def test_one_two_and_three_processes_give_the_same_bits(tmp_path: Path) -> None:
+    processes = start(tmp_path, 3, WORLDS.format(runs=RUNS))
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-2000:]
+        found += [json.loads(line) for line in out.splitlines() if line != "step"]
+    assert sorted(ranks for ranks, _ in found) == [1, 2, 2, 3, 3, 3]
+    assert all(sums == found[0][1] for _, sums in found)
+    expected = files(tmp_path / "1")
+    assert len(expected) == len(RUNS) * (2 + 4 + 1)
+    assert files(tmp_path / "2") == expected
+    assert files(tmp_path / "3") == expected
+
+
+def test_begun_with_two_killed_and_finished_by_one(tmp_path: Path) -> None:
+    processes = start(tmp_path, 2, f"run(root, {RUNS[:1]!r}, dist.group.WORLD)")
+    assert processes[0].stdout is not None
+    for _ in range(2):
+        assert processes[0].stdout.readline() == "step\n"
+    processes[1].send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate(timeout=240)  # the other rank ends by itself, with an error
+        assert process.returncode != 0
+    (path,) = (tmp_path / "inversions").iterdir()
+    assert 2 <= InversionFolder.open(path).steps_done < 4
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert run(tmp_path, RUNS[:1]) == run(tmp_path / "whole", RUNS[:1])
+    finally:
+        torch.set_num_threads(threads)
+    assert files(tmp_path) == files(tmp_path / "whole")
+
+
+def test_an_error_on_the_main_rank_is_every_rank_s(tmp_path: Path) -> None:
+    (tmp_path / "inversions").write_text("a file where the folder should be")
+    for process in start(tmp_path, 2, f"run(root, {RUNS[:1]!r}, dist.group.WORLD)"):
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 1
+        assert "NotADirectoryError" in err
+
+
+class ThreeRanks:
+    def size(self) -> int:
+        return 3
+
+    def rank(self) -> int:
+        return 0
+
+
+def test_fewer_chunks_than_processes() -> None:
+    with pytest.raises(ValueError, match="are 2 chunks, fewer than the 3 processes; take chunks"):
+        Lockstep(range(4), 2, ThreeRanks())  # type: ignore[arg-type]
