@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 from ..shared.spread import spread_tokens
-from .checks import check_choice, check_count, check_floating
+from .checks import check_choice, check_count, check_floating, check_seed
 
 OP = "initial_bases"
 INITIALIZATIONS = ("gaussian", "tokens")
@@ -29,6 +29,7 @@ def standard_normals(timestep: torch.Tensor, sizes: list[int], *, seed: int) -> 
     Returns:
         float32 [sum(sizes)], layer after layer.
     """
+    check_seed("standard_normals", seed)
     return torch.ops.stem_kernels.standard_normals(timestep, sizes, seed)
 
 
