@@ -53,11 +53,11 @@ def stem_attention(
         query: Queries [B, h, n, d], any strides.
         key: Keys [B or 1, h, m, d], m >= 1.
         value: Values [B or 1, h, m, e].
-        attn_mask: None; SDPA's argument, of which no other value is taken.
-        dropout_p: 0.0, likewise.
-        is_causal: False, likewise.
+        attn_mask: Argument of SDPA; None is the only value taken.
+        dropout_p: Argument of SDPA; 0.0 is the only value taken.
+        is_causal: Argument of SDPA; False is the only value taken.
         scale: Factor of the attention logits; 1 / sqrt(d) if None.
-        enable_gqa: False, likewise.
+        enable_gqa: Argument of SDPA; False is the only value taken.
         num_bases: Number K of bases, at least 1.
         num_iters: Number R of EM iterations, at least 1.
         temperature: Temperature tau > 0 of the responsibilities.
