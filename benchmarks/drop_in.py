@@ -130,7 +130,9 @@ def table(results: dict[str, Any]) -> str:
         f"Source: `benchmarks/results/{OUT.name}` ({where['cpu']}, {where['threads']} thread, "
         f"torch {where['versions']['torch']}, commit `{where['commit']}`). One layer of "
         f"{results['heads']} heads of {results['dim']} channels, float32, every option but K at "
-        "its default.",
+        "its default. But in the first row query, key and value are projections of one map of "
+        "features. A cluster is so wide beside the distance of centres from their mean; a smooth "
+        "map is random at every such place and bicubic in between.",
         "",
         f"| off SDPA (worst head), {results['tokens']} tokens | {head} |",
         "|---" * (1 + len(NUM_BASES)) + "|",
