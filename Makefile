@@ -26,7 +26,7 @@ interpreter: $(VENV)/.dev
 		-n logical --maxprocesses 8
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/$(RESULT).json
+	$(BIN)/python -m pytest benchmarks --results=benchmarks/results/$(RESULT).json
 
 # The extension is built against the torch that is installed, so torch comes first. Where there is
 # a compiler, a test run must not go on without it.

@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from stem_kernels.info import provenance
+
+from .floors import measure_ceilings
+
+
+def fresh(device: torch.device, dtype: torch.dtype, *, small: bool) -> dict[str, Any]:
+    """Results of this machine without a row yet: where they come from, and what it can do."""
+    ceilings = dataclasses.asdict(measure_ceilings(device, dtype))
+    return {**origin(device, small=small), "ceilings": ceilings, "rows": []}
+
+
+def begun(path: Path, device: torch.device, dtype: torch.dtype, *, small: bool) -> dict[str, Any]:
+    """The results that a file holds, or fresh ones where there is no file.
+
+    Raises:
+        SystemExit: the file is of another device, size, version or commit.
+    """
+    if not path.is_file():
+        return fresh(device, dtype, small=small)
+    earlier, now = read(path), origin(device, small=small)
+    require_same(earlier, now, now, path)
+    return earlier
+
+
+def origin(device: torch.device, *, small: bool) -> dict[str, Any]:
+    """What figures must have in common to stand in one file."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "small": small,
+        "provenance": provenance("diffusers", "flash-kmeans"),
+    }
 
 
 def text(results: Mapping[str, Any]) -> str:
