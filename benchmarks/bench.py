@@ -37,7 +37,7 @@ class Row:
             nothing was measured; FAILED: it raised an error.
         note: Reason why figures are missing.
         seconds, p20, p80, rounds: Times of a call, see `timing.Timing`.
-        error: Error of the answer over the error allowed, at most 1.
+        error: Error of the answer over the error allowed; above 1 it is wrong.
         extra_bytes: Peak memory of a call above its inputs.
         holders: Lines of code that held that peak, with their MiB; "" where it is not recorded.
         floor_seconds: Least time possible, see `floors.Ceilings.floor`.
@@ -167,7 +167,7 @@ def timed(
 
     Args:
         device: Device of the calls.
-        ceilings: What this machine can do.
+        ceilings: Ceilings of this machine.
         clock: Function that times a call; the second argument is `Case.graph`.
     """
 

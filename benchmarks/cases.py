@@ -52,7 +52,7 @@ class Case(Generic[Inputs]):
         contenders: Ways to answer, by name.
         check: Function that finds the right answer to the inputs; None where every contender has
             a check of its own.
-        work: What no contender can avoid; None where that is not counted.
+        work: Work that no contender can avoid; None where it is not counted.
         graph: Whether replays of a CUDA graph are timed; for calls shorter than their launches.
     """
 

@@ -31,8 +31,7 @@ END = "<!-- end of {} -->\n"
 
 def table(results: dict[str, Any]) -> str:
     """The Markdown of the measurements, naming machine, versions and commit."""
-    where, listed = results["provenance"], [Row(**row) for row in results["rows"]]
-    rows = Rows(listed)
+    where, rows = results["provenance"], Rows([Row(**row) for row in results["rows"]])
     lines = [
         f"Source: `{RESULTS}` ({where['cpu']}, {where['threads']} cores, "
         f"torch {where['versions']['torch']}, commit `{where['commit']}`). Medians.",
@@ -49,13 +48,12 @@ def table(results: dict[str, Any]) -> str:
         "| C++ extension against the torch backend, float32 | torch, ms | C++, ms | ratio |",
         "|---|---|---|---|",
     ]
-    for row in listed:
-        if row.contender == "cuda" and row.case in COMPARED:
-            torch, cuda = (rows.seconds(row.case, name) for name in ("torch", "cuda"))
-            lines.append(
-                f"| {row.case}: {row.shape} | {1000 * torch:.1f} | {1000 * cuda:.1f} "
-                f"| {torch / cuda:.1f} |"
-            )
+    for case in COMPARED:
+        torch, cuda = (rows.seconds(case, name) for name in ("torch", "cuda"))
+        lines.append(
+            f"| {case}: {rows[case, 'cuda'].shape} | {1000 * torch:.1f} | {1000 * cuda:.1f} "
+            f"| {torch / cuda:.1f} |"
+        )
     lines += [
         "",
         "| One self-attention layer with its projections, milliseconds | 16x16 | 32x32 | 64x64 |",

@@ -124,7 +124,7 @@ def at_most(bound: float) -> tuple[str, Callable[[float], bool]]:
 
 
 def gpu_targets(matrix_rate: float) -> list[Target]:
-    """A GPU's; `matrix_rate` in FLOP/s is what it reaches in a large product."""
+    """Targets of a GPU; `matrix_rate` in FLOP/s is what it reaches in a large product."""
     key, feature = "em key d=40", "em feature d=320"
     layer, unet = "layer 64x64 N=32", "unet {0}x{0} N=32"
     return [
@@ -199,7 +199,7 @@ def gpu_targets(matrix_rate: float) -> list[Target]:
 
 
 def cpu_targets() -> list[Target]:
-    """A CPU's."""
+    """Targets of a CPU."""
     return [
         Target(f"{EM}, times faster than eager", *at_least(5), speedup(EM, "torch", EAGER)),
         Target(
