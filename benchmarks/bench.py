@@ -145,10 +145,9 @@ class Survived:
         if isinstance(error, (BackendError, UnavailableError)):
             self.outcome, self.note = UNAVAILABLE, reason(self._contender, error)
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            self.outcome, self.note = UNAVAILABLE, "out of memory"
+            self.outcome, self.note = UNAVAILABLE, short(f"out of memory: {error}")
         elif isinstance(error, Exception):
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            self.outcome, self.note = FAILED, text[:LONGEST_NOTE]
+            self.outcome, self.note = FAILED, short(f"{type(error).__name__}: {error}")
             traceback.print_exception(error, file=sys.stderr)
         return bool(self.outcome)
 
@@ -157,7 +156,12 @@ def reason(contender: str, problem: Exception) -> str:
     """Why a contender cannot run, in one line."""
     lines = str(problem).splitlines()
     own = [text for text in lines if text.startswith(f"{contender}: ")]
-    return " ".join((own or [" ".join(lines)])[0].removeprefix(f"{contender}: ").split())
+    return short((own or [" ".join(lines)])[0].removeprefix(f"{contender}: "))
+
+
+def short(text: str) -> str:
+    """The beginning of a text, in one line."""
+    return " ".join(text.split())[:LONGEST_NOTE]
 
 
 def timed(

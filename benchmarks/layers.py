@@ -11,6 +11,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from stem.attention.handle import make_processors
+from stem.attention.processor import RowLayout
 from stem.config import AttentionConfig, InflatedConfig, SparseCausalConfig, StemConfig
 from stem_kernels import attention_bias, initial_bases
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL
@@ -109,8 +110,10 @@ def layer(channels: int, device: torch.device, dtype: torch.dtype) -> Attention:
 
 
 def of_frames(config: AttentionConfig | None, frames: int) -> AttentionConfig | None:
-    """The same for a batch that is one video of so many frames."""
-    return None if config is None else dataclasses.replace(config, num_frames=frames)
+    """A configuration for a batch of so many frames: one video, if it does not say otherwise."""
+    if config is None or config.num_frames is not None:
+        return config
+    return dataclasses.replace(config, num_frames=frames)
 
 
 def largest_logit(config: AttentionConfig | None, tokens: torch.Tensor) -> float:
@@ -128,7 +131,7 @@ def backend_of(config: AttentionConfig | None) -> str:
 def set_attention(attention: Attention, config: AttentionConfig | None) -> None:
     """Put a mechanism into one self-attention; None: its own, per frame."""
     if config is not None:
-        processors, _ = make_processors({"layer": attention}, config)
+        processors, _ = make_processors({"layer": attention}, config, RowLayout(config.num_frames))
         attention.set_processor(processors["layer"])
 
 

@@ -15,12 +15,14 @@ import torch
 from stem import load_pipeline, read_video
 from stem.attention.frames import InflatedProcessor
 from stem.attention.handle import self_attentions
+from stem.attention.processor import RowLayout
 from stem.clips import shipped_clip
 from stem.diffusion.pipeline import decode_latents, encode_frames
 from stem.inversion import round_trip
 from stem.metrics import psnr, ssim, warped_similarity
 from stem.toy import render, sample_scene
 
+from .layers import of_frames
 from .quality_variants import Variant
 
 SIZE = 64
@@ -78,7 +80,7 @@ def measure(source: Source, variant: Variant, steps: int) -> dict[str, Any]:
             latents,
             source.prompt,
             steps,
-            variant.config,
+            of_frames(variant.config, len(source.frames)),
             cached=variant.cached,
             on_inverted=probe.on_inverted,
         )
@@ -123,7 +125,8 @@ class Probe:
         last = last_self_attention(unet)
         self._hooks = [last.register_forward_hook(self._keep)]
         for name, layer in self_attentions(unet).items():
-            compare = partial(self._compare, InflatedProcessor(name, None))
+            dense = InflatedProcessor(name, RowLayout(len(source.frames)))
+            compare = partial(self._compare, dense)
             self._hooks.append(layer.register_forward_hook(compare))
 
     def on_inverted(self, timestep: int) -> None:

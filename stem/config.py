@@ -26,20 +26,21 @@ class StemConfig:
     """STEM self-attention: all tokens of a video through `num_bases` EM bases.
 
     Args:
-        num_bases: K >= 1.
-        num_iters: EM iterations R >= 1.
-        temperature: tau > 0 of the responsibilities.
-        space: where responsibilities are computed. "feature": on the layer's input, keys and
-            values being projections of the bases (the paper). "key": per head, on the keys, the
-            values riding along (the released code).
-        init: "gaussian", "tokens" or "previous", see `stem_kernels.initial_bases`. "previous"
-            warm-starts from the timestep before, and starts a run as "tokens" does.
-        empty: "zero", "mask" or "reseed", see `stem_kernels.soft_em`.
-        proportional: weigh every base by its mass, see `stem_kernels.attention_bias`.
-        num_frames: so many consecutive rows of a batch are one video with bases of its own.
-            None: the whole batch is one video. A batch with guidance needs the number.
-        seed: of the Gaussian initial bases, with the layer and the timestep.
-        backend: "auto", "triton", "cuda" or "torch".
+        num_bases: Number K of bases, at least 1.
+        num_iters: Number R of EM iterations, at least 1.
+        temperature: Temperature tau > 0 of the responsibilities.
+        space: Space in which responsibilities are computed. "feature": the layer's input, keys
+            and values being projections of the bases (the paper). "key": the keys of each head,
+            the values riding along (the released code).
+        init: Start of EM, "gaussian" or "tokens", see `stem_kernels.initial_bases`.
+        empty: Policy for empty bases, "zero", "mask" or "reseed", see `stem_kernels.soft_em`.
+        proportional: Whether a base weighs as much as its mass, see
+            `stem_kernels.attention_bias`.
+        num_frames: Number of consecutive rows of a batch that are one video with bases of its
+            own. None: one row a video, where the pipeline that was enabled says that a batch
+            holds one image, or its two guidance branches; any other batch is an error then.
+        seed: Seed of the Gaussian initial bases, used with the layer and the timestep.
+        backend: Backend of the operators, "auto", "triton", "cuda" or "torch".
 
     Raises:
         ValueError: a value out of range, named with what is allowed.
@@ -53,8 +54,7 @@ class StemConfig:
     #   base, as 8 frames of 64x64 have, the second gains 2.2 and the next three 1.4.
     # - 256 bases: 128 leave 2.2 % for a tenth less time, 512 leave 0.6 % for a third more.
     # - "reseed" finds nothing to do where bases start as tokens; key space is as near.
-    # Reconstruction does not tell them apart, but for "zero" and "previous", which lose on
-    # natural clips.
+    # Reconstruction does not tell them apart, but for "zero", which loses on natural clips.
     num_bases: int = 256
     num_iters: int = 2
     temperature: float = 0.01
@@ -101,10 +101,10 @@ class SparseCausalConfig:
     """FateZero's sparse-causal attention: each frame attends to a few frames.
 
     Args:
-        frames: which frames' keys and values a frame sees: offsets from its own index (clamped
+        frames: Frames whose keys and values a frame sees: offsets from its own index (clamped
             to the video) or "first", "mid", "last". Default: the previous and the first.
-        min_channels: narrower layers keep per-frame attention.
-        num_frames: as in `StemConfig`.
+        min_channels: Least number of channels; narrower layers keep per-frame attention.
+        num_frames: Number of rows that are one video, as in `StemConfig`.
     """
 
     frames: tuple[int | str, ...] = (-1, "first")
@@ -141,7 +141,7 @@ class InflatedConfig:
     """All-frame attention: every token attends to every token of the video.
 
     Args:
-        num_frames: as in `StemConfig`.
+        num_frames: Number of rows that are one video, as in `StemConfig`.
     """
 
     num_frames: int | None = None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler
+from packaging.version import Version
 
-from .attention.handle import unet_of
+from .diffusion.pipeline import check_pipeline
 
 if TYPE_CHECKING:
     # Importing diffusers' pipelines takes seconds; `import stem` does without.
@@ -19,6 +22,10 @@ EMBEDDED_MODEL = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "toy" / "model"
 """The trained pipeline that comes with this package; see README.md in it."""
 RANDOM_MODEL = "random"
+RANDOM_VAE_FACTOR = 8
+# diffusers 0.42 renamed it, and warns of the old name.
+_DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Gives natural frames latents of about unit variance, as Stable Diffusion's own factor does.
 RANDOM_SCALING_FACTOR = 5.25
 
@@ -28,32 +35,38 @@ class ModelError(ValueError):
 
 
 def load_pipeline(
-    model: str, *, device: str | torch.device | None = None, half: bool | None = None
+    model: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> DiffusionPipeline:
     """A Stable Diffusion 1.x, 2.x or XL pipeline, ready to invert with.
 
     Args:
-        model: a hub id, a local folder in diffusers' format, "embedded" (the small trained
-            pipeline that comes with this package, for 64x64 pixels), or "random:SEED", for which
-            "random" stands with seed 0 (`random_pipeline`).
-        device: "cuda" if None and there is a GPU, else "cpu".
-        half: float16 weights; None: on a GPU only.
+        model: Hub id, local folder in diffusers' format, "embedded" (the small trained pipeline
+            that comes with this package, for 64x64 pixels), or "random:SEED", for which "random"
+            stands with seed 0 (`random_pipeline`).
+        device: Device to load onto; None: "cuda" if there is a GPU, else "cpu".
+        dtype: Dtype of the weights, "float32", "float16" or "bfloat16", or torch's; None: float16
+            on a GPU, else float32.
 
     Raises:
-        ModelError: nothing can be loaded from there, or it is another kind of model.
+        ModelError: nothing can be loaded from there, or it is a model that cannot be inverted.
+        ValueError: a device or dtype that does not exist here.
     """
     from diffusers import DiffusionPipeline
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    half = device.type == "cuda" if half is None else half
-    dtype = torch.float16 if half else torch.float32
-    random = re.fullmatch(rf"{RANDOM_MODEL}(?::(\d+))?", model)
-    if random:
-        pipeline = random_pipeline(int(random[1] or 0)).to(dtype=dtype)
+    device, dtype = _device(device), _dtype(dtype)
+    if dtype is None:
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    seed = _random_seed(model)
+    if seed is not None:
+        pipeline = random_pipeline(seed).to(dtype=dtype)
     else:
-        source = EMBEDDED_FOLDER if model == EMBEDDED_MODEL else model
         try:
-            pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+            pipeline = DiffusionPipeline.from_pretrained(
+                _local_folder(model) or model, **{_DTYPE_ARGUMENT: dtype}
+            )
         except (OSError, ValueError) as error:
             where = "the folder" if Path(model).exists() else "the hub id"
             raise ModelError(
@@ -61,14 +74,68 @@ def load_pipeline(
                 f"id, a local folder in diffusers' format (one with model_index.json), "
                 f"{EMBEDDED_MODEL!r} or {RANDOM_MODEL!r}"
             ) from error
-    if getattr(pipeline, "vae", None) is None:
-        raise ModelError(f"{model!r} is a {type(pipeline).__name__}, which has no VAE")
     try:
-        unet_of(pipeline)
-    except TypeError as error:
+        check_pipeline(pipeline)
+    except (TypeError, ValueError) as error:
         raise ModelError(f"{model!r}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def known_vae_factor(model: str) -> int | None:
+    """Pixels per latent of a model, without loading it; None for a hub id, which must be asked."""
+    if _random_seed(model) is not None:
+        return RANDOM_VAE_FACTOR
+    config = _config(model, "vae/config.json")
+    return None if config is None else 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def known_schedule(model: str) -> dict[str, Any] | None:
+    """The scheduler's configuration of a model, without loading it; None for a hub id."""
+    if _random_seed(model) is not None:
+        return dict(sd_scheduler().config)
+    return _config(model, "scheduler/scheduler_config.json")
+
+
+def _config(model: str, name: str) -> dict[str, Any] | None:
+    folder = _local_folder(model)
+    if folder is None or not (folder / name).is_file():
+        return None
+    config: dict[str, Any] = json.loads((folder / name).read_bytes())
+    return config
+
+
+def _local_folder(model: str) -> Path | None:
+    if model == EMBEDDED_MODEL:
+        return EMBEDDED_FOLDER
+    return Path(model) if Path(model).is_dir() else None
+
+
+def _random_seed(model: str) -> int | None:
+    found = re.fullmatch(rf"{RANDOM_MODEL}(?::(\d+))?", model)
+    return int(found[1] or 0) if found else None
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    on_gpu = torch.cuda.is_available()
+    try:
+        found = torch.device(device or ("cuda" if on_gpu else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; write cpu, cuda or cuda:NUMBER") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {device!r}, and torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA GPUs here; take another, or cpu"
+        )
+    return found
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def random_pipeline(seed: int = 0) -> StableDiffusionPipeline:

@@ -15,10 +15,10 @@ import stem
 from stem import InflatedConfig, SparseCausalConfig, StemConfig
 from stem.attention.handle import self_attentions
 from stem_kernels import basis_attention
-from stem_kernels.reference.spread import spread_tokens
+from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import max_error
 
-SMALL = StemConfig(num_bases=8, num_iters=2)
+SMALL = StemConfig(num_bases=8, num_iters=2, num_frames=4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -26,7 +26,7 @@ SMALL = StemConfig(num_bases=8, num_iters=2)
 def test_every_self_attention_changes_and_comes_back(shape: str, space: str) -> None:
     unet = make_unet(shape)
     before, processors = call(unet, shape), dict(unet.attn_processors)
-    handle = stem.enable(unet, StemConfig(num_bases=8, space=space))
+    handle = stem.enable(unet, StemConfig(num_bases=8, num_frames=4, space=space))
     inside = call(unet, shape)
     assert inside.isfinite().all()
     assert not torch.equal(inside, before)
@@ -76,8 +76,8 @@ def _twice_disabled(unet: Any) -> None:
 
 
 def _other_mechanisms(unet: Any) -> None:
-    stem.enable(unet, InflatedConfig())
-    stem.enable(unet, SparseCausalConfig())
+    stem.enable(unet, InflatedConfig(num_frames=4))
+    stem.enable(unet, SparseCausalConfig(num_frames=4))
     call(unet)
     stem.disable(unet)
 
@@ -98,7 +98,7 @@ def test_nested_contexts_restore_the_outer_one() -> None:
     unet = make_unet()
     with stem.enabled(unet, SMALL) as outer:
         expected = call(unet)
-        with stem.enabled(unet, StemConfig(num_bases=2)):
+        with stem.enabled(unet, StemConfig(num_bases=2, num_frames=4)):
             assert not torch.equal(call(unet), expected)
         assert outer.active
         assert torch.equal(call(unet), expected)
@@ -138,7 +138,12 @@ def test_one_self_attention_follows_the_formula(proportional: bool) -> None:
     attention = next(iter(self_attentions(unet).values()))
     tokens = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(0))
     config = StemConfig(
-        num_bases=5, num_iters=1, temperature=0.7, empty="zero", proportional=proportional
+        num_bases=5,
+        num_iters=1,
+        temperature=0.7,
+        empty="zero",
+        proportional=proportional,
+        num_frames=3,
     )
     with stem.enabled(unet, config), torch.no_grad():
         found = attention(tokens)
@@ -184,7 +189,7 @@ def test_a_video_is_seen_whole() -> None:
     (sample, timestep, text), keywords = unet_inputs(rows=4)
     changed = sample.clone()
     changed[3] += 1.0
-    for config, reached in ((SMALL, True), (InflatedConfig(), True), (None, False)):
+    for config, reached in ((SMALL, True), (InflatedConfig(num_frames=4), True), (None, False)):
         with torch.no_grad(), stem.enabled(unet, config) if config else torch.no_grad():
             first, second = (unet(x, timestep, text, **keywords)[0] for x in (sample, changed))
         assert (max_error(first[0], second[0]) > 1e-4) is reached
@@ -194,7 +199,7 @@ def test_proportional_bases_with_one_per_token_are_all_frame_attention() -> None
     unet = make_unet()
     # With a base on every token and an almost hard assignment, K = n is dense attention.
     config = StemConfig(
-        num_bases=2 * 64, num_iters=1, temperature=1e-4, init="tokens", proportional=True
+        num_bases=2 * 64, num_iters=1, temperature=1e-4, proportional=True, num_frames=2
     )
     attention = next(iter(self_attentions(unet).values()))
     tokens = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
@@ -202,7 +207,7 @@ def test_proportional_bases_with_one_per_token_are_all_frame_attention() -> None
     with torch.no_grad():
         with stem.enabled(unet, config):
             ours = attention(tokens)
-        with stem.enabled(unet, InflatedConfig()):
+        with stem.enabled(unet, InflatedConfig(num_frames=2)):
             dense = attention(tokens)
         plain = attention(tokens)
     assert max_error(ours, dense) < 1e-4
@@ -212,10 +217,10 @@ def test_proportional_bases_with_one_per_token_are_all_frame_attention() -> None
 def test_seeding_by_timestep_and_the_global_state() -> None:
     unet = make_unet()
     state = torch.random.get_rng_state()
-    with stem.enabled(unet, StemConfig(num_bases=8, init="gaussian")):
+    with stem.enabled(unet, StemConfig(num_bases=8, init="gaussian", num_frames=4)):
         first, again = call(unet), call(unet)
         later = call(unet, timestep=502)
-    with stem.enabled(unet, StemConfig(num_bases=8, init="gaussian", seed=1)):
+    with stem.enabled(unet, StemConfig(num_bases=8, init="gaussian", seed=1, num_frames=4)):
         reseeded = call(unet)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(first, again)
@@ -223,30 +228,9 @@ def test_seeding_by_timestep_and_the_global_state() -> None:
     assert not torch.equal(first, reseeded)
 
 
-def test_warm_start_takes_the_bases_of_the_timestep_before() -> None:
-    unet = make_unet()
-    with stem.enabled(unet, StemConfig(num_bases=8, num_iters=1, init="previous")) as handle:
-        assert handle.state is not None
-        start = call(unet, timestep=900)
-        bases = {layer: found.bases for layer, found in handle.state.bases.items()}
-        assert len(bases) == len(self_attentions(unet))
-        warm = call(unet, timestep=880)
-        assert not torch.equal(handle.state.bases[0].bases, bases[0])
-        # The timestep turns back: another run, which must not see the first one's bases.
-        assert torch.equal(call(unet, timestep=900), start)
-        # So does one that starts where the last ended, and one of another batch.
-        assert torch.equal(call(unet, timestep=900), start)
-        fewer = call(unet, timestep=880, rows=2)
-    with stem.enabled(unet, StemConfig(num_bases=8, num_iters=1, init="previous")):
-        assert torch.equal(call(unet, timestep=880, rows=2), fewer)
-    with stem.enabled(unet, StemConfig(num_bases=8, num_iters=1, init="tokens")):
-        assert torch.equal(call(unet, timestep=900), start)
-        assert not torch.equal(call(unet, timestep=880), warm)
-
-
 def test_replayed_bases_take_the_place_of_em() -> None:
     unet = make_unet()
-    with stem.enabled(unet, StemConfig(num_bases=8, space="key")) as handle:
+    with stem.enabled(unet, StemConfig(num_bases=8, space="key", num_frames=4)) as handle:
         assert handle.state is not None
         handle.state.recording = True
         expected = call(unet)
@@ -263,7 +247,7 @@ def test_replayed_bases_take_the_place_of_em() -> None:
 def test_half_precision(dtype: torch.dtype) -> None:
     unet = make_unet()
     (sample, timestep, text), keywords = unet_inputs()
-    config = StemConfig(num_bases=8, init="tokens", temperature=1.0)
+    config = StemConfig(num_bases=8, temperature=1.0, num_frames=4)
     with stem.enabled(unet, config), torch.no_grad():
         exact = unet(sample, timestep, text, **keywords)[0]
     unet.to(dtype)
@@ -279,11 +263,11 @@ def test_autocast_does_not_reach_into_the_operators(empty: str) -> None:
     unet = make_unet()
     attention = next(iter(self_attentions(unet).values()))
     tokens = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(0))
-    config = StemConfig(num_bases=8, num_iters=2, temperature=1.0, init="tokens", empty=empty)
+    config = StemConfig(num_bases=8, num_iters=2, temperature=1.0, empty=empty, num_frames=3)
     with torch.no_grad(), stem.enabled(unet, config):
         exact = attention(tokens)
         with torch.autocast("cpu", torch.bfloat16):
-            assert call(unet).isfinite().all()
+            assert call(unet, rows=3).isfinite().all()
             cast = attention(tokens)
     # bfloat16 has 8 bits: the projections alone round by some 2^-8.
     assert float((cast.float() - exact).norm() / exact.norm()) < 0.02
@@ -311,21 +295,20 @@ def test_lora_counts_and_stays() -> None:
     adapted = call(unet)
     assert not torch.equal(adapted, plain)
     for space in ("feature", "key"):
-        with stem.enabled(unet, StemConfig(num_bases=8, num_iters=2, space=space)):
+        with stem.enabled(unet, StemConfig(num_bases=8, num_iters=2, space=space, num_frames=4)):
             assert max_error(call(unet), without) > 1e-3
     assert torch.equal(call(unet), adapted)
 
 
-@pytest.mark.parametrize("init", ["gaussian", "tokens", "previous"])
+@pytest.mark.parametrize("init", ["gaussian", "tokens"])
 def test_a_compiled_unet_keeps_working(init: str) -> None:
     unet = make_unet()
     before = call(unet)
-    config = StemConfig(num_bases=8, num_iters=2, init=init)
+    config = StemConfig(num_bases=8, num_iters=2, init=init, num_frames=4)
     with stem.enabled(unet, config):
         expected = [call(unet, timestep=t) for t in (501, 481, 461)]
     torch._dynamo.reset()
-    # A warm start looks at the timestep on the host, which breaks the graph once a step.
-    compiled = torch.compile(unet, backend="aot_eager", fullgraph=init != "previous")
+    compiled = torch.compile(unet, backend="aot_eager", fullgraph=True)
     assert max_error(call(compiled), before) < 1e-5
     with stem.enabled(compiled, config):
         for timestep, eager in zip((501, 481, 461), expected, strict=True):
@@ -386,6 +369,7 @@ def test_targets_and_arguments_that_do_not_fit() -> None:
         (lambda: StemConfig(temperature=-1), "temperature is -1; it must be positive"),
         (lambda: StemConfig(space="both"), "space is 'both'; it must be one of feature, key"),
         (lambda: StemConfig(init="random"), "init is 'random'"),
+        (lambda: StemConfig(init="previous"), "init is 'previous'; it must be one of"),
         (lambda: StemConfig(empty="drop"), "empty is 'drop'"),
         (lambda: StemConfig(backend="cpu"), "backend is 'cpu'"),
         (lambda: StemConfig(num_frames=0), "num_frames is 0"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +143,15 @@ def test_without_triton() -> None:
     )
     assert "triton: triton cannot be imported" in done.stdout
     assert "pip install triton" in done.stdout
+
+
+def test_imports_run_one_way() -> None:
+    rooms = Path(backends.__file__).parent
+    inner = ("reference", "triton", "cuda")
+    for room in (*inner, "shared"):
+        others = "|".join({*inner, "ops", "backends"} - {room})
+        for file in (rooms / room).glob("*.py"):
+            assert not re.search(rf"from \.\.({others})\b", file.read_text()), file
 
 
 def test_importing_neither_loads_triton_nor_starts_cuda() -> None:

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from peft import LoraConfig
 from pipelines import SHAPES, make_pipeline
 
+import stem
+from stem.diffusion import fingerprint as hashes
 from stem.diffusion.fingerprint import fingerprint
+from stem.diffusion.loop import NonFiniteError, denoise, guided
 from stem.diffusion.pipeline import (
+    check_pipeline,
     decode_latents,
     encode_frames,
     encode_prompt,
     predict,
     vae_factor,
 )
-from stem.diffusion.schedule import inverse_scheduler, sampling_scheduler
-from stem.models import ModelError, load_pipeline, random_pipeline
+from stem.diffusion.schedule import check_steps, inverse_scheduler, sampling_scheduler
+from stem.models import (
+    ModelError,
+    known_schedule,
+    known_vae_factor,
+    load_pipeline,
+    random_pipeline,
+)
 from stem_kernels.testing import max_error
 
 
@@ -64,8 +88,22 @@ def test_steps_that_do_not_divide_name_others() -> None:
     with pytest.raises(ValueError, match="0 steps do not divide"):
         sampling_scheduler(make_pipeline(), 0)
     # SD's steps_offset of 1 would make the last of 1000 timesteps 1000.
-    with pytest.raises(ValueError, match="noisiest timestep would be 1000, and the schedule ends"):
+    with pytest.raises(ValueError, match=r"1000 steps would begin .* past .* 999; take .*500$"):
         inverse_scheduler(make_pipeline(), 1000)
+
+
+@pytest.mark.parametrize("steps", [-3, 0, 30, 333, 999, 1000, 1001, 10**6])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_steps_that_are_named_can_be_used(steps: int, offset: int) -> None:
+    with contextlib.suppress(ValueError):
+        check_steps(steps, 1000, offset)  # 1000 can be used without an offset
+        return
+    with pytest.raises(ValueError, match="; take ") as caught:
+        check_steps(steps, 1000, offset)
+    named = str(caught.value).rpartition("take ")[2].split(", ")
+    assert len(named) == 3
+    for other in map(int, named):
+        check_steps(other, 1000, offset)
 
 
 def test_latents_are_the_scaled_posterior_mean_in_any_batch() -> None:
@@ -142,6 +180,41 @@ def test_a_fingerprint_sees_configuration_and_weights() -> None:
     assert fingerprint(pipeline)["config_sha256"] != before["config_sha256"]
 
 
+def test_a_fingerprint_sees_one_row_of_a_text_embedding() -> None:
+    pipeline = random_pipeline(0)
+    embedding = pipeline.text_encoder.get_input_embeddings().weight
+    seen = [fingerprint(pipeline)["weights_sha256"]]
+    for row in (3, 400):
+        with torch.no_grad():
+            embedding[row] += 1e-3
+        seen.append(fingerprint(pipeline)["weights_sha256"])
+    embedding.data = embedding.data.clone()
+    embedding.data[7, 1] += 1e-3
+    seen.append(fingerprint(pipeline)["weights_sha256"])
+    assert len(set(seen)) == 4
+    assert fingerprint(pipeline)["weights_sha256"] == seen[-1]
+
+
+def test_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = random_pipeline(0)
+    first = fingerprint(pipeline)
+    read: list[torch.Tensor] = []
+    monkeypatch.setattr(hashes, "_tensor_hash", lambda tensor: str(read.append(tensor)))
+    assert fingerprint(pipeline) == first
+    assert not read
+    with torch.no_grad():
+        pipeline.vae.quant_conv.bias += 1
+    fingerprint(pipeline)
+    assert len(read) == len(pipeline.vae.state_dict())
+
+
+def test_a_fingerprint_needs_weights() -> None:
+    pipeline = random_pipeline(0)
+    pipeline.text_encoder.to("meta")
+    with pytest.raises(ValueError, match="text_encoder's weights are on the meta device"):
+        fingerprint(pipeline)
+
+
 @pytest.mark.parametrize("component", ["vae", "text_encoder"])
 def test_a_fingerprint_sees_every_component(component: str) -> None:
     pipeline = random_pipeline(0)
@@ -181,3 +254,144 @@ def test_a_half_precision_vae_is_upcast_for_a_while_only() -> None:
 def test_frames_of_another_dtype_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must be uint8 \[N, H, W, 3\], not torch.float32"):
         encode_frames(make_pipeline(), torch.rand(2, 16, 16, 3))
+
+
+@pytest.mark.parametrize("shape", ["sd1", "sdxl"])
+def test_words_that_the_tokenizer_cuts_off_are_named(
+    shape: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = make_pipeline(shape)
+    fits = "abc " * 25  # 75 letters, a token each, between the two marks
+    encode_prompt(pipeline, fits, 16, 16)
+    assert not caplog.text
+    encode_prompt(pipeline, fits + "swan lake", 16, 16)
+    lost = caplog.messages[0].rpartition(": ")[2]
+    assert lost.replace(" ", "") == "swanlake"
+    assert "these words are lost" in caplog.text
+
+
+def with_parts(**parts: object) -> SimpleNamespace:
+    """What `check_pipeline` looks at of a pipeline, with some parts exchanged."""
+    pipeline = make_pipeline()
+    known = {"unet": pipeline.unet, "vae": pipeline.vae, "scheduler": pipeline.scheduler}
+    return SimpleNamespace(**{**known, **parts})
+
+
+def inpainting_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_config(make_pipeline().unet.config, in_channels=9)
+
+
+def ip_adapter_unet() -> UNet2DConditionModel:
+    unet = copy.deepcopy(make_pipeline().unet)
+    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    return unet
+
+
+def flow_sigmas() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (lambda: {"vae": None}, "has no VAE"),
+        (lambda: {"controlnet": object()}, "has a controlnet, whose control .* would ignore"),
+        (lambda: {"adapter": object()}, "has a adapter, whose control"),
+        (lambda: {"unet": inpainting_unet()}, "takes 9 channels, and the VAE's latents have 4"),
+        (lambda: {"unet": ip_adapter_unet()}, r"call pipeline\.unload_ip_adapter\(\) first"),
+        (
+            lambda: {"scheduler": FlowMatchEulerDiscreteScheduler()},
+            "cannot be inverted: its scheduler is no variance-preserving diffusion schedule",
+        ),
+        (lambda: {"scheduler": flow_sigmas()}, "or flow matching"),
+    ],
+)
+def test_pipelines_that_an_inversion_would_misread(
+    parts: Callable[[], dict[str, object]], message: str, tmp_path: Path
+) -> None:
+    pipeline = with_parts(**parts())
+    with pytest.raises(ValueError, match=message):
+        check_pipeline(pipeline)
+    video = stem.Video(torch.zeros(1, 16, 16, 3, dtype=torch.uint8), Fraction(8))
+    with pytest.raises(ValueError, match=message):
+        stem.invert(pipeline, video, "", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_control_net_pipeline_is_refused() -> None:
+    pipeline = random_pipeline(0)
+    control = StableDiffusionControlNetPipeline(
+        **pipeline.components,
+        controlnet=ControlNetModel.from_unet(pipeline.unet),
+        requires_safety_checker=False,
+    )
+    with pytest.raises(ValueError, match="StableDiffusionControlNetPipeline, has a controlnet"):
+        check_pipeline(control)
+
+
+def test_loading_with_a_device_and_a_dtype(tmp_path: Path) -> None:
+    assert load_pipeline("random", dtype="bfloat16").unet.dtype == torch.bfloat16
+    assert load_pipeline("random", dtype=torch.float16, device="cpu").vae.dtype == torch.float16
+    with pytest.raises(ValueError, match="dtype is 'half'; it must be one of float32, float16"):
+        load_pipeline("random", dtype="half")
+    with pytest.raises(ValueError, match="device is 'gpu'; write cpu, cuda"):
+        load_pipeline("random", device="gpu")
+    with pytest.raises(ValueError, match=r"device is 'cuda:99', and torch .* sees \d+ CUDA"):
+        load_pipeline("random", device="cuda:99")
+    random_pipeline(0).save_pretrained(tmp_path)
+    for model in ("random", "random:3", "embedded", str(tmp_path)):
+        pipeline = load_pipeline(model)
+        assert known_vae_factor(model) == vae_factor(pipeline)
+        schedule = known_schedule(model)
+        assert schedule is not None
+        assert schedule["num_train_timesteps"] == 1000
+        assert schedule["steps_offset"] == pipeline.scheduler.config.steps_offset
+    assert known_vae_factor("some/hub-id") is None
+    assert known_schedule("some/hub-id") is None
+
+
+def test_the_loop_goes_both_ways_with_guidance_and_callbacks() -> None:
+    pipeline = make_pipeline()
+    prompts = [encode_prompt(pipeline, text, 16, 24) for text in ("a duck", "")]
+    latents = torch.randn(3, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    scheduler = sampling_scheduler(pipeline, 5)
+    predicted = [predict(pipeline, latents, scheduler.timesteps[1], prompt) for prompt in prompts]
+    expected = predicted[1] + 3.0 * (predicted[0] - predicted[1])
+    prediction = guided(pipeline, prompts[0], negative=prompts[1], guidance=3.0)
+    assert max_error(prediction(1, scheduler.timesteps[1], latents), expected) < 1e-4
+    with pytest.raises(ValueError, match=r"guidance is 3\.0; it needs the conditioning"):
+        guided(pipeline, prompts[0], guidance=3.0)
+    seen: list[tuple[str, int]] = []
+
+    def after(step: int, latents: torch.Tensor) -> torch.Tensor | None:
+        seen.append(("after", step))
+        return torch.zeros_like(latents) if step == 3 else None
+
+    arguments = {"before_step": lambda step: seen.append(("before", step)), "after_step": after}
+    for make in (inverse_scheduler, sampling_scheduler):
+        seen.clear()
+        end = denoise(
+            latents, make(pipeline, 5), prediction, steps=range(1, 4), name="x", **arguments
+        )
+        assert not end.any()
+        assert seen == [(when, step) for step in (1, 2, 3) for when in ("before", "after")]
+
+
+def test_latents_that_are_not_finite_stop_the_run() -> None:
+    pipeline = make_pipeline()
+
+    def prediction(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        noise = torch.zeros_like(latents)
+        noise[2] = float("inf") if step == 1 else 0.0
+        return noise
+
+    kept: list[int] = []
+    with pytest.raises(NonFiniteError, match=r"x, step 2 of 5 \(timestep 601\): .* frame 2 are"):
+        denoise(
+            torch.zeros(4, 4, 8, 8),
+            sampling_scheduler(pipeline, 5),
+            prediction,
+            after_step=lambda step, latents: kept.append(step),
+            name="x",
+        )
+    assert kept == [0]

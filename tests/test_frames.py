@@ -72,7 +72,7 @@ def test_all_frames_that_do_not_fit_say_how_many_bytes(monkeypatch: pytest.Monke
     memory = namedtuple("memory", "available")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(1000))
     with (
-        stem.enabled(unet, InflatedConfig()),
+        stem.enabled(unet, InflatedConfig(num_frames=5)),
         pytest.raises(MemoryError, match="needs 30,720 bytes on cpu, and 1,000 are free"),
     ):
         attention(torch.randn(5, 48, 32))

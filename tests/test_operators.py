@@ -11,12 +11,16 @@ from stem_kernels import (
     attention_bias,
     basis_attention,
     em_statistics,
+    em_update,
     initial_bases,
     soft_em,
     standard_normals,
     stem_attention,
 )
-from stem_kernels.reference.spread import spread_tokens
+from stem_kernels.ops.em_update import candidate_tokens
+from stem_kernels.ops.soft_em import SoftEM
+from stem_kernels.reference import chunks
+from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import clustered_tokens, eager_soft_em, max_error
 
 
@@ -80,6 +84,56 @@ def test_iterations_follow_the_formula() -> None:
     found = soft_em(features, bases, num_iters=4, temperature=1.0, empty="zero")
     expected = eager_soft_em(features.double(), bases.double(), num_iters=4, temperature=1.0)
     assert max_error(found.bases, expected) < 1e-5
+
+
+def step_by_step(
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor,
+    empty: str,
+    size: int,
+    backend: str,
+) -> SoftEM:
+    """`soft_em` of three iterations at temperature 0.5, over chunks of `size` tokens."""
+    n = features.shape[-2]
+    index = candidate_tokens(n, bases.shape[-2], features.device)
+    pieces = list(zip(features.split(size, -2), payload.split(size, -2), strict=True))
+    for policy in (empty, empty, "mask" if empty == "reseed" else empty):
+        parts = [
+            em_statistics(chunk, bases, temperature=0.5, payload=values, backend=backend)
+            for chunk, values in pieces
+        ]
+        sums, mass, payload_sums = (sum(part) for part in zip(*parts, strict=True))
+        found = em_update(
+            sums,
+            mass,
+            bases,
+            num_tokens=n,
+            empty=policy,
+            payload_sums=payload_sums,
+            candidates=features[..., index, :],
+        )
+        bases = found.bases
+    return found
+
+
+@pytest.mark.parametrize("empty", ["zero", "mask", "reseed"])
+@pytest.mark.interpreter
+def test_statistics_and_updates_make_soft_em(backend: str, empty: str) -> None:
+    features, payload = 1 + tokens(1, 2, 120, 12), tokens(1, 2, 120, 5, seed=1)
+    bases = features[..., ::10, :].clone()
+    bases[..., :4, :] = -1.0  # away from all tokens
+    options = {"num_iters": 3, "temperature": 0.5, "empty": empty, "backend": backend}
+    fused = soft_em(features, bases, payload=payload, **options)  # type: ignore[arg-type]
+    assert bool((fused.mass == 0).any()) == (empty == "mask")
+    whole = step_by_step(features, bases, payload, empty, 120, backend)
+    parts = step_by_step(features, bases, payload, empty, 77, backend)
+    for one, other, chunked in zip(fused, whole, parts, strict=True):
+        if backend == "torch":
+            assert torch.equal(one, other)
+        tolerance = 1e-4 * float(one.abs().max())
+        assert max_error(other, one) <= tolerance
+        assert max_error(chunked, one) <= tolerance
 
 
 def test_the_objective_does_not_fall_on_average() -> None:
@@ -149,15 +203,6 @@ def test_attention_bias_weighs_by_mass() -> None:
     assert torch.equal(bias, torch.log(mass))
 
 
-@pytest.mark.parametrize("space", [1, 2])
-def test_dense_attention_is_the_limit_of_a_base_per_token(space: int) -> None:
-    query, key, value = (tokens(1, space, 40, 16, seed=seed) for seed in (0, 1, 2))
-    key = key / key.norm(dim=-1, keepdim=True)
-    out = stem_attention(query, key, value, num_bases=40, num_iters=1, temperature=1e-3)
-    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    assert max_error(out, dense) < 2e-3
-
-
 def test_initial_bases() -> None:
     features = tokens(2, 30, 4)
     spread = initial_bases(features, 10, init="tokens")
@@ -170,11 +215,8 @@ def test_initial_bases() -> None:
     expected = features.mean(1, keepdim=True) + features.std(1, keepdim=True) * normals
     assert max_error(gaussian, expected) < 1e-6
     assert initial_bases(features[:, :1], 10, init="gaussian", normals=normals).isfinite().all()
-    assert initial_bases(features, 10, init="previous", previous=spread).data_ptr() == (
-        spread.data_ptr()
-    )
-    with pytest.raises(ValueError, match='init="previous" needs the argument previous'):
-        initial_bases(features, 10, init="previous")
+    with pytest.raises(ValueError, match='init="gaussian" needs the argument normals'):
+        initial_bases(features, 10, init="gaussian")
     with pytest.raises(ValueError, match=r"normals is \[9, 4\]; it must broadcast to \[2, 10, 4\]"):
         initial_bases(features, 10, init="gaussian", normals=normals[:9])
 
@@ -210,12 +252,14 @@ def test_normals_depend_on_seed_layer_and_timestep_alone() -> None:
     assert abs(float(many.std()) - 1) < 0.02
 
 
-def test_gradients() -> None:
+def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CPU_LOGITS_PER_HEAD", 16 * 5)  # 20 tokens are two chunks
+
     def leaf(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     torch.manual_seed(0)
-    features, bases, payload = leaf(2, 3, 50, 4), leaf(2, 3, 5, 4), leaf(2, 3, 50, 3)
+    features, bases, payload = leaf(1, 2, 20, 4), leaf(1, 2, 5, 4), leaf(1, 2, 20, 3)
     assert torch.autograd.gradcheck(
         lambda x, m, p: tuple(em_statistics(x, m, payload=p, temperature=0.5)),
         (features, bases, payload),
@@ -223,7 +267,14 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(
         lambda x, m: tuple(em_statistics(x, m, temperature=0.5)[:2]), (features, bases)
     )
-    query, key, value, bias = leaf(2, 3, 50, 4), leaf(1, 3, 5, 4), leaf(1, 3, 5, 6), leaf(3, 5)
+    sums, mass, empty = leaf(2, 5, 4), leaf(2, 5).detach().abs(), torch.zeros(2, 1).double()
+    mass = torch.cat([mass[:, :-1] + 1, empty], -1).requires_grad_()
+    seeds, settings = leaf(2, 9, 4), {"num_tokens": 20, "empty": "reseed"}
+    assert torch.autograd.gradcheck(
+        lambda s, w, m, c: tuple(em_update(s, w, m, candidates=c, payload_sums=s, **settings)),
+        (sums, mass, leaf(2, 5, 4), seeds),
+    )
+    query, key, value, bias = leaf(2, 1, 20, 4), leaf(1, 1, 5, 4), leaf(1, 1, 5, 6), leaf(1, 5)
     assert torch.autograd.gradcheck(
         lambda q, k, v, b: basis_attention(q, k, v, bias=b), (query, key, value, bias)
     )
@@ -299,6 +350,8 @@ def test_compiles_to_one_graph(backend: str) -> None:
 
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     assert max_error(compiled(query, key, value), attention(query, key, value)) < 1e-5
+    few = [tensor[:, :, :20] for tensor in (query, key, value)]  # exact
+    assert max_error(compiled(*few), attention(*few)) < 1e-5
 
 
 @pytest.mark.parametrize("op", ["em_statistics", "soft_em", "basis_attention", "stem_attention"])
@@ -350,9 +403,45 @@ KV = torch.zeros(1, 3, 5, 4)
         (lambda: em_statistics([1.0], M), TypeError, "features must be a torch.Tensor, not list"),
         (lambda: em_statistics(X, M, temperature=0), ValueError, "temperature is 0; it must be"),
         (lambda: em_statistics(X, M.to("meta")), ValueError, "must be on one device"),
-        (lambda: soft_em(X, M, num_iters=0), ValueError, "num_iters is 0; it must be at least 1"),
+        (
+            lambda: soft_em(X, M, num_iters=0),
+            ValueError,
+            "num_iters is 0; it must be a whole number",
+        ),
         (lambda: soft_em(X, M, empty="drop"), ValueError, 'empty is "drop"; it must be one of'),
         (lambda: soft_em(X[:, :0], M), ValueError, "there must be a token"),
+        (
+            lambda: em_update(M, M[..., 0], M[:1], num_tokens=9),
+            ValueError,
+            r"bases \[..., K, D\]; they are \[2, 3, 4\], \[2, 3\], \[1, 3, 4\]",
+        ),
+        (
+            lambda: em_update(M.half(), M[..., 0].half(), M, num_tokens=9),
+            TypeError,
+            "sums is torch.float16, which many tokens overflow",
+        ),
+        (
+            lambda: em_update(M, M[..., 0], M, num_tokens=9, payload_sums=M[:, :2]),
+            ValueError,
+            r"payload_sums is \[2, 2, 4\]",
+        ),
+        (
+            lambda: em_update(M, M[..., 0], M, num_tokens=0),
+            ValueError,
+            "num_tokens is 0; it must be a whole number of at least 1",
+        ),
+        (
+            lambda: em_update(M, M[..., 0], M, num_tokens=9, empty="reseed"),
+            ValueError,
+            "needs the argument candidates",
+        ),
+        (
+            lambda: em_update(M, M[..., 0], M, num_tokens=9, empty="reseed", candidates=X[..., :3]),
+            ValueError,
+            r"candidates must be \[2, m, 4\] with m >= 1, not \[2, 10, 3\]",
+        ),
+        (lambda: initial_bases(X, 0), ValueError, "num_bases is 0; it must be a whole number"),
+        (lambda: initial_bases(X[:, :0], 3), ValueError, "there must be a token"),
         (lambda: basis_attention(X, KV, KV), ValueError, r"query must be \[B, h, n, d\]"),
         (lambda: basis_attention(Q, KV[:, :2], KV), ValueError, r"key must be \[2 or 1, 3, K"),
         (lambda: basis_attention(Q, KV, KV[:, :, :4]), ValueError, "must agree on all but"),
@@ -362,8 +451,11 @@ KV = torch.zeros(1, 3, 5, 4)
             ValueError,
             r"bias is \[3, 4\]; it must be \[h, K\] or \[B, h, K\] with B = 2 or 1",
         ),
-        (lambda: stem_attention(Q, Q[:, :, :9], Q), ValueError, r"key \[B, h, m, d\]"),
-        (lambda: stem_attention(Q, Q, Q, init="previous"), ValueError, "init is"),
+        (
+            lambda: initial_bases(X, 3, init="previous"),
+            ValueError,
+            'init is "previous"; it must be one of "gaussian", "tokens"',
+        ),
     ],
 )
 def test_errors_name_the_value_and_the_fix(call, error, message) -> None:  # type: ignore[no-untyped-def]

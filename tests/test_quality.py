@@ -89,7 +89,9 @@ def test_the_probe_looks_at_the_inversion_alone(monkeypatch: pytest.MonkeyPatch)
     probe = quality_measure.Probe(
         pipeline.unet, quality_measure.Source(clip.frames, ""), latents.shape[2:], num_steps=4
     )
-    round_trip(pipeline, latents, "", 4, InflatedConfig(), on_inverted=probe.on_inverted)
+    round_trip(
+        pipeline, latents, "", 4, InflatedConfig(num_frames=2), on_inverted=probe.on_inverted
+    )
     probe.remove()
     assert len(probe.errors) == 2 * len(self_attentions(pipeline.unet))
     assert max(probe.errors) < 1e-5

@@ -8,14 +8,14 @@ from diffusers.models.attention_processor import Attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import SparseCausalConfig
-from .processor import VideoAttentionProcessor, project_keys_and_values
+from .processor import RowLayout, VideoAttentionProcessor, project_keys_and_values
 
 
 class SparseCausalProcessor(VideoAttentionProcessor):
     """Each frame attends to the frames that `SparseCausalConfig.frames` names."""
 
-    def __init__(self, name: str, config: SparseCausalConfig) -> None:
-        super().__init__(name, config.num_frames)
+    def __init__(self, name: str, layout: RowLayout, config: SparseCausalConfig) -> None:
+        super().__init__(name, layout)
         self.seen = config.frames
 
     def attend(self, attn: Attention, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

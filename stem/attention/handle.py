@@ -4,57 +4,98 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-from ..config import AttentionConfig, InflatedConfig, SparseCausalConfig, StemConfig
+from ..config import AttentionConfig, SparseCausalConfig, StemConfig
 from .frames import InflatedProcessor, SparseCausalProcessor
-from .processor import VideoAttentionProcessor
+from .processor import RowLayout, VideoAttentionProcessor
 from .stem import StemProcessor, StemState, bases_shape
 
 logger = logging.getLogger("stem")
 
 _ATTRIBUTE = "_stem_handle"
+# Held while processors are exchanged, and for as long as it takes to look at who owns a UNet.
+_lock = threading.RLock()
+_owners: weakref.WeakKeyDictionary[torch.nn.Module, _Owner] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class _Owner:
+    """The thread whose `with` blocks a UNet's attention belongs to, and how many there are."""
+
+    thread: int
+    name: str
+    blocks: int = 0
 
 
 class Handle:
     """An attention mechanism that is on in a UNet; made by `enable`.
 
     Attributes:
-        unet: the UNet.
-        config: what it was enabled with.
-        state: for STEM, what its layers share (see `StemState`); None for the others.
+        unet: UNet that the mechanism is in.
+        config: Configuration that it was enabled with.
+        state: State that STEM's layers share (see `StemState`); None for other mechanisms.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, config: AttentionConfig) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, config: AttentionConfig, pipeline: Any = None
+    ) -> None:
         self.unet = unet
         self.config = config
         self._saved: dict[str, Any] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._warned = False
         self._attentions = self_attentions(unet)
-        self._processors, self.state = make_processors(self._attentions, config)
+        layout = RowLayout(config.num_frames, pipeline)
+        self._processors, self.state = make_processors(self._attentions, config, layout)
 
     @property
     def active(self) -> bool:
-        """Whether this is the mechanism that is on in its UNet."""
+        """Whether every self-attention that this mechanism replaced still runs through it."""
+        return self._installed and not self._replaced()
+
+    @property
+    def _installed(self) -> bool:
         return getattr(self.unet, _ATTRIBUTE, None) is self
 
+    def _replaced(self) -> dict[str, Any]:
+        """The processors of others that have taken the place of this mechanism's, by layer."""
+        return {
+            name: self._attentions[name].processor
+            for name, processor in self._processors.items()
+            if self._attentions[name].processor is not processor
+        }
+
     def disable(self) -> None:
-        """Put back the very processors that were there before. Does nothing if not active."""
-        if not self.active:
+        """Put back the very processors that were there before. Does nothing if not installed.
+
+        Raises:
+            RuntimeError: another thread has this UNet in a `with` block.
+        """
+        with _lock:
+            _check_owner(self.unet)
+            self._remove()
+
+    def _remove(self) -> None:
+        if not self._installed:
             return
+        replaced = self._replaced()
         for name, processor in self._saved.items():
-            attention = self._attentions[name]
-            if attention.processor is self._processors[name]:
-                attention.set_processor(processor)
-            else:
-                logger.warning(
-                    "%s has got another processor since it was enabled; that one stays", name
-                )
+            if name not in replaced:
+                self._attentions[name].set_processor(processor)
+        if replaced:
+            logger.warning(
+                "others have put a processor into %s since this was enabled; those stay",
+                ", ".join(f"{name} ({type(other).__name__})" for name, other in replaced.items()),
+            )
         if self._hook is not None:
             self._hook.remove()
         self._saved = {}
@@ -65,21 +106,69 @@ class Handle:
         for name, processor in self._processors.items():
             self._saved[name] = self._attentions[name].processor
             self._attentions[name].set_processor(processor)
-        if self.state is not None:
-            self._hook = self.unet.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._hook = self.unet.register_forward_pre_hook(self._begin, with_kwargs=True)
         setattr(self.unet, _ATTRIBUTE, self)
 
     def _begin(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self.state is not None
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        self.state.begin(sample, timestep)
+        if not torch.compiler.is_compiling():
+            self._warn_once_of_replaced()
+        if self.state is not None:
+            sample = args[0] if args else kwargs["sample"]
+            timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+            self.state.begin(sample, timestep)
+
+    def _warn_once_of_replaced(self) -> None:
+        replaced = self._replaced()
+        if replaced and not self._warned:
+            others = {type(processor).__name__ for processor in replaced.values()}
+            logger.warning(
+                "%s is off in %d of %d self-attentions: %s took over there after it was enabled "
+                "(enable_attention_slicing, fuse_qkv_projections, set_attn_processor and others do "
+                "that). Undo that, or call stem.enable again",
+                type(self.config).__name__,
+                len(replaced),
+                len(self._processors),
+                ", ".join(sorted(others)),
+            )
+        self._warned = bool(replaced)
+
+
+def _check_owner(unet: torch.nn.Module) -> None:
+    owner = _owners.get(unet)
+    if owner is not None and owner.thread != threading.get_ident():
+        raise RuntimeError(
+            f"thread {owner.name!r} has changed this UNet's attention for a `with` block that is "
+            "still open; wait until it ends, or give each thread a pipeline of its own"
+        )
+
+
+@contextlib.contextmanager
+def _owned(unet: torch.nn.Module) -> Iterator[None]:
+    """The UNet's attention belongs to this thread for the length of a `with` block."""
+    with _lock:
+        _check_owner(unet)
+        owner = _owners.setdefault(
+            unet, _Owner(threading.get_ident(), threading.current_thread().name)
+        )
+        owner.blocks += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            owner.blocks -= 1
+            if not owner.blocks:
+                del _owners[unet]
 
 
 def make_processors(
-    attentions: Mapping[str, Attention], config: AttentionConfig
+    attentions: Mapping[str, Attention], config: AttentionConfig, layout: RowLayout
 ) -> tuple[dict[str, VideoAttentionProcessor], StemState | None]:
     """The processors of a mechanism by the attention's name, and, for STEM, what they share.
+
+    Args:
+        attentions: Self-attentions by name.
+        config: Configuration of the mechanism.
+        layout: Layout of the rows of a batch.
 
     Raises:
         TypeError: `config` is no mechanism's.
@@ -88,44 +177,50 @@ def make_processors(
         shapes = [bases_shape(attention, config) for attention in attentions.values()]
         state = StemState(config, shapes)
         return {
-            name: StemProcessor(name, layer, state) for layer, name in enumerate(attentions)
+            name: StemProcessor(name, layout, layer, state) for layer, name in enumerate(attentions)
         }, state
     if isinstance(config, SparseCausalConfig):
         return {
-            name: SparseCausalProcessor(name, config)
+            name: SparseCausalProcessor(name, layout, config)
             for name, attention in attentions.items()
             if attention.query_dim >= config.min_channels
         }, None
-    if isinstance(config, InflatedConfig):
-        return {name: InflatedProcessor(name, config.num_frames) for name in attentions}, None
-    raise TypeError(
-        f"config is a {type(config).__name__}; it must be a StemConfig, a SparseCausalConfig "
-        "or an InflatedConfig"
-    )
+    return {name: InflatedProcessor(name, layout) for name in attentions}, None
 
 
 def enable(target: Any, config: AttentionConfig | None = None) -> Handle:
     """Put an attention mechanism into every self-attention of a UNet.
 
     Enabling again replaces the mechanism that is on; one `disable` still restores what was there
-    before the first.
+    before the first. Enabled on a pipeline, its guidance branches are told apart; see
+    `StemConfig.num_frames` for batches of several frames or images.
 
     Args:
-        target: a `UNet2DConditionModel` (also compiled, or with LoRA), or a pipeline with one.
-        config: `StemConfig()` if None; a `SparseCausalConfig` or an `InflatedConfig` puts those
-            mechanisms in.
+        target: Pipeline with a `UNet2DConditionModel`, or such a UNet (also compiled, or with
+            LoRA).
+        config: Configuration of the mechanism: `StemConfig()` if None; a `SparseCausalConfig` or
+            an `InflatedConfig` puts those mechanisms in.
 
     Returns:
         A `Handle`, whose `disable()` undoes it.
 
     Raises:
-        TypeError: `target` has no UNet2DConditionModel.
+        TypeError: `target` has no UNet2DConditionModel, or `config` is no mechanism's.
         ValueError: the UNet has no self-attention.
+        RuntimeError: another thread has this UNet in a `with` block.
     """
     unet = unet_of(target)
-    handle = Handle(unet, StemConfig() if config is None else config)
-    disable(unet)
-    handle._install()
+    config = StemConfig() if config is None else config
+    if not isinstance(config, AttentionConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; it must be a StemConfig, a SparseCausalConfig "
+            "or an InflatedConfig"
+        )
+    handle = Handle(unet, config, target if hasattr(target, "unet") else None)
+    with _lock:
+        _check_owner(unet)
+        _remove_from(unet)
+        handle._install()
     return handle
 
 
@@ -133,16 +228,24 @@ def disable(target: Any) -> None:
     """Restore the processors from before `enable`; nothing happens where nothing is enabled.
 
     Args:
-        target: as for `enable`.
+        target: Pipeline or UNet, as for `enable`.
+
+    Raises:
+        RuntimeError: another thread has this UNet in a `with` block.
     """
-    handle = getattr(unet_of(target), _ATTRIBUTE, None)
-    if handle is not None:
-        handle.disable()
+    unet = unet_of(target)
+    with _lock:
+        _check_owner(unet)
+        _remove_from(unet)
 
 
 @contextlib.contextmanager
 def enabled(target: Any, config: AttentionConfig | None = None) -> Iterator[Handle]:
-    """`enable` for the length of a `with` block; afterwards what was on before is on again."""
+    """`enable` for the length of a `with` block; afterwards what was on before is on again.
+
+    Raises:
+        RuntimeError: another thread has this UNet in such a block. Blocks of one thread nest.
+    """
     with plain(target):
         yield enable(target, config)
 
@@ -153,14 +256,25 @@ def plain(target: Any) -> Iterator[None]:
 
     Whatever is enabled inside is disabled at the end; what was on before is on again.
     """
-    outer = getattr(unet_of(target), _ATTRIBUTE, None)
-    disable(target)
-    try:
-        yield
-    finally:
-        disable(target)
-        if outer is not None:
-            outer._install()
+    unet = unet_of(target)
+    with _owned(unet):
+        outer = _remove_from(unet)
+        try:
+            yield
+        finally:
+            with _lock:
+                _remove_from(unet)
+                if outer is not None:
+                    outer._install()
+
+
+def _remove_from(unet: torch.nn.Module) -> Handle | None:
+    """Undo what is enabled, whoever owns the UNet. Returns its handle, to install it again."""
+    with _lock:
+        handle: Handle | None = getattr(unet, _ATTRIBUTE, None)
+        if handle is not None:
+            handle._remove()
+        return handle
 
 
 def unet_of(target: Any) -> UNet2DConditionModel:

@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 
 from ..profiling import nvtx_range
+
+
+class RowLayout:
+    """Which rows of a batch are one video.
+
+    Args:
+        num_frames: Number of consecutive rows that are one video; None where nobody said.
+        pipeline: Pipeline of the UNet, which knows whether a batch holds guidance branches; None
+            where only the UNet is known.
+    """
+
+    def __init__(self, num_frames: int | None, pipeline: Any = None) -> None:
+        self.num_frames = num_frames
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        # A distilled UNet is told the scale and sees one branch.
+        unet = getattr(pipeline, "unet", None)
+        self._scale_embedded = unet is not None and unet.config.time_cond_proj_dim is not None
+
+    def frames(self, rows: int) -> int:
+        """The number of frames of each video in a batch of so many rows.
+
+        Raises:
+            ValueError: the rows do not divide into videos, or nothing tells what they are.
+        """
+        if self.num_frames is not None:
+            if rows % self.num_frames:
+                raise ValueError(
+                    f"a batch of {rows} rows does not divide into videos of "
+                    f"num_frames={self.num_frames} frames; num_frames must be the frames of one "
+                    "video, and every video and guidance branch of the batch must have as many"
+                )
+            return self.num_frames
+        branches = self._guidance_branches()
+        if rows in (1, branches):
+            return 1
+        raise ValueError(
+            f"a batch of {rows} rows ({branches} guidance branch{'es' * (branches > 1)} known) "
+            "may be frames of one video or separate images, and nothing says which: enable with "
+            "num_frames, the number of rows that are one video (num_frames=1 for images)"
+        )
+
+    def _guidance_branches(self) -> int:
+        # As the pipelines' own `do_classifier_free_guidance`, which torch.compile cannot trace from
+        # inside their UNet.
+        pipeline = None if self._pipeline is None else self._pipeline()
+        scale = getattr(pipeline, "guidance_scale", None)
+        return 2 if scale is not None and scale > 1 and not self._scale_embedded else 1
 
 
 class VideoAttentionProcessor(ABC):
@@ -16,22 +65,22 @@ class VideoAttentionProcessor(ABC):
     `__call__` is AttnProcessor2_0's steps in its order; only `attend` differs.
 
     Args:
-        name: the attention's name in the UNet.
-        num_frames: rows of a batch that are one video; None: all of them.
+        name: Name of the attention in the UNet.
+        layout: Layout of the rows of a batch, shared by the processors of a UNet.
     """
 
-    def __init__(self, name: str, num_frames: int | None) -> None:
+    def __init__(self, name: str, layout: RowLayout) -> None:
         self.name = name
-        self.num_frames = num_frames
+        self.layout = layout
 
     @abstractmethod
     def attend(self, attn: Attention, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """The attention itself.
 
         Args:
-            attn: the module, for its projections.
-            tokens: its normalised input [videos, frames, S, C].
-            query: [videos, h, frames * S, d].
+            attn: Attention module, for its projections.
+            tokens: Normalised input of the module, [videos, frames, S, C].
+            query: Queries [videos, h, frames * S, d].
 
         Returns:
             [videos, h, frames * S, d], any strides.
@@ -69,7 +118,7 @@ class VideoAttentionProcessor(ABC):
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         batch, num_tokens, channels = hidden_states.shape
-        frames = self._frames(batch)
+        frames = self.layout.frames(batch)
         query = split_heads(attn, attn.to_q(hidden_states), batch // frames)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
@@ -84,16 +133,6 @@ class VideoAttentionProcessor(ABC):
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
-
-    def _frames(self, batch: int) -> int:
-        frames = batch if self.num_frames is None else self.num_frames
-        if batch % frames:
-            raise ValueError(
-                f"a batch of {batch} rows does not divide into videos of num_frames={frames} "
-                "frames; num_frames must be the frames of one video, and every video and guidance "
-                "branch of the batch must have as many"
-            )
-        return frames
 
 
 def split_heads(attn: Attention, projected: torch.Tensor, videos: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +12,7 @@ from stem_kernels import attention_bias, basis_attention, initial_bases, soft_em
 from stem_kernels.ops.soft_em import SoftEM
 
 from ..config import StemConfig
-from .processor import VideoAttentionProcessor, project_keys_and_values
+from .processor import RowLayout, VideoAttentionProcessor, project_keys_and_values
 
 
 @dataclass
@@ -21,12 +20,12 @@ class StemState:
     """What the layers of one UNet share while STEM is on.
 
     Args:
-        config: of this UNet.
-        bases_shapes: per layer, the shape of one video's bases: (K, C) in feature space,
+        config: Configuration of this UNet.
+        bases_shapes: Shapes of one video's bases, a layer each: (K, C) in feature space,
             (h, K, d) in key space.
-        bases: per layer, what EM last converged to; kept for warm starts and recording only.
-        recording: keep `bases` after every forward pass.
-        replayed: where set, layers take these in place of an EM.
+        bases: Bases that EM last converged to, by layer; kept while `recording` only.
+        recording: Whether to keep `bases` after every forward pass.
+        replayed: Bases that the layers take in place of an EM; None: they run EM.
     """
 
     config: StemConfig
@@ -35,63 +34,29 @@ class StemState:
     recording: bool = False
     replayed: dict[int, SoftEM] | None = None
     _normals: list[torch.Tensor] = field(default_factory=list)
-    _last_timestep: float | None = None
-    _last_rows: int = 0
-    _direction: int = 0
 
     def begin(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> None:
         """Before each forward pass of the UNet: draw what the layers need at this timestep."""
         self._normals = []
-        if self.replayed is not None or self.config.init == "tokens":
+        if self.replayed is not None or self.config.init != "gaussian":
             return
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.tensor(timestep)
-        if self.config.init == "previous":
-            self._forget_bases_of_another_run(sample, timestep)
-            return
         sizes = [math.prod(shape) for shape in self.bases_shapes]
         drawn = standard_normals(timestep, sizes, seed=self.config.seed).to(sample.device)
         pairs = zip(drawn.split(sizes), self.bases_shapes, strict=True)
         self._normals = [numbers.view(shape) for numbers, shape in pairs]
-
-    @torch.compiler.disable
-    def _forget_bases_of_another_run(self, sample: torch.Tensor, timestep: torch.Tensor) -> None:
-        # The timesteps of one run go one way, on batches of one size. Anything else is a new run,
-        # and bases from the end of the last one would make it depend on that run.
-        now = float(timestep.flatten()[0])
-        last, rows = self._last_timestep, self._last_rows
-        direction = 0 if last is None else (now > last) - (now < last)
-        if last is not None and (direction in (0, -self._direction) or rows != sample.shape[0]):
-            self.reset()
-            direction = 0
-        self._direction = direction or self._direction
-        self._last_timestep, self._last_rows = now, sample.shape[0]
-
-    def reset(self) -> None:
-        """Forget the bases of earlier forward passes; the next one starts a run."""
-        self.bases = {}
-        self._last_timestep = None
-        self._direction = 0
-
-    def resume(self, bases: dict[int, SoftEM], timesteps: Sequence[int], rows: int) -> None:
-        """Take up a warm-started run again after passes at `timesteps` on batches of `rows`."""
-        self.bases = bases
-        self._last_rows = rows
-        self._last_timestep = float(timesteps[-1])
-        self._direction = 0 if len(timesteps) < 2 else (1 if timesteps[-1] > timesteps[0] else -1)
 
     def converge(self, layer: int, features: torch.Tensor, payload: torch.Tensor | None) -> SoftEM:
         """The bases of one layer for this forward pass. features [videos, (h,) n, D]."""
         config = self.config
         if self.replayed is not None:
             return self._replay(layer, features)
-        previous = self.bases.get(layer) if config.init == "previous" else None
         start = initial_bases(
             features,
             config.num_bases,
-            init="tokens" if config.init == "previous" and previous is None else config.init,
+            init=config.init,
             normals=self._normals[layer].to(features.device) if self._normals else None,
-            previous=None if previous is None else previous.bases.to(features.device),
         )
         found = soft_em(
             features,
@@ -102,7 +67,7 @@ class StemState:
             empty=config.empty,
             backend=config.backend,
         )
-        if self.recording or config.init == "previous":
+        if self.recording:
             payload = None if found.payload is None else found.payload.detach()
             self.bases[layer] = SoftEM(found.bases.detach(), payload, found.mass.detach())
         return found
@@ -133,13 +98,14 @@ class StemProcessor(VideoAttentionProcessor):
     """STEM in one self-attention: EM over all tokens of a video, then attention to its bases.
 
     Args:
-        name: the attention's name in the UNet.
-        layer: its index there.
-        state: shared by the layers.
+        name: Name of the attention in the UNet.
+        layout: Layout of the rows of a batch.
+        layer: Index of the attention among the UNet's self-attentions.
+        state: State shared by the layers.
     """
 
-    def __init__(self, name: str, layer: int, state: StemState) -> None:
-        super().__init__(name, state.config.num_frames)
+    def __init__(self, name: str, layout: RowLayout, layer: int, state: StemState) -> None:
+        super().__init__(name, layout)
         self.layer = layer
         self.state = state
 

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from ..attention.handle import unet_of
+from ..storage import tensor_bytes
 
+_THREADS = 4  # hashing releases the interpreter's lock
 _SAMPLED_PER_TENSOR = 1024
+# By component: the state in which its weights were hashed, and the hash.
+_hashed: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
 
 
 def fingerprint(pipeline: Any) -> dict[str, str]:
     """Hashes of what shapes a pipeline's latents: its configurations, and its weights.
 
-    The weights' hash reads up to 1,024 numbers of each tensor of each component, so that other
-    weights of the same shape are told apart in a second. LoRA layers count with their scales and
-    with which of them are active, and so does FreeU.
+    All bytes of all tensors of every component count, LoRA layers with their scales and with
+    which of them are active, and FreeU. A component's bytes are read once; they are read again
+    when a tensor was replaced or written to since (torch's version counter, and a sample of 1,024
+    numbers of each tensor for writes through `.data`, which the counter does not see).
+
+    Args:
+        pipeline: Stable Diffusion 1.x, 2.x or XL pipeline.
+
+    Raises:
+        ValueError: weights are on the meta device, so there is nothing to hash.
     """
-    modules = {
-        name: component
-        for name, component in sorted(pipeline.components.items())
-        if isinstance(component, torch.nn.Module)
-    }
     configs = {
         name: {key: value for key, value in dict(config).items() if not key.startswith("_")}
         for name, config in (
@@ -35,17 +43,51 @@ def fingerprint(pipeline: Any) -> dict[str, str]:
     }
     text = json.dumps(configs, sort_keys=True, default=str)
     weights = hashlib.sha256()
-    for name, module in modules.items():
-        for key, tensor in sorted(module.state_dict().items()):
-            flat = tensor.detach().flatten()
-            sampled = flat[:: max(1, flat.numel() // _SAMPLED_PER_TENSOR)]
-            weights.update(f"{name}.{key.removeprefix('_orig_mod.')}".encode())
-            weights.update(sampled.double().cpu().numpy().tobytes())
-        weights.update(repr(_switches(module)).encode())
+    for name, component in sorted(pipeline.components.items()):
+        if isinstance(component, torch.nn.Module):
+            weights.update(
+                f"{name} {_weights_hash(name, component)} {_switches(component)}".encode()
+            )
     return {
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "weights_sha256": weights.hexdigest(),
     }
+
+
+def _weights_hash(name: str, module: torch.nn.Module) -> str:
+    tensors = {
+        key.removeprefix("_orig_mod."): tensor.detach()
+        for key, tensor in sorted(module.state_dict(keep_vars=True).items())
+    }
+    absent = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if absent:
+        raise ValueError(
+            f"the {name}'s weights are on the meta device ({absent[0]} and others), as "
+            "enable_sequential_cpu_offload leaves them; use enable_model_cpu_offload instead"
+        )
+    state = hashlib.sha256()
+    for key, tensor in tensors.items():
+        flat = tensor.flatten()
+        sampled = flat[:: max(1, flat.numel() // _SAMPLED_PER_TENSOR)]
+        version = -1 if tensor.is_inference() else tensor._version
+        state.update(f"{key} {tensor.data_ptr()} {version} {tensor.shape}".encode())
+        state.update(tensor_bytes(sampled.cpu().contiguous()))
+    known = _hashed.get(module)
+    if known is not None and known[0] == state.hexdigest():
+        return known[1]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        digests = list(threads.map(_tensor_hash, tensors.values()))
+    total = hashlib.sha256()
+    for key, digest in zip(tensors, digests, strict=True):
+        total.update(f"{key} {digest}".encode())
+    _hashed[module] = (state.hexdigest(), total.hexdigest())
+    return total.hexdigest()
+
+
+def _tensor_hash(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor_bytes(tensor.cpu().contiguous()))
+    return digest.hexdigest()
 
 
 def _switches(module: torch.nn.Module) -> list[tuple[Any, ...]]:

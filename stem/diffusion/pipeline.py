@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ..attention.handle import unet_of
+from .schedule import check_schedule
+
+logger = logging.getLogger("stem")
 
 VAE_FRAMES = 8
 """Frames that the VAE takes at once; each is independent of the others."""
@@ -15,33 +21,92 @@ VAE_FRAMES = 8
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is given beside latents and timestep, for one frame.
+    """What the UNet is given beside latents and timestep, a row for each guidance branch.
 
     Args:
-        embeddings: of the prompt, [1, tokens, channels].
-        added: SDXL's `text_embeds` [1, channels] and `time_ids` [1, 6]; else empty.
+        embeddings: Embeddings of the prompts, [branches, tokens, channels].
+        added: SDXL's `text_embeds` [branches, channels] and `time_ids` [branches, 6]; else empty.
     """
 
     embeddings: torch.Tensor
     added: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def branches(self) -> int:
+        """The number of guidance branches."""
+        return self.embeddings.shape[0]
+
+    def joined(self, other: Conditioning) -> Conditioning:
+        """The branches of both, `other`'s last."""
+        return Conditioning(
+            torch.cat([self.embeddings, other.embeddings]),
+            {name: torch.cat([value, other.added[name]]) for name, value in self.added.items()},
+        )
+
     def for_frames(self, frames: int) -> dict[str, Any]:
-        """The UNet's keyword arguments for a batch of `frames` rows."""
+        """The UNet's keyword arguments for a batch of rows [branch, frame]."""
         arguments: dict[str, Any] = {
-            "encoder_hidden_states": self.embeddings.expand(frames, -1, -1)
+            "encoder_hidden_states": self.embeddings.repeat_interleave(frames, dim=0)
         }
         if self.added:
             arguments["added_cond_kwargs"] = {
-                name: value.expand(frames, -1) for name, value in self.added.items()
+                name: value.repeat_interleave(frames, dim=0) for name, value in self.added.items()
             }
         return arguments
 
 
+def check_pipeline(pipeline: Any) -> None:
+    """Raise where an inversion through this pipeline's UNet would leave something out.
+
+    Args:
+        pipeline: Pipeline of diffusers.
+
+    Raises:
+        TypeError: it has no UNet2DConditionModel.
+        ValueError: it has no VAE, its control would be ignored, its UNet takes more than latents,
+            or its scheduler is of another kind. The message gives the reason.
+    """
+    unet, name = unet_of(pipeline), type(pipeline).__name__
+    if getattr(pipeline, "vae", None) is None:
+        raise ValueError(f"the pipeline, a {name}, has no VAE")
+    for part in ("controlnet", "adapter", "motion_adapter"):
+        if getattr(pipeline, part, None) is not None:
+            raise ValueError(
+                f"the pipeline, a {name}, has a {part}, whose control the inversion would ignore; "
+                "pass a plain pipeline of the same model, for example "
+                "StableDiffusionPipeline(**{the components it shares})"
+            )
+    if getattr(unet.config, "encoder_hid_dim_type", None) is not None:
+        raise ValueError(
+            f"the UNet of the pipeline, a {name}, wants image embeddings (an IP-Adapter), which an "
+            "inversion does not have; call pipeline.unload_ip_adapter() first"
+        )
+    latents, taken = pipeline.vae.config.latent_channels, unet.config.in_channels
+    if taken != latents:
+        raise ValueError(
+            f"the UNet of the pipeline, a {name}, takes {taken} channels, and the VAE's latents "
+            f"have {latents}: it is made for inpainting, depth or instructions and wants more than "
+            "latents; use the base model"
+        )
+    try:
+        check_schedule(pipeline.scheduler.config)
+    except ValueError as error:
+        raise ValueError(f"the pipeline, a {name}, cannot be inverted: {error}") from error
+
+
 @torch.no_grad()
 def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Conditioning:
-    """The conditioning of `prompt`, without guidance. `height` and `width` are in pixels."""
+    """The conditioning of `prompt`, one branch. `height` and `width` are in pixels.
+
+    Words that the tokenizers have no room for are named in a warning.
+    """
     unet = pipeline.unet
     device, dtype = execution_device(pipeline), unet.dtype
+    lost = truncated_words(pipeline, prompt)
+    if lost:
+        logger.warning(
+            "the prompt is longer than the text encoder takes; these words are lost: %s", lost
+        )
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
         embeddings, _, pooled, _ = pipeline.encode_prompt(
             prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -55,6 +120,20 @@ def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Condit
         prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
     return Conditioning(embeddings.to(dtype))
+
+
+def truncated_words(pipeline: Any, prompt: str) -> str:
+    """The words of a prompt that its tokenizers cut off; empty where all fit."""
+    lost = ""
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is None:
+            continue
+        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        # The last token kept is the end mark, so one word's token less than the length fits.
+        rest = tokenizer.decode(ids[tokenizer.model_max_length - 1 :], skip_special_tokens=True)
+        lost = max(lost, rest.strip(), key=len)
+    return lost
 
 
 def vae_factor(pipeline: Any) -> int:
@@ -135,7 +214,17 @@ def execution_device(pipeline: Any) -> torch.device:
 def predict(
     pipeline: Any, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
 ) -> torch.Tensor:
-    """The UNet's prediction for float32 latents [N, c, h, w] at one timestep, in float32."""
+    """The UNet's prediction at one timestep.
+
+    Args:
+        pipeline: Pipeline whose UNet is called.
+        latents: Latents [branches * N, c, h, w], float32, rows [branch, frame].
+        timestep: Timestep, an integer tensor of one element.
+        conditioning: Conditioning of the branches.
+
+    Returns:
+        float32 [branches * N, c, h, w].
+    """
     unet = pipeline.unet
-    arguments = conditioning.for_frames(latents.shape[0])
+    arguments = conditioning.for_frames(latents.shape[0] // conditioning.branches)
     return unet(latents.to(unet.dtype), timestep, return_dict=False, **arguments)[0].float()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import DDIMInverseScheduler, DDIMScheduler
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 def inverse_scheduler(pipeline: Any, num_steps: int) -> DDIMInverseScheduler:
@@ -18,23 +21,63 @@ def sampling_scheduler(pipeline: Any, num_steps: int) -> DDIMScheduler:
 
 
 def _prepared(scheduler_class: Any, pipeline: Any, num_steps: int) -> Any:
-    train_steps = pipeline.scheduler.config.num_train_timesteps
-    if num_steps < 1 or train_steps % num_steps:
-        allowed = [n for n in range(1, train_steps + 1) if train_steps % n == 0]
-        nearest = sorted(allowed, key=lambda n: abs(n - num_steps))[:3]
-        raise ValueError(
-            f"{num_steps} steps do not divide the {train_steps} training steps, so the inversion "
-            f"would not mirror the sampling; take {', '.join(map(str, sorted(nearest)))}"
-        )
+    config = pipeline.scheduler.config
+    check_steps(num_steps, config.num_train_timesteps, config.get("steps_offset", 0))
     scheduler = scheduler_class.from_config(
         pipeline.scheduler.config, clip_sample=False, timestep_spacing="leading"
     )
     scheduler.set_timesteps(num_steps)
-    last = int(scheduler.timesteps.max())
-    if last >= train_steps:
-        raise ValueError(
-            f"with {num_steps} steps the noisiest timestep would be {last}, and the schedule ends "
-            f"at {train_steps - 1} (its steps_offset is {scheduler.config.steps_offset}); take "
-            f"{train_steps // 2} steps or fewer"
-        )
     return scheduler
+
+
+def check_steps(num_steps: int, train_steps: int, steps_offset: int) -> None:
+    """Raise where inversion and sampling in so many steps would not mirror each other.
+
+    Args:
+        num_steps: Number of DDIM steps asked for.
+        train_steps: Number of training timesteps of the schedule.
+        steps_offset: Offset that the schedule adds to every timestep.
+
+    Raises:
+        ValueError: with the nearest numbers of steps that can be used.
+    """
+
+    def usable(steps: int) -> bool:
+        noisiest = (steps - 1) * (train_steps // steps) + steps_offset
+        return train_steps % steps == 0 and noisiest < train_steps
+
+    if num_steps >= 1 and usable(num_steps):
+        return
+    allowed = [steps for steps in range(1, train_steps + 1) if usable(steps)]
+    nearest = sorted(sorted(allowed, key=lambda steps: abs(steps - num_steps))[:3])
+    if num_steps >= 1 and train_steps % num_steps == 0:
+        reason = f"would begin at a timestep past the schedule's last, {train_steps - 1}"
+    else:
+        reason = (
+            f"do not divide the {train_steps} training steps, so the inversion would not mirror "
+            "the sampling"
+        )
+    raise ValueError(f"{num_steps} steps {reason}; take {', '.join(map(str, nearest))}")
+
+
+def check_schedule(config: Mapping[str, Any]) -> None:
+    """Raise where a scheduler's configuration is of no noise schedule that DDIM can follow.
+
+    Args:
+        config: Configuration of a diffusers scheduler.
+
+    Raises:
+        ValueError: it is a flow-matching or sigma schedule, or the UNet predicts something else
+            than the noise, the sample or the velocity.
+    """
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if flow or not ("beta_schedule" in config or "trained_betas" in config):
+        raise ValueError(
+            "its scheduler is no variance-preserving diffusion schedule (no betas, or flow "
+            "matching); DDIM inversion needs one, as Stable Diffusion 1.x, 2.x and XL have"
+        )
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise ValueError(
+            f"its UNet predicts {prediction!r}; DDIM needs one of {', '.join(PREDICTIONS)}"
+        )

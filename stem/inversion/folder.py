@@ -5,31 +5,48 @@
         x0.safetensors              the VAE's latents of the video
         steps/000-t0001.safetensors latents after step 0, at timestep 1
         bases/000-t0001.safetensors the bases of that step, where kept
+        reconstruction-<hash>.safetensors  how far a reconstruction has come
 
-Every file is written under another name and renamed, so a killed run leaves whole files only.
+The folder's name proves the settings. Every other file holds a hash of its content, the name of
+the inversion that it belongs to and what its bits depend on beside the settings; all of it is
+checked on reading.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from stem_kernels.ops.soft_em import SoftEM
 
+from ..storage import DamagedFileError, load_tensors, save_tensors, write_atomically
+
 SETTINGS = "settings.json"
-X0 = "x0.safetensors"
+X0 = "x0"
+_AGAIN = "run the same inversion again, it mends what is damaged or missing"
 
 
 class InversionError(ValueError):
-    """A folder that holds no usable inversion."""
+    """A folder that holds no usable inversion.
+
+    Args:
+        problem: Description of what is wrong.
+        advice: Description of what to do about it.
+    """
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(f"{problem}; {advice}" if advice else problem)
+        self.problem = problem
+
+
+class MissingFileError(InversionError):
+    """A file of an inversion that is not there."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +54,9 @@ class InversionFolder:
     """One inversion's folder.
 
     Args:
-        path: the folder.
-        settings: everything that shaped the latents, as JSON types.
-        timesteps: ascending, one per step.
+        path: Path of the folder.
+        settings: Settings that shaped the latents, as JSON types.
+        timesteps: Timesteps, ascending, one per step.
     """
 
     path: Path
@@ -49,23 +66,35 @@ class InversionFolder:
     @classmethod
     def prepare(
         cls, root: Path, settings: dict[str, Any], timesteps: tuple[int, ...]
-    ) -> InversionFolder:
-        """The folder of these settings below `root`, made if it is not there yet."""
-        text = json.dumps({"settings": settings, "timesteps": timesteps}, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        path = root / f"{settings['method']}-{digest}"
-        (path / "steps").mkdir(parents=True, exist_ok=True)
-        (path / "bases").mkdir(exist_ok=True)
+    ) -> tuple[InversionFolder, str]:
+        """The folder of these settings below `root`, made if it is not there yet.
+
+        Returns:
+            The folder, and what was wrong with the settings that lay in it; "" where nothing was.
+        """
+        folder = cls(
+            root / f"{settings['method']}-{_digest(settings, timesteps)}", settings, timesteps
+        )
+        (folder.path / "steps").mkdir(parents=True, exist_ok=True)
+        (folder.path / "bases").mkdir(exist_ok=True)
+        wrong = ""
+        file = folder.path / SETTINGS
+        if file.exists():
+            try:
+                cls.open(folder.path)
+                return folder, wrong
+            except InversionError as error:
+                wrong = str(error)
         document = {"settings": settings, "timesteps": list(timesteps)}
-        _replace(path / SETTINGS, json.dumps(document, indent=2, sort_keys=True).encode())
-        return cls(path, settings, timesteps)
+        write_atomically(file, json.dumps(document, indent=2, sort_keys=True).encode())
+        return folder, wrong
 
     @classmethod
     def open(cls, path: str | Path) -> InversionFolder:
         """An inversion written earlier.
 
         Raises:
-            InversionError: there is none, or its settings cannot be read.
+            InversionError: there is none, or its settings are not those that it was made with.
         """
         path = Path(path)
         file = path / SETTINGS
@@ -75,98 +104,176 @@ class InversionFolder:
                 "out/inversions/stem-0123456789ab"
             )
         try:
-            document = json.loads(file.read_text())
-            return cls(path, document["settings"], tuple(document["timesteps"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InversionError(f"{file} cannot be read ({error!r}); invert again") from error
+            document = json.loads(file.read_bytes())
+            settings, timesteps = document["settings"], tuple(document["timesteps"])
+            name = f"{settings['method']}-{_digest(settings, timesteps)}"
+        except (ValueError, KeyError, TypeError) as error:
+            raise InversionError(f"{file} is damaged ({error!r})", _AGAIN) from error
+        if name != path.absolute().name:
+            raise InversionError(
+                f"{file} was edited or its folder renamed: these settings belong into {name}",
+                f"undo that, or {_AGAIN}",
+            )
+        return cls(path, settings, timesteps)
+
+    @classmethod
+    def find(cls, root: str | Path) -> list[Path]:
+        """The folders at or below `root` that hold an inversion's settings, sorted."""
+        return sorted(file.parent for file in Path(root).rglob(SETTINGS))
 
     @property
     def complete(self) -> bool:
-        """Whether everything that the settings ask for is there."""
-        return self.has_x0() and self.steps_done == len(self.timesteps)
+        """Whether every file is there that the settings ask for. What is in them is checked on
+        reading, and by `verify`."""
+        return self._file(X0).is_file() and self.steps_done == len(self.timesteps)
 
     @property
     def steps_done(self) -> int:
-        """How many steps, from the first on, have their latents (and bases, where kept)."""
+        """The number of steps, from the first on, whose files are there."""
         for step in range(len(self.timesteps)):
-            kept = not self.settings["keep_bases"] or self.has_bases(step)
-            if not (self._step_file("steps", step).is_file() and kept):
+            if not all(file.is_file() for file in self._step_files(step)):
                 return step
         return len(self.timesteps)
 
-    def save_x0(self, latents: torch.Tensor) -> None:
-        """Keep the video's own latents, float32 [N, c, h, w]."""
-        _save(self.path / X0, {"latents": latents})
+    def verify(self) -> list[str]:
+        """What is damaged or missing, a line for each file; empty where all is whole."""
+        found = self.x0_problems()
+        for step in range(len(self.timesteps)):
+            found += self.step_problems(step)
+        return [error.problem for error in found]
 
-    def has_x0(self) -> bool:
-        """Whether the video's own latents are there."""
-        return (self.path / X0).is_file()
+    def x0_problems(self) -> list[InversionError]:
+        """What is wrong with the file of the video's own latents: an error, or nothing."""
+        return self._problems([self._file(X0)])
+
+    def step_problems(self, step: int) -> list[InversionError]:
+        """What is wrong with the files of one step, an error for each."""
+        return self._problems(self._step_files(step))
+
+    def _problems(self, files: list[Path]) -> list[InversionError]:
+        found = []
+        for file in files:
+            try:
+                self._load(file)
+            except InversionError as error:
+                found.append(error)
+        return found
+
+    def save_x0(self, latents: torch.Tensor, environment: Mapping[str, str]) -> None:
+        """Keep the video's own latents.
+
+        Args:
+            latents: Latents [N, c, h, w], float32.
+            environment: Environment that the bits depend on, see `numeric_environment`.
+        """
+        self._save(self._file(X0), {"latents": latents}, environment)
 
     def x0(self) -> torch.Tensor:
         """The video's own latents, float32 [N, c, h, w]."""
-        return _load(self.path / X0)["latents"]
+        return self._latents(self._file(X0))
 
-    def save_latents(self, step: int, latents: torch.Tensor) -> None:
-        """Keep the latents after `step`; they are at `timesteps[step]`."""
-        _save(self._step_file("steps", step), {"latents": latents})
+    def save_latents(
+        self, step: int, latents: torch.Tensor, environment: Mapping[str, str]
+    ) -> None:
+        """Keep the latents after `step`; they are at `timesteps[step]` (see `save_x0`)."""
+        self._save(self._step_file("steps", step), {"latents": latents}, environment)
 
     def latents(self, step: int) -> torch.Tensor:
         """The latents after `step` (-1: the last), float32 [N, c, h, w]."""
-        return _load(self._step_file("steps", step % len(self.timesteps)))["latents"]
+        return self._latents(self._step_file("steps", step % len(self.timesteps)))
 
-    def save_bases(self, step: int, bases: dict[int, SoftEM]) -> None:
-        """Keep the bases of every layer at `step`."""
+    def environment(self, step: int) -> dict[str, str]:
+        """What the bits of a step depended on, see `numeric_environment`."""
+        _, metadata = self._load(self._step_file("steps", step))
+        found: dict[str, str] = json.loads(metadata["environment"])
+        return found
+
+    def save_bases(
+        self, step: int, bases: dict[int, SoftEM], environment: Mapping[str, str]
+    ) -> None:
+        """Keep the bases of every layer at `step` (see `save_x0`)."""
         tensors = {
             f"{layer}.{name}": tensor
             for layer, found in bases.items()
             for name, tensor in found._asdict().items()
             if tensor is not None
         }
-        _save(self._step_file("bases", step), tensors)
-
-    def has_bases(self, step: int) -> bool:
-        """Whether the bases of a step are there."""
-        return self._step_file("bases", step).is_file()
+        self._save(self._step_file("bases", step), tensors, environment)
 
     def bases(self, step: int) -> dict[int, SoftEM]:
         """The bases of every layer at `step`."""
         by_layer: dict[int, dict[str, torch.Tensor | None]] = {}
-        for key, tensor in _load(self._step_file("bases", step)).items():
+        tensors, _ = self._load(self._step_file("bases", step))
+        for key, tensor in tensors.items():
             layer, name = key.split(".")
             by_layer.setdefault(int(layer), {"payload": None})[name] = tensor
         return {layer: SoftEM(**parts) for layer, parts in by_layer.items()}  # type: ignore[arg-type]
 
-    def drop_bases(self, step: int) -> None:
-        """Remove the bases of a step that nothing needs any more."""
-        self._step_file("bases", step).unlink(missing_ok=True)
+    def save_progress(
+        self, name: str, step: int, latents: torch.Tensor, environment: Mapping[str, str]
+    ) -> None:
+        """Keep how far a run that starts from this inversion has come.
+
+        Args:
+            name: Name of the run, unique among those of different settings.
+            step: Number of steps done.
+            latents: Latents [N, c, h, w] after them, float32.
+            environment: Environment that the bits depend on.
+        """
+        tensors = {"latents": latents, "steps_done": torch.tensor(step)}
+        self._save(self._file(name), tensors, environment)
+
+    def progress(self, name: str) -> tuple[int, torch.Tensor, dict[str, str]] | None:
+        """Steps done, latents and environment of an earlier run; None where there is none.
+
+        Raises:
+            InversionError: its file is damaged.
+        """
+        file = self._file(name)
+        if not file.is_file():
+            return None
+        tensors, metadata = self._load(file)
+        return int(tensors["steps_done"]), tensors["latents"], json.loads(metadata["environment"])
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
 
     def _step_file(self, kind: str, step: int) -> Path:
-        return self.path / kind / f"{step:03d}-t{self.timesteps[step]:04d}.safetensors"
+        return self._file(f"{kind}/{step:03d}-t{self.timesteps[step]:04d}")
+
+    def _step_files(self, step: int) -> list[Path]:
+        kinds = ("steps", "bases") if self.settings["keep_bases"] else ("steps",)
+        return [self._step_file(kind, step) for kind in kinds]
+
+    def _latents(self, file: Path) -> torch.Tensor:
+        tensors, _ = self._load(file)
+        return tensors["latents"]
+
+    def _save(
+        self, file: Path, tensors: Mapping[str, torch.Tensor], environment: Mapping[str, str]
+    ) -> None:
+        # A file of another inversion or step is whole too; its name inside tells it apart.
+        metadata = {"name": self._inner_name(file), "environment": json.dumps(dict(environment))}
+        save_tensors(file, tensors, metadata)
+
+    def _load(self, file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        try:
+            tensors, metadata = load_tensors(file)
+        except FileNotFoundError as error:
+            raise MissingFileError(f"{file} is missing", _AGAIN) from error
+        except DamagedFileError as error:
+            raise InversionError(str(error), _AGAIN) from error
+        if metadata["name"] != self._inner_name(file):
+            raise InversionError(
+                f"{file} is another file, {metadata['name']}, under this name", _AGAIN
+            )
+        return tensors, metadata
+
+    def _inner_name(self, file: Path) -> str:
+        digest = _digest(self.settings, self.timesteps)
+        return f"{digest}/{file.relative_to(self.path).with_suffix('')}"
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    partial = _partial(path)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
-    os.replace(partial, path)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = _partial(path)
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
-def _partial(path: Path) -> Path:
-    # The process in the name: two runs of equal settings must not write into one file.
-    return path.with_suffix(f".{os.getpid()}.partial")
-
-
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise InversionError(
-            f"{path} is missing; run the inversion again, it goes on where it stopped"
-        ) from error
-    except SafetensorError as error:
-        raise InversionError(f"{path} is damaged ({error}); delete it and invert again") from error
+def _digest(settings: Mapping[str, Any], timesteps: tuple[int, ...]) -> str:
+    text = json.dumps({"settings": settings, "timesteps": timesteps}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

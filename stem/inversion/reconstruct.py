@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from stem_kernels.ops.soft_em import SoftEM
 
 from ..config import AttentionConfig, StemConfig
+from ..diffusion.environment import numeric_environment, warn_of_differences
 from ..diffusion.fingerprint import fingerprint
-from ..diffusion.pipeline import (
-    Conditioning,
-    decode_latents,
-    encode_prompt,
-    execution_device,
-    predict,
-)
+from ..diffusion.loop import Predictor, denoise, guided
+from ..diffusion.pipeline import check_pipeline, decode_latents, encode_prompt, execution_device
 from ..diffusion.schedule import sampling_scheduler
-from ..profiling import nvtx_range
+from ..storage import check_output
 from .folder import InversionError, InversionFolder
 from .methods import attention_config, attention_on
 
@@ -31,16 +28,29 @@ BASES = ("estimate", "cached")
 
 
 def reconstruct_latents(
-    pipeline: Any, inversion: InversionFolder, *, bases: str = "estimate", progress: bool = True
+    pipeline: Any,
+    inversion: InversionFolder,
+    *,
+    bases: str = "estimate",
+    guidance: float = 1.0,
+    negative_prompt: str = "",
+    resume: bool = True,
+    progress: bool = True,
+    on_step: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Sample back from the noisiest latents, with the inversion's prompt and attention.
 
     Args:
-        pipeline: the one that the inversion was made with.
-        inversion: complete.
-        bases: of "stem": "estimate" runs EM again at each step; "cached" takes the bases that
-            the inversion kept at that timestep (`keep_bases`).
-        progress: show a progress bar, on a terminal.
+        pipeline: Pipeline that the inversion was made with.
+        inversion: Inversion to start from, complete.
+        bases: Source of the bases of "stem": "estimate" runs EM again at each step; "cached"
+            takes the bases that the inversion kept at that timestep (`keep_bases`).
+        guidance: Classifier-free guidance scale; 1 is without, as the inversion was.
+        negative_prompt: Negative prompt, used with guidance only.
+        resume: Whether to keep the latents reached so far in the inversion's folder, and to go on
+            from those that an earlier call of equal arguments kept there.
+        progress: Whether to show progress.
+        on_step: Function called after each step that this call did.
 
     Returns:
         float32 [N, c, h, w], to be compared with `inversion.x0()`.
@@ -53,80 +63,159 @@ def reconstruct_latents(
         raise ValueError(f"bases is {bases!r}; it must be one of {', '.join(BASES)}")
     if not inversion.complete:
         raise InversionError(
-            f"{inversion.path} has {inversion.steps_done} of {len(inversion.timesteps)} steps; "
-            "run the inversion again, it goes on where it stopped"
+            f"{inversion.path} has {inversion.steps_done} of {len(inversion.timesteps)} steps",
+            "run the inversion again, it goes on where it stopped",
         )
+    check_pipeline(pipeline)
     if settings["model"] != {"name": settings["model"]["name"], **fingerprint(pipeline)}:
         raise InversionError(
             f"{inversion.path} was made with the model {settings['model']['name']!r}, whose "
-            "configuration or weights (LoRA included) differ from this pipeline's; load that one"
+            "configuration or weights (LoRA included) differ from this pipeline's",
+            "load that one",
         )
     cached = bases == "cached"
     if cached and not settings["keep_bases"]:
         raise InversionError(
-            f"{inversion.path} has no cached bases; invert with keep_bases (--keep-bases)"
+            f"{inversion.path} has no cached bases", "invert with keep_bases (--keep-bases)"
         )
-    options = dict(settings["attention"] or {})
-    options.pop("num_frames", None)
+    config = inversion_attention(inversion)
     size = settings["video"]
-    config = attention_config(settings["method"], options, size["num_frames"])
-    if cached and not isinstance(config, StemConfig):
-        raise InversionError(f"{inversion.path} is an inversion by {settings['method']}, not stem")
     conditioning = encode_prompt(pipeline, settings["prompt"], size["height"], size["width"])
-    latents = inversion.latents(-1).to(execution_device(pipeline))
+    negative = None
+    if guidance != 1.0:
+        negative = encode_prompt(pipeline, negative_prompt, size["height"], size["width"])
+    device = execution_device(pipeline)
+    environment = numeric_environment(device)
+    run = _run_name(bases, guidance, negative_prompt)
+    done, latents = _begin(inversion, run, environment) if resume else (0, inversion.latents(-1))
     total = settings["num_steps"]
-    logger.info(
-        "%s: reconstructing %d frames in %d steps", settings["method"], latents.shape[0], total
-    )
+    if done < total:
+        logger.info(
+            "%s: reconstructing %d frames in %d steps", settings["method"], latents.shape[0], total
+        )
+
+    def keep(step: int, latents: torch.Tensor) -> None:
+        if resume:
+            inversion.save_progress(run, step + 1, latents, environment)
+        if on_step is not None:
+            on_step()
+
     return sample(
         pipeline,
-        latents,
-        conditioning,
+        latents.to(device),
+        guided(pipeline, conditioning, negative=negative, guidance=guidance),
         total,
         config,
+        steps=range(done, total),
         bases_at=inversion.bases if cached else None,
+        after_step=keep,
         name=f"reconstruct {settings['method']}",
         progress=progress,
     )
 
 
+def inversion_attention(inversion: InversionFolder) -> AttentionConfig | None:
+    """The configuration of the attention that an inversion was made with."""
+    options = dict(inversion.settings["attention"] or {})
+    options.pop("num_frames", None)
+    return attention_config(
+        inversion.settings["method"], options, inversion.settings["video"]["num_frames"]
+    )
+
+
+def _run_name(bases: str, guidance: float, negative_prompt: str) -> str:
+    text = json.dumps([bases, guidance, negative_prompt if guidance != 1.0 else ""])
+    return f"reconstruction-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _begin(
+    inversion: InversionFolder, run: str, environment: dict[str, str]
+) -> tuple[int, torch.Tensor]:
+    """Steps done and latents to go on from."""
+    noisiest = inversion.latents(-1)
+    check_output(inversion.path, 8 * noisiest.numel())  # the old file and the new one
+    try:
+        found = inversion.progress(run)
+    except InversionError as error:
+        logger.warning("%s; the reconstruction starts afresh", error.problem)
+        found = None
+    if found is None:
+        return 0, noisiest
+    done, latents, before = found
+    if done == len(inversion.timesteps):
+        logger.info("%s: this reconstruction is complete; it is reused", inversion.path)
+    else:
+        logger.info("%s: reconstruction goes on after step %d", inversion.path, done)
+        warn_of_differences(inversion.path, before, environment)
+    return done, latents
+
+
 def sample(
     pipeline: Any,
     latents: torch.Tensor,
-    conditioning: Conditioning,
+    prediction: Predictor,
     num_steps: int,
     config: AttentionConfig | None,
     *,
+    steps: range | None = None,
     bases_at: Callable[[int], dict[int, SoftEM]] | None = None,
+    after_step: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
     name: str = "reconstruct",
     progress: bool = False,
 ) -> torch.Tensor:
-    """DDIM sampling from the noisiest latents [N, c, h, w] under an attention.
+    """DDIM sampling under an attention; see `denoise`, which does it.
 
     Args:
-        pipeline, conditioning: as for `predict`.
-        latents: float32, on the pipeline's device.
-        num_steps: of the sampling.
-        config: of the attention; None: the UNet's own.
-        bases_at: with a StemConfig: the bases to take at a step of the inversion, in place of EM.
-        name: of the progress bar and of the profiler's ranges.
-        progress: show a progress bar, on a terminal.
+        pipeline: Pipeline whose UNet gets the attention.
+        latents: Latents [N, c, h, w] before the first of `steps`, float32, on its device.
+        prediction: Prediction at one step.
+        num_steps: Number of steps of the whole sampling.
+        config: Configuration of the attention; None: the UNet's own.
+        steps: Steps to do; None: all.
+        bases_at: Function that gives the bases of a step of the inversion, which the layers take
+            in place of EM; with a StemConfig only.
+        after_step: Function called after each step, see `denoise`.
+        name: Name of the run.
+        progress: Whether to show progress.
     """
-    scheduler = sampling_scheduler(pipeline, num_steps)
+    if bases_at is not None and not isinstance(config, StemConfig):
+        raise ValueError(f"only a StemConfig has bases to take; config is {config!r}")
     with attention_on(pipeline, config) as handle:
-        steps = tqdm(scheduler.timesteps, desc=name, disable=None if progress else True)
-        for index, timestep in enumerate(steps):
+
+        def replay(step: int) -> None:
             if bases_at is not None and handle is not None and handle.state is not None:
-                handle.state.replayed = bases_at(num_steps - 1 - index)
-            with nvtx_range(f"{name} t={int(timestep)}"):
-                noise = predict(pipeline, latents, timestep, conditioning)
-                latents = scheduler.step(noise, timestep, latents).prev_sample
-    return latents
+                handle.state.replayed = bases_at(num_steps - 1 - step)
+
+        return denoise(
+            latents,
+            sampling_scheduler(pipeline, num_steps),
+            prediction,
+            steps=steps,
+            before_step=replay,
+            after_step=after_step,
+            name=name,
+            progress=progress,
+        )
 
 
 def reconstruct(
-    pipeline: Any, inversion: InversionFolder, *, bases: str = "estimate", progress: bool = True
+    pipeline: Any,
+    inversion: InversionFolder,
+    *,
+    bases: str = "estimate",
+    guidance: float = 1.0,
+    negative_prompt: str = "",
+    resume: bool = True,
+    progress: bool = True,
 ) -> torch.Tensor:
     """`reconstruct_latents`, decoded: uint8 frames [N, H, W, 3] on the CPU."""
-    latents = reconstruct_latents(pipeline, inversion, bases=bases, progress=progress)
+    latents = reconstruct_latents(
+        pipeline,
+        inversion,
+        bases=bases,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        resume=resume,
+        progress=progress,
+    )
     return decode_latents(pipeline, latents)

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from stem_kernels.ops.soft_em import SoftEM
+
 from ..config import AttentionConfig, StemConfig
-from ..diffusion.pipeline import encode_prompt, predict, vae_factor
+from ..diffusion.loop import denoise, guided
+from ..diffusion.pipeline import encode_prompt, vae_factor
 from ..diffusion.schedule import inverse_scheduler
 from .methods import attention_on
 from .reconstruct import sample
@@ -27,13 +30,14 @@ def round_trip(
     """What `invert` and `reconstruct_latents` give, without a file.
 
     Args:
-        pipeline: as for `invert`.
-        latents: of the frames, float32 [N, c, h, w], from `encode_frames`.
-        prompt: that describes the video.
-        num_steps: of the inversion, and of the way back.
-        config: of the attention; None: the UNet's own. Its `num_frames` may be fewer than N.
-        cached: with a StemConfig: sample with the bases of the inversion.
-        on_inverted: called with the timestep after each step of the inversion.
+        pipeline: Pipeline, as for `invert`.
+        latents: Latents of the frames, float32 [N, c, h, w], from `encode_frames`.
+        prompt: Prompt that describes the video.
+        num_steps: Number of steps of the inversion, and of the way back.
+        config: Configuration of the attention; None: the UNet's own. Its `num_frames` may be
+            fewer than N.
+        cached: Whether to sample with the bases of the inversion; with a StemConfig only.
+        on_inverted: Function called with the timestep after each step of the inversion.
 
     Returns:
         float32 [N, c, h, w].
@@ -42,19 +46,20 @@ def round_trip(
         raise ValueError(f"cached is True and config is {config!r}; only StemConfig has bases")
     factor = vae_factor(pipeline)
     height, width = latents.shape[2] * factor, latents.shape[3] * factor
-    conditioning = encode_prompt(pipeline, prompt, height, width)
-    kept = []
+    prediction = guided(pipeline, encode_prompt(pipeline, prompt, height, width))
+    kept: list[dict[int, SoftEM]] = []
     scheduler = inverse_scheduler(pipeline, num_steps)
     with attention_on(pipeline, config) as handle:
-        state = None if handle is None else handle.state
+        state = None if handle is None or not cached else handle.state
         if state is not None:
-            state.recording = cached
-        for timestep in scheduler.timesteps:
-            noise = predict(pipeline, latents, timestep, conditioning)
-            latents = scheduler.step(noise, timestep, latents).prev_sample
-            if cached and state is not None:
+            state.recording = True
+
+        def keep(step: int, latents: torch.Tensor) -> None:
+            if state is not None:
                 kept.append(dict(state.bases))
             if on_inverted is not None:
-                on_inverted(int(timestep))
+                on_inverted(int(scheduler.timesteps[step]))
+
+        latents = denoise(latents, scheduler, prediction, after_step=keep, name="invert")
     bases_at = kept.__getitem__ if cached else None
-    return sample(pipeline, latents, conditioning, num_steps, config, bases_at=bases_at)
+    return sample(pipeline, latents, prediction, num_steps, config, bases_at=bases_at)

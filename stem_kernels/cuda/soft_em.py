@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..reference.soft_em import least_mass, reseeded
+from ..shared.bases import candidates_of, least_mass, reseeded
 from . import contiguous_rows
 
 
@@ -28,9 +28,10 @@ def soft_em_cuda(
     least = least_mass(features.shape[-2], bases.shape[-2])
     if empty == "reseed":
         # Each iteration but the last is a call of its own, and empty bases are put elsewhere.
+        candidates = candidates_of(features, bases.shape[-2])
         for _ in range(num_iters - 1):
             bases, _, mass = run(features, bases, None, 1, temperature, normalize, False, least)
-            bases = reseeded(features, bases, mass < least)
+            bases = reseeded(bases, mass < least, candidates)
         num_iters = 1
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     found = run(features, bases, payload, num_iters, temperature, normalize, empty != "zero", least)

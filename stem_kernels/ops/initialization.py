@@ -6,11 +6,11 @@ import hashlib
 
 import torch
 
-from ..reference.spread import spread_tokens
-from .checks import check_choice, check_floating
+from ..shared.spread import spread_tokens
+from .checks import check_choice, check_count, check_floating, check_seed
 
 OP = "initial_bases"
-INITIALIZATIONS = ("gaussian", "tokens", "previous")
+INITIALIZATIONS = ("gaussian", "tokens")
 
 
 def standard_normals(timestep: torch.Tensor, sizes: list[int], *, seed: int) -> torch.Tensor:
@@ -21,14 +21,18 @@ def standard_normals(timestep: torch.Tensor, sizes: list[int], *, seed: int) -> 
     neither read nor advanced.
 
     Args:
-        timestep: integer or floating tensor; its first element, truncated, is the timestep.
+        timestep: Integer or floating tensor; its first element, truncated, is the timestep.
             The result is on its device.
-        sizes: how many numbers each layer gets.
-        seed: any integer of 64 bits.
+        sizes: Number of normals that each layer gets.
+        seed: Seed of the generators, a whole number of 64 bits.
 
     Returns:
         float32 [sum(sizes)], layer after layer.
+
+    Raises:
+        ValueError: a seed that is no whole number of 64 bits.
     """
+    check_seed("standard_normals", seed)
     return torch.ops.stem_kernels.standard_normals(timestep, sizes, seed)
 
 
@@ -55,50 +59,43 @@ def initial_bases(
     *,
     init: str = "tokens",
     normals: torch.Tensor | None = None,
-    previous: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bases to start EM from.
 
     Args:
-        features: tokens [..., n, D], n >= 1.
-        num_bases: K >= 1.
-        init: "gaussian": mean + std * normals, per channel, with the mean and the unbiased
-            standard deviation over the n tokens (the authors' code; std of one token is 0).
-            "tokens": K tokens from all over the video, one from each of K equal stretches, each
-            time at another place in it (repeated where n < K).
-            "previous": `previous` as it is (warm start from the timestep before).
-        normals: for "gaussian": float32, broadcastable to [..., K, D] (see `standard_normals`).
-        previous: for "previous": bases [..., K, D].
+        features: Tokens [..., n, D], n >= 1.
+        num_bases: Number K of bases, at least 1.
+        init: Kind of bases. "gaussian": mean + std * normals, per channel, with the mean and the
+            unbiased standard deviation over the n tokens (the authors' code; std of one token is
+            0). "tokens": K tokens, one from each of K equal stretches, each time at another place
+            in it (repeated where n < K).
+        normals: Standard normals for "gaussian", floating, broadcastable to [..., K, D] (see
+            `standard_normals`); unused otherwise.
 
     Returns:
         float32 [..., K, D] (float64 for float64 features).
 
     Raises:
-        ValueError: an unknown `init`, or the tensor that it needs is missing or misshapen.
+        ValueError, TypeError: shapes, dtypes or values that do not fit; "gaussian" without normals.
     """
-    check_floating(OP, features=features, normals=normals, previous=previous)
+    check_floating(OP, features=features, normals=normals)
     check_choice(OP, "init", init, INITIALIZATIONS)
+    check_count(OP, "num_bases", num_bases)
     num_tokens = features.shape[-2]
-    if num_bases < 1 or num_tokens < 1:
-        raise ValueError(
-            f"{OP}: num_bases is {num_bases} and features are {list(features.shape)}; "
-            "there must be at least one base and one token"
-        )
+    if num_tokens < 1:
+        raise ValueError(f"{OP}: features are {list(features.shape)}; there must be a token")
     shape = (*features.shape[:-2], num_bases, features.shape[-1])
     compute = torch.promote_types(features.dtype, torch.float32)
     if init == "tokens":
         index = spread_tokens(num_tokens, num_bases, features.device)
         return features.index_select(-2, index).to(compute)
-    name, given = ("normals", normals) if init == "gaussian" else ("previous", previous)
-    if given is None:
-        raise ValueError(f'{OP}: init="{init}" needs the argument {name}')
+    if normals is None:
+        raise ValueError(f'{OP}: init="gaussian" needs the argument normals')
     try:
-        given = given.to(compute).expand(shape)
+        normals = normals.to(compute).expand(shape)
     except RuntimeError as error:
         raise ValueError(
-            f"{OP}: {name} is {list(given.shape)}; it must broadcast to {list(shape)}"
+            f"{OP}: normals is {list(normals.shape)}; it must broadcast to {list(shape)}"
         ) from error
-    if init == "previous":
-        return given
     std, mean = torch.std_mean(features, dim=-2, correction=min(1, num_tokens - 1), keepdim=True)
-    return mean.to(compute) + std.to(compute) * given
+    return mean.to(compute) + std.to(compute) * normals

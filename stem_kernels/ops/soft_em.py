@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import select
-from .checks import check_choice
+from .checks import check_choice, check_count
 from .em_statistics import check_em_inputs
 
 OP = "soft_em"
@@ -16,7 +16,7 @@ EMPTY_POLICIES = ("zero", "mask", "reseed")
 
 
 class SoftEM(NamedTuple):
-    """Converged bases [..., K, D], payload bases [..., K, E] or None, mass [..., K]; float32.
+    """Bases [..., K, D], payload bases [..., K, E] or None, mass [..., K]; float32 or float64.
 
     Unless `empty="zero"`, the mass of an empty base is exactly 0.
     """
@@ -42,25 +42,26 @@ def soft_em(
     $$m_k \leftarrow \text{sums}_k / (\text{mass}_k + 10^{-4})$$
 
     and after the last iteration $v_k = \text{payload\_sums}_k / (\text{mass}_k + 10^{-4})$ with
-    the same responsibilities that made the last bases (see `em_statistics`). Nothing waits for
-    the device between iterations.
+    the same responsibilities that made the last bases (see `em_statistics`, `em_update`). Nothing
+    waits for the device between iterations.
 
     A base is empty if its mass is below 0.01 * min(1, n / K), a hundredth of one token (or of an
     even share, where tokens are fewer than bases); some base always has more than that.
 
     Args:
-        features: tokens [B, n, D] or [B, h, n, D], n >= 1, any strides.
-        bases: initial bases [B, K, D] or [B, h, K, D] (see `initial_bases`).
-        num_iters: R >= 1. The paper's 5; from tokens (see `initial_bases`) 2 come as far.
-        temperature: tau > 0.
-        normalize: scale the bases to unit length before the logits.
-        payload: [B, n, E] or [B, h, n, E]; values that ride along, as the tokens' values do.
-        empty: what becomes of empty bases. "zero": they fall to the zero vector, as in the
+        features: Tokens [B, n, D] or [B, h, n, D], n >= 1, any strides.
+        bases: Initial bases [B, K, D] or [B, h, K, D] (see `initial_bases`).
+        num_iters: Number R of iterations, at least 1. The paper has 5; from tokens (see
+            `initial_bases`) 2 come as far.
+        temperature: Temperature tau > 0 of the responsibilities.
+        normalize: Whether the bases are scaled to unit length before the logits.
+        payload: Values [B, n, E] or [B, h, n, E] of the features' dtype that ride along, or None.
+        empty: Policy for empty bases. "zero": they fall to the zero vector, as in the
             authors' code. "mask": they keep their last value and report mass 0. "reseed": as
             "mask", but before each further iteration they are put on the tokens that the bases
             explain worst (largest part orthogonal to its nearest base, among 8 K tokens
             spread over all; deterministic).
-        backend: "auto", "triton", "cuda" or "torch".
+        backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
         SoftEM in float32 (float64 for float64 input).
@@ -73,8 +74,7 @@ def soft_em(
     """
     check_em_inputs(OP, features, bases, payload, temperature)
     check_choice(OP, "empty", empty, EMPTY_POLICIES)
-    if num_iters < 1:
-        raise ValueError(f"{OP}: num_iters is {num_iters}; it must be at least 1")
+    check_count(OP, "num_iters", num_iters)
     if features.shape[-2] == 0:
         raise ValueError(f"{OP}: features are {list(features.shape)}; there must be a token")
     tensors = {"features": features, "bases": bases, "payload": payload}
@@ -107,13 +107,16 @@ def attention_bias(
     """What to add to the attention logits of bases with these masses.
 
     Args:
-        mass: [..., K] of a `SoftEM`.
-        empty: the policy it was made with. Empty bases get -inf, except under "zero".
-        proportional: add log(mass), so that a base standing for 5,000 tokens weighs as 5,000
-            keys would (dense attention is the limit K = n with this on).
+        mass: Mass [..., K] of a `SoftEM`.
+        empty: Policy that it was made with. Empty bases get -inf, except under "zero".
+        proportional: Whether log(mass) is added, so that a base standing for 5,000 tokens weighs
+            as 5,000 keys would (dense attention is the limit K = n with this on).
 
     Returns:
-        float32 [..., K], or None where nothing is to be added.
+        Floating [..., K], or None where nothing is to be added.
+
+    Raises:
+        ValueError: an unknown policy.
     """
     check_choice("attention_bias", "empty", empty, EMPTY_POLICIES)
     if proportional:

@@ -6,19 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
+from ..shared.bases import directions_of
 from .chunks import compute_dtype, groups, token_chunks
 
-NORM_EPS = 1e-4
 # A weight of e^-80 counts for nothing beside the largest, which is at least 1 / K, but below e^-87
 # torch's vectorised exp leaves its fast path: with tau = 0.01 that doubles the softmax's time.
 NEGLIGIBLE = 80.0
-
-
-def directions_of(bases: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """The bases as the logits see them: m / (|m| + 1e-4), or m itself. Same shape and dtype."""
-    if not normalize:
-        return bases
-    return bases / (torch.linalg.vector_norm(bases, dim=-1, keepdim=True) + NORM_EPS)
 
 
 @torch.library.custom_op("stem_kernels::em_statistics_torch", mutates_args=())

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from ..reference.em_statistics import directions_of
+from ..shared.bases import directions_of
 from . import em_fused, em_general, em_wide
 from .tiles import offsets_fit
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..reference.em_statistics import directions_of
-from ..reference.soft_em import MASS_EPS, least_mass, reseeded
+from ..shared.bases import MASS_EPS, candidates_of, directions_of, least_mass, reseeded
 from .em_statistics import em_pass
 from .em_update import update
 
@@ -28,12 +27,13 @@ def soft_em_triton(
     bases = bases.float().contiguous()
     directions = directions_of(bases, normalize).to(features.dtype)
     least = least_mass(features.shape[-2], bases.shape[-2])
+    candidates = candidates_of(features, bases.shape[-2]) if empty == "reseed" else None
     for iteration in range(num_iters):
         last = iteration == num_iters - 1
         sums, part_mass, payload_sums = em_pass(
             features, directions, payload if last and width else None, temperature
         )
-        reseed = empty == "reseed" and not last
+        reseed = candidates is not None and not last
         bases, mass, directions = update(
             sums,
             part_mass,
@@ -43,8 +43,8 @@ def soft_em_triton(
             normalize=normalize,
             dtype=features.dtype,
         )
-        if reseed:
-            bases = reseeded(features, bases, mass < least)
+        if candidates is not None and not last:
+            bases = reseeded(bases, mass < least, candidates)
             directions = directions_of(bases, normalize).to(features.dtype)
     if payload_sums is None:
         return bases, bases.new_empty((*bases.shape[:-1], 0)), mass

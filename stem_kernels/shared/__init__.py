@@ -1,0 +1,1 @@
+"""What the operators and all backends share; imports none of them."""

@@ -1,0 +1,174 @@
+"""Who a UNet's attention belongs to: guidance branches, others that take over, and threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from pipelines import call, make_pipeline, make_unet
+
+import stem
+from stem import InflatedConfig, SparseCausalConfig, StemConfig
+
+SMALL = StemConfig(num_bases=8, num_frames=4)
+
+
+def generated(pipeline: Any, **settings: Any) -> torch.Tensor:
+    settings = {"height": 16, "width": 16, "num_inference_steps": 2, **settings}
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(**settings, output_type="latent", generator=generator).images
+
+
+@pytest.mark.parametrize("make", [StemConfig, SparseCausalConfig, InflatedConfig])
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_a_pipeline_s_guidance_branches_are_told_apart(
+    make: Callable[..., Any], guidance: float
+) -> None:
+    pipeline = make_pipeline()
+    options = {"num_bases": 8} if make is StemConfig else {}
+    with stem.enabled(pipeline, make(**options, num_frames=1)):
+        expected = generated(pipeline, prompt="a duck", guidance_scale=guidance)
+    with stem.enabled(pipeline, make(**options)):
+        found = generated(pipeline, prompt="a duck", guidance_scale=guidance)
+    assert torch.equal(found, expected)
+
+
+def test_what_cannot_be_known_is_an_error() -> None:
+    pipeline = make_pipeline()
+    with stem.enabled(pipeline), pytest.raises(ValueError, match="enable with num_frames"):
+        generated(pipeline, prompt=["a duck", "a swan"])
+    for target, rows in ((pipeline.unet, 2), (pipeline.unet, 8), (make_pipeline("sd2"), 3)):
+        unet, shape = (target, "sd1") if target is pipeline.unet else (target.unet, "sd2")
+        with stem.enabled(target), pytest.raises(ValueError, match="enable with num_frames"):
+            call(unet, shape, rows=rows)
+        with stem.enabled(target):
+            assert call(unet, shape, rows=1).isfinite().all()
+
+
+def test_a_compiled_pipeline_tells_them_apart_too() -> None:
+    pipeline = make_pipeline()
+    with stem.enabled(pipeline, StemConfig(num_bases=8)):
+        expected = generated(pipeline, prompt="a duck")
+        plain, torch._dynamo.config.suppress_errors = pipeline.unet, False
+        torch._dynamo.reset()
+        try:
+            pipeline.unet = torch.compile(plain, backend="aot_eager", fullgraph=True)
+            compiled = generated(pipeline, prompt="a duck")
+        finally:
+            pipeline.unet = plain
+    assert float((compiled - expected).norm() / expected.norm()) < 1e-4
+
+
+TAKEOVERS: dict[str, Callable[[Any], None]] = {
+    "SlicedAttnProcessor": lambda unet: unet.set_attention_slice("auto"),
+    "FusedAttnProcessor2_0": lambda unet: unet.fuse_qkv_projections(),
+    "AttnProcessor": lambda unet: unet.set_attn_processor(AttnProcessor()),
+}
+
+
+@pytest.mark.parametrize("other", TAKEOVERS)
+@pytest.mark.parametrize("config", [SMALL, SparseCausalConfig(num_frames=4)])
+def test_a_takeover_is_seen_and_named_once(
+    other: str, config: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    unet = make_unet()
+    handle = stem.enable(unet, config)
+    inside = call(unet)
+    assert not caplog.text
+    TAKEOVERS[other](unet)
+    assert not handle.active
+    assert not torch.equal(call(unet), inside)
+    call(unet)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "stem"]
+    assert len(warnings) == 1
+    assert f"off in 7 of 7 self-attentions: {other} took over" in warnings[0]
+    again = stem.enable(unet, config)
+    assert again.active
+    # Slicing and AttnProcessor round the cross-attentions otherwise.
+    assert torch.allclose(call(unet), inside, atol=1e-4)
+    again.disable()
+
+
+def test_one_layer_taken_over_is_not_active() -> None:
+    unet = make_unet()
+    handle = stem.enable(unet, SMALL)
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    ours = layer.processor
+    layer.set_processor(AttnProcessor())
+    assert not handle.active
+    layer.set_processor(ours)
+    assert handle.active
+
+
+def test_an_attention_backend_leaves_it_on() -> None:
+    unet = make_unet()
+    handle = stem.enable(unet, SMALL)
+    inside = call(unet)
+    unet.set_attention_backend("native")
+    assert handle.active is torch.equal(call(unet), inside)
+
+
+def in_another_thread(work: Callable[[], object]) -> BaseException | None:
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except RuntimeError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run, name="second")
+    thread.start()
+    thread.join()
+    return caught[0] if caught else None
+
+
+def test_a_second_thread_is_refused_and_all_is_restored() -> None:
+    unet = make_unet()
+    before, processors = call(unet), dict(unet.attn_processors)
+
+    def enabled() -> None:
+        with stem.enabled(unet, SMALL):
+            pass
+
+    with stem.enabled(unet, SMALL) as handle:
+        for intrusion in (
+            enabled,
+            lambda: stem.enable(unet, SMALL),
+            lambda: stem.disable(unet),
+            handle.disable,
+        ):
+            error = in_another_thread(intrusion)
+            assert error is not None
+            assert "thread 'MainThread' has changed this UNet's attention" in str(error)
+        assert handle.active
+    assert in_another_thread(enabled) is None
+    assert torch.equal(call(unet), before)
+    assert all(unet.attn_processors[name] is old for name, old in processors.items())
+
+
+def test_many_threads_leave_nothing_behind() -> None:
+    unet = make_unet()
+    processors = dict(unet.attn_processors)
+    refused: list[str] = []
+
+    def work() -> None:
+        for _ in range(20):
+            try:
+                with stem.enabled(unet, SMALL) as handle:
+                    assert handle.active
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("with` block" in text for text in refused)
+    assert all(unet.attn_processors[name] is old for name, old in processors.items())
+    assert not unet._forward_pre_hooks
