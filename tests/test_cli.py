@@ -177,6 +177,7 @@ def test_mistakes_are_one_line_and_found_before_a_model_is_loaded(
     printed = capfd.readouterr().err
     assert message.replace("FILE", str(file)) in printed
     assert "Traceback" not in printed
+    assert "Errno" not in printed
     assert loads == []
     assert run(*base) == 2
     assert loads == [model]

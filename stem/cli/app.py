@@ -79,7 +79,10 @@ def run(arguments: list[str] | None = None) -> int:
             app(args=arguments)
     except torch.OutOfMemoryError as error:
         return _fail(f"{error} Take fewer or smaller frames")
-    except (BackendError, MemoryError, NonFiniteError, OSError, ValueError) as error:
+    except OSError as error:
+        # With a file's name it is the system's; without one, the text is this package's own.
+        return _fail(str(error) if error.filename else error.strerror or str(error))
+    except (BackendError, MemoryError, NonFiniteError, ValueError) as error:
         return _fail(str(error) or type(error).__name__)
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # torch's CPU allocator has no class for it
