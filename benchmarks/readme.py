@@ -9,6 +9,8 @@ from typing import Any
 
 from stem.inversion import METHODS
 
+from .drop_in import OUT as DROP_IN
+from .drop_in import table as drop_in_table
 from .layers import LAYER_KINDS
 from .quality_report import table as study_table
 from .quality_variants import CEILING
@@ -87,6 +89,7 @@ def quality_table(results: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "measured": (RESULTS, table),
     "quality": (QUALITY, quality_table),
+    "drop-in": (DROP_IN, drop_in_table),
 }
 """By the name of their place in the README: file of results, and what is written from it."""
 

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler
+from packaging.version import Version
 
 from .diffusion.pipeline import check_pipeline
 
@@ -21,6 +23,8 @@ EMBEDDED_FOLDER = Path(__file__).parent / "toy" / "model"
 """The trained pipeline that comes with this package; see README.md in it."""
 RANDOM_MODEL = "random"
 RANDOM_VAE_FACTOR = 8
+# diffusers 0.42 renamed it, and warns of the old name.
+_DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Gives natural frames latents of about unit variance, as Stable Diffusion's own factor does.
 RANDOM_SCALING_FACTOR = 5.25
@@ -61,7 +65,7 @@ def load_pipeline(
     else:
         try:
             pipeline = DiffusionPipeline.from_pretrained(
-                _local_folder(model) or model, torch_dtype=dtype
+                _local_folder(model) or model, **{_DTYPE_ARGUMENT: dtype}
             )
         except (OSError, ValueError) as error:
             where = "the folder" if Path(model).exists() else "the hub id"

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 _PARTIAL = re.compile(r"\.(\d+)\.part(ial)?$")
+_METADATA = "stem"
 _DIGEST = "sha256"
 
 
@@ -88,7 +89,9 @@ def save_tensors(
     """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = _content_hash(held, metadata)
-    write_atomically(path, save(held, {**metadata, _DIGEST: digest}))
+    # One text: safetensors writes several in an order that changes from run to run.
+    inner = json.dumps({**metadata, _DIGEST: digest}, sort_keys=True)
+    write_atomically(path, save(held, {_METADATA: inner}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -105,10 +108,13 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except SafetensorError as error:
         raise DamagedFileError(f"{path} is damaged ({error}; {len(data)} bytes)") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    metadata: dict[str, str] = header.get("__metadata__", {})
-    digest = metadata.pop(_DIGEST, None)
-    if digest is None:
-        raise DamagedFileError(f"{path} has no checksum; this version did not write it")
+    try:
+        metadata: dict[str, str] = json.loads(header["__metadata__"][_METADATA])
+        digest = metadata.pop(_DIGEST)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(
+            f"{path} has no checksum that can be read; it is damaged, or another version's"
+        ) from error
     if digest != _content_hash(tensors, metadata):
         raise DamagedFileError(f"{path} is damaged: its content does not match its checksum")
     return tensors, metadata

@@ -1,6 +1,7 @@
 """Attention over EM bases: fused operators and a drop-in for scaled dot-product attention."""
 
 from .backends import BackendError
+from .ops.attention_error import attention_error
 from .ops.basis_attention import basis_attention
 from .ops.em_statistics import em_statistics
 from .ops.em_update import em_update
@@ -11,6 +12,7 @@ from .ops.stem_attention import stem_attention
 __all__ = [
     "BackendError",
     "attention_bias",
+    "attention_error",
     "basis_attention",
     "em_statistics",
     "em_update",

@@ -32,14 +32,15 @@ class Backend:
     """The facts of one backend.
 
     Args:
-        name: the value of the `backend` argument that selects it.
-        dtypes: the dtypes of features, payload, query, key and value that it takes.
-        max_bases: the largest K, or None.
-        max_widths: returns the largest last sizes on a device, by argument name.
-        differentiable: whether autograd passes through it.
-        machine: returns the reasons why it cannot run on this machine at all.
-        device: returns the reasons why it cannot run on one device.
-        auto: returns the reasons why `backend="auto"` passes it over on a device where it can run.
+        name: Value of the `backend` argument that selects it.
+        dtypes: Dtypes of features, payload, query, key and value that it takes.
+        max_bases: Largest number K of bases, or None.
+        max_widths: Function of a device: the largest last sizes, by argument name.
+        differentiable: Whether autograd passes through it.
+        machine: Function: the reasons why it cannot run on this machine at all.
+        device: Function of a device: the reasons why it cannot run there.
+        auto: Function of a device: the reasons why `backend="auto"` passes it over there though
+            it can run.
     """
 
     name: str
@@ -130,11 +131,11 @@ def select(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:
     """The name of the backend that runs this call.
 
     Args:
-        op: the operator's name, for messages.
-        backend: the caller's `backend` argument. `"auto"` asks the environment variable
+        op: Name of the operator, for messages.
+        backend: Argument `backend` of the caller. `"auto"` asks the environment variable
             STEM_KERNELS_BACKEND, and where that is not set takes the first that can.
-        tensors: the call's tensors by argument name; None entries are ignored.
-        num_bases: K of the call.
+        tensors: Tensors of the call by argument name; None entries are ignored.
+        num_bases: Number K of bases of the call.
 
     Raises:
         ValueError: `backend` is not a backend's name.

@@ -50,7 +50,7 @@ def provenance(*distributions: str) -> dict[str, Any]:
     """What a file of results says of where it comes from: machine, versions, commit.
 
     Args:
-        distributions: installed packages to name with their versions, beside torch and triton.
+        distributions: Installed packages to name with their versions, beside torch and triton.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     names = ("stem-inversion", "triton", *distributions)
@@ -73,7 +73,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is in, "-dirty" if its code was changed; None if in none."""
+    """Commit of this file's checkout, "-dirty" if its code was changed; None if in none."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None

@@ -23,9 +23,12 @@ class PeakMemory:
     set (Linux): pages that the allocator had kept from earlier work are returned first, so that
     reusing them counts.
 
+    Args:
+        device: Device whose memory is measured.
+
     Attributes:
-        extra_bytes: the peak above the start; None where this system does not tell.
-        what: the quantity measured, for a table's heading.
+        extra_bytes: Peak above the start, in bytes; None where this system does not tell.
+        what: Quantity measured, for a table's heading.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

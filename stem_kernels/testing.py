@@ -91,10 +91,10 @@ def parity_bound(
     """2 max|same_dtype - reference| + rounding atol, the error that an operator may make.
 
     Args:
-        reference: the float64 result.
-        same_dtype: plain torch's result in the dtype under test.
-        rounding: the operator's table of rounding tolerances, relative to max|reference|.
-        largest_logit: max|S|. Float32 rounds a logit by up to 2^-24 of it, which moves every
+        reference: Result in float64.
+        same_dtype: Result of plain torch in the dtype under test.
+        rounding: Rounding tolerances of the operator by dtype, relative to max|reference|.
+        largest_logit: Largest |S|. Float32 rounds a logit by up to 2^-24 of it, which moves every
             weight by as large a part; with few tokens plain torch's own error can miss that.
     """
     largest = float(reference.abs().max()) if reference.numel() else 0.0

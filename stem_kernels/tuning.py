@@ -21,8 +21,8 @@ def tiles(op: str, device: torch.device) -> dict[str, int]:
     milliseconds whatever its size, so `interpreter.json` has few and large ones.
 
     Args:
-        op: a row of the tables, such as "em_fused 48".
-        device: of the tensors.
+        op: Name of a row of the tables, such as "em_fused 48".
+        device: Device of the tensors.
 
     Returns:
         Empty where no table has such a row: that kernel is not for this device.

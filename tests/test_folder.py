@@ -50,14 +50,14 @@ def without_checksum(file: Path) -> None:
 
 
 def other_tensor(file: Path) -> None:
-    save_file({"noise": torch.zeros(2)}, file, {"sha256": "0"})
+    save_file({"noise": torch.zeros(2)}, file, {"stem": '{"sha256": "0"}'})
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "does not match its checksum": flip,
     r"is damaged \(.* bytes\)": cut,
     r"is damaged \(.*; 0 bytes\)": empty,
-    "has no checksum": without_checksum,
+    "has no checksum that can be read": without_checksum,
     "its content does not match": other_tensor,
     "is missing": Path.unlink,
 }

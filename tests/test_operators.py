@@ -120,22 +120,20 @@ def step_by_step(
 @pytest.mark.parametrize("empty", ["zero", "mask", "reseed"])
 @pytest.mark.interpreter
 def test_statistics_and_updates_make_soft_em(backend: str, empty: str) -> None:
-    features, payload = 1 + tokens(2, 3, 200, 12), tokens(2, 3, 200, 5, seed=1)
+    features, payload = 1 + tokens(1, 2, 120, 12), tokens(1, 2, 120, 5, seed=1)
     bases = features[..., ::10, :].clone()
     bases[..., :4, :] = -1.0  # away from all tokens
     options = {"num_iters": 3, "temperature": 0.5, "empty": empty, "backend": backend}
     fused = soft_em(features, bases, payload=payload, **options)  # type: ignore[arg-type]
     assert bool((fused.mass == 0).any()) == (empty == "mask")
-    whole = step_by_step(features, bases, payload, empty, 200, backend)
+    whole = step_by_step(features, bases, payload, empty, 120, backend)
     parts = step_by_step(features, bases, payload, empty, 77, backend)
-    again = step_by_step(features, bases, payload, empty, 77, backend)
-    for one, other, chunked, repeated in zip(fused, whole, parts, again, strict=True):
+    for one, other, chunked in zip(fused, whole, parts, strict=True):
         if backend == "torch":
             assert torch.equal(one, other)
         tolerance = 1e-4 * float(one.abs().max())
         assert max_error(other, one) <= tolerance
         assert max_error(chunked, one) <= tolerance
-        assert torch.equal(chunked, repeated)
 
 
 def test_the_objective_does_not_fall_on_average() -> None:
@@ -203,15 +201,6 @@ def test_attention_bias_weighs_by_mass() -> None:
     bias = attention_bias(mass, proportional=True)
     assert bias is not None
     assert torch.equal(bias, torch.log(mass))
-
-
-@pytest.mark.parametrize("space", [1, 2])
-def test_dense_attention_is_the_limit_of_a_base_per_token(space: int) -> None:
-    query, key, value = (tokens(1, space, 40, 16, seed=seed) for seed in (0, 1, 2))
-    key = key / key.norm(dim=-1, keepdim=True)
-    out = stem_attention(query, key, value, num_bases=40, num_iters=1, temperature=1e-3)
-    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    assert max_error(out, dense) < 2e-3
 
 
 def test_initial_bases() -> None:
@@ -361,6 +350,8 @@ def test_compiles_to_one_graph(backend: str) -> None:
 
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     assert max_error(compiled(query, key, value), attention(query, key, value)) < 1e-5
+    few = [tensor[:, :, :20] for tensor in (query, key, value)]  # exact
+    assert max_error(compiled(*few), attention(*few)) < 1e-5
 
 
 @pytest.mark.parametrize("op", ["em_statistics", "soft_em", "basis_attention", "stem_attention"])
@@ -460,13 +451,11 @@ KV = torch.zeros(1, 3, 5, 4)
             ValueError,
             r"bias is \[3, 4\]; it must be \[h, K\] or \[B, h, K\] with B = 2 or 1",
         ),
-        (lambda: stem_attention(Q, Q[:, :, :9], Q), ValueError, r"key \[B, h, m, d\]"),
         (
             lambda: initial_bases(X, 3, init="previous"),
             ValueError,
             'init is "previous"; it must be one of "gaussian", "tokens"',
         ),
-        (lambda: stem_attention(Q, Q, Q, init="previous"), ValueError, "init is"),
     ],
 )
 def test_errors_name_the_value_and_the_fix(call, error, message) -> None:  # type: ignore[no-untyped-def]

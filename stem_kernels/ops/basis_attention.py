@@ -30,14 +30,15 @@ def basis_attention(
         return weights @ value
 
     Args:
-        query: [B, h, n, d], any strides (a head-interleaved view costs no copy); n may be 0.
-        key: [B, h, K, d], or [1, h, K, d] to serve the whole batch.
-        value: [B, h, K, e], or [1, h, K, e].
-        scale: of the logits; 1 / sqrt(d) if None.
-        bias: float, added to the logits: [h, K], [1, h, K] or [B, h, K], where h may be 1.
+        query: Queries [B, h, n, d], any strides (a head-interleaved view costs no
+            copy); n may be 0.
+        key: Keys [B, h, K, d], or [1, h, K, d] to serve the whole batch.
+        value: Values [B, h, K, e], or [1, h, K, e].
+        scale: Factor of the logits; 1 / sqrt(d) if None.
+        bias: Bias of the logits, floating, [h, K], [1, h, K] or [B, h, K], where h may be 1.
             -inf excludes a base; a head whose bases are all excluded gives NaN, as in
             `torch.nn.functional.scaled_dot_product_attention`.
-        backend: "auto", "triton", "cuda" or "torch".
+        backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
         [B, h, n, e] of the query's dtype; a view of memory laid out as [B, n, h, e], so that

@@ -46,6 +46,12 @@ def check_count(op: str, name: str, value: int) -> None:
         raise ValueError(f"{op}: {name} is {value!r}; it must be a whole number of at least 1")
 
 
+def check_seed(op: str, value: int) -> None:
+    """`value` is a whole number of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: seed is {value!r}; it must be a whole number of 64 bits")
+
+
 def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     """`value` is one of `choices`."""
     if value not in choices:

@@ -54,12 +54,13 @@ def em_statistics(
     by adding their results. Every backend adds in a fixed order: equal calls give equal bits.
 
     Args:
-        features: tokens [B, n, D] or [B, h, n, D], any strides; n may be 0. Not normalised.
-        bases: [B, K, D] or [B, h, K, D], any floating dtype.
-        temperature: tau > 0.
-        normalize: scale the bases to unit length before the logits.
-        payload: [B, n, E] or [B, h, n, E] of the features' dtype, summed with the same weights.
-        backend: "auto", "triton", "cuda" or "torch".
+        features: Tokens [B, n, D] or [B, h, n, D], any strides; n may be 0. Not normalised.
+        bases: Bases [B, K, D] or [B, h, K, D], any floating dtype.
+        temperature: Temperature tau > 0 of the responsibilities.
+        normalize: Whether the bases are scaled to unit length before the logits.
+        payload: Values [B, n, E] or [B, h, n, E] of the features' dtype, summed with the same
+            weights.
+        backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
         EMStatistics, accumulated in float32. Float32 input is multiplied in float32: TF32 only

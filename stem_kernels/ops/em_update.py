@@ -43,8 +43,8 @@ def em_update(
         sums: Sums [..., K, D] over all tokens, float32 or float64.
         mass: Mass [..., K], likewise.
         bases: Bases [..., K, D] that the sums were made with, any floating dtype.
-        num_tokens: Number n of all tokens, at least 1; it decides below which
-            mass a base is empty (see `soft_em`).
+        num_tokens: Number n of all tokens, at least 1; it decides below which mass a base is
+            empty (see `soft_em`).
         empty: Policy for empty bases, "zero", "mask" or "reseed". After the last iteration
             `soft_em` has "mask" in place of "reseed", because no token has yet been given to a
             base that was just put on one.

@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 from ..shared.spread import spread_tokens
-from .checks import check_choice, check_count, check_floating
+from .checks import check_choice, check_count, check_floating, check_seed
 
 OP = "initial_bases"
 INITIALIZATIONS = ("gaussian", "tokens")
@@ -21,14 +21,18 @@ def standard_normals(timestep: torch.Tensor, sizes: list[int], *, seed: int) -> 
     neither read nor advanced.
 
     Args:
-        timestep: integer or floating tensor; its first element, truncated, is the timestep.
+        timestep: Integer or floating tensor; its first element, truncated, is the timestep.
             The result is on its device.
-        sizes: how many numbers each layer gets.
-        seed: any integer of 64 bits.
+        sizes: Number of normals that each layer gets.
+        seed: Seed of the generators, a whole number of 64 bits.
 
     Returns:
         float32 [sum(sizes)], layer after layer.
+
+    Raises:
+        ValueError: a seed that is no whole number of 64 bits.
     """
+    check_seed("standard_normals", seed)
     return torch.ops.stem_kernels.standard_normals(timestep, sizes, seed)
 
 
@@ -59,19 +63,20 @@ def initial_bases(
     """Bases to start EM from.
 
     Args:
-        features: tokens [..., n, D], n >= 1.
-        num_bases: K >= 1.
-        init: "gaussian": mean + std * normals, per channel, with the mean and the unbiased
-            standard deviation over the n tokens (the authors' code; std of one token is 0).
-            "tokens": K tokens from all over the video, one from each of K equal stretches, each
-            time at another place in it (repeated where n < K).
-        normals: for "gaussian": float32, broadcastable to [..., K, D] (see `standard_normals`).
+        features: Tokens [..., n, D], n >= 1.
+        num_bases: Number K of bases, at least 1.
+        init: Kind of bases. "gaussian": mean + std * normals, per channel, with the mean and the
+            unbiased standard deviation over the n tokens (the authors' code; std of one token is
+            0). "tokens": K tokens, one from each of K equal stretches, each time at another place
+            in it (repeated where n < K).
+        normals: Standard normals for "gaussian", floating, broadcastable to [..., K, D] (see
+            `standard_normals`); unused otherwise.
 
     Returns:
         float32 [..., K, D] (float64 for float64 features).
 
     Raises:
-        ValueError: an unknown `init`, or the tensor that it needs is missing or misshapen.
+        ValueError, TypeError: shapes, dtypes or values that do not fit; "gaussian" without normals.
     """
     check_floating(OP, features=features, normals=normals)
     check_choice(OP, "init", init, INITIALIZATIONS)

@@ -49,18 +49,19 @@ def soft_em(
     even share, where tokens are fewer than bases); some base always has more than that.
 
     Args:
-        features: tokens [B, n, D] or [B, h, n, D], n >= 1, any strides.
-        bases: initial bases [B, K, D] or [B, h, K, D] (see `initial_bases`).
-        num_iters: R >= 1. The paper's 5; from tokens (see `initial_bases`) 2 come as far.
-        temperature: tau > 0.
-        normalize: scale the bases to unit length before the logits.
-        payload: [B, n, E] or [B, h, n, E]; values that ride along, as the tokens' values do.
-        empty: what becomes of empty bases. "zero": they fall to the zero vector, as in the
+        features: Tokens [B, n, D] or [B, h, n, D], n >= 1, any strides.
+        bases: Initial bases [B, K, D] or [B, h, K, D] (see `initial_bases`).
+        num_iters: Number R of iterations, at least 1. The paper has 5; from tokens (see
+            `initial_bases`) 2 come as far.
+        temperature: Temperature tau > 0 of the responsibilities.
+        normalize: Whether the bases are scaled to unit length before the logits.
+        payload: Values [B, n, E] or [B, h, n, E] of the features' dtype that ride along, or None.
+        empty: Policy for empty bases. "zero": they fall to the zero vector, as in the
             authors' code. "mask": they keep their last value and report mass 0. "reseed": as
             "mask", but before each further iteration they are put on the tokens that the bases
             explain worst (largest part orthogonal to its nearest base, among 8 K tokens
             spread over all; deterministic).
-        backend: "auto", "triton", "cuda" or "torch".
+        backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
         SoftEM in float32 (float64 for float64 input).
@@ -106,13 +107,16 @@ def attention_bias(
     """What to add to the attention logits of bases with these masses.
 
     Args:
-        mass: [..., K] of a `SoftEM`.
-        empty: the policy it was made with. Empty bases get -inf, except under "zero".
-        proportional: add log(mass), so that a base standing for 5,000 tokens weighs as 5,000
-            keys would (dense attention is the limit K = n with this on).
+        mass: Mass [..., K] of a `SoftEM`.
+        empty: Policy that it was made with. Empty bases get -inf, except under "zero".
+        proportional: Whether log(mass) is added, so that a base standing for 5,000 tokens weighs
+            as 5,000 keys would (dense attention is the limit K = n with this on).
 
     Returns:
-        float32 [..., K], or None where nothing is to be added.
+        Floating [..., K], or None where nothing is to be added.
+
+    Raises:
+        ValueError: an unknown policy.
     """
     check_choice("attention_bias", "empty", empty, EMPTY_POLICIES)
     if proportional:

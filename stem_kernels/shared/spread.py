@@ -1,4 +1,4 @@
-"""Which tokens of a video stand for all of them."""
+"""Which tokens stand for all of them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ _GOLDEN = 2654435769  # 2^32 / golden ratio, rounded to odd: its multiples fill 
 
 
 def spread_tokens(num_tokens: int, count: int, device: torch.device) -> torch.Tensor:
-    """Token indices, one from each of `count` equal stretches of the video.
+    """Token indices, one from each of `count` equal stretches.
 
     Within its stretch an index lies where the golden ratio's multiples put it. An even stride
     would do worse: rows of a feature map are often powers of two wide, and it then sees one column.
 
     Args:
-        num_tokens: n >= 1.
-        count: where it exceeds n, tokens come more than once.
-        device: of the result; the indices are the same on every device.
+        num_tokens: Number n of tokens, at least 1.
+        count: Number of indices; where it exceeds n, tokens come more than once.
+        device: Device of the result; the indices are the same on every device.
 
     Returns:
         int64 [count], ascending, distinct where count <= n.

@@ -123,10 +123,10 @@ def fused_pass(
     """Partial sums over S ranges of tokens; S depends on the shapes alone.
 
     Args:
-        features: [B, h, n, D], n >= 1, half precision, any strides that `offsets_fit`.
-        directions: [B, h, K, D], contiguous, of the features' dtype.
-        payload: [B, h, n, E] like the features, or None.
-        scale: log2(e) / temperature.
+        features: Tokens [B, h, n, D], n >= 1, half precision, any strides that `offsets_fit`.
+        directions: Directions [B, h, K, D], contiguous, of the features' dtype.
+        payload: Values [B, h, n, E] like the features, or None.
+        scale: Factor of the logits, log2(e) / temperature.
 
     Returns:
         float32 sums [S, B, h, K, D], mass [S, B, h, K] and payload sums [S, B, h, K, E] or None.

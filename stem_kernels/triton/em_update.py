@@ -69,13 +69,13 @@ def update(
     """New bases [B, h, K, D] and mass [B, h, K] in float32, and directions in `dtype`.
 
     Args:
-        sums: [S, B, h, K, D] float32, contiguous.
-        mass: [T, B, h, K] float32.
-        old: the bases before, float32 [B, h, K, D], contiguous.
-        least_mass: below it a base is empty.
-        keep_empty: give empty bases their old value and the mass 0.
-        normalize: the directions are the bases divided by their length.
-        dtype: of the features.
+        sums: Parts of the sums, [S, B, h, K, D] float32, contiguous.
+        mass: Parts of the mass, [T, B, h, K] float32.
+        old: Bases before, float32 [B, h, K, D], contiguous.
+        least_mass: Mass below which a base is empty.
+        keep_empty: Whether empty bases get their old value and the mass 0.
+        normalize: Whether the directions are the bases divided by their length.
+        dtype: Dtype of the directions, which is the features'.
     """
     dim = old.shape[-1]
     rows = old.shape[:-1].numel()
