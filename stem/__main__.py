@@ -18,6 +18,9 @@ def main() -> None:
             f"stem needs the package {error.name}, which is not installed: "
             "pip install 'stem-inversion[video]'"
         )
+    except KeyboardInterrupt:  # the imports take seconds
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(run())
 
 
