@@ -4,7 +4,7 @@ PYTHON ?= python3
 RESULT ?= latest
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit interpreter bench clean
+.PHONY: demo test lint unit interpreter bench lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stem demo
@@ -26,18 +26,29 @@ interpreter: $(VENV)/.dev
 		-n logical --maxprocesses 8
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/$(RESULT).json
+	$(BIN)/python -m pytest benchmarks --results=benchmarks/results/$(RESULT).json
 
-# The extension is built against the torch that is installed, so torch comes first. Where there is
-# a compiler, a test run must not go on without it.
-REQUIRE := $(if $(shell command -v $${CXX:-c++}),STEM_REQUIRE_EXT=1)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The lowest versions that pyproject.toml admits. The extension needs a newer torch; what is built
+# for the other environment stays as it is.
+lowest:
+	$(MAKE) unit VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt REQUIRE= EDITABLE=
 
-$(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
+# torch comes first, because the extension is built for the torch that is installed. Where there is
+# a compiler, a test run must not go on without it, nor without its CUDA part where nvcc is.
+CONSTRAINTS := constraints.txt
+EDITABLE := -e
+COMPILER := $(shell command -v $${CXX:-c++})
+NVCC := $(shell PATH="$${CUDA_HOME:-/usr/local/cuda}/bin:$$PATH" command -v nvcc)
+REQUIRE := $(if $(COMPILER),STEM_REQUIRE_EXT=1 $(if $(NVCC),STEM_CUDA=1))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+
+$(VENV)/.demo $(VENV)/.dev: pyproject.toml setup.py $(CONSTRAINTS) \
+		$(shell find csrc -type f -not -name '*.pyc')
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	STEM_SKIP_EXT=1 $(PIP) setuptools -e '.[$(patsubst .%,%,$(notdir $@))]'
-	$(if $(findstring .dev,$@),$(REQUIRE)) $(PIP) --no-build-isolation --no-deps -e .
+	$(PIP) torch setuptools
+	$(if $(findstring .dev,$@),$(REQUIRE)) $(PIP) --no-build-isolation \
+		$(EDITABLE) '.$(if $(findstring .dev,$@),[dev])'
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest out build *.egg-info

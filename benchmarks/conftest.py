@@ -1,22 +1,33 @@
-"""What a results file says of the machine it was made on."""
+"""One bench for a run of pytest, and its rows in a file of results."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 
+import pytest
 import torch
 
-
-def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine_info.update(torch=torch.__version__, threads=torch.get_num_threads(), gpu=gpu)
-    machine_info.pop("node", None)
+from . import records
+from .bench import Bench
 
 
-def pytest_benchmark_update_json(
-    config: Any, benchmarks: list[Any], output_json: dict[str, Any]
-) -> None:
-    """Leave out what only bloats a committed file."""
-    for row in output_json["benchmarks"]:
-        row["stats"].pop("data", None)
-    output_json["machine_info"]["cpu"].pop("flags", None)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, help="JSON file that the rows are written to")
+
+
+@pytest.fixture(scope="session")
+def results() -> dict[str, object]:
+    """This machine's results, without a row yet."""
+    return records.fresh(torch.device("cpu"), torch.float32, small=False)
+
+
+@pytest.fixture(scope="session")
+def bench(request: pytest.FixtureRequest, results: dict[str, object]) -> Iterator[Bench]:
+    """The rows of all tests; written at the end, whatever failed."""
+    bench = Bench()
+    yield bench
+    path = request.config.getoption("--results")
+    if path is not None:
+        records.write({**results, "rows": [asdict(row) for row in bench.rows]}, path)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from stem_kernels.backends import BACKENDS, BackendError
+from stem_kernels.backends import BACKENDS
 
-from .cases import Case, Outputs, Row, reason
-from .operators import attention_case, em_case
+from .attention_cases import attention_case
+from .bench import WRONG, Examination
+from .cases import AnyCase, Call, Outputs
+from .em_cases import em_case
 
+DTYPES = (torch.float16, torch.float32, torch.bfloat16)
 WIDTHS = (40, 64, 80, 160, 320, 640, 1280)
 HEAD_WIDTHS = (40, 64, 80, 160)
 OTHER_BASES = ((255, 16), (1000, 300))  # tokens and K of the odd shapes
 
 
-def cases(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
-    """Shapes of every kernel's kind."""
+def cases(device: torch.device, *, small: bool) -> Iterator[AnyCase]:
+    """Shapes of every kernel's kind, those that the targets use first; every backend."""
+    for dtype in DTYPES:
+        for case in _cases(device, dtype, small=small):
+            backends = {name: case.contenders[name] for name in BACKENDS}
+            yield replace(case, contenders=backends)
+
+
+def _cases(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[AnyCase]:
     tokens = 300 if small else 4097
     for width in (40, 320) if small else WIDTHS:
         yield em_case((2, tokens, width), device, dtype)
@@ -30,43 +41,25 @@ def cases(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[
         yield attention_case(3, count, 80, device, dtype, num_bases=num_bases)
 
 
-def check_all(device: torch.device, *, small: bool) -> list[Row]:
-    """One row per backend, case and dtype."""
-    rows = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for case in cases(device, dtype, small=small):
-            for backend in BACKENDS:
-                rows.append(_row(case, backend, dtype, device))
-    bad = [row for row in rows if row.wrong]
-    ran = [row for row in rows if row.error is not None]
-    print(f"correctness: {len(ran)} checks, {len(bad)} wrong", flush=True)
-    for row in bad:
-        print(f"  {row.case} {row.shape} {row.dtype} {row.contender}: {row.note}", flush=True)
-    return rows
+def repeatable(device: torch.device) -> Examination:
+    """Whether equal calls, and on a GPU a captured graph, give equal bits."""
 
-
-def _row(case: Case, backend: str, dtype: torch.dtype, device: torch.device) -> Row:
-    bare = Row("correctness", case.name, case.shape, backend, str(dtype).removeprefix("torch."))
-    try:
-        call = case.contenders[backend].start()
+    def examine(case: AnyCase, call: Call) -> dict[str, Any]:
         answer = call()
-    except BackendError as problem:
-        return replace(bare, note=reason(backend, problem))
-    error = case.error(backend, answer)
-    if not error <= 1:
-        return replace(bare, error=error, wrong=True, note=f"{error:.3g} times the error allowed")
-    if not _equal(answer, call()):
-        return replace(bare, error=error, wrong=True, note="two equal calls gave different bits")
-    if device.type == "cuda" and not _equal(answer, _replayed(call)):
-        return replace(bare, error=error, wrong=True, note="a CUDA graph gave other bits")
-    return replace(bare, error=error)
+        if not _equal(answer, call()):
+            return {"outcome": WRONG, "note": "two equal calls gave different bits"}
+        if device.type == "cuda" and not _equal(answer, _replayed(call)):
+            return {"outcome": WRONG, "note": "a CUDA graph gave other bits"}
+        return {}
+
+    return examine
 
 
 def _equal(one: Outputs, other: Outputs) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def _replayed(call: Callable[[], Outputs]) -> Outputs:
+def _replayed(call: Call) -> Outputs:
     """The outputs of a captured graph of `call`, poisoned before the replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -18,9 +18,9 @@ class Work:
     """What an operator cannot avoid.
 
     Args:
-        flops: of matrix products, 2 per multiply and add.
-        exponentials: one per token and base.
-        bytes: every input read once and every output written once.
+        flops: Operations of matrix products, 2 per multiply and add.
+        exponentials: Number of them, one per token and base.
+        bytes: Traffic, every input read once and every output written once.
     """
 
     flops: float
@@ -33,9 +33,10 @@ class Ceilings:
     """What a machine does in a second.
 
     Args:
-        flops: in a large matrix product of the dtype at hand, measured.
-        exponentials: on a GPU counted, multiprocessors x 16 x clock; on a CPU measured.
-        bytes: of a large copy, read and written, measured.
+        flops: Operations in a large matrix product of the dtype at hand, measured.
+        exponentials: Number of them, on a GPU counted, multiprocessors x 16 x clock; on a CPU
+            measured.
+        bytes: Traffic of a large copy, read and written, measured.
     """
 
     flops: float
@@ -59,10 +60,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     side, count = (8192, 2**28) if on_gpu else (1024, 2**24)
     left = torch.randn(side, side, device=device, dtype=dtype)
     product = torch.empty_like(left)
-    matrix = time_call(lambda: torch.mm(left, left, out=product), device).median
+    matrix = time_call(lambda: torch.mm(left, left, out=product), device=device).median
     source = torch.zeros(count, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    copy = time_call(lambda: target.copy_(source), device).median
+    copy = time_call(lambda: target.copy_(source), device=device).median
     return Ceilings(
         flops=2 * side**3 / matrix,
         exponentials=_gpu_exponentials(device) if on_gpu else _cpu_exponentials(device),
@@ -83,4 +84,4 @@ def _gpu_exponentials(device: torch.device) -> float:
 def _cpu_exponentials(device: torch.device) -> float:
     numbers = torch.rand(2**16, device=device)
     out = torch.empty_like(numbers)
-    return len(numbers) / time_call(lambda: torch.exp(numbers, out=out), device).median
+    return len(numbers) / time_call(lambda: torch.exp(numbers, out=out), device=device).median

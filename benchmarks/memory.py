@@ -6,86 +6,59 @@ with the Python line that asked for it.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stem.inversion.methods import METHODS, attention_config
 from stem_kernels.measure import PeakMemory
 
-from .layers import layer, set_attention
+from .bench import Examination, Row
+from .cases import AnyCase, Call, Contender, UnavailableError
+from .layers import LayerInputs, layer_case
 
 FRAMES = (8, 16, 32, 64, 128, 256, 512)
-LARGEST_INFLATED = 128  # beyond it the attention alone takes seconds; its memory grows as before
+KINDS = ("per-frame", "sparse-causal", "all-frame", "stem")
+LARGEST_ALL_FRAME = 128  # beyond it the attention alone takes seconds; its memory grows as before
 HOLDERS = 4
 RECORDED_EVENTS = 100_000
 
 
-@dataclass(frozen=True)
-class Peak:
-    """The peak of one forward pass.
-
-    Args:
-        method: of METHODS.
-        frames: N.
-        extra_bytes: above the input; None where `note` says why.
-        holders: bytes at the peak by the line that allocated them, largest first; empty where
-            the allocator keeps no record.
-        note: why a figure is missing.
-    """
-
-    method: str
-    frames: int
-    extra_bytes: int | None
-    holders: dict[str, int]
-    note: str = ""
-
-
-def profile(
-    device: torch.device, dtype: torch.dtype, *, small: bool, frames: Iterable[int] = FRAMES
-) -> list[Peak]:
-    """Every method at every N, on a layer of SD 1.5's 64x64 tokens, or of 16x16 if `small`."""
+def cases(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[AnyCase]:
+    """A layer of SD 1.5's 64x64 tokens, or, if `small`, of 16x16, at every N."""
     side, channels = (16, 64) if small else (64, 320)
-    attention = layer(channels, device, dtype)
-    peaks = []
-    for count in frames:
-        tokens = torch.randn(count, side * side, channels, device=device, dtype=dtype)
-        for method in METHODS:
-            peaks.append(_peak(attention, method, tokens))
-            print(_line(peaks[-1]), flush=True)
-        del tokens
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return peaks
+    for frames in FRAMES[:2] if small else FRAMES:
+        case = layer_case(frames, side, channels, device, dtype, KINDS)
+        contenders = dict(case.contenders)
+        if frames > LARGEST_ALL_FRAME:
+            contenders["all-frame"] = Contender(too_long)
+        yield replace(case, name=f"memory N={frames}", contenders=contenders)
 
 
-def _peak(attention: Any, method: str, tokens: torch.Tensor) -> Peak:
-    frames = tokens.shape[0]
-    if method == "inflated" and tokens.is_cuda and frames > LARGEST_INFLATED:
-        return Peak(method, frames, None, {}, "not measured: it would take many seconds")
-    module = copy.deepcopy(attention)
-    set_attention(module, attention_config(method, {}, frames))
-
-    @torch.no_grad()
-    def run() -> None:
-        module(tokens)
-
-    try:
-        run()  # compiles what is to be compiled
-        with PeakMemory(tokens.device) as memory:
-            run()
-    except (torch.OutOfMemoryError, MemoryError) as problem:
-        return Peak(method, frames, None, {}, f"out of memory: {problem}"[:200])
-    holders = recorded_holders(run, tokens.device) if tokens.is_cuda else {}
-    return Peak(method, frames, memory.extra_bytes, holders)
+def too_long(inputs: LayerInputs) -> Call:
+    """Refuse to measure."""
+    raise UnavailableError("not measured: it would take many seconds")
 
 
-def recorded_holders(run: Callable[[], None], device: torch.device) -> dict[str, int]:
+def peak(device: torch.device) -> Examination:
+    """The memory of a call above its inputs, and on a GPU what held it."""
+
+    def examine(case: AnyCase, call: Call) -> dict[str, Any]:
+        with PeakMemory(device) as memory:
+            call()
+        if memory.extra_bytes is None:
+            raise UnavailableError("this system does not report the peak of the resident set")
+        held = recorded_holders(call, device) if device.type == "cuda" else {}
+        text = ", ".join(f"{place} {size / 2**20:.0f}" for place, size in held.items())
+        return {"extra_bytes": memory.extra_bytes, "holders": text}
+
+    return examine
+
+
+def recorded_holders(run: Callable[[], object], device: torch.device) -> dict[str, int]:
     """What held the peak of `run` on a GPU; bytes by line of code, largest first."""
     torch.cuda.memory._record_memory_history(max_entries=RECORDED_EVENTS, stacks="python")
     try:
@@ -102,8 +75,8 @@ def holders_at_peak(events: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Replay a record of allocations; the largest holders at the moment when most was held.
 
     Args:
-        events: with "action" ("alloc", or "free_requested" for a release), "addr", "size" in
-            bytes, and "frames", the innermost first, each with "filename" and "line".
+        events: Records with "action" ("alloc", or "free_requested" for a release), "addr", "size"
+            in bytes, and "frames", the innermost first, each with "filename" and "line".
     """
     held: dict[int, tuple[str, int]] = {}
     total = most = 0
@@ -131,50 +104,39 @@ def _place(frames: Iterable[Mapping[str, Any]]) -> str:
     return "elsewhere"
 
 
-def _line(peak: Peak) -> str:
-    if peak.extra_bytes is None:
-        return f"memory     N={peak.frames:<4} {peak.method:10} {peak.note}"
-    extra = f"{peak.extra_bytes / 2**20:.1f} MiB"
-    held = ", ".join(f"{place} {size / 2**20:.0f}" for place, size in peak.holders.items())
-    return f"memory     N={peak.frames:<4} {peak.method:10} {extra}  {held}"
-
-
-def table(peaks: list[Peak]) -> str:
-    """Markdown: MiB by method and N, then what holds the peak of the longest video."""
-    counts = sorted({peak.frames for peak in peaks})
-    found = {(peak.method, peak.frames): peak for peak in peaks}
-    lines = ["| MiB | " + " | ".join(f"N={count}" for count in counts) + " |"]
-    lines.append("|---" * (len(counts) + 1) + "|")
-    for method in METHODS:
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: MiB by kind and N, then what holds the peak of the longest video."""
+    names = list(dict.fromkeys(row.case for row in rows))
+    found = {(row.contender, row.case): row for row in rows}
+    heads = [name.removeprefix("memory ") for name in names]
+    lines = [f"| MiB | {' | '.join(heads)} |", "|---" * (len(names) + 1) + "|"]
+    for kind in KINDS:
         cells = []
-        for count in counts:
-            extra = found[method, count].extra_bytes
-            cells.append("not measured" if extra is None else f"{extra / 2**20:.0f}")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    for method in METHODS:
-        holders = next(
-            (peak.holders for peak in reversed(peaks) if peak.method == method and peak.holders), {}
-        )
-        if holders:
-            held = ", ".join(f"`{place}` {size / 2**20:.0f}" for place, size in holders.items())
-            lines += ["", f"At its peak on the longest video {method} holds, in MiB: {held}."]
+        for name in names:
+            extra = found[kind, name].extra_bytes
+            cells.append(found[kind, name].note if extra is None else f"{extra / 2**20:.0f}")
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    for kind in KINDS:
+        held = [row.holders for row in rows if row.contender == kind and row.holders]
+        if held:
+            lines += ["", f"At its peak on the longest video {kind} holds, in MiB: {held[-1]}."]
     return "\n".join(lines) + "\n"
 
 
-def draw(peaks: list[Peak], path: Path) -> None:
+def draw(rows: Sequence[Row], path: Path) -> None:
     """Peak over N, both in powers of two."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method in METHODS:
+    for kind in KINDS:
         known = [
-            (peak.frames, peak.extra_bytes / 2**20)
-            for peak in peaks
-            if peak.method == method and peak.extra_bytes
+            (int(row.case.partition("=")[2]), row.extra_bytes / 2**20)
+            for row in rows
+            if row.contender == kind and row.extra_bytes
         ]
         if known:
-            axes.plot(*zip(*known, strict=True), "o-", label=method)
+            axes.plot(*zip(*known, strict=True), "o-", label=kind)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set(title="One attention layer, above its input", xlabel="frames N", ylabel="peak MiB")

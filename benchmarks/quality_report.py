@@ -11,7 +11,7 @@ from typing import Any
 from stem.inversion import METHODS
 from stem.metrics import Interval, mean_interval
 
-from .quality_variants import BASE_NAME, CEILING, FRAMES, VARIANTS, base_of
+from .quality_variants import CEILING, FRAMES, VARIANTS, base_of
 
 
 def is_world(name: str) -> bool:
@@ -20,8 +20,9 @@ def is_world(name: str) -> bool:
 
 def values(results: dict[str, Any], variant: str, figure: str, *, world: bool) -> list[float]:
     """A figure of all world videos, or of all natural ones, in the order of the videos."""
-    rows = results["rows"][variant]
-    return [row[figure] for name, row in rows.items() if is_world(name) == world]
+    figures = results["rows"][variant][figure]
+    named = zip(results["order"], figures, strict=True)
+    return [value for name, value in named if is_world(name) == world]
 
 
 def differences(results: dict[str, Any], variant: str, against: str, figure: str) -> Interval:
@@ -30,13 +31,10 @@ def differences(results: dict[str, Any], variant: str, against: str, figure: str
     return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
-def similarity(results: dict[str, Any], variant: str) -> dict[int, float]:
-    """Mean over the world videos of the warped similarity, by timestep of the inversion."""
-    rows = [row for name, row in results["rows"][variant].items() if is_world(name)]
-    return {
-        int(timestep): statistics.fmean(row["similarity"][timestep] for row in rows)
-        for timestep in rows[0]["similarity"]
-    }
+def is_compared(results: dict[str, Any], name: str) -> bool:
+    """Whether there is another variant to compare with: a run may be of a few variants only."""
+    base = base_of(name)
+    return name != base and base in results["rows"]
 
 
 def in_order(results: dict[str, Any]) -> list[str]:
@@ -53,10 +51,12 @@ def table(results: dict[str, Any], names: Iterable[str] | None = None) -> str:
     ]
     for name in in_order(results) if names is None else names:
         world = partial(values, results, name, world=True)
-        base = base_of(name)
+        against = ""
+        if is_compared(results, name):
+            against = f"{differences(results, name, base_of(name), 'psnr'):+.2f}"
         cells = [
             f"{mean_interval(world('psnr')):.2f}",
-            "" if name == base else f"{differences(results, name, base, 'psnr'):+.2f}",
+            against,
             f"{mean_interval(world('ssim')):.3f}",
             f"{statistics.fmean(values(results, name, 'psnr', world=False)):.2f}",
         ]
@@ -65,7 +65,7 @@ def table(results: dict[str, Any], names: Iterable[str] | None = None) -> str:
         else:
             cells += [
                 f"{statistics.fmean(world('latent_error')):.4f}",
-                f"{statistics.fmean(similarity(results, name).values()):.4f}",
+                f"{statistics.fmean(world('similarity')):.4f}",
                 f"{mean_interval(world('attention_error')):.3f}",
                 f"{statistics.median(world('seconds')):.1f}",
             ]
@@ -88,10 +88,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """By variant fidelity and nearness to all-frame attention, its price, similarity in time."""
     from matplotlib.figure import Figure
 
-    videos = len(values(results, BASE_NAME, "psnr", world=True))
+    videos = sum(is_world(name) for name in results["order"])
     figure = Figure(figsize=(17, 15), layout="constrained")
     (fidelity, nearness), (features, price) = figure.subplots(2, 2)
-    compared = [name for name in in_order(results) if name != base_of(name)]
+    compared = [name for name in in_order(results) if is_compared(results, name)]
     plot_intervals(
         fidelity, {name: differences(results, name, base_of(name), "psnr") for name in compared}
     )
@@ -109,20 +109,23 @@ def draw(results: dict[str, Any], path: Path) -> None:
     nearness.set(
         title="self-attentions against all-frame attention",
         xlabel="relative error (95 % interval)",
-        xscale="log",
+        xscale="log" if errors else "linear",  # without a point an axis cannot be logarithmic
     )
-    for name in METHODS:
-        if name in results["rows"]:
-            curve = similarity(results, name)
-            features.plot(list(curve), list(curve.values()), label=name)
+    for name, curve in results["curves"].items():
+        features.plot([int(timestep) for timestep in curve], list(curve.values()), label=name)
     features.set(title="features warped by the true flow", xlabel="timestep of the inversion")
     features.set_ylabel("cosine similarity, last self-attention")
-    features.legend()
+    if results["curves"]:
+        features.legend()
     for name, error in errors.items():
         if VARIANTS[name].frames == FRAMES:
             seconds = statistics.median(values(results, name, "seconds", world=True))
             price.plot(seconds, error.mean, "o", color="C1" if name in METHODS else "C0")
             price.annotate(name, (seconds, error.mean), fontsize=7)
-    price.set(title=f"{FRAMES} frames, there and back", xlabel="seconds", yscale="log")
-    price.set_ylabel("relative error against all-frame attention")
+    price.set(
+        title=f"{FRAMES} frames, there and back",
+        xlabel="seconds",
+        ylabel="relative error against all-frame attention",
+        yscale="log" if price.lines else "linear",
+    )
     figure.savefig(path, dpi=110)

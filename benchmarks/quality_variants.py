@@ -45,8 +45,6 @@ VARIANTS: dict[str, Variant] = {
     "K=128": Variant(StemConfig(num_bases=128)),
     "K=512": Variant(StemConfig(num_bases=512)),
     "init=gaussian": Variant(StemConfig(init="gaussian")),
-    "warm R=1": Variant(StemConfig(init="previous", num_iters=1)),
-    "warm R=2": Variant(StemConfig(init="previous")),
     "not proportional": Variant(StemConfig(proportional=False)),
     "empty=reseed": Variant(StemConfig(empty="reseed")),
     "space=key": Variant(StemConfig(space="key")),

@@ -2,63 +2,68 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stem.inversion import METHODS
 
+from . import records
+from .bench import Row
 from .drop_in import OUT as DROP_IN
 from .drop_in import table as drop_in_table
+from .em_cases import EAGER, LEAN_EAGER
 from .layers import LAYER_KINDS
 from .quality_report import table as study_table
 from .quality_variants import CEILING
+from .targets import COMPARED, EM, Rows
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = Path("benchmarks/results/cpu-2-cores.json")
 QUALITY = Path("benchmarks/results/quality.json")
+EM_CONTENDERS = {
+    "eager, divided before the product": EAGER,
+    "eager, divided after the product": LEAN_EAGER,
+    "`soft_em`, torch backend": "torch",
+}
 BEGIN = "<!-- {}: written by python -m benchmarks.readme -->\n"
 END = "<!-- end of {} -->\n"
 
 
 def table(results: dict[str, Any]) -> str:
     """The Markdown of the measurements, naming machine, versions and commit."""
-    machine, rows = results["machine_info"], {row["name"]: row for row in results["benchmarks"]}
-    em, memory = rows["test_time"], rows["test_memory"]
-    extra, held = em["extra_info"], memory["extra_info"]
+    where, rows = results["provenance"], Rows([Row(**row) for row in results["rows"]])
     lines = [
-        f"Source: `{RESULTS}` ({machine['cpu']['brand_raw']}, {machine['threads']} cores, "
-        f"torch {machine['torch']}, commit `{results['commit_info']['id'][:12]}`). Medians.",
+        f"Source: `{RESULTS}` ({where['cpu']}, {where['threads']} cores, "
+        f"torch {where['versions']['torch']}, commit `{where['commit']}`). Medians.",
         "",
-        "| EM, R=5: B=8, n=32768, d=40, K=256, float32 | seconds | extra memory |",
+        f"| EM, {rows[EM, EAGER].shape}, float32 | seconds | extra memory |",
         "|---|---|---|",
-        f"| eager, divided before the product | {extra['eager_seconds']:.2f} "
-        f"| {held['eager_extra_bytes'] / 2**20:.0f} MiB |",
-        f"| eager, divided after the product | {extra['lean_eager_seconds']:.2f} | not measured |",
-        f"| `soft_em`, torch backend | {em['stats']['median']:.2f} "
-        f"| {held['extra_bytes'] / 2**20:.0f} MiB |",
+    ]
+    for name, contender in EM_CONTENDERS.items():
+        extra = rows[EM, contender].extra_bytes
+        held = "not measured" if extra is None else f"{extra / 2**20:.0f} MiB"
+        lines.append(f"| {name} | {rows.seconds(EM, contender):.2f} | {held} |")
+    lines += [
         "",
-        "| C++ extension against the torch backend, float32, K=256 | torch, ms | C++, ms | ratio |",
+        "| C++ extension against the torch backend, float32 | torch, ms | C++, ms | ratio |",
         "|---|---|---|---|",
-        *(
-            f"| {row['group']} | {1000 * row['extra_info']['torch_seconds']:.1f} "
-            f"| {1000 * row['extra_info']['cuda_seconds']:.1f} "
-            f"| {row['extra_info']['times_faster_than_torch']:.1f} |"
-            for row in results["benchmarks"]
-            if "times_faster_than_torch" in row["extra_info"]
-        ),
+    ]
+    for case in COMPARED:
+        torch, cuda = (rows.seconds(case, name) for name in ("torch", "cuda"))
+        lines.append(
+            f"| {case}: {rows[case, 'cuda'].shape} | {1000 * torch:.1f} | {1000 * cuda:.1f} "
+            f"| {torch / cuda:.1f} |"
+        )
+    lines += [
         "",
         "| One self-attention layer with its projections, milliseconds | 16x16 | 32x32 | 64x64 |",
         "|---|---|---|---|",
     ]
     for kind in LAYER_KINDS:
-        medians = [
-            f"{1000 * rows[f'test_layer[{kind}-{side}]']['stats']['median']:.0f}"
-            for side in (16, 32, 64)
-        ]
-        lines.append(f"| {kind} | {' | '.join(medians)} |")
+        medians = [rows.seconds(f"layer {side}x{side} N=4", kind) for side in (16, 32, 64)]
+        lines.append(f"| {kind} | {' | '.join(f'{1000 * each:.0f}' for each in medians)} |")
     lines += [
         "",
         'N=4 frames, C=320, h=8, K=256, float32, backend "auto". On a GPU: not measured yet.',
@@ -99,7 +104,7 @@ def updated(text: str) -> str:
     for name, (path, written) in TABLES.items():
         head, rest = text.split(BEGIN.format(name))
         _, tail = rest.split(END.format(name))
-        results = json.loads((ROOT / path).read_text())
+        results = records.read(ROOT / path)
         text = f"{head}{BEGIN.format(name)}\n{written(results)}\n{END.format(name)}{tail}"
     return text
 

@@ -1,6 +1,6 @@
 """The targets that this project has set itself, and whether a run of the suite met them.
 
-Each is a ratio within one run on one GPU.
+Each is a ratio within one run on one machine.
 """
 
 from __future__ import annotations
@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .cases import Row
-from .operators import COMPILED, EAGER, FLASH_KMEANS, NUM_BASES, SDPA
+from .attention_cases import SDPA
+from .bench import Row
+from .em_cases import COMPILED, EAGER, FLASH_KMEANS, NUM_BASES
 
 OURS = "triton"
 PARTIAL_PROGRAMS = 264  # of `programs` in the tables: each leaves a partial sum
 FREE_BYTES = 32 * 2**20
+EM = "soft_em d=40"
+COMPARED = (
+    EM,
+    *(f"soft_em d={width}" for width in (320, 640, 1280)),
+    *(f"basis attention d={width}" for width in (40, 80, 160)),
+)
+"""The CPU's cases in which the C++ extension has a target."""
 
 
 class MissingError(LookupError):
@@ -25,10 +33,10 @@ class Target:
     """One line of the table.
 
     Args:
-        what: is compared.
-        wanted: in words.
-        met: whether a measured ratio does.
-        measured: the ratio, from the rows of a run.
+        what: Things compared.
+        wanted: Bound in words.
+        met: Function that says whether a ratio is within the bound.
+        measured: Function that takes the ratio from the rows of a run.
     """
 
     what: str
@@ -52,6 +60,12 @@ class Rows:
     def seconds(self, case: str, contender: str) -> float:
         found = self[case, contender].seconds
         assert found is not None
+        return found
+
+    def extra_bytes(self, case: str, contender: str) -> int:
+        found = self[case, contender].extra_bytes
+        if found is None:
+            raise MissingError(f"extra memory of {contender} in {case}")
         return found
 
     def fastest(self, case: str, contenders: Sequence[str]) -> float:
@@ -83,6 +97,10 @@ def share_of_time(case: str, ours: str, theirs: str) -> Callable[[Rows], float]:
     return lambda rows: rows.seconds(case, ours) / rows.seconds(case, theirs)
 
 
+def share_of_memory(case: str, ours: str, theirs: str) -> Callable[[Rows], float]:
+    return lambda rows: rows.extra_bytes(case, ours) / rows.extra_bytes(case, theirs)
+
+
 def matrix_share(case: str, flops: float, rate: float) -> Callable[[Rows], float]:
     return lambda rows: flops / rows.seconds(case, OURS) / rate
 
@@ -91,11 +109,8 @@ def extra_over_allowed(case: str, tokens_bytes: int, width: int) -> Callable[[Ro
     """Extra memory over 2 % of X, the partial sums and 32 MiB."""
 
     def measured(rows: Rows) -> float:
-        extra = rows[case, OURS].extra_bytes
-        if extra is None:
-            raise MissingError(f"extra memory of {OURS} in {case}")
         partial = PARTIAL_PROGRAMS * NUM_BASES * (width + 1) * 4
-        return extra / (0.02 * tokens_bytes + partial + FREE_BYTES)
+        return rows.extra_bytes(case, OURS) / (0.02 * tokens_bytes + partial + FREE_BYTES)
 
     return measured
 
@@ -108,8 +123,8 @@ def at_most(bound: float) -> tuple[str, Callable[[float], bool]]:
     return f"<= {bound:g}", lambda value: value <= bound
 
 
-def targets(matrix_rate: float) -> list[Target]:
-    """All targets; `matrix_rate` in FLOP/s is what the GPU reaches in a large product."""
+def gpu_targets(matrix_rate: float) -> list[Target]:
+    """Targets of a GPU; `matrix_rate` in FLOP/s is what it reaches in a large product."""
     key, feature = "em key d=40", "em feature d=320"
     layer, unet = "layer 64x64 N=32", "unet {0}x{0} N=32"
     return [
@@ -168,8 +183,8 @@ def targets(matrix_rate: float) -> list[Target]:
                 (512, "stem R=5", 0.90),
                 (768, "stem R=5", 0.75),
                 (1024, "stem R=5", 0.60),
-                (512, "stem R=1 warm", 0.85),
-                (1024, "stem R=1 warm", 0.52),
+                (512, "stem R=1", 0.85),
+                (1024, "stem R=1", 0.52),
             )
         ),
         *(
@@ -183,18 +198,36 @@ def targets(matrix_rate: float) -> list[Target]:
     ]
 
 
-def table(rows: Sequence[Row], matrix_rate: float, *, on_gpu: bool) -> str:
-    """Markdown: what, measured, target, met. On a CPU nothing of it is measured."""
+def cpu_targets() -> list[Target]:
+    """Targets of a CPU."""
+    return [
+        Target(f"{EM}, times faster than eager", *at_least(5), speedup(EM, "torch", EAGER)),
+        Target(
+            f"{EM}, extra memory of eager over its own",
+            *at_least(10),
+            share_of_memory(EM, EAGER, "torch"),
+        ),
+        *(
+            Target(
+                f"C++ extension, {case}, times faster than torch's backend",
+                *at_least(1.5),
+                speedup(case, "cuda", "torch"),
+            )
+            for case in COMPARED
+        ),
+    ]
+
+
+def table(rows: Sequence[Row], targets: Sequence[Target]) -> str:
+    """Markdown: what, measured, target, met."""
     lines = ["| | measured | target | met |", "|---|---|---|---|"]
     by_name = Rows(rows)
-    for target in targets(matrix_rate):
-        measured, met = "not measured", ""
-        if on_gpu:
-            try:
-                value = target.measured(by_name)
-            except MissingError as missing:
-                measured = f"not measured: {missing}"
-            else:
-                measured, met = f"{value:.3g}", "yes" if target.met(value) else "**no**"
+    for target in targets:
+        try:
+            value = target.measured(by_name)
+        except MissingError as missing:
+            measured, met = f"not measured: {missing}", ""
+        else:
+            measured, met = f"{value:.3g}", "yes" if target.met(value) else "**no**"
         lines.append(f"| {target.what} | {measured} | {target.wanted} | {met} |")
     return "\n".join(lines) + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ class Timing:
 
 
 def time_call(
-    work: Callable[[], object], device: torch.device, *, budget: float = 0.5, graph: bool = False
+    work: Callable[[], object], graph: bool = False, *, device: torch.device, budget: float = 0.5
 ) -> Timing:
     """Time `work`, called over and over for about `budget` seconds, MIN_ROUNDS times or
     more (three, where it takes longer than LONG_SECONDS).
@@ -34,11 +34,11 @@ def time_call(
     of that cache and, being a launch itself, lets the host run ahead of the device.
 
     Args:
-        work: launches its kernels on the current stream.
-        device: where they run.
-        budget: seconds.
-        graph: capture a CUDA graph of one call and time its replays: launch gaps count no more.
-            Ignored on a CPU.
+        work: Call to time; it launches its kernels on the current stream.
+        device: Device that they run on.
+        budget: Seconds for all calls.
+        graph: Whether a CUDA graph of one call is captured and its replays are timed: launch gaps
+            count no more. Ignored on a CPU.
     """
     if device.type != "cuda":
         return _host_timing(work, budget)
@@ -62,7 +62,7 @@ def time_call(
         run()
         end.record()
     torch.cuda.synchronize(device)
-    return _summary([start.elapsed_time(end) / 1000 for start, end in events])
+    return summary([start.elapsed_time(end) / 1000 for start, end in events])
 
 
 def _synchronised(work: Callable[[], object], device: torch.device) -> float:
@@ -89,7 +89,7 @@ def _host_timing(work: Callable[[], object], budget: float) -> Timing:
         begin = time.perf_counter()
         work()
         taken.append(time.perf_counter() - begin)
-    return _summary(taken)
+    return summary(taken)
 
 
 def _rounds(budget: float, seconds: float) -> int:
@@ -98,6 +98,7 @@ def _rounds(budget: float, seconds: float) -> int:
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(seconds, 1e-9))))
 
 
-def _summary(taken: list[float]) -> Timing:
+def summary(taken: Sequence[float]) -> Timing:
+    """The timing of calls that took so many seconds each; two or more."""
     fifths = statistics.quantiles(taken, n=5, method="inclusive")
     return Timing(statistics.median(taken), fifths[0], fifths[3], len(taken))

@@ -10,23 +10,23 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from stem_kernels import em_statistics
-from stem_kernels.testing import clustered_tokens
 from stem_kernels.triton import device_capability
 from stem_kernels.tuning import table
 
-from .cases import Case
-from .operators import attention_case, em_case, ours
+from .attention_cases import attention_case
+from .cases import AnyCase, Trial
+from .em_cases import em_case
+from .operators import TOKENS
 from .resources import HALF_ONLY, SHARED_KIB, cases_of, compiled
 from .timing import time_call
 
 CONFIGS = Path(__file__).parent.parent / "stem_kernels" / "configs"
-TOKENS, HEADS = 131072, 8
+HEADS = 8
 WARPS, STAGES = (4, 8), (1, 2, 3)
 TILES: dict[str, dict[str, tuple[int, ...]]] = {
     "em_fused": {"block_n": (16, 32, 64, 128)},
@@ -64,7 +64,7 @@ def candidates(op: str, arch: int, multiprocessors: int) -> Iterator[dict[str, i
                 yield {**row, "programs": each * multiprocessors}
 
 
-def case_for(op: str, device: torch.device) -> Case:
+def case_for(op: str, device: torch.device) -> AnyCase:
     """The shape that a row is tuned at: SD 1.5's largest layer, N = 32 frames."""
     half = torch.float16
     if op == "em_general":
@@ -77,18 +77,7 @@ def case_for(op: str, device: torch.device) -> Case:
     width = 40 if width == 48 else width
     if op.startswith("resident_attention"):
         return attention_case(HEADS, TOKENS, width, device, half)
-    case = em_case((HEADS, TOKENS, width), device, half)
-    if op.endswith("payload"):
-        features = clustered_tokens((HEADS, TOKENS, width)).to(device, half)
-        bases = features[:, :: TOKENS // 256].float()
-        case.contenders.update(
-            ours(
-                lambda backend: em_statistics(features, bases, payload=features, backend=backend)[
-                    :2
-                ]
-            )
-        )
-    return case
+    return em_case((HEADS, TOKENS, width), device, half, payload=op.endswith("payload"))
 
 
 def tune(op: str, device: torch.device) -> dict[str, int]:
@@ -96,14 +85,14 @@ def tune(op: str, device: torch.device) -> dict[str, int]:
     major, minor = device_capability(device)
     arch = 10 * major + minor
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    case = case_for(op, device)
+    trial = Trial(case_for(op, device))
     rows = table(f"sm{arch}")
     used = rows.get(op)
-    best, least = used, float("inf") if used is None else 0.99 * _seconds(case, device)
+    best, least = used, float("inf") if used is None else 0.99 * _seconds(trial, device)
     try:
         for row in candidates(op, arch, multiprocessors):
             rows[op] = row
-            seconds = _seconds(case, device)
+            seconds = _seconds(trial, device)
             if seconds < least:
                 best, least = row, seconds
                 print(f"{op}: {1e6 * seconds:.1f} us with {row}", flush=True)
@@ -117,12 +106,12 @@ def tune(op: str, device: torch.device) -> dict[str, int]:
     return best
 
 
-def _seconds(case: Case, device: torch.device) -> float:
-    """Of one call; infinite where its result is wrong."""
-    call = case.contenders["triton"].start()
-    if not case.error("triton", call()) <= 1:
+def _seconds(trial: Trial[Any], device: torch.device) -> float:
+    """Time of one call; infinite where its result is wrong."""
+    call = trial.start("triton")
+    if not trial.error("triton", call()) <= 1:
         return float("inf")
-    return time_call(call, device, budget=0.1).median
+    return time_call(call, device=device, budget=0.1).median
 
 
 def text(rows: dict[str, dict[str, int]]) -> str:

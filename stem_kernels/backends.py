@@ -54,9 +54,11 @@ class Backend:
 
     def reasons(self, tensors: Tensors, num_bases: int) -> list[str]:
         """Why this backend cannot run a call on `tensors`; empty if it can."""
-        found = self.machine()
-        if found:
-            return found
+        return self.machine() or self.call_reasons(tensors, num_bases)
+
+    def call_reasons(self, tensors: Tensors, num_bases: int) -> list[str]:
+        """The same for a machine on which it runs."""
+        found: list[str] = []
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         for device in sorted({tensor.device for tensor in present.values()}, key=str):
             found += self.device(device)
@@ -161,6 +163,9 @@ def select(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:
             if passed_over and not torch.compiler.is_compiling():
                 on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors.values())
                 _log_fallback_once(op, name, tuple(passed_over), on_gpu)
+                missed = cuda.missed()
+                if missed and not BACKENDS["cuda"].call_reasons(tensors, num_bases):
+                    _warn_once(missed)
             return name
         passed_over.append((name, tuple(reasons)))
     raise BackendError(_refusal(op, "auto", tensors, num_bases))
@@ -174,6 +179,11 @@ def _log_fallback_once(
     level = logging.WARNING if on_gpu else logging.INFO
     reasons = "; ".join(f"{other}: {', '.join(why)}" for other, why in passed_over)
     logger.log(level, "%s runs on backend %s (%s)", op, name, reasons)
+
+
+@functools.cache
+def _warn_once(missed: str) -> None:
+    logger.warning("the operators run in torch, about half as fast as they could: %s", missed)
 
 
 def _refusal(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:

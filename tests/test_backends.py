@@ -118,9 +118,29 @@ def test_auto_says_once_that_it_falls_back(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO, "stem_kernels"):
         for _ in range(3):
             em_statistics(X, M)
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
     assert len(messages) == 1
     assert "em_statistics runs on backend torch (triton: tensors are on cpu" in messages[0]
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_a_missing_extension_is_warned_of_once_where_it_would_serve(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backends._warn_once.cache_clear()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    backends.select("op", "auto", {"x": X}, 3)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    backends.select("op", "torch", {"x": X}, 3)
+    for other in (X.double(), X.clone().requires_grad_()):
+        backends.select("op", "auto", {"x": other}, 3)
+    assert not caplog.records
+    for op in ("op", "another"):
+        backends.select(op, "auto", {"x": X}, 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the operators run in torch, about half as fast as they could: "
+        "the C++ extension's cpu part is not built: there is no C++ compiler"
+    ]
 
 
 WITHOUT_TRITON = """

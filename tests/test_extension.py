@@ -23,10 +23,12 @@ built = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def setup_py() -> ModuleType:
-    pytest.importorskip("setuptools")
-    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """csrc/extension.py, which no variable but those of a test tells what to build."""
+    for variable in ("STEM_SKIP_EXT", "STEM_REQUIRE_EXT", "STEM_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(variable, raising=False)
+    spec = importlib.util.spec_from_file_location("extension", ROOT / "csrc" / "extension.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -73,7 +75,7 @@ def info(package: Path) -> str:
     ],
 )
 def test_what_is_not_built_is_said(
-    setup_py: ModuleType,
+    extension: ModuleType,
     package: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -81,34 +83,126 @@ def test_what_is_not_built_is_said(
     value: str,
     reason: str,
 ) -> None:
-    monkeypatch.delenv("STEM_REQUIRE_EXT", raising=False)
     monkeypatch.setenv(variable, value)
-    setup_py.build_extension(package)
-    assert f"the extension's cpu part is not built: {reason}" in capsys.readouterr().out
-    assert f"cuda   the C++ extension's cpu part is not built: {reason}" in info(package)
+    extension.build_extension(package)
+    assert f"not built: {reason}" in capsys.readouterr().out.splitlines()[-1]
+    said = f"cuda   the C++ extension's cpu part is not built: {reason} (to build it: pip install"
+    assert said in info(package)
     monkeypatch.setenv("STEM_REQUIRE_EXT", "1")
     with pytest.raises(SystemExit, match="STEM_REQUIRE_EXT=1, but"):
-        setup_py.build_extension(package)
+        extension.build_extension(package)
 
 
-def test_an_old_torch_is_a_reason(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STEM_SKIP_EXT", raising=False)
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
-    with pytest.raises(setup_py.NotBuiltError, match=r"torch is 2\.9\.1\+cu128; .* 2\.10 or newer"):
-        setup_py.tools()
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(setup_py.NotBuiltError, match="pip install --no-build-isolation"):
-        setup_py.tools()
+def test_an_old_torch_is_a_reason(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = extension.Torch("2.9.1+cu128", "12.8", "")
+    monkeypatch.setattr(extension, "find_torch", lambda: old)
+    with pytest.raises(extension.NotBuiltError, match=r"torch was 2\.9\.1\+cu128; it needs"):
+        extension.tools()
 
 
-def test_architectures(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+def test_no_torch_is_a_reason(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(extension.NotBuiltError, match="torch could not be imported where the pack"):
+        extension.tools()
+
+
+# What pip sets up around the build of a package: the interpreter is the same, but a module that it
+# runs at its start hides all that is installed.
+ISOLATED = """
+import sys
+sys.path[:] = [path for path in sys.path if "site-packages" not in path]
+"""
+ASK = """
+import importlib.util, sys
+assert importlib.util.find_spec("torch") is None
+sys.path.insert(0, "csrc")
+from extension import find_torch
+print(*find_torch(), sep="\\n")
+"""
+
+
+def test_an_isolated_build_finds_the_installed_torch(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ISOLATED)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONNOUSERSITE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = [torch.__version__, str(torch.version.cuda), str(Path(torch.__file__).parent)]
+    assert done.stdout.splitlines() == expected
+
+
+@pytest.fixture
+def cpu_torch(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch without CUDA; a CPU part that takes no time."""
+    found = extension.Torch("2.13.0+cpu", None, "")
+    monkeypatch.setattr(extension, "tools", lambda: (found, ["c++"]))
+    monkeypatch.setattr(extension, "cpu_part", lambda target, scratch: extension.Part([], [], {}))
+
+
+@pytest.mark.usefixtures("cpu_torch")
+def test_the_cuda_part_is_for_a_torch_with_cuda(
+    extension: ModuleType,
+    package: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    extension.build_extension(package)
+    said = "cpu built; cuda not built: torch was 2.13.0+cpu, without CUDA; STEM_CUDA=1 builds it"
+    assert said in capsys.readouterr().out
+    monkeypatch.setenv("STEM_CUDA", "1")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    with pytest.raises(SystemExit, match="STEM_CUDA=1, but nvcc is not found"):
+        extension.build_extension(package)
+    monkeypatch.setenv("STEM_SKIP_EXT", "1")
+    extension.build_extension(package)
+
+
+@pytest.mark.usefixtures("cpu_torch")
+def test_a_cuda_part_that_fails_is_an_error_where_it_is_asked_for(
+    extension: ModuleType, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = extension.Part([["false"]], [], {})
+    monkeypatch.setattr(extension, "cuda_part", lambda target, scratch: broken)
+    extension.build_extension(package)
+    for variable in ("STEM_CUDA", "STEM_REQUIRE_EXT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "1")
+            with pytest.raises(SystemExit, match=f"^{variable}=1, but false failed with exit stat"):
+                extension.build_extension(package)
+
+
+@pytest.mark.usefixtures("cpu_torch")
+def test_sources_compile_at_once(
+    extension: ModuleType, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commands that wait for each other."""
+    wait = "touch {mine}; for i in $(seq 100); do test -e {other} && exit; sleep 0.1; done; exit 1"
+    one, other = tmp_path / "one", tmp_path / "other"
+    commands = [
+        ["sh", "-c", wait.format(mine=mine, other=awaited)]
+        for mine, awaited in ((one, other), (other, one))
+    ]
+    both = extension.Part(commands, [], {"compiler": "sh"})
+    monkeypatch.setattr(extension, "cuda_part", lambda target, scratch: both)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    extension.build_extension(package)
+    assert cuda.build_info(package)["cuda"] == {"compiler": "sh"}
+
+
+def test_architectures(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = "compute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\n"
-    flags = setup_py.gencode(listed)[1::2]
+    flags = extension.gencode(listed)[1::2]
     assert flags[0] == "arch=compute_80,code=sm_80"
     assert flags[-2:] == ["arch=compute_90a,code=sm_90a", "arch=compute_90a,code=compute_90a"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 10.0+PTX")
-    assert setup_py.gencode(listed)[1::2] == [
+    assert extension.gencode(listed)[1::2] == [
         "arch=compute_80,code=sm_80",
         "arch=compute_100,code=sm_100",
         "arch=compute_100,code=compute_100",
@@ -116,7 +210,7 @@ def test_architectures(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_a_report(package: Path) -> None:
-    assert "setup.py has not run; install the package with: pip install ." in info(package)
+    assert "setup.py has not run (to build it: pip install --no-deps .)" in info(package)
 
 
 REPORT = '{"cpu": {"torch": "2.99.0"}, "cuda": {"reason": "nvcc is not found"}}'

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks import quality
+from benchmarks import quality, quality_measure, records
+from benchmarks.quality_report import draw, table, values
 from stem import InflatedConfig, load_pipeline
 from stem.attention.handle import self_attentions
 from stem.diffusion.pipeline import encode_frames
@@ -20,57 +23,75 @@ ROWS = ("inflated", "stem", "16 frames: global bases", "16 frames: bases of 8")
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "WORLD_VIDEOS", 2)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(quality_measure, "WORLD_VIDEOS", 2)
+    monkeypatch.setattr(quality_measure, "NATURAL", {"bikes.mp4": "0:16"})
     monkeypatch.setattr(quality, "STEPS", 2)
-    monkeypatch.setattr(quality, "NATURAL", {"bikes.mp4": "0:16"})
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("small")
-def test_an_interrupted_study_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_study_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "quality.json"
-    quality.run(out, ROWS[:2], 1)
-    first = json.loads(out.read_text())["rows"]
-    assert list(first) == [quality.CEILING, *ROWS[:2]]
-    for row in first["stem"].values():
-        assert 0 < row["psnr"] <= 100
-        assert len(row["similarity"]) in (0, 2)
-        assert 0 < row["attention_error"] < 0.1
+    quality.main(out, ROWS[0], 1)
+    first = records.read(out)["rows"]
+    assert list(first) == [quality.CEILING, ROWS[0]]
+    assert re.search(rf"\| {ROWS[0]} \| [\d.]+ ± [\d.]+ \|  \|", out.with_suffix(".md").read_text())
     capsys.readouterr()
+    # One start of a process is enough to see that it works.
+    monkeypatch.setattr(quality, "ProcessPoolExecutor", lambda count, _: ThreadPoolExecutor(count))
     quality.main(out, ",".join(ROWS), 1)
-    assert "stem:" not in capsys.readouterr().out
-    results = json.loads(out.read_text())
-    assert results["rows"]["stem"] == first["stem"]
+    assert f"{ROWS[0]}:" not in capsys.readouterr().out
+    results = records.read(out)
+    assert results["rows"][ROWS[0]] == first[ROWS[0]]
+    stem = results["rows"]["stem"]
+    assert all(0 < psnr <= 100 for psnr in stem["psnr"])
+    assert all(0 < error < 0.1 for error in stem["attention_error"])
+    assert [value is None for value in stem["similarity"]] == [False, False, True]
+    assert {name: len(curve) for name, curve in results["curves"].items()} == {
+        "inflated": 2,
+        "stem": 2,
+    }
     text = out.with_suffix(".md").read_text()
     for name in (quality.CEILING, *ROWS):
         assert f"| {name} |" in text
     # Attention over all frames differs from itself by rounding only.
-    assert max(quality.values(results, "inflated", "attention_error", world=True)) < 1e-5
-    one, two = quality.values(results, "inflated", "psnr", world=True)
+    assert max(values(results, "inflated", "attention_error", world=True)) < 1e-5
+    one, two = values(results, "inflated", "psnr", world=True)
     assert re.search(rf"\| inflated \| {(one + two) / 2:.2f} ± ", text)
     assert Image.open(out.with_suffix(".png")).size[0] > 1000
+    assert len(out.read_text().splitlines()) < 60
+    long = {**results, "rows": {ROWS[3]: results["rows"][ROWS[3]]}, "curves": {}}
+    assert f"| {ROWS[3]} |" in table(long)
+    draw(long, out.with_suffix(".png"))
     results["measured"]["stem"]["variant"] = "what it was"
     results["rows"]["gone"] = results["rows"]["stem"]
     results["measured"]["gone"] = results["measured"]["stem"]
-    out.write_text(json.dumps(results))
-    kept = quality.run(out, ROWS[:1], 1)["rows"]
-    assert set(kept) == {quality.CEILING, *ROWS} - {"stem"}
+    records.write(results, out)
+    kept = quality.run(out, ROWS[:1], 1)
+    assert set(kept["rows"]) == {quality.CEILING, *ROWS} - {"stem"}
+    assert set(kept["curves"]) == {"inflated"}
     assert "stem has changed: what it was" in capsys.readouterr().out
-    results["model"] = {}
-    out.write_text(json.dumps(results))
-    with pytest.raises(SystemExit, match="of another model"):
+    records.write({**results, "model": {}}, out)
+    with pytest.raises(SystemExit, match=r"is of another model: \{\}, now .*; move it away"):
         quality.run(out, ROWS, 1)
 
 
 def test_the_probe_looks_at_the_inversion_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "PROBED_STEPS", 2)
+    monkeypatch.setattr(quality_measure, "PROBED_STEPS", 2)
     pipeline = load_pipeline("embedded")
-    clip = render(sample_scene(1), 2, quality.SIZE)
+    clip = render(sample_scene(1), 2, quality_measure.SIZE)
     latents = encode_frames(pipeline, clip.frames)
-    probe = quality.Probe(
-        pipeline.unet, quality.Source(clip.frames, ""), latents.shape[2:], num_steps=4
+    probe = quality_measure.Probe(
+        pipeline.unet, quality_measure.Source(clip.frames, ""), latents.shape[2:], num_steps=4
     )
-    round_trip(pipeline, latents, "", 4, InflatedConfig(), on_inverted=probe.on_inverted)
+    round_trip(
+        pipeline, latents, "", 4, InflatedConfig(num_frames=2), on_inverted=probe.on_inverted
+    )
     probe.remove()
     assert len(probe.errors) == 2 * len(self_attentions(pipeline.unet))
     assert max(probe.errors) < 1e-5

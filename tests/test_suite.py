@@ -1,67 +1,160 @@
-"""The measuring suite: it runs without a GPU, times nothing wrong, and counts its targets right."""
+"""The GPU suite: it runs without a GPU, in parts, and survives what its contenders raise."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import replace
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+import typer
+from typer.testing import CliRunner, Result
 
-from benchmarks import gpu_suite, targets, timing, tune
-from benchmarks.cases import Bench, Case, Contender, Outputs, Row, UnavailableError
-from benchmarks.floors import Ceilings, Work
+from benchmarks import (
+    correctness,
+    gpu_suite,
+    memory,
+    operators,
+    records,
+    targets,
+    tune,
+    unets,
+)
+from benchmarks.attention_cases import attention_case
+from benchmarks.bench import FAILED, MEASURED, UNAVAILABLE
+from benchmarks.cases import AnyCase, Call, Trial
 from benchmarks.memory import holders_at_peak
 from stem_kernels.tuning import table
 
-CPU = torch.device("cpu")
-CEILINGS = Ceilings(flops=100.0, exponentials=10.0, bytes=1000.0)
+ON_CPU = ("--device", "cpu", "--small")
+BARE = """
+import sys
+sys.modules.update(dict.fromkeys(("av", "diffusers", "matplotlib", "stem"), None))
+import typer
+from benchmarks import gpu_suite
+typer.run(gpu_suite.main)
+"""
 
 
-def app() -> Any:
-    import typer
-
+def suite(*arguments: str) -> Result:
     made = typer.Typer()
     made.command()(gpu_suite.main)
-    return made
+    return CliRunner().invoke(made, arguments)
 
 
-def test_the_suite_runs_to_its_end_without_a_gpu(tmp_path: Path) -> None:
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--small"]
-    done = CliRunner().invoke(app(), arguments)
+def outcomes(folder: Path) -> dict[tuple[str, str, str], str]:
+    rows = records.read(folder / "results.json")["rows"]
+    return {(row["part"], row["case"], row["contender"]): row["outcome"] for row in rows}
+
+
+def test_the_suite_runs_in_parts_without_a_gpu(tmp_path: Path) -> None:
+    out = ("--out", str(tmp_path))
+    bare = subprocess.run(
+        [sys.executable, "-c", BARE, *out, *ON_CPU, "--only", "correctness"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert bare.returncode == 0, bare.stderr
+    assert "no plots are drawn" in bare.stdout
+    first = records.read(tmp_path / "results.json")
+    assert {row["part"] for row in first["rows"]} == {"correctness"}
+    done = suite(*out, *ON_CPU, "--only", "unet,memory,layer,operators")
     assert done.exit_code == 0, done.output
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert {row["part"] for row in results["rows"]} == set(gpu_suite.PARTS) - {"memory"}
-    timed = {(row["case"], row["contender"]) for row in results["rows"] if row["seconds"]}
-    for case, contender in (
-        ("em key d=40", "torch"),
-        ("em key d=40", "eager, torch.compile"),
-        ("basis attention d=40", "sdpa math"),
-        ("layer 8x8 N=2", "stem R=5"),
-        ("unet 64x64 N=2", "stem R=1 warm"),
+    results = records.read(tmp_path / "results.json")
+    assert list(dict.fromkeys(row["part"] for row in results["rows"])) == list(gpu_suite.PARTS)
+    assert results["rows"][: len(first["rows"])] == first["rows"]
+    assert results["ceilings"] == first["ceilings"]
+    found = outcomes(tmp_path)
+    for row in (
+        ("operators", "em key d=40", "torch"),
+        ("operators", "em key d=40", "eager, torch.compile"),
+        ("operators", "basis attention d=40", "sdpa math"),
+        ("layer", "layer 8x8 N=2", "stem R=5"),
+        ("memory", "memory N=16", "sparse-causal"),
+        ("unet", "unet 64x64 N=2", "stem R=1"),
     ):
-        assert (case, contender) in timed
+        assert found[row] == MEASURED
+    assert found["operators", "em key d=40", "flash-kmeans"] == UNAVAILABLE
     for name in ("rows.csv", "times.png", "memory.png"):
         assert (tmp_path / name).stat().st_size > 0
     report = (tmp_path / "report.md").read_text()
-    goals = targets.targets(1.0)
-    assert report.count("| not measured | >=") + report.count("| not measured | <=") == len(goals)
-    again = CliRunner().invoke(app(), [*arguments, "--only", "memory"])
-    assert again.exit_code == 0, again.output
-    merged = json.loads((tmp_path / "results.json").read_text())
-    assert merged["rows"] == results["rows"]
-    with pytest.raises(SystemExit, match="figures in --out are of another device"):
-        gpu_suite.merged(results, {**results, "device": "another"}, [])
+    assert report.count("| not measured: ") == len(targets.gpu_targets(1.0))
+    records.write({**results, "device": "another"}, tmp_path / "results.json")
+    with pytest.raises(SystemExit, match=r"results.json is of another device: another, now cpu"):
+        gpu_suite.main(tmp_path, "memory", "cpu", True)
+
+
+class LaunchError(Exception):
+    """Of no class that the suite knows, as Triton's OutOfResources is."""
+
+
+BROKEN = {
+    ("basis attention d=40", "torch"): ("correctness", "operators"),
+    ("layer 8x8 N=2", "stem R=1"): ("layer",),
+    ("unet 64x64 N=2", "stem R=1"): ("unet",),
+    ("memory N=8", "stem"): ("memory",),
+}
+"""Contenders that raise an error, and the parts that they are in."""
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One contender in each part of a suite with little in it."""
+
+    def one(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[AnyCase]:
+        yield attention_case(2, 64, 40, device, dtype)
+
+    monkeypatch.setattr(operators, "cases", one)
+    monkeypatch.setattr(correctness, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(correctness, "_cases", one)
+    monkeypatch.setattr(memory, "FRAMES", (8,))
+    monkeypatch.setattr(unets, "unet_error", lambda *_: 0.0)
+    started = Trial.start
+
+    def start(trial: Trial[Any], name: str) -> Call:
+        if (trial.case.name, name) in BROKEN:
+            raise LaunchError("out of resource:\nshared memory")
+        return started(trial, name)
+
+    monkeypatch.setattr(Trial, "start", start)
+
+
+@pytest.mark.usefixtures("broken")
+def test_the_suite_survives_what_a_contender_raises(tmp_path: Path) -> None:
+    done = suite("--out", str(tmp_path), *ON_CPU)
+    assert done.exit_code == 1
+    assert "5 rows are wrong or failed: torch in basis attention d=40" in str(done.exception)
+    found = outcomes(tmp_path)
+    for (case, name), parts in BROKEN.items():
+        for part in parts:
+            assert found.pop((part, case, name)) == FAILED
+            assert MEASURED in {outcome for key, outcome in found.items() if key[0] == part}
+    assert FAILED not in found.values()
+    report = (tmp_path / "report.md").read_text()
+    assert report.count("LaunchError: out of resource: shared memory") == 5
+
+
+@pytest.mark.usefixtures("broken")
+def test_an_interrupted_suite_keeps_the_parts_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "cases", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_suite.main(tmp_path, "operators,memory", "cpu", True)
+    assert {part for part, _, _ in outcomes(tmp_path)} == {"operators"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "speed", "--device", "cpu", "--small"], "'speed' is none of correctness"),
+        (["--only", "speed", *ON_CPU], "'speed' is none of correctness"),
         (["--device", "cpu"], "with --small only"),
         pytest.param(
             [],
@@ -71,71 +164,9 @@ def test_the_suite_runs_to_its_end_without_a_gpu(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app(), ["--out", str(tmp_path), *arguments])
+    done = suite("--out", str(tmp_path), *arguments)
     assert done.exit_code != 0
     assert message in " ".join(done.output.replace("│", " ").split())
-
-
-def contender(answer: float, error: Callable[[Outputs], float] | None = None) -> Contender:
-    return Contender(lambda: lambda: (torch.tensor(answer),), error)
-
-
-def unavailable() -> Callable[[], Outputs]:
-    raise UnavailableError("not on this machine")
-
-
-def test_what_is_wrong_is_not_timed() -> None:
-    case = Case(
-        "case",
-        "shape",
-        {
-            "right": contender(1.0),
-            "wrong": contender(3.0),
-            "not a number": contender(float("nan")),
-            "judged otherwise": contender(3.0, lambda answer: 0.5),
-            "absent": Contender(unavailable),
-        },
-        lambda answer: float(answer[0] - 1),
-        Work(flops=50, exponentials=20, bytes=100),
-    )
-    bench = Bench(CPU, torch.float32, CEILINGS, budget=0.0)
-    bench.run("part", iter([case]))
-    rows = {row.contender: row for row in bench.rows}
-    assert rows["right"].seconds is not None
-    assert (rows["right"].floor_seconds, rows["right"].limit) == (2.0, "exponentials")
-    for name in ("wrong", "not a number"):
-        assert rows[name].wrong
-        assert rows[name].seconds is None
-    assert rows["judged otherwise"].error == 0.5
-    assert rows["absent"].note == "not on this machine"
-    assert not rows["absent"].wrong
-
-
-def test_targets_follow_from_the_rows() -> None:
-    row = Row("operators", "em key d=40", "", "triton", "float16", seconds=1.5, floor_seconds=1.0)
-    rows = [
-        row,
-        replace(row, contender="eager", seconds=18.0),
-        replace(row, contender="eager, torch.compile", seconds=6.0),
-        replace(row, case="basis attention d=40", seconds=1.0),
-        replace(row, case="basis attention d=40", contender="sdpa flash", seconds=1.2),
-        replace(row, case="basis attention d=40", contender="sdpa math", seconds=9.0),
-        replace(row, case="em feature d=320", seconds=4.0 * 131072 * 320 * 256 / 5e14),
-        replace(row, case="unet 512x512 N=32", contender="stem R=5", seconds=8.0),
-        replace(row, case="unet 512x512 N=32", contender="per-frame", seconds=10.0),
-        replace(row, case="unet 512x512 N=32", contender="all-frame", seconds=48.0),
-    ]
-    lines = targets.table(rows, 1e15, on_gpu=True).splitlines()
-    cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines}
-    assert cells["EM pass, key form, over its floor"] == ["1.5", "<= 2", "yes |"]
-    assert cells["... times faster than eager"] == ["12", ">= 10", "yes |"]
-    assert cells["... than torch.compile"] == ["4", ">= 5", "**no** |"]
-    assert cells["basis attention, d=40, times faster than the best SDPA"][0] == "1.2"
-    assert cells["EM pass, feature form, share of the measured matrix rate"][0] == "0.5"
-    assert cells["UNet step 512x512, N=32, stem R=5, share of per-frame dense"][0] == "0.8"
-    assert cells["UNet step 512x512, N=32, share of all-frame dense"][0] == "0.167"
-    missing = cells["basis attention, d=64, times faster than the best SDPA"]
-    assert missing[0].startswith("not measured: ")
 
 
 def test_what_holds_the_peak() -> None:
@@ -156,13 +187,6 @@ def test_what_holds_the_peak() -> None:
     ]
     assert holders_at_peak(events) == {"stem/attend.py:7": 45}
     assert holders_at_peak(events[:2]) == {"stem/attend.py:7": 30, "stem/early.py:7": 10}
-
-
-def test_timing() -> None:
-    calls = []
-    found = timing.time_call(lambda: calls.append(1), CPU, budget=0.0)
-    assert found.rounds == timing.MIN_ROUNDS == len(calls) - 1
-    assert 0 <= found.p20 <= found.median <= found.p80
 
 
 def test_tuning_drops_what_spills_and_writes_tables_as_they_are(

@@ -16,8 +16,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem import video as video_module
-from stem.video import FrameRange, Video, VideoError, read_video, write_video
+from stem.video import (
+    FrameRange,
+    Video,
+    VideoError,
+    check_video_output,
+    crop_to_multiple,
+    read_video,
+    reading,
+    write_video,
+)
 
 STEP = 8  # grey levels between neighbouring frames of `counter`
 
@@ -65,6 +73,20 @@ def encode(
             frame = av.VideoFrame.from_ndarray(picture.contiguous().numpy(), format="rgb24")
             frame = frame.reformat(format=pix_fmt)
             frame.pts, frame.time_base = index, 1 / Fraction(rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def encode_at(path: Path, stamps: list[int], tick: Fraction) -> Path:
+    """Frames at times of one's own, in ticks."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "0"})
+        stream.width = stream.height = 16
+        stream.time_base = tick
+        for stamp, picture in zip(stamps, counter(len(stamps)), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture.contiguous().numpy(), format="rgb24")
+            frame.pts, frame.time_base = stamp, tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -238,6 +260,33 @@ def test_colour_of_420_video_is_interpolated(tmp_path: Path) -> None:
     assert psnr(read_video(path).frames, frames) > 45
 
 
+# Frame rates
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.gif"])
+@pytest.mark.parametrize("rate", [25, 30, Fraction(24000, 1001), Fraction(30000, 1001), 15])
+def test_a_constant_rate_does_not_vary_by_rounding(
+    tmp_path: Path, name: str, rate: Fraction | int
+) -> None:
+    """MKV's clock ticks every millisecond, GIF's every ten."""
+    codec, pixels = ("gif", "rgb8") if name.endswith("gif") else ("libx264", "yuv420p")
+    path = encode(tmp_path / name, counter(31), codec, pixels, rate)
+    for frames in (None, "4:9", "1::3"):
+        assert not any("varies" in note for note in read_video(path, frames=frames).notes)
+
+
+def test_a_rate_that_varies_is_said(tmp_path: Path) -> None:
+    tick = Fraction(1, 1000)
+    jitter = encode_at(tmp_path / "jitter.mkv", [0, 41, 80, 119, 161, 200], tick)
+    assert read_video(jitter).notes == ()
+    (note,) = read_video(encode_at(tmp_path / "a.mp4", [0, 40, 80, 160, 200, 240], tick)).notes
+    assert note.startswith("the frame rate varies: frames are 40.0 to 80.0 ms apart, and were")
+    halves = encode_at(tmp_path / "b.mp4", [*range(0, 400, 40), *range(400, 1200, 80)], tick)
+    assert "varies" in read_video(halves).notes[0]
+    (note,) = read_video(halves, frames="10:20").notes
+    assert note.startswith("the frames come at 12.5 a second, and were taken as 17")
+
+
 # Sizes
 
 
@@ -296,6 +345,30 @@ def test_cover_keeps_the_aspect_and_the_centre(tmp_path: Path) -> None:
     half = read_video(path, size="16x16").frames.float()
     expected = ramp[:, ::2, 16:48].float().unflatten(2, (16, 2)).mean(3)
     assert (half - expected).abs().max() <= 2
+
+
+def test_sizes_past_any_memory(tmp_path: Path) -> None:
+    path = encode(tmp_path / "clip.mkv", noise(1, 16, 64))
+    for size in ("1000000", 1_000_000, "8x9000"):
+        with pytest.raises(VideoError, match="8192 pixels a side are the most") as caught:
+            read_video(path, size=size)
+        assert repr(size) in str(caught.value)
+    with pytest.raises(VideoError, match=r"clip.mkv: its 64x16 would become 16000x4000; 8192"):
+        read_video(path, size=4000)
+    assert read_video(path, size="8x8").frames.shape == (1, 8, 8, 3)
+
+
+def test_a_video_is_cropped_later(tmp_path: Path) -> None:
+    """What a model's VAE takes is known when it is loaded, and a video is read before."""
+    path = encode(tmp_path / "my clip.mkv", noise(2, 22, 38))
+    whole, at_once = read_video(path, multiple_of=1), read_video(path, multiple_of=8)
+    assert whole.name == at_once.name == "my clip"
+    later = crop_to_multiple(whole, 8)
+    assert torch.equal(later.frames, at_once.frames)
+    assert (later.notes, later.fps, later.name) == (at_once.notes, at_once.fps, "my clip")
+    assert crop_to_multiple(later, 8) is later
+    with pytest.raises(VideoError, match="pictures of 38x22 are smaller"):
+        crop_to_multiple(whole, 32)
 
 
 @pytest.mark.parametrize("size", [0, -8, "", "big", "8x", "8x0", (8,), (8, 8, 8), (8.0, 8), "8,8"])
@@ -387,10 +460,10 @@ def test_not_a_video(tmp_path: Path, content: bytes) -> None:
 
 
 def test_absent_file_and_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.mp4", tmp_path):
+    for path, said in ((tmp_path / "absent.mp4", "no such file"), (tmp_path, "is a folder; name")):
         with pytest.raises(VideoError) as caught:
             read_video(path)
-        assert f"{path}: no such file" in str(caught.value)
+        assert f"{path}: {said}" in str(caught.value)
 
 
 def test_sound_only(tmp_path: Path) -> None:
@@ -464,7 +537,7 @@ def test_no_frame_rate() -> None:
     stream = SimpleNamespace(codec_context=object(), average_rate=None, guessed_rate=None)
     container: Any = SimpleNamespace(streams=SimpleNamespace(video=[stream]))
     with pytest.raises(VideoError, match=r"clip.mp4: states no frame rate"):
-        video_module._read(container, Path("clip.mp4"), FrameRange(), None, 8)
+        reading._read(container, Path("clip.mp4"), FrameRange(), None, 8)
 
 
 # Writing
@@ -541,3 +614,21 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert seen == [before]
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_output_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_video_output(tmp_path / "to come" / "clip.mp4", 16, 64, 64)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r"clip.gif: only MP4 is written"):
+        check_video_output(tmp_path / "clip.gif", 16, 64, 64)
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"folder.mp4 is a folder; name a file in it"):
+        check_video_output(tmp_path / "folder.mp4", 16, 64, 64)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"file is a file, not a folder"):
+        check_video_output(tmp_path / "file" / "clip.mp4", 16, 64, 64)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"clip.mp4 needs 65,536 bytes, and 1,000 are free"):
+        check_video_output(tmp_path / "clip.mp4", 16, 64, 64)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..profiling import nvtx_range
+from ..progress import steps as counted
 from .pipeline import Conditioning, predict
 
 Predictor = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -72,8 +72,8 @@ def denoise(
         before_step: Function called with each step before its prediction.
         after_step: Function called with each step and the latents after it; it may return others
             to go on with.
-        name: Name for the progress bar, the profiler's ranges and errors.
-        progress: Whether to show a progress bar.
+        name: Name for the progress shown, the profiler's ranges and errors.
+        progress: Whether to show progress.
 
     Returns:
         Latents [N, c, h, w] after the last step, float32.
@@ -83,8 +83,7 @@ def denoise(
     """
     total = len(scheduler.timesteps)
     steps = range(total) if steps is None else steps
-    bar = tqdm(total=total, initial=steps.start, desc=name, disable=None if progress else True)
-    with bar:
+    with counted(total, initial=steps.start, name=name, show=progress) as shown:
         for step in steps:
             timestep = scheduler.timesteps[step]
             if before_step is not None:
@@ -96,7 +95,7 @@ def denoise(
             if after_step is not None:
                 replaced = after_step(step, latents)
                 latents = latents if replaced is None else replaced
-            bar.update()
+            shown.update()
     return latents
 
 

@@ -37,14 +37,14 @@ from .folder import InversionFolder, MissingFileError
 from .methods import attention_config, attention_on, inversion_attention
 
 if TYPE_CHECKING:
-    from ..video import Video
+    from ..video import Video, VideoFile
 
 logger = logging.getLogger("stem")
 
 
 def invert(
     pipeline: Any,
-    video: Video,
+    video: Video | VideoFile,
     prompt: str,
     root: str | Path,
     *,
@@ -71,7 +71,7 @@ def invert(
 
     Args:
         pipeline: Stable Diffusion 1.x, 2.x or XL pipeline.
-        video: Video to invert.
+        video: Video to invert; of a `VideoFile` only a few frames are held as pixels at a time.
         prompt: Prompt that describes the video.
         root: Folder below which the inversion gets one of its own, named by its settings.
         method: Name of the inversion, "ddim", "st-ddim", "inflated" or "stem".
@@ -207,7 +207,7 @@ def _before(folder: InversionFolder, step: int) -> torch.Tensor:
 
 
 def _mend_x0(
-    pipeline: Any, folder: InversionFolder, video: Video, environment: dict[str, str]
+    pipeline: Any, folder: InversionFolder, video: Video | VideoFile, environment: dict[str, str]
 ) -> None:
     wrong = folder.x0_problems()
     if not wrong:
@@ -245,7 +245,7 @@ def _runs(steps: list[int]) -> Iterator[range]:
         yield range(numbers[0], numbers[-1] + 1)
 
 
-def _bytes_of_a_step(pipeline: Any, video: Video, state: StemState | None) -> int:
+def _bytes_of_a_step(pipeline: Any, video: Video | VideoFile, state: StemState | None) -> int:
     """The size of one step on disk, about: latents, bases and their payload, in float32."""
     factor, channels = vae_factor(pipeline), pipeline.vae.config.latent_channels
     numbers = video.num_frames * channels * (video.height // factor) * (video.width // factor)
@@ -257,7 +257,7 @@ def _bytes_of_a_step(pipeline: Any, video: Video, state: StemState | None) -> in
 
 def _settings(
     pipeline: Any,
-    video: Video,
+    video: Video | VideoFile,
     prompt: str,
     method: str,
     config: AttentionConfig,

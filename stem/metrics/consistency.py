@@ -13,12 +13,12 @@ def warped_similarity(features: torch.Tensor, flow: torch.Tensor, occlusion: tor
     frame t, and compared with the cell's own. Cells that are not seen in frame t + 1 do not count.
 
     Args:
-        features: float [N, C, h, w], N >= 2.
-        flow: float [N-1, h, w, 2], (dx, dy) in cells, from each frame to the next.
-        occlusion: bool [N-1, h, w], True where the cell is not seen in the next frame.
+        features: Features [N, C, h, w], floating point, N >= 2.
+        flow: Flow [N-1, h, w, 2], floating point, (dx, dy) in cells, from each frame to the next.
+        occlusion: Mask [N-1, h, w], bool, True where the cell is not seen in the next frame.
 
     Returns:
-        The mean over all cells seen, at most 1.
+        Mean over all cells seen, computed in float32, at most 1.
 
     Raises:
         ValueError: the shapes do not belong together, or no cell is seen.

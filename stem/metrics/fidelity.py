@@ -8,17 +8,23 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-SSIM_VARIANT = "Gaussian window 11x11, sigma 1.5, RGB"
+SSIM_WINDOW = 11
+"""Pixels of a side of SSIM's window, the least height and width of frames."""
+SSIM_VARIANT = f"Gaussian window {SSIM_WINDOW}x{SSIM_WINDOW}, sigma 1.5, RGB"
 
 
 def psnr(video: torch.Tensor, original: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB: per frame, then the mean over frames.
 
     Args:
-        video, original: uint8 [N, H, W, 3]; the data range is 1 after division by 255.
+        video: Frames, uint8 [N, H, W, 3]; the data range is 1 after division by 255.
+        original: Frames to compare with, uint8 [N, H, W, 3].
 
     Returns:
-        dB; inf as soon as one frame is exact, since its own PSNR is.
+        PSNR in dB; inf as soon as one frame is exact, since its own PSNR is.
+
+    Raises:
+        ValueError: another shape or dtype, or no frames.
 
     Source: torchmetrics, `peak_signal_noise_ratio`.
     """
@@ -33,16 +39,27 @@ def ssim(video: torch.Tensor, original: torch.Tensor) -> float:
     """Structural similarity (SSIM_VARIANT), per frame, then the mean over frames; at most 1.
 
     Args:
-        video, original: uint8 [N, H, W, 3], at least 11 pixels high and wide.
+        video: Frames, uint8 [N, H, W, 3], at least SSIM_WINDOW pixels high and wide.
+        original: Frames to compare with, uint8 [N, H, W, 3].
+
+    Returns:
+        SSIM, without unit.
+
+    Raises:
+        ValueError: another shape or dtype, no frames, or frames smaller than the window.
 
     Source: torchmetrics, `structural_similarity_index_measure`.
     """
-    if min(video.shape[1:3]) < 11:
-        raise ValueError(f"SSIM's window is 11x11; frames of {list(video.shape[1:3])} are smaller")
+    pairs = _frame_pairs(video, original)
+    if min(video.shape[1:3]) < SSIM_WINDOW:
+        raise ValueError(
+            f"SSIM's window is {SSIM_WINDOW}x{SSIM_WINDOW}; frames of {list(video.shape[1:3])} are "
+            "smaller"
+        )
     values: list[float] = []
-    for ours, theirs in _frame_pairs(video, original):
+    for ours, theirs in pairs:
         value = structural_similarity_index_measure(
-            ours, theirs, gaussian_kernel=True, sigma=1.5, kernel_size=11, data_range=1.0
+            ours, theirs, gaussian_kernel=True, sigma=1.5, kernel_size=SSIM_WINDOW, data_range=1.0
         )
         assert isinstance(value, torch.Tensor)
         values.append(float(value))

@@ -12,7 +12,12 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean, and how far on either side of it the true one may lie."""
+    """A mean, and how far on either side of it the true one may lie.
+
+    Args:
+        mean: Mean of the values, in their unit.
+        half_width: Half-width of the interval, in the same unit.
+    """
 
     mean: float
     half_width: float
@@ -26,6 +31,9 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
     For two methods on the same videos, take the interval of the differences: videos differ more
     than methods do.
+
+    Args:
+        values: Values, one per video, at least one.
 
     Raises:
         ValueError: no values.

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from stem_kernels.info import provenance
 
 from ..models import sd_scheduler
-from ..pictures import contact_sheet
+from ..report.pictures import contact_sheet
 from .card import TRAINING_RECORD
 from .data import natural_frames, to_images, world_frames
 from .fitting import History, Schedule, fit

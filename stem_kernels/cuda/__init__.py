@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent.parent
+BUILD_COMMAND = "pip install --no-deps ."
 MIN_CAPABILITY = (8, 0)
 GPU_WIDTHS = {"features": 1280, "payload": 1280, "query": 160, "value": 160}
 
@@ -23,7 +24,7 @@ def build_info(folder: Path = FOLDER) -> dict[str, dict[str, str]]:
     """What setup.py wrote of each part, "cpu" and "cuda": how it was built, or the `reason`."""
     path = folder / "_build_info.json"
     if not path.is_file():
-        missing = {"reason": "setup.py has not run; install the package with: pip install ."}
+        missing = {"reason": "setup.py has not run"}
         return {"cpu": missing, "cuda": missing}
     found: dict[str, dict[str, str]] = json.loads(path.read_text())
     return found
@@ -32,10 +33,11 @@ def build_info(folder: Path = FOLDER) -> dict[str, dict[str, str]]:
 def load(part: str, folder: Path = FOLDER) -> str | None:
     """Load the object of "cpu" or "cuda". Returns why it cannot be used, or None where it can."""
     info = build_info(folder)[part]
-    if "reason" in info:
-        return f"the C++ extension's {part} part is not built: {info['reason']}"
     if part == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA, which the C++ extension's cuda part needs"
+    if "reason" in info:
+        reason = f"{info['reason']} (to build it: {BUILD_COMMAND})"
+        return f"the C++ extension's {part} part is not built: {reason}"
     path = folder / f"_ext_{part}.so"
     try:
         torch.ops.load_library(path)
@@ -44,7 +46,7 @@ def load(part: str, folder: Path = FOLDER) -> str | None:
         return (
             f"{path.name} cannot be loaded: {error.__cause__ or error} "
             f"(built with torch {info['torch']}, this is {torch.__version__}); "
-            "build it again with: pip install --no-build-isolation ."
+            f"build it again with: {BUILD_COMMAND}"
         )
     return None
 
@@ -63,6 +65,13 @@ def machine_reasons() -> list[str]:
     """Why no call at all can run on this machine."""
     error = load_error("cpu")
     return [error] if error else []
+
+
+def missed() -> str | None:
+    """Why CPU tensors are not served here, where its kernels would be faster than torch's."""
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        return load_error("cpu")
+    return None
 
 
 def device_reasons(device: torch.device) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from .compare import Comparison
-from .demo import FRAMES, Demo
-from .video import Video
+from ..comparison import Comparison
+from ..demo import FRAMES, Demo
+from ..measuring import Row
+from ..video import Video
+from .files import shown_name
 
 
 def comparison_table(found: Comparison, clip: Video) -> Table:
@@ -18,14 +20,12 @@ def comparison_table(found: Comparison, clip: Video) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in found.rows:
         table.add_row(
-            _shown(row.method),
+            shown_name(row.method),
             f"{row.psnr:.2f}",
             f"{row.ssim:.3f}",
             f"{row.latent_error:.4f}",
-            "reused"
-            if row.invert_seconds is None and row.inversion
-            else _number(row.invert_seconds),
-            _number(row.reconstruct_seconds),
+            _seconds(row.invert_seconds, row),
+            _seconds(row.reconstruct_seconds, row),
             _number(None if row.peak_bytes is None else row.peak_bytes / 2**20),
         )
     return table
@@ -40,7 +40,7 @@ def demo_table(found: Demo, size: int) -> Table:
         table.add_column(heading, justify="right")
     for row in found.comparisons[natural].rows:
         table.add_row(
-            _shown(row.method),
+            shown_name(row.method),
             f"{found.psnr[row.method]:.2f}",
             f"{found.ssim[row.method]:.3f}",
             f"{row.psnr:.2f}",
@@ -49,8 +49,8 @@ def demo_table(found: Demo, size: int) -> Table:
     return table
 
 
-def _shown(method: str) -> str:
-    return "vae alone" if method == "vae" else method
+def _seconds(value: float | None, row: Row) -> str:
+    return "reused" if value is None and row.inversion else _number(value)
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,119 @@
+"""The command line's frame: its group of commands, its two consoles, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Annotated, Any
+
+import diffusers
+import torch
+import transformers
+import typer
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+from rich.console import Console
+from rich.logging import RichHandler
+from typer.core import TyperGroup
+
+from stem_kernels import BackendError
+
+from .. import __version__
+from ..diffusion.loop import NonFiniteError
+
+RESUMABLE = ("compare", "demo", "invert", "reconstruct")
+KEPT = "; finished steps are kept: run the same command again and it goes on after the last of them"
+INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
+
+console = Console()
+problems = Console(stderr=True)
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            resumable = ctx.invoked_subcommand in RESUMABLE
+            problems.print(f"interrupted{KEPT if resumable else ''}", soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Invert, reconstruct and compare videos with diffusion models, through STEM attention.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        console.print(f"stem {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Expected errors become one line.
+
+    Args:
+        arguments: Arguments of the command line; None: the process's own.
+    """
+    _set_up_log()
+    _quieten_libraries()
+    try:
+        with warnings.catch_warnings():
+            # Of libraries, about their own next release: nothing that a command's user can mend.
+            warnings.simplefilter("ignore", FutureWarning)
+            app(args=arguments)
+    except torch.OutOfMemoryError as error:
+        return _fail(f"{error} Take fewer or smaller frames")
+    except OSError as error:
+        # With a file's name it is the system's; without one, the text is this package's own.
+        return _fail(str(error) if error.filename else error.strerror or str(error))
+    except (BackendError, MemoryError, NonFiniteError, ValueError) as error:
+        return _fail(str(error) or type(error).__name__)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's CPU allocator has no class for it
+            raise
+        return _fail(f"{error}. Take fewer or smaller frames")
+    return 0
+
+
+def _fail(message: str) -> int:
+    problems.print(f"error: {message}", style="red", soft_wrap=True, markup=False)
+    return 2
+
+
+def _set_up_log() -> None:
+    handler: logging.Handler
+    if problems.is_terminal:
+        handler = RichHandler(console=problems, show_time=False, show_path=False)
+    else:  # a record is a line, however long
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    # Of the kernels only warnings: on a CPU there is but one backend, and `stem info` explains.
+    for name, level in (("stem", logging.INFO), ("stem_kernels", logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).handlers = [handler]
+
+
+def _quieten_libraries() -> None:
+    """No bars for what takes a second; those of downloads stay, on a terminal."""
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    hidden = are_progress_bars_disabled()
+    transformers.logging.disable_progress_bar()  # the hub's, too
+    if sys.stderr.isatty() and not hidden:
+        enable_progress_bars()

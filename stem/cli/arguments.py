@@ -1,0 +1,116 @@
+"""The options that commands share, and what their texts mean."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..inversion import METHODS
+from ..inversion.methods import attention_config
+from ..models import DTYPES, EMBEDDED_MODEL, RANDOM_MODEL
+from .config_file import read_config
+
+ALL_METHODS = ",".join(METHODS)
+
+
+def one_of(allowed: Collection[str]) -> Callable[[str | None], str | None]:
+    """A callback for an option that takes one of a few values."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in allowed:
+            raise typer.BadParameter(f"{value!r}; take one of {', '.join(allowed)}")
+        return value
+
+    return check
+
+
+VideoPath = Annotated[Path, typer.Argument(help="Any video file that FFmpeg reads.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help=f"A hub id, a local folder in diffusers' format, '{EMBEDDED_MODEL}' (small, trained, "
+        f"comes with this package) or '{RANDOM_MODEL}' (untrained)."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:NUMBER. Default: a GPU where there is one.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Of the weights: {', '.join(DTYPES)}. Default: float16 on a GPU, else float32; of a "
+        "reconstruction, the inversion's own.",
+        callback=one_of(DTYPES),
+    ),
+]
+Prompt = Annotated[str, typer.Option(help="Describes the source video.")]
+Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(METHODS)}.")]
+Frames = Annotated[
+    str | None, typer.Option(help="16 (the first 16), 8:40 or 8:40:2. Default: all.")
+]
+Size = Annotated[
+    str | None, typer.Option(help="256 (shorter side) or 512x320. Default: the source's.")
+]
+Steps = Annotated[int, typer.Option(help="DDIM steps; must divide the training steps.")]
+Seed = Annotated[int, typer.Option(help="Of STEM's Gaussian initial bases, and of a random model.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(help="METHOD.FIELD=VALUE, repeatable: stem.num_bases=64, st-ddim.frames=mid, ..."),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file with any of these options.", callback=read_config, is_eager=True),
+]
+Out = Annotated[Path, typer.Option(help="Folder of everything written.")]
+
+
+def chosen_methods(text: str) -> list[str]:
+    """Names of methods from a comma-separated text."""
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [method for method in names if method not in METHODS]
+    if unknown or not names:
+        raise typer.BadParameter(
+            f"{text!r}; take one or more of {', '.join(METHODS)}", param_hint="--methods"
+        )
+    return names
+
+
+def method_options(
+    texts: list[str] | None, methods: list[str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """METHOD.FIELD=VALUE texts by method, checked against the methods.
+
+    Args:
+        texts: Texts of --option.
+        methods: Names of the methods that run.
+        seed: Seed of Gaussian initial bases, where the texts give none.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for text in texts or []:
+        target, equals, value = text.partition("=")
+        method, dot, name = target.partition(".")
+        if not equals or not dot or method not in methods:
+            raise typer.BadParameter(
+                f"{text!r}; write METHOD.FIELD=VALUE with a method of {', '.join(methods)}",
+                param_hint="--option",
+            )
+        parts = tuple(_value(part) for part in value.split(","))
+        options.setdefault(method, {})[name] = parts if len(parts) > 1 else parts[0]
+    if options.get("stem", {}).get("init") == "gaussian":
+        options["stem"].setdefault("seed", seed)
+    for method in methods:
+        attention_config(method, options.get(method, {}), num_frames=1)
+    return options
+
+
+def _value(text: str) -> int | float | bool | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text

@@ -1,0 +1,226 @@
+"""The commands that run a model, `stem demo`, `compare`, `invert`, `reconstruct`, and `info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stem_kernels.info import describe
+
+from ..comparison import INVERSIONS, compare
+from ..demo import demo, demo_videos
+from ..inversion import InversionError, InversionFolder, invert, reconstruct
+from ..inversion.reconstruct import BASES
+from ..measuring import check_measurable
+from ..models import EMBEDDED_MODEL, ModelError, load_pipeline
+from ..report.tables import comparison_table, demo_table
+from ..storage import remove_stale
+from ..video import check_video_output, write_video
+from .app import app, console, problems
+from .arguments import (
+    ALL_METHODS,
+    Config,
+    Device,
+    Dtype,
+    Frames,
+    Methods,
+    Model,
+    Options,
+    Out,
+    Prompt,
+    Seed,
+    Size,
+    Steps,
+    VideoPath,
+    one_of,
+)
+from .request import Request
+
+logger = logging.getLogger("stem")
+
+
+@app.command("demo")
+def demo_command(
+    model: Model = EMBEDDED_MODEL,
+    methods: Methods = ALL_METHODS,
+    videos: Annotated[int, typer.Option(help="World videos; one natural clip comes on top.")] = 4,
+    size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 64,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    option: Options = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
+    out: Out = Path("out/demo"),
+) -> None:
+    """Compare inversions of videos drawn on the spot and of a real clip; needs nothing else."""
+    request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
+    request.check_size(size)
+    clips = demo_videos(videos, size)
+    check_measurable(clips[0][0], request.methods, request.options)
+    request.check_space([clip for clip, _ in clips])
+    found = demo(
+        request.load(),
+        clips,
+        out,
+        request.methods,
+        options=request.options,
+        num_steps=steps,
+        model=request.model,
+        note=request.note,
+    )
+    console.print(demo_table(found, size))
+    console.print("±: 95 % interval of the mean over the world videos")
+    _print_paths(*(comparison.sheet for comparison in found.comparisons.values()), found.json)
+    _print_note(request)
+
+
+@app.command("compare")
+def compare_command(
+    video: VideoPath,
+    model: Model = EMBEDDED_MODEL,
+    prompt: Prompt = "",
+    methods: Methods = ALL_METHODS,
+    frames: Frames = None,
+    size: Size = None,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    option: Options = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
+    out: Out = Path("out/compare"),
+) -> None:
+    """Several inversions of one video side by side: table, compare.json, .png and .mp4."""
+    request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
+    clip = request.read(video, frames, size)
+    check_measurable(clip, request.methods, request.options)
+    pipeline, clip = request.load_for(clip, video)
+    found = compare(
+        pipeline,
+        clip,
+        prompt,
+        out,
+        request.methods,
+        options=request.options,
+        num_steps=steps,
+        model=request.model,
+        note=request.note,
+    )
+    console.print(comparison_table(found, clip))
+    console.print(
+        "latent error: |x - x0| / |x0| of the latents; extra MiB: the peak above the start of "
+        "each method"
+    )
+    _print_paths(found.sheet, found.video, found.json)
+    _print_note(request)
+
+
+@app.command("invert")
+def invert_command(
+    video: VideoPath,
+    model: Model = EMBEDDED_MODEL,
+    prompt: Prompt = "",
+    methods: Methods = "stem",
+    frames: Frames = None,
+    size: Size = None,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    option: Options = None,
+    keep_bases: Annotated[
+        bool,
+        typer.Option("--keep-bases", help="Keep STEM's bases, for reconstruct --bases cached."),
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
+    out: Out = Path("out"),
+) -> None:
+    """Invert a video; run it again after an interruption and it goes on where it stopped."""
+    request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
+    if keep_bases and "stem" not in request.methods:
+        raise typer.BadParameter(
+            f"only stem has bases, and --methods is {methods}", param_hint="--keep-bases"
+        )
+    pipeline, clip = request.load_for(request.read(video, frames, size), video)
+    for method in request.methods:
+        inversion = invert(
+            pipeline,
+            clip,
+            prompt,
+            out / INVERSIONS,
+            method=method,
+            options=request.options.get(method),
+            num_steps=steps,
+            model=request.model,
+            keep_bases=keep_bases and method == "stem",
+        )
+        console.print(f"{method}: {inversion.path}", soft_wrap=True)
+    console.print("the way back: stem reconstruct FOLDER, with a folder from above")
+    if request.note:
+        problems.print("The model's weights are random numbers.", style="yellow")
+
+
+@app.command("reconstruct")
+def reconstruct_command(
+    inversion: Annotated[Path, typer.Argument(help="A folder that `stem invert` printed.")],
+    model: Annotated[str | None, typer.Option(help="Default: the inversion's own.")] = None,
+    bases: Annotated[
+        str, typer.Option(help="estimate (EM again) or cached.", callback=one_of(BASES))
+    ] = "estimate",
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
+    out: Annotated[
+        Path | None, typer.Option(help="An mp4 file. Default: reconstruction.mp4 in the folder.")
+    ] = None,
+) -> None:
+    """Sample an inversion back to a video; it goes on where it was interrupted, too."""
+    folder = InversionFolder.open(inversion)
+    if not folder.complete:
+        raise InversionError(
+            f"{inversion} has {folder.steps_done} of {len(folder.timesteps)} steps",
+            "run the inversion again, it goes on where it stopped",
+        )
+    if bases == "cached" and not folder.settings["keep_bases"]:
+        raise InversionError(
+            f"{inversion} has no cached bases", "invert with keep_bases (--keep-bases)"
+        )
+    folder.latents(-1)
+    name = model or folder.settings["model"]["name"]
+    if not name:
+        raise ModelError(f"{inversion} does not name its model; pass it with --model")
+    source = folder.settings["video"]
+    path = out or folder.path / "reconstruction.mp4"
+    check_video_output(path, source["num_frames"], source["height"], source["width"])
+    for stale, _ in remove_stale(folder.path):
+        logger.info("%s: removed what a killed run left half written", stale)
+    pipeline = load_pipeline(name, device=device, dtype=dtype or folder.settings["dtype"])
+    write_video(path, reconstruct(pipeline, folder, bases=bases), Fraction(source["fps"]))
+    _print_paths(path)
+
+
+@app.command("info")
+def info_command() -> None:
+    """What is installed, and which backends can run here."""
+    console.print(describe(), soft_wrap=True, highlight=False)
+    for name in ("diffusers", "transformers", "av", "torchmetrics", "nvtx"):
+        found = importlib.util.find_spec(name) is not None
+        version = importlib.metadata.version(name) if found else "not installed"
+        console.print(f"{name} {version}", highlight=False)
+
+
+def _print_paths(*paths: Path) -> None:
+    for path in paths:
+        console.print(str(path), soft_wrap=True, markup=False)
+
+
+def _print_note(request: Request) -> None:
+    if request.note:
+        console.print(request.note, style="yellow", soft_wrap=True)

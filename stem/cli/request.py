@@ -1,0 +1,128 @@
+"""What a command that inverts is asked for, checked as far as that needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..comparison import INVERSIONS
+from ..diffusion.pipeline import vae_factor
+from ..diffusion.schedule import check_steps
+from ..models import RANDOM_MODEL, known_schedule, known_vae_factor, load_pipeline
+from ..storage import check_output
+from ..video import Video, crop_to_multiple, read_video
+from .app import console
+from .arguments import chosen_methods, method_options
+
+RANDOM_NOTE = (
+    "The model's weights are random numbers: the pictures mean nothing, and the figures show the "
+    "machinery, not quality. For a real model, point --model at a hub id or a local folder in "
+    "diffusers' format, e.g. stem compare VIDEO --model stable-diffusion-v1-5/"
+    "stable-diffusion-v1-5 --prompt '...'"
+)
+_LATENT_BYTES = 16  # four channels of float32
+
+
+@dataclass(frozen=True)
+class Request:
+    """Settings of a command that inverts; made by `checked`.
+
+    Args:
+        model: Name under which an inversion finds its model again.
+        methods: Names of the methods.
+        options: Fields of the methods' configurations, by method.
+        num_steps: Number of DDIM steps.
+        device: Device to load the model onto; None: as `load_pipeline` chooses.
+        dtype: Dtype of the weights; None: likewise.
+        out: Folder of everything written.
+    """
+
+    model: str
+    methods: list[str]
+    options: dict[str, dict[str, Any]]
+    num_steps: int
+    device: str | None
+    dtype: str | None
+    out: Path
+
+    @classmethod
+    def checked(
+        cls,
+        model: str,
+        methods: str,
+        option: list[str] | None,
+        seed: int,
+        steps: int,
+        device: str | None,
+        dtype: str | None,
+        out: Path,
+    ) -> Request:
+        """The settings that the options' texts ask for.
+
+        Raises:
+            typer.BadParameter, ValueError, OSError: one of them cannot be followed.
+        """
+        names = chosen_methods(methods)
+        options = method_options(option, names, seed)
+        if model == RANDOM_MODEL:
+            model = f"{RANDOM_MODEL}:{seed}"
+        schedule = known_schedule(model)
+        if schedule is not None:
+            check_steps(steps, schedule["num_train_timesteps"], schedule.get("steps_offset", 0))
+        check_output(out / INVERSIONS)
+        return cls(model, names, options, steps, device, dtype, out)
+
+    @property
+    def note(self) -> str:
+        """What to say of a model of random numbers; empty for any other."""
+        return RANDOM_NOTE if self.model.startswith(f"{RANDOM_MODEL}:") else ""
+
+    def read(self, path: Path, frames: str | None, size: str | None) -> Video:
+        """The frames asked for, cropped to what the model's VAE takes as far as that is known."""
+        clip = read_video(path, frames=frames, size=size, multiple_of=self._factor or 1)
+        self.check_space([clip])
+        return clip
+
+    def check_space(self, clips: Sequence[Video]) -> None:
+        """Raise if the latents of all steps, less what lies there already, do not fit on the disk.
+
+        Raises:
+            OSError: there is too little space.
+        """
+        pixels = sum(clip.frames[..., 0].numel() for clip in clips)
+        latents = _LATENT_BYTES * pixels // (self._factor or 8) ** 2
+        total = len(self.methods) * (self.num_steps + 1) * latents
+        folder = self.out / INVERSIONS
+        there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        check_output(folder, max(0, total - there))
+
+    def check_size(self, size: int) -> None:
+        """Raise if pictures of this width and height do not fit the model's VAE.
+
+        Raises:
+            ValueError: with the nearest that does.
+        """
+        factor = self._factor or 1
+        if size % factor:
+            nearest = max(factor, round(size / factor) * factor)
+            raise ValueError(
+                f"size is {size}; this model takes multiples of {factor}, such as {nearest}"
+            )
+
+    def load(self) -> Any:
+        """The model's pipeline."""
+        return load_pipeline(self.model, device=self.device, dtype=self.dtype)
+
+    def load_for(self, clip: Video, path: Path) -> tuple[Any, Video]:
+        """The model's pipeline, and the clip as its VAE takes it; prints what was changed in it."""
+        pipeline = self.load()
+        clip = crop_to_multiple(clip, vae_factor(pipeline))
+        for note in clip.notes:
+            console.print(f"{path.name}: {note}", soft_wrap=True)
+        return pipeline, clip
+
+    @property
+    def _factor(self) -> int | None:
+        return known_vae_factor(self.model)

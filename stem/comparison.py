@@ -1,0 +1,119 @@
+"""Several inversions of one video, side by side: figures, a contact sheet and a video."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .measuring import Row, measure
+from .report.files import comparison_files, write_comparison
+from .storage import check_output, remove_stale
+from .video import Video
+
+logger = logging.getLogger("stem")
+
+INVERSIONS = "inversions"
+"""Name of the folder of inversions, beside what is made of them."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found, and the files it wrote.
+
+    Args:
+        rows: Figures, "vae" first, then one row a method.
+        json: Path of the figures' file.
+        sheet: Path of the contact sheet.
+        video: Path of the video of all methods at once.
+    """
+
+    rows: list[Row]
+    json: Path
+    sheet: Path
+    video: Path
+
+
+def compare(
+    pipeline: Any,
+    video: Video,
+    prompt: str,
+    out: str | Path,
+    methods: Sequence[str],
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    num_steps: int = 50,
+    model: str = "",
+    note: str = "",
+    progress: bool = True,
+) -> Comparison:
+    """Invert and reconstruct a video by each method, and write compare.json, .png and .mp4.
+
+    Args:
+        pipeline: Pipeline, as for `invert`.
+        video: Video to invert.
+        prompt: Prompt that describes it.
+        out: Folder below which the three files get one of their own, named by the video and by
+            all that shaped the inversions, so that other results stay. The inversions go to
+            `out`/inversions and are reused.
+        methods: Names of METHODS.
+        options: Fields of the methods' configurations, by method.
+        num_steps: Number of steps of each inversion and reconstruction.
+        model: Name of the pipeline, for the record.
+        note: Note for compare.json, where the weights are random: says so, and so do the pictures.
+        progress: Whether to show progress.
+
+    Raises:
+        ValueError: unknown methods or options, frames too small for SSIM, or a pipeline or number
+            of steps that cannot be inverted; before anything is computed.
+        OSError: `out` cannot be written.
+    """
+    out, options = Path(out), options or {}
+    check_output(out / INVERSIONS)
+    measured = measure(
+        pipeline,
+        video,
+        prompt,
+        out / INVERSIONS,
+        methods,
+        options=options,
+        num_steps=num_steps,
+        model=model,
+        progress=progress,
+    )
+    inversions = [Path(row.inversion).name for row in measured.rows if row.inversion]
+    folder = out / result_name(video.name, inversions)
+    for path, _ in remove_stale(folder):
+        logger.info("%s: removed what a killed run left half written", path)
+    files = comparison_files(folder)
+    # Where all was reused, these results are of an earlier run, which took the time.
+    if measured.worked or not all(file.is_file() for file in files):
+        settings = {
+            "note": note,
+            "model": model,
+            "prompt": prompt,
+            "num_steps": num_steps,
+            "options": {method: dict(options.get(method, {})) for method in methods},
+        }
+        write_comparison(folder, measured, video, settings)
+    return Comparison(measured.rows, *files)
+
+
+def result_name(name: str, parts: Sequence[str]) -> str:
+    """A name for results that no other results have.
+
+    Args:
+        name: Name of the video, to be recognized by; it may be empty.
+        parts: Names that settle what the results are of. An inversion's is one: frames, prompt,
+            weights and every setting are in its hash.
+
+    Returns:
+        The name, as a file system takes it, and ten digits of a hash over the parts.
+    """
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:10]
+    readable = re.sub(r"[^\w.-]+", "-", name)[:48].strip(".-") or "video"
+    return f"{readable}-{digest}"

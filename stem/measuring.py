@@ -1,0 +1,220 @@
+"""Several inversions of one video, measured against it; nothing is written but inversions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stem_kernels.measure import PeakMemory
+
+from .diffusion.pipeline import (
+    check_pipeline,
+    decode_latents,
+    encode_prompt,
+    execution_device,
+    predict,
+)
+from .diffusion.schedule import inverse_scheduler
+from .inversion import invert, reconstruct_latents
+from .inversion.methods import attention_config
+from .metrics import psnr, ssim
+from .metrics.fidelity import SSIM_WINDOW
+from .video import Video
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's figures.
+
+    Args:
+        method: Name of the method; "vae" is the VAE's round trip without any diffusion, the
+            ceiling.
+        psnr: PSNR in dB against the source frames.
+        ssim: SSIM against the source frames.
+        latent_error: Relative error |x - x0| / |x0| of the reconstructed latents x, free of the
+            VAE's own loss.
+        invert_seconds: Seconds of the inversion; None where steps of an earlier run were reused.
+        reconstruct_seconds: Seconds of the sampling; None as above.
+        peak_bytes: Memory above the loaded model's; None as above, or where it is not measured.
+        inversion: Path of the inversion's folder; None for "vae".
+    """
+
+    method: str
+    psnr: float
+    ssim: float
+    latent_error: float
+    invert_seconds: float | None = None
+    reconstruct_seconds: float | None = None
+    peak_bytes: int | None = None
+    inversion: str | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `measure` found.
+
+    Args:
+        rows: Figures, "vae" first, then one row a method.
+        reconstructions: Frames by method, uint8 [N, H, W, 3], "vae" first.
+        device: Type of the device that it ran on.
+        memory: Name of the quantity in `peak_bytes`.
+        worked: Whether any step was done; False where all is of earlier runs.
+    """
+
+    rows: list[Row]
+    reconstructions: dict[str, torch.Tensor]
+    device: str
+    memory: str
+    worked: bool
+
+
+def check_measurable(
+    video: Video, methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise before any work if `measure` could not compare these methods on this video.
+
+    Args:
+        video: Video to invert.
+        methods: Names of the methods.
+        options: Fields of the methods' configurations, by method.
+
+    Raises:
+        ValueError: no method, one that is unknown, options that do not fit, or frames too small
+            for SSIM.
+    """
+    if not methods:
+        raise ValueError("no methods to compare; name at least one")
+    for method in methods:
+        attention_config(method, options.get(method, {}), num_frames=video.frames.shape[0])
+    for method in options:
+        if method not in methods:
+            raise ValueError(f"there are options for {method}, which is not among the methods")
+    height, width = video.frames.shape[1:3]
+    if min(height, width) < SSIM_WINDOW:
+        raise ValueError(
+            f"frames of {width}x{height} are smaller than SSIM's window, {SSIM_WINDOW} pixels a "
+            "side; take larger ones"
+        )
+
+
+def measure(
+    pipeline: Any,
+    video: Video,
+    prompt: str,
+    root: Path,
+    methods: Sequence[str],
+    *,
+    options: Mapping[str, Mapping[str, Any]],
+    num_steps: int,
+    model: str,
+    progress: bool,
+) -> Measured:
+    """Invert and reconstruct a video by each method.
+
+    Args:
+        pipeline: Pipeline, as for `invert`.
+        video: Video to invert.
+        prompt: Prompt that describes it.
+        root: Folder of the inversions, which are reused where they are there.
+        methods: Names of METHODS.
+        options: Fields of the methods' configurations, by method.
+        num_steps: Number of steps of each inversion and reconstruction.
+        model: Name of the pipeline, for the record.
+        progress: Whether to show progress.
+
+    Raises:
+        ValueError: as `check_measurable`, or a pipeline or number of steps that cannot be inverted;
+            before anything is computed.
+    """
+    check_measurable(video, methods, options)
+    check_pipeline(pipeline)
+    inverse_scheduler(pipeline, num_steps)
+    _warm_up(pipeline)
+    device = execution_device(pipeline)
+    rows: list[Row] = []
+    reconstructions: dict[str, torch.Tensor] = {}
+    worked = False
+    for method in methods:
+        inverting, sampling = _Stopwatch(num_steps, device), _Stopwatch(num_steps, device)
+        with PeakMemory(device) as memory:
+            with inverting:
+                inversion = invert(
+                    pipeline,
+                    video,
+                    prompt,
+                    root,
+                    method=method,
+                    options=options.get(method),
+                    num_steps=num_steps,
+                    model=model,
+                    progress=progress,
+                    on_step=inverting.step,
+                )
+            with sampling:
+                latents = reconstruct_latents(
+                    pipeline, inversion, progress=progress, on_step=sampling.step
+                )
+        worked = worked or inverting.worked or sampling.worked
+        x0 = inversion.x0()
+        if not rows:
+            reconstructions["vae"] = decode_latents(pipeline, x0.to(device))
+            rows.append(_row("vae", reconstructions["vae"], video, 0.0))
+        reconstructions[method] = decode_latents(pipeline, latents.to(device))
+        whole = None not in (inverting.seconds, sampling.seconds)
+        rows.append(
+            _row(
+                method,
+                reconstructions[method],
+                video,
+                float((latents.cpu() - x0).norm() / x0.norm()),
+                invert_seconds=inverting.seconds,
+                reconstruct_seconds=sampling.seconds,
+                peak_bytes=memory.extra_bytes if whole else None,
+                inversion=str(inversion.path),
+            )
+        )
+    return Measured(rows, reconstructions, device.type, memory.what, worked)
+
+
+class _Stopwatch:
+    """Seconds of a `with` block in which all steps were done; None where some were reused."""
+
+    def __init__(self, num_steps: int, device: torch.device) -> None:
+        self.seconds: float | None = None
+        self.worked = False
+        self._undone = num_steps
+        self._device = device
+
+    def step(self) -> None:
+        self.worked = True
+        self._undone -= 1
+
+    def __enter__(self) -> _Stopwatch:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        if self._undone == 0:
+            self.seconds = time.perf_counter() - self._start
+
+
+def _warm_up(pipeline: Any) -> None:
+    """One small call of the UNet, so that the first method does not pay for one-time set-up."""
+    unet, size = pipeline.unet, 16
+    latents = torch.zeros(1, unet.config.in_channels, size, size, device=execution_device(pipeline))
+    conditioning = encode_prompt(pipeline, "", size, size)
+    predict(pipeline, latents, torch.ones((), dtype=torch.int64), conditioning)
+
+
+def _row(
+    method: str, frames: torch.Tensor, video: Video, latent_error: float, **figures: Any
+) -> Row:
+    source = video.frames
+    return Row(method, psnr(frames, source), ssim(frames, source), latent_error, **figures)

@@ -1,0 +1,90 @@
+"""The files of a comparison: figures, a contact sheet, and a video of all methods at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stem_kernels.info import provenance
+
+from ..measuring import Measured
+from ..metrics.fidelity import SSIM_VARIANT
+from ..storage import write_atomically
+from ..video import Video, write_video
+from .pictures import contact_sheet, side_by_side
+
+
+def comparison_files(folder: Path) -> tuple[Path, Path, Path]:
+    """Paths of compare.json, compare.png and compare.mp4 in a folder."""
+    return folder / "compare.json", folder / "compare.png", folder / "compare.mp4"
+
+
+def write_comparison(
+    folder: Path, measured: Measured, video: Video, settings: Mapping[str, Any]
+) -> None:
+    """Write the `comparison_files`.
+
+    Args:
+        folder: Folder to write to; it is made.
+        measured: Figures and reconstructions.
+        video: Video that they are of.
+        settings: Settings of the run, for the document; a "note" among them says that the weights
+            are random, and so do the pictures then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Without a word on the pictures, noise from random weights would look like a failure.
+    suffix = ", random weights" if settings.get("note") else ""
+    videos = {"source": video.frames}
+    for method, frames in measured.reconstructions.items():
+        videos[shown_name(method) + suffix] = frames
+    figures, sheet, clip = comparison_files(folder)
+    write_json(figures, _document(measured, video, settings))
+    picture = io.BytesIO()
+    contact_sheet(videos).save(picture, "png")
+    write_atomically(sheet, picture.getvalue())
+    write_video(clip, torch.stack(list(side_by_side(videos))), video.fps)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document, whole or not at all. JSON has no infinity: inf becomes the text "inf"."""
+    text = json.dumps(_finite(document), indent=2, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def shown_name(method: str) -> str:
+    """A method's name in tables and pictures."""
+    return "vae alone" if method == "vae" else method
+
+
+def _document(measured: Measured, video: Video, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **settings,
+        "video": {
+            "name": video.name,
+            "frames": video.frames.shape[0],
+            "width": video.frames.shape[2],
+            "height": video.frames.shape[1],
+            "fps": str(video.fps),
+            "notes": list(video.notes),
+        },
+        "ssim_variant": SSIM_VARIANT,
+        "peak_memory": measured.memory,
+        "device": measured.device,
+        "provenance": provenance("diffusers"),
+        "rows": [dataclasses.asdict(row) for row in measured.rows],
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,115 @@
+"""Writing videos: H.264 in MP4."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+from ..storage import check_output, replacing
+from .layout import SCALER
+
+_BT601 = 6  # AVCOL_SPC_SMPTE170M, what swscale makes of RGB unless told otherwise
+_LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
+_BYTES_PER_PIXEL = 1  # pure noise takes 0.84 bytes, real clips less than 0.1
+
+
+def write_video(
+    path: str | os.PathLike[str],
+    frames: torch.Tensor | Iterable[torch.Tensor],
+    fps: Fraction | float,
+) -> None:
+    """Encode frames as H.264 in MP4 at high quality (CRF 12), making the parent folders.
+
+    Args:
+        path: File to write, ending in ".mp4". It appears only when complete: a killed run leaves
+            no half file.
+        frames: Frames, uint8 [N, H, W, 3], RGB, on any device. An odd width or height is padded
+            by repeating the last column or row, because 4:2:0 video has even sizes only. Or parts
+            of a video that are so, one after the other.
+        fps: Frames per second, 0.001 to 10000; a Fraction is kept exactly, a float to the nearest
+            fraction with a denominator of at most 1001.
+
+    Raises:
+        ValueError: frames of another shape or dtype, no frames, or an unusable path or fps.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    _check_name(path)
+    given = iter([frames] if isinstance(frames, torch.Tensor) else frames)
+    first = next(given, None)
+    if first is None:
+        raise ValueError("frames is empty; there must be at least one part with a frame")
+    _check_frames(first)
+    if not 0.001 <= fps <= 10_000:
+        raise ValueError(f"fps must be between 0.001 and 10000, got {fps}")
+    rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
+
+    height, width = first.shape[1:3]
+    padding = ((0, height % 2), (0, width % 2), (0, 0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+        # swscale puts chroma midway between luma samples; untagged, it is read as beside one.
+        options = {"crf": "12", "chroma_sample_location": "center"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.width, stream.height = width + width % 2, height + height % 2
+        stream.pix_fmt = "yuv420p"
+        # Players take large untagged video for BT.709, which would shift the colours.
+        stream.codec_context.colorspace = _BT601
+        stream.codec_context.color_range = _LIMITED_RANGE
+        for index, picture in enumerate(_pictures(first, given)):
+            padded = np.pad(picture.cpu().numpy(), padding, mode="edge")
+            frame = av.VideoFrame.from_ndarray(padded, format="rgb24")
+            frame = frame.reformat(format="yuv420p", interpolation=SCALER)
+            frame.pts, frame.time_base = index, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _pictures(first: torch.Tensor, rest: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    yield from first
+    for part in rest:
+        _check_frames(part)
+        if part.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"the frames change their size, from {list(first.shape[1:])} to "
+                f"{list(part.shape[1:])}"
+            )
+        yield from part
+
+
+def _check_frames(frames: torch.Tensor) -> None:
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise ValueError(
+            "frames must be uint8 [N, H, W, 3] with N, H, W >= 1, "
+            f"got {str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}"
+        )
+
+
+def check_video_output(path: Path, num_frames: int, height: int, width: int) -> None:
+    """Raise before any work if `write_video` could not write this file.
+
+    Args:
+        path: File that is to be written.
+        num_frames: Number of its frames.
+        height: Height in pixels.
+        width: Width in pixels.
+
+    Raises:
+        ValueError: it does not end in ".mp4".
+        OSError: it is a folder, its folder refuses files, or the disk has too little space.
+    """
+    _check_name(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it, such as {path / 'a.mp4'}")
+    check_output(path, _BYTES_PER_PIXEL * num_frames * height * width)
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"{path}: only MP4 is written; use a name that ends in .mp4")

@@ -1,0 +1,122 @@
+"""The benchmarks' harness: it times nothing wrong, and counts its targets right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import records, targets, test_cpu, timing
+from benchmarks.bench import MEASURED, UNAVAILABLE, WRONG, Bench, Row, timed
+from benchmarks.cases import Call, Case, Contender, Outputs, UnavailableError
+from benchmarks.floors import Ceilings, Work
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(flops=100.0, exponentials=10.0, bytes=1000.0)
+
+
+def test_timing() -> None:
+    calls = []
+    found = timing.time_call(lambda: calls.append(1), device=CPU, budget=0.0)
+    assert found.rounds == timing.MIN_ROUNDS == len(calls) - 1
+    assert 0 <= found.p20 <= found.median <= found.p80
+
+
+def contender(
+    answer: float, error: Callable[[float, Outputs], float] | None = None
+) -> Contender[float]:
+    return Contender(lambda inputs: lambda: (torch.tensor(answer),), error)
+
+
+def unavailable(inputs: float) -> Call:
+    raise UnavailableError("not on this machine")
+
+
+def test_what_is_wrong_is_not_timed() -> None:
+    case = Case(
+        "case",
+        "shape",
+        torch.float32,
+        lambda: 1.0,
+        {
+            "right": contender(1.0),
+            "wrong": contender(3.0),
+            "not a number": contender(float("nan")),
+            "judged otherwise": contender(3.0, lambda inputs, answer: 0.5),
+            "absent": Contender(unavailable),
+        },
+        lambda inputs: lambda answer: float(answer[0] - inputs),
+        Work(flops=50, exponentials=20, bytes=100),
+    )
+    clock = timed(CPU, CEILINGS, lambda call, graph: timing.summary([1.0, 2.0, 6.0]))
+    rows = {row.contender: row for row in Bench().run("part", [case], clock)}
+    assert (rows["right"].outcome, rows["right"].seconds) == (MEASURED, 2.0)
+    assert (rows["right"].floor_seconds, rows["right"].limit) == (2.0, "exponentials")
+    for name in ("wrong", "not a number"):
+        assert rows[name].outcome == WRONG
+        assert rows[name].seconds is None
+    assert rows["judged otherwise"].error == 0.5
+    assert (rows["absent"].outcome, rows["absent"].note) == (UNAVAILABLE, "not on this machine")
+
+
+def row(case: str, contender: str, seconds: float | None, **figures: Any) -> Row:
+    return Row("operators", case, "", contender, "", "float16", seconds=seconds, **figures)
+
+
+def test_targets_follow_from_the_rows() -> None:
+    rows = [
+        row("em key d=40", "triton", 1.5, floor_seconds=1.0),
+        row("em key d=40", "eager", 18.0),
+        row("em key d=40", "eager, torch.compile", 6.0),
+        row("basis attention d=40", "triton", 1.0),
+        row("basis attention d=40", "sdpa flash", 1.2),
+        row("basis attention d=40", "sdpa math", 9.0),
+        row("em feature d=320", "triton", 4.0 * 131072 * 320 * 256 / 5e14),
+        row("unet 512x512 N=32", "stem R=5", 8.0),
+        row("unet 512x512 N=32", "stem R=1", 7.0),
+        row("unet 512x512 N=32", "per-frame", 10.0),
+        row("unet 512x512 N=32", "all-frame", 48.0),
+    ]
+    cells = by_target(targets.table(rows, targets.gpu_targets(1e15)))
+    assert cells["EM pass, key form, over its floor"] == ["1.5", "<= 2", "yes |"]
+    assert cells["... times faster than eager"] == ["12", ">= 10", "yes |"]
+    assert cells["... than torch.compile"] == ["4", ">= 5", "**no** |"]
+    assert cells["basis attention, d=40, times faster than the best SDPA"][0] == "1.2"
+    assert cells["EM pass, feature form, share of the measured matrix rate"][0] == "0.5"
+    step = "UNet step 512x512, N=32, {}share of {} dense"
+    assert cells[step.format("stem R=5, ", "per-frame")][0] == "0.8"
+    assert cells[step.format("stem R=1, ", "per-frame")] == ["0.7", "<= 0.85", "yes |"]
+    assert cells[step.format("", "all-frame")][0] == "0.167"
+    missing = cells["basis attention, d=64, times faster than the best SDPA"]
+    assert missing[0].startswith("not measured: ")
+
+
+def test_the_targets_of_a_cpu() -> None:
+    rows = [
+        row("soft_em d=40", "torch", 2.0, extra_bytes=10),
+        row("soft_em d=40", "cuda", 1.0),
+        row("soft_em d=40", "eager", 9.0, extra_bytes=150),
+    ]
+    cells = by_target(targets.table(rows, targets.cpu_targets()))
+    assert cells["soft_em d=40, times faster than eager"] == ["4.5", ">= 5", "**no** |"]
+    assert cells["soft_em d=40, extra memory of eager over its own"][0] == "15"
+    assert cells["C++ extension, soft_em d=40, times faster than torch's backend"][0] == "2"
+
+
+def by_target(table: str) -> dict[str, list[str]]:
+    lines = table.splitlines()
+    return {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines}
+
+
+def test_pytest_benchmark_times_the_same_cases(tmp_path: Path) -> None:
+    options = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", "-p", "no:cacheprovider"]
+    chosen = ["-k", "1280 and torch and test_contender", "--results", str(tmp_path / "cpu.json")]
+    assert pytest.main([test_cpu.__file__, *options, *chosen]) == 0
+    results = records.read(tmp_path / "cpu.json")
+    (found,) = (Row(**each) for each in results["rows"])
+    assert (found.case, found.backend, found.outcome) == ("soft_em d=1280", "torch", MEASURED)
+    assert found.p20 <= found.seconds <= found.p80
+    assert results["provenance"]["versions"]["torch"] == torch.__version__

@@ -1,0 +1,74 @@
+"""What an installation brings: declared dependencies, and `stem_kernels` with torch alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BOUNDS = dict(entry.split(">=") for entry in PROJECT["dependencies"])
+# Distributions whose module has another name.
+MODULES = {"pyyaml": "yaml", "pillow": "PIL", "scikit-video": "skvideo"}
+BASE = {MODULES.get(name, name) for name in BOUNDS}
+# By transformers; by the extras, each where a message or an extra's name says so.
+BROUGHT = {"tokenizers", "triton", "nvtx", "matplotlib", "skimage"}
+
+
+def test_every_module_that_is_imported_is_installed() -> None:
+    imported = set()
+    for path in (*ROOT.glob("stem/**/*.py"), *ROOT.glob("stem_kernels/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                imported.add(node.module.split(".")[0])
+    missing = imported - BASE - BROUGHT - sys.stdlib_module_names - {"stem", "stem_kernels"}
+    assert not missing
+
+
+def pins(name: str) -> dict[str, str]:
+    """Versions of a constraints file, by name."""
+    lines = (ROOT / name).read_text().splitlines()
+    pairs = [line.lower().split("==") for line in lines if not line.startswith("#")]
+    return dict(pairs)
+
+
+def test_the_lower_bounds_are_those_that_the_tests_ran_with() -> None:
+    lowest = pins("constraints-lowest.txt")
+    assert BOUNDS.items() <= lowest.items()
+    assert BOUNDS.keys() <= pins("constraints.txt").keys()
+
+
+# Only torch and the packages that it brings can be imported.
+TORCH_ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in %r:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+import stem_kernels
+x = torch.randn(1, 1, 64, 8)
+assert stem_kernels.stem_attention(x, x, x, num_bases=4).shape == x.shape
+from stem_kernels.info import describe
+print(describe())
+"""
+
+
+def test_the_operators_need_torch_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TORCH_ALONE % sorted((BASE | BROUGHT) - {"torch"})],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch  usable" in done.stdout
