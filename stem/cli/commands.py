@@ -22,7 +22,7 @@ from ..models import EMBEDDED_MODEL, ModelError, load_pipeline
 from ..report.tables import comparison_table, demo_table
 from ..storage import remove_stale
 from ..video import check_video_output, write_video
-from .app import app, console, problems
+from .app import app, console, problems, say
 from .arguments import (
     ALL_METHODS,
     Config,
@@ -76,8 +76,10 @@ def demo_command(
         note=request.note,
     )
     console.print(demo_table(found, size))
-    console.print("±: 95 % interval of the mean over the world videos")
-    _print_paths(*(comparison.sheet for comparison in found.comparisons.values()), found.json)
+    say("±: 95 % interval of the mean over the world videos")
+    for comparison in found.comparisons.values():
+        say(comparison.sheet)
+    say(found.json)
     _print_note(request)
 
 
@@ -114,11 +116,12 @@ def compare_command(
         note=request.note,
     )
     console.print(comparison_table(found, clip))
-    console.print(
-        "latent error: |x - x0| / |x0| of the latents; extra MiB: the peak above the start of "
-        "each method"
+    say(
+        "latent error: |x - x0| / |x0| of the latents; extra MiB: the peak above the start of each "
+        "method"
     )
-    _print_paths(found.sheet, found.video, found.json)
+    for path in (found.sheet, found.video, found.json):
+        say(path)
     _print_note(request)
 
 
@@ -161,8 +164,8 @@ def invert_command(
             model=request.model,
             keep_bases=keep_bases and method == "stem",
         )
-        console.print(f"{method}: {inversion.path}", soft_wrap=True)
-    console.print("the way back: stem reconstruct FOLDER, with a folder from above")
+        say(f"{method}: {inversion.path}")
+    say("the way back: stem reconstruct FOLDER, with a folder from above")
     if request.note:
         problems.print("The model's weights are random numbers.", style="yellow")
 
@@ -203,22 +206,17 @@ def reconstruct_command(
         logger.info("%s: removed what a killed run left half written", stale)
     pipeline = load_pipeline(name, device=device, dtype=dtype or folder.settings["dtype"])
     write_video(path, reconstruct(pipeline, folder, bases=bases), Fraction(source["fps"]))
-    _print_paths(path)
+    say(path)
 
 
 @app.command("info")
 def info_command() -> None:
     """What is installed, and which backends can run here."""
-    console.print(describe(), soft_wrap=True, highlight=False)
+    say(describe())
     for name in ("diffusers", "transformers", "av", "torchmetrics", "nvtx"):
         found = importlib.util.find_spec(name) is not None
         version = importlib.metadata.version(name) if found else "not installed"
-        console.print(f"{name} {version}", highlight=False)
-
-
-def _print_paths(*paths: Path) -> None:
-    for path in paths:
-        console.print(str(path), soft_wrap=True, markup=False)
+        say(f"{name} {version}")
 
 
 def _print_note(request: Request) -> None:

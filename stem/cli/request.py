@@ -13,7 +13,7 @@ from ..diffusion.schedule import check_steps
 from ..models import RANDOM_MODEL, known_schedule, known_vae_factor, load_pipeline
 from ..storage import check_output
 from ..video import Video, crop_to_multiple, read_video
-from .app import console
+from .app import say
 from .arguments import chosen_methods, method_options
 
 RANDOM_NOTE = (
@@ -70,7 +70,8 @@ class Request:
             model = f"{RANDOM_MODEL}:{seed}"
         schedule = known_schedule(model)
         if schedule is not None:
-            check_steps(steps, schedule["num_train_timesteps"], schedule.get("steps_offset", 0))
+            train_steps = schedule.get("num_train_timesteps", 1000)  # diffusers' default
+            check_steps(steps, train_steps, schedule.get("steps_offset", 0))
         check_output(out / INVERSIONS)
         return cls(model, names, options, steps, device, dtype, out)
 
@@ -120,7 +121,7 @@ class Request:
         pipeline = self.load()
         clip = crop_to_multiple(clip, vae_factor(pipeline))
         for note in clip.notes:
-            console.print(f"{path.name}: {note}", soft_wrap=True)
+            say(f"{path.name}: {note}")
         return pipeline, clip
 
     @property
