@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from .measuring import Row, measure
 from .report.files import comparison_files, write_comparison
 from .storage import check_output, remove_stale
 from .video import Video
-
-logger = logging.getLogger("stem")
 
 INVERSIONS = "inversions"
 """Name of the folder of inversions, beside what is made of them."""
@@ -87,8 +84,7 @@ def compare(
     )
     inversions = [Path(row.inversion).name for row in measured.rows if row.inversion]
     folder = out / result_name(video.name, inversions)
-    for path, _ in remove_stale(folder):
-        logger.info("%s: removed what a killed run left half written", path)
+    remove_stale(folder)
     files = comparison_files(folder)
     # Where all was reused, these results are of an earlier run, which took the time.
     if measured.worked or not all(file.is_file() for file in files):

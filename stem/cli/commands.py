@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import logging
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +14,8 @@ from stem_kernels.info import describe
 
 from ..comparison import INVERSIONS, compare
 from ..demo import demo, demo_videos
-from ..inversion import InversionError, InversionFolder, invert, reconstruct
-from ..inversion.reconstruct import BASES
+from ..inversion import InversionFolder, invert, reconstruct
+from ..inversion.reconstruct import BASES, check_reconstructible
 from ..measuring import check_measurable
 from ..models import EMBEDDED_MODEL, ModelError, load_pipeline
 from ..report.tables import comparison_table, demo_table
@@ -41,8 +40,6 @@ from .arguments import (
     one_of,
 )
 from .request import Request
-
-logger = logging.getLogger("stem")
 
 
 @app.command("demo")
@@ -186,24 +183,14 @@ def reconstruct_command(
 ) -> None:
     """Sample an inversion back to a video; it goes on where it was interrupted, too."""
     folder = InversionFolder.open(inversion)
-    if not folder.complete:
-        raise InversionError(
-            f"{inversion} has {folder.steps_done} of {len(folder.timesteps)} steps",
-            "run the inversion again, it goes on where it stopped",
-        )
-    if bases == "cached" and not folder.settings["keep_bases"]:
-        raise InversionError(
-            f"{inversion} has no cached bases", "invert with keep_bases (--keep-bases)"
-        )
-    folder.latents(-1)
+    check_reconstructible(folder, bases)
     name = model or folder.settings["model"]["name"]
     if not name:
         raise ModelError(f"{inversion} does not name its model; pass it with --model")
     source = folder.settings["video"]
     path = out or folder.path / "reconstruction.mp4"
     check_video_output(path, source["num_frames"], source["height"], source["width"])
-    for stale, _ in remove_stale(folder.path):
-        logger.info("%s: removed what a killed run left half written", stale)
+    remove_stale(folder.path)
     pipeline = load_pipeline(name, device=device, dtype=dtype or folder.settings["dtype"])
     write_video(path, reconstruct(pipeline, folder, bases=bases), Fraction(source["fps"]))
     say(path)

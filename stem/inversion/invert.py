@@ -85,14 +85,13 @@ def invert(
     if keep_bases and not isinstance(config, StemConfig):
         raise ValueError(f'keep_bases needs method "stem"; {method} has no bases')
     scheduler = inverse_scheduler(pipeline, num_steps)
-    check_output(Path(root))
+    check_output(Path(root) / method)
     settings = _settings(pipeline, video, prompt, method, config, num_steps, model, keep_bases)
     timesteps = tuple(int(timestep) for timestep in scheduler.timesteps)
     folder, wrong = InversionFolder.prepare(Path(root), settings, timesteps)
     if wrong:
         logger.warning("%s; the settings were written again", wrong)
-    for path, _ in remove_stale(folder.path):
-        logger.info("%s: removed what a killed run left half written", path)
+    remove_stale(folder.path)
     device = execution_device(pipeline)
     environment = numeric_environment(device)
     _mend_x0(pipeline, folder, frames, environment)

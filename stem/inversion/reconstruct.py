@@ -59,13 +59,7 @@ def reconstruct_latents(
         InversionError: incomplete, made with another model, or without the bases asked for.
     """
     settings = inversion.settings
-    if bases not in BASES:
-        raise ValueError(f"bases is {bases!r}; it must be one of {', '.join(BASES)}")
-    if not inversion.complete:
-        raise InversionError(
-            f"{inversion.path} has {inversion.steps_done} of {len(inversion.timesteps)} steps",
-            "run the inversion again, it goes on where it stopped",
-        )
+    check_reconstructible(inversion, bases)
     check_pipeline(pipeline)
     if settings["model"] != {"name": settings["model"]["name"], **fingerprint(pipeline)}:
         raise InversionError(
@@ -74,10 +68,6 @@ def reconstruct_latents(
             "load that one",
         )
     cached = bases == "cached"
-    if cached and not settings["keep_bases"]:
-        raise InversionError(
-            f"{inversion.path} has no cached bases", "invert with keep_bases (--keep-bases)"
-        )
     config = inversion_attention(inversion)
     size = settings["video"]
     conditioning = encode_prompt(pipeline, settings["prompt"], size["height"], size["width"])
@@ -112,6 +102,31 @@ def reconstruct_latents(
         name=f"reconstruct {settings['method']}",
         progress=progress,
     )
+
+
+def check_reconstructible(inversion: InversionFolder, bases: str) -> None:
+    """Raise where `reconstruct_latents` could not begin, as far as that needs no pipeline.
+
+    Args:
+        inversion: Inversion to start from.
+        bases: Source of the bases, as for `reconstruct_latents`.
+
+    Raises:
+        ValueError: `bases` is none of BASES.
+        InversionError: incomplete, damaged where it begins, or without the bases asked for.
+    """
+    if bases not in BASES:
+        raise ValueError(f"bases is {bases!r}; it must be one of {', '.join(BASES)}")
+    if not inversion.complete:
+        raise InversionError(
+            f"{inversion.path} has {inversion.steps_done} of {len(inversion.timesteps)} steps",
+            "run the inversion again, it goes on where it stopped",
+        )
+    if bases == "cached" and not inversion.settings["keep_bases"]:
+        raise InversionError(
+            f"{inversion.path} has no cached bases", "invert with keep_bases (--keep-bases)"
+        )
+    inversion.latents(-1)
 
 
 def inversion_attention(inversion: InversionFolder) -> AttentionConfig | None:
