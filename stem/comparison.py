@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
+from .distributed import Ranks
 from .measuring import Row, measure
 from .report.files import comparison_files, write_comparison
 from .storage import check_output, remove_stale
 from .video import Video
-
-logger = logging.getLogger("stem")
 
 INVERSIONS = "inversions"
 """Name of the folder of inversions, beside what is made of them."""
@@ -47,8 +47,10 @@ def compare(
     *,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     num_steps: int = 50,
+    chunk: int | str | None = "auto",
     model: str = "",
     note: str = "",
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Invert and reconstruct a video by each method, and write compare.json, .png and .mp4.
@@ -63,8 +65,10 @@ def compare(
         methods: Names of METHODS.
         options: Fields of the methods' configurations, by method.
         num_steps: Number of steps of each inversion and reconstruction.
+        chunk: Number of frames that go through the UNet at once, as for `invert`.
         model: Name of the pipeline, for the record.
         note: Note for compare.json, where the weights are random: says so, and so do the pictures.
+        group: Process group whose ranks share the chunks; all ranks make this call.
         progress: Whether to show progress.
 
     Raises:
@@ -82,14 +86,17 @@ def compare(
         methods,
         options=options,
         num_steps=num_steps,
+        chunk=chunk,
         model=model,
+        group=group,
         progress=progress,
     )
     inversions = [Path(row.inversion).name for row in measured.rows if row.inversion]
     folder = out / result_name(video.name, inversions)
-    for path, _ in remove_stale(folder):
-        logger.info("%s: removed what a killed run left half written", path)
     files = comparison_files(folder)
+    if not Ranks(group).main:
+        return Comparison(measured.rows, *files)
+    remove_stale(folder)
     # Where all was reused, these results are of an earlier run, which took the time.
     if measured.worked or not all(file.is_file() for file in files):
         settings = {

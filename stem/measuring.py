@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from stem_kernels.measure import PeakMemory
 
@@ -20,6 +21,7 @@ from .diffusion.pipeline import (
     predict,
 )
 from .diffusion.schedule import inverse_scheduler
+from .distributed import Ranks
 from .inversion import invert, reconstruct_latents
 from .inversion.methods import attention_config
 from .metrics import psnr, ssim
@@ -111,7 +113,9 @@ def measure(
     *,
     options: Mapping[str, Mapping[str, Any]],
     num_steps: int,
+    chunk: int | str | None,
     model: str,
+    group: dist.ProcessGroup | None,
     progress: bool,
 ) -> Measured:
     """Invert and reconstruct a video by each method.
@@ -124,7 +128,9 @@ def measure(
         methods: Names of METHODS.
         options: Fields of the methods' configurations, by method.
         num_steps: Number of steps of each inversion and reconstruction.
+        chunk: Number of frames that go through the UNet at once, as for `invert`.
         model: Name of the pipeline, for the record.
+        group: Process group whose ranks share the chunks, or None.
         progress: Whether to show progress.
 
     Raises:
@@ -151,16 +157,18 @@ def measure(
                     method=method,
                     options=options.get(method),
                     num_steps=num_steps,
+                    chunk=chunk,
                     model=model,
+                    group=group,
                     progress=progress,
                     on_step=inverting.step,
                 )
             with sampling:
                 latents = reconstruct_latents(
-                    pipeline, inversion, progress=progress, on_step=sampling.step
+                    pipeline, inversion, group=group, progress=progress, on_step=sampling.step
                 )
         worked = worked or inverting.worked or sampling.worked
-        x0 = inversion.x0()
+        x0 = Ranks(group).from_main(inversion.x0)
         if not rows:
             reconstructions["vae"] = decode_latents(pipeline, x0.to(device))
             rows.append(_row("vae", reconstructions["vae"], video, 0.0))

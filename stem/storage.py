@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,7 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-_PARTIAL = re.compile(r"\.(\d+)\.part(ial)?$")
+logger = logging.getLogger("stem")
+
+_PARTIAL = re.compile(r"\..+\.(\d+)\.part(ial)?")
 _METADATA = "stem"
 _DIGEST = "sha256"
 
@@ -172,10 +175,11 @@ def remove_stale(folder: Path) -> list[tuple[Path, int]]:
     """
     removed = []
     for path in sorted(folder.rglob("*.part*")):
-        match = _PARTIAL.search(path.name)
+        match = _PARTIAL.fullmatch(path.name)
         if match and not _runs(int(match[1])):
             size = path.stat().st_size
             path.unlink()
+            logger.info("%s: removed what a killed run left half written", path)
             removed.append((path, size))
     return removed
 

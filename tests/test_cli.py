@@ -84,12 +84,12 @@ def test_invert_then_reconstruct(
 ) -> None:
     arguments = [
         *("invert", video, "--model", model, "--methods", "stem", "--size", "32"),
-        *("--steps", "2", "--out", str(tmp_path / "out"), "--keep-bases"),
+        *("--steps", "2", "--out", str(tmp_path / "out [red]"), "--keep-bases"),
     ]
     assert run(*arguments) == 0
     (line,) = [x for x in capfd.readouterr().out.splitlines() if x.startswith("stem: ")]
     folder = line.removeprefix("stem: ")
-    assert Path(folder).parent == tmp_path / "out" / "inversions"
+    assert Path(folder).parent == tmp_path / "out [red]" / "inversions"
     target = tmp_path / "again.mp4"
     assert run("reconstruct", folder, "--out", str(target), "--bases", "cached") == 0
     assert read_video(target).frames.shape == (4, 32, 40, 3)

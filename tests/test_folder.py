@@ -291,7 +291,7 @@ def test_only_dead_processes_partial_files_are_removed(tmp_path: Path) -> None:
     dead = [tmp_path / f".x.mp4.{int(ended.stdout)}.part", tmp_path / "a" / ".y.4194305.partial"]
     living = [
         tmp_path / f".x.{os.getpid()}.partial",
-        tmp_path / "x.part",
+        tmp_path / "x.4194305.part",
         tmp_path / ".1.partially",
     ]
     for file in (*dead, *living):

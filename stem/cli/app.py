@@ -29,6 +29,11 @@ console = Console()
 problems = Console(stderr=True)
 
 
+def say(text: object) -> None:
+    """Print a line as it is: unbroken, for paths are copied, and brackets in it are no markup."""
+    console.print(str(text), soft_wrap=True, markup=False, highlight=False)
+
+
 class _Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
@@ -50,7 +55,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        console.print(f"stem {__version__}", highlight=False)
+        say(f"stem {__version__}")
         raise typer.Exit
 
 

@@ -65,6 +65,14 @@ Config = Annotated[
     Path | None,
     typer.Option(help="YAML file with any of these options.", callback=read_config, is_eager=True),
 ]
+Chunk = Annotated[
+    str,
+    typer.Option(
+        help="Frames that go through the UNet at once: a number, 'auto' (as many as fit into free "
+        "memory) or 'all'.",
+        callback=lambda text: str(chunk_of(text) or "all"),
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Folder of everything written.")]
 
 
@@ -114,3 +122,16 @@ def _value(text: str) -> int | float | bool | str:
         with contextlib.suppress(ValueError):
             return number(text)
     return text
+
+
+def chunk_of(text: str) -> int | str | None:
+    """The text of --chunk as `invert` takes it.
+
+    Raises:
+        typer.BadParameter: it is neither a number of at least 1 nor "auto" nor "all".
+    """
+    if text in ("auto", "all"):
+        return None if text == "all" else text
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise typer.BadParameter(f"{text!r}; write a number of frames of at least 1, auto or all")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import logging
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -15,16 +14,17 @@ from stem_kernels.info import describe
 
 from ..comparison import INVERSIONS, compare
 from ..demo import demo, demo_videos
-from ..inversion import InversionError, InversionFolder, invert, reconstruct
-from ..inversion.reconstruct import BASES
+from ..inversion import InversionFolder, invert
+from ..inversion.reconstruct import BASES, check_reconstructible
 from ..measuring import check_measurable
 from ..models import EMBEDDED_MODEL, ModelError, load_pipeline
 from ..report.tables import comparison_table, demo_table
 from ..storage import remove_stale
 from ..video import check_video_output, write_video
-from .app import app, console, problems
+from .app import app, console, problems, say
 from .arguments import (
     ALL_METHODS,
+    Chunk,
     Config,
     Device,
     Dtype,
@@ -38,11 +38,11 @@ from .arguments import (
     Size,
     Steps,
     VideoPath,
+    chunk_of,
     one_of,
 )
+from .ranks import ranks
 from .request import Request
-
-logger = logging.getLogger("stem")
 
 
 @app.command("demo")
@@ -76,8 +76,10 @@ def demo_command(
         note=request.note,
     )
     console.print(demo_table(found, size))
-    console.print("±: 95 % interval of the mean over the world videos")
-    _print_paths(*(comparison.sheet for comparison in found.comparisons.values()), found.json)
+    say("±: 95 % interval of the mean over the world videos")
+    for comparison in found.comparisons.values():
+        say(comparison.sheet)
+    say(found.json)
     _print_note(request)
 
 
@@ -92,6 +94,7 @@ def compare_command(
     steps: Steps = 50,
     seed: Seed = 0,
     option: Options = None,
+    chunk: Chunk = "auto",
     device: Device = None,
     dtype: Dtype = None,
     config: Config = None,
@@ -101,24 +104,28 @@ def compare_command(
     request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
     clip = request.read(video, frames, size)
     check_measurable(clip, request.methods, request.options)
-    pipeline, clip = request.load_for(clip, video)
-    found = compare(
-        pipeline,
-        clip,
-        prompt,
-        out,
-        request.methods,
-        options=request.options,
-        num_steps=steps,
-        model=request.model,
-        note=request.note,
-    )
+    with ranks(device) as group:
+        pipeline, clip = request.load_for(clip, video)
+        found = compare(
+            pipeline,
+            clip,
+            prompt,
+            out,
+            request.methods,
+            options=request.options,
+            num_steps=steps,
+            chunk=chunk_of(chunk),
+            model=request.model,
+            note=request.note,
+            group=group,
+        )
     console.print(comparison_table(found, clip))
-    console.print(
-        "latent error: |x - x0| / |x0| of the latents; extra MiB: the peak above the start of "
-        "each method"
+    say(
+        "latent error: |x - x0| / |x0| of the latents; extra MiB: the peak above the start of each "
+        "method"
     )
-    _print_paths(found.sheet, found.video, found.json)
+    for path in (found.sheet, found.video, found.json):
+        say(path)
     _print_note(request)
 
 
@@ -137,6 +144,7 @@ def invert_command(
         bool,
         typer.Option("--keep-bases", help="Keep STEM's bases, for reconstruct --bases cached."),
     ] = False,
+    chunk: Chunk = "auto",
     device: Device = None,
     dtype: Dtype = None,
     config: Config = None,
@@ -148,21 +156,24 @@ def invert_command(
         raise typer.BadParameter(
             f"only stem has bases, and --methods is {methods}", param_hint="--keep-bases"
         )
-    pipeline, clip = request.load_for(request.read(video, frames, size), video)
-    for method in request.methods:
-        inversion = invert(
-            pipeline,
-            clip,
-            prompt,
-            out / INVERSIONS,
-            method=method,
-            options=request.options.get(method),
-            num_steps=steps,
-            model=request.model,
-            keep_bases=keep_bases and method == "stem",
-        )
-        console.print(f"{method}: {inversion.path}", soft_wrap=True)
-    console.print("the way back: stem reconstruct FOLDER, with a folder from above")
+    with ranks(device) as group:
+        pipeline, clip = request.load_for(request.open(video, frames, size), video)
+        for method in request.methods:
+            inversion = invert(
+                pipeline,
+                clip,
+                prompt,
+                out / INVERSIONS,
+                method=method,
+                options=request.options.get(method),
+                num_steps=steps,
+                chunk=chunk_of(chunk),
+                model=request.model,
+                keep_bases=keep_bases and method == "stem",
+                group=group,
+            )
+            say(f"{method}: {inversion.path}")
+    say("the way back: stem reconstruct FOLDER, with a folder from above")
     if request.note:
         problems.print("The model's weights are random numbers.", style="yellow")
 
@@ -183,42 +194,32 @@ def reconstruct_command(
 ) -> None:
     """Sample an inversion back to a video; it goes on where it was interrupted, too."""
     folder = InversionFolder.open(inversion)
-    if not folder.complete:
-        raise InversionError(
-            f"{inversion} has {folder.steps_done} of {len(folder.timesteps)} steps",
-            "run the inversion again, it goes on where it stopped",
-        )
-    if bases == "cached" and not folder.settings["keep_bases"]:
-        raise InversionError(
-            f"{inversion} has no cached bases", "invert with keep_bases (--keep-bases)"
-        )
-    folder.latents(-1)
+    check_reconstructible(folder, bases)
     name = model or folder.settings["model"]["name"]
     if not name:
         raise ModelError(f"{inversion} does not name its model; pass it with --model")
     source = folder.settings["video"]
     path = out or folder.path / "reconstruction.mp4"
     check_video_output(path, source["num_frames"], source["height"], source["width"])
-    for stale, _ in remove_stale(folder.path):
-        logger.info("%s: removed what a killed run left half written", stale)
-    pipeline = load_pipeline(name, device=device, dtype=dtype or folder.settings["dtype"])
-    write_video(path, reconstruct(pipeline, folder, bases=bases), Fraction(source["fps"]))
-    _print_paths(path)
+    remove_stale(folder.path)
+    with ranks(device) as group:
+        pipeline = load_pipeline(
+            name, device=rank_device(device), dtype=dtype or folder.settings["dtype"]
+        )
+        latents = reconstruct_latents(pipeline, folder, bases=bases, group=group)
+        if group is None or group.rank() == 0:
+            write_video(path, decoded_parts(pipeline, latents), Fraction(source["fps"]))
+    say(path)
 
 
 @app.command("info")
 def info_command() -> None:
     """What is installed, and which backends can run here."""
-    console.print(describe(), soft_wrap=True, highlight=False)
+    say(describe())
     for name in ("diffusers", "transformers", "av", "torchmetrics", "nvtx"):
         found = importlib.util.find_spec(name) is not None
         version = importlib.metadata.version(name) if found else "not installed"
-        console.print(f"{name} {version}", highlight=False)
-
-
-def _print_paths(*paths: Path) -> None:
-    for path in paths:
-        console.print(str(path), soft_wrap=True, markup=False)
+        say(f"{name} {version}")
 
 
 def _print_note(request: Request) -> None:

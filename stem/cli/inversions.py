@@ -12,7 +12,7 @@ import typer
 from ..inversion import InversionError, InversionFolder
 from ..inversion.folder import MissingFileError
 from ..storage import remove_stale
-from .app import app, console
+from .app import app, say
 
 _DAMAGED = 1  # exit status
 _IDLE_SECONDS = 3600
@@ -27,19 +27,19 @@ def list_command(root: Root = Path("out")) -> None:
     """The inversions below a folder: method, prompt, frames, steps done, size on disk."""
     folders = _folders(root)
     for path in folders:
-        _say(str(path))
+        say(str(path))
         try:
             inversion = InversionFolder.open(path)
         except InversionError as error:
-            _say(f"  damaged: {error}")
+            say(f"  damaged: {error}")
             continue
         settings, video = inversion.settings, inversion.settings["video"]
-        _say(
+        say(
             f"  {settings['method']}, {inversion.steps_done} of {len(inversion.timesteps)} steps, "
             f"{video['num_frames']} frames of {video['width']}x{video['height']}, "
             f"{_shown_size(_size(path))}, prompt {settings['prompt']!r}"
         )
-    _say(f"inversions: {len(folders)}, {_shown_size(sum(_size(path) for path in folders))}")
+    say(f"inversions: {len(folders)}, {_shown_size(sum(_size(path) for path in folders))}")
 
 
 @app.command("verify")
@@ -54,14 +54,14 @@ def verify_command(root: Root) -> None:
             inversion, problems = None, [str(error)]
         damaged = damaged or bool(problems)
         for problem in problems:
-            _say(f"damaged: {problem}")
+            say(f"damaged: {problem}")
         if inversion is not None and not inversion.complete:
             done, total = inversion.steps_done, len(inversion.timesteps)
-            _say(f"unfinished: {path} has {done} of {total} steps")
+            say(f"unfinished: {path} has {done} of {total} steps")
         elif not problems:
-            _say(f"whole: {path}")
+            say(f"whole: {path}")
     if damaged:
-        _say("mend them: run the commands again that made them; they keep what is whole")
+        say("mend them: run the commands again that made them; they keep what is whole")
         raise typer.Exit(_DAMAGED)
 
 
@@ -83,18 +83,18 @@ def clean_command(
         try:
             inversion = InversionFolder.open(path)
         except InversionError as error:
-            _say(f"stays, for it is damaged: {error}")
+            say(f"stays, for it is damaged: {error}")
             continue
         if inversion.complete:
             continue
         if path != root and time.time() - _last_change(path) < _IDLE_SECONDS:
-            _say(f"stays, for a run may be at it: {path}")
+            say(f"stays, for a run may be at it: {path}")
             continue
         removed.append((path, _size(path)))
         shutil.rmtree(path)
     for path, size in removed:
-        _say(f"removed: {path}, {size:,} bytes")
-    _say(f"freed: {sum(size for _, size in removed):,} bytes")
+        say(f"removed: {path}, {size:,} bytes")
+    say(f"freed: {sum(size for _, size in removed):,} bytes")
 
 
 def _folders(root: Path) -> list[Path]:
@@ -135,7 +135,3 @@ def _last_change(path: Path) -> float:
 
 def _shown_size(size: int) -> str:
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
-
-
-def _say(text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)

@@ -12,9 +12,11 @@ from ..diffusion.pipeline import vae_factor
 from ..diffusion.schedule import check_steps
 from ..models import RANDOM_MODEL, known_schedule, known_vae_factor, load_pipeline
 from ..storage import check_output
-from ..video import Video, crop_to_multiple, read_video
-from .app import console
+from ..video import Video, VideoFile, crop_to_multiple, open_video, read_video
+from ..video.reading import Pictures
+from .app import say
 from .arguments import chosen_methods, method_options
+from .ranks import rank_device
 
 RANDOM_NOTE = (
     "The model's weights are random numbers: the pictures mean nothing, and the figures show the "
@@ -70,7 +72,8 @@ class Request:
             model = f"{RANDOM_MODEL}:{seed}"
         schedule = known_schedule(model)
         if schedule is not None:
-            check_steps(steps, schedule["num_train_timesteps"], schedule.get("steps_offset", 0))
+            train_steps = schedule.get("num_train_timesteps", 1000)  # diffusers' default
+            check_steps(steps, train_steps, schedule.get("steps_offset", 0))
         check_output(out / INVERSIONS)
         return cls(model, names, options, steps, device, dtype, out)
 
@@ -85,13 +88,19 @@ class Request:
         self.check_space([clip])
         return clip
 
-    def check_space(self, clips: Sequence[Video]) -> None:
+    def open(self, path: Path, frames: str | None, size: str | None) -> VideoFile:
+        """As `read`, but the frames stay in the file."""
+        clip = open_video(path, frames=frames, size=size, multiple_of=self._factor or 1)
+        self.check_space([clip])
+        return clip
+
+    def check_space(self, clips: Sequence[Video | VideoFile]) -> None:
         """Raise if the latents of all steps, less what lies there already, do not fit on the disk.
 
         Raises:
             OSError: there is too little space.
         """
-        pixels = sum(clip.frames[..., 0].numel() for clip in clips)
+        pixels = sum(clip.num_frames * clip.height * clip.width for clip in clips)
         latents = _LATENT_BYTES * pixels // (self._factor or 8) ** 2
         total = len(self.methods) * (self.num_steps + 1) * latents
         folder = self.out / INVERSIONS
@@ -112,15 +121,15 @@ class Request:
             )
 
     def load(self) -> Any:
-        """The model's pipeline."""
-        return load_pipeline(self.model, device=self.device, dtype=self.dtype)
+        """The model's pipeline, on this rank's device where there are several."""
+        return load_pipeline(self.model, device=rank_device(self.device), dtype=self.dtype)
 
-    def load_for(self, clip: Video, path: Path) -> tuple[Any, Video]:
+    def load_for(self, clip: Pictures, path: Path) -> tuple[Any, Pictures]:
         """The model's pipeline, and the clip as its VAE takes it; prints what was changed in it."""
         pipeline = self.load()
         clip = crop_to_multiple(clip, vae_factor(pipeline))
         for note in clip.notes:
-            console.print(f"{path.name}: {note}", soft_wrap=True)
+            say(f"{path.name}: {note}")
         return pipeline, clip
 
     @property

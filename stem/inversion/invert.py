@@ -111,7 +111,7 @@ def invert(
     ranks.check_equal("model", fingerprinted)
 
     def prepared() -> tuple[InversionFolder, list[int]]:
-        check_output(Path(root))
+        check_output(Path(root) / method)
         settings = _settings(pipeline, video, prompt, method, config, num_steps, model, keep_bases)
         timesteps = tuple(int(timestep) for timestep in scheduler.timesteps)
         size = _chunk(pipeline, settings, timesteps, Path(root), chunk)
@@ -120,8 +120,7 @@ def invert(
         folder, wrong = InversionFolder.prepare(Path(root), settings, timesteps)
         if wrong:
             logger.warning("%s; the settings were written again", wrong)
-        for path, _ in remove_stale(folder.path):
-            logger.info("%s: removed what a killed run left half written", path)
+        remove_stale(folder.path)
         _mend_x0(pipeline, folder, video, environment)
         undone = _undone(folder, environment)
         if not undone:

@@ -66,9 +66,7 @@ def reconstruct_latents(
         InversionError: incomplete, made with another model, or without the bases asked for.
     """
     settings, ranks = inversion.settings, Ranks(group)
-    if bases not in BASES:
-        raise ValueError(f"bases is {bases!r}; it must be one of {', '.join(BASES)}")
-    ranks.from_main(lambda: _check_complete(inversion))
+    ranks.from_main(lambda: check_reconstructible(inversion, bases))
     check_pipeline(pipeline)
     if settings["model"] != {"name": settings["model"]["name"], **fingerprint(pipeline)}:
         raise InversionError(
@@ -77,10 +75,6 @@ def reconstruct_latents(
             "load that one",
         )
     cached = bases == "cached"
-    if cached and not settings["keep_bases"]:
-        raise InversionError(
-            f"{inversion.path} has no cached bases", "invert with keep_bases (--keep-bases)"
-        )
     check_chunk(chunk)
     config = inversion_attention(inversion, chunk)
     size = settings["video"]
@@ -122,12 +116,29 @@ def reconstruct_latents(
     )
 
 
-def _check_complete(inversion: InversionFolder) -> None:
+def check_reconstructible(inversion: InversionFolder, bases: str) -> None:
+    """Raise where `reconstruct_latents` could not begin, as far as that needs no pipeline.
+
+    Args:
+        inversion: Inversion to start from.
+        bases: Source of the bases, as for `reconstruct_latents`.
+
+    Raises:
+        ValueError: `bases` is none of BASES.
+        InversionError: incomplete, damaged where it begins, or without the bases asked for.
+    """
+    if bases not in BASES:
+        raise ValueError(f"bases is {bases!r}; it must be one of {', '.join(BASES)}")
     if not inversion.complete:
         raise InversionError(
             f"{inversion.path} has {inversion.steps_done} of {len(inversion.timesteps)} steps",
             "run the inversion again, it goes on where it stopped",
         )
+    if bases == "cached" and not inversion.settings["keep_bases"]:
+        raise InversionError(
+            f"{inversion.path} has no cached bases", "invert with keep_bases (--keep-bases)"
+        )
+    inversion.latents(-1)
 
 
 def _run_name(bases: str, guidance: float, negative_prompt: str, chunk: int | None) -> str:

@@ -21,7 +21,7 @@ from av.video.stream import VideoStream
 from .frames import FrameRange, Video, VideoError, usable_size
 from .layout import Layout, parse_size, plan
 
-Pictures = TypeVar("Pictures", "Video", "VideoFile")
+Pictures = TypeVar("Pictures", bound="Video | VideoFile")
 
 _UNEVEN = Fraction(1, 10)  # of the time between two frames
 _WRONG_RATE = Fraction(1, 100)  # 30 for 29.97 fps is 0.1 % off
