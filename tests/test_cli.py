@@ -309,7 +309,11 @@ def test_a_model_in_another_precision(model: str, video: str, tmp_path: Path) ->
     [
         ("compare", "request.load_pipeline", "interrupted; finished steps are kept: run the same"),
         ("compare", "commands.compare", "interrupted; finished steps are kept: run the same"),
-        ("reconstruct", "commands.reconstruct", "interrupted; finished steps are kept: run the"),
+        (
+            "reconstruct",
+            "commands.reconstruct_latents",
+            "interrupted; finished steps are kept: run the",
+        ),
         ("info", "commands.describe", "interrupted\n"),
         ("list", "inversions.InversionFolder.find", "interrupted\n"),
     ],

@@ -22,6 +22,7 @@ from stem.video import (
     VideoError,
     check_video_output,
     crop_to_multiple,
+    open_video,
     read_video,
     reading,
     write_video,
@@ -532,12 +533,61 @@ def test_codec_without_a_decoder(tmp_path: Path) -> None:
         read_video(path)
 
 
-def test_no_frame_rate() -> None:
+def test_no_frame_rate(tmp_path: Path) -> None:
     """With a stub: FFmpeg finds some rate for every file that the tests can make."""
     stream = SimpleNamespace(codec_context=object(), average_rate=None, guessed_rate=None)
     container: Any = SimpleNamespace(streams=SimpleNamespace(video=[stream]))
+    path = tmp_path / "clip.mp4"
+    path.touch()
+    reader = reading._Reader(path, FrameRange(), None, 8)
     with pytest.raises(VideoError, match=r"clip.mp4: states no frame rate"):
-        reading._read(container, Path("clip.mp4"), FrameRange(), None, 8)
+        next(reader._read(container))
+
+
+@pytest.mark.parametrize("frames", [None, "2:11:2"])
+@pytest.mark.parametrize("size", [None, (24, 20)])
+def test_a_video_file_gives_the_frames_that_reading_gives(
+    tmp_path: Path, frames: str | None, size: tuple[int, int] | None
+) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, smooth(12), 10)
+    whole = read_video(path, frames=frames, size=size, multiple_of=2)
+    opened = open_video(path, frames=frames, size=size, multiple_of=2)
+    assert (opened.num_frames, opened.height, opened.width) == tuple(whole.frames.shape[:3])
+    assert (opened.fps, opened.notes, opened.name) == (whole.fps, whole.notes, whole.name)
+    for count in (1, 4, 100):
+        for video in (whole, opened):
+            parts = list(video.parts(count))
+            assert {len(part) for part in parts[:-1]} <= {count}
+            assert torch.equal(torch.cat(parts), whole.frames)
+    cropped = crop_to_multiple(opened, 16)
+    assert torch.equal(torch.cat(list(cropped.parts(3))), crop_to_multiple(whole, 16).frames)
+    assert cropped.notes == crop_to_multiple(whole, 16).notes
+
+
+def test_a_video_file_that_changes_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, smooth(), 10)
+    opened = open_video(path)
+    write_video(path, smooth()[:-1], 10)
+    with pytest.raises(VideoError, match="has changed since it was opened"):
+        list(opened.parts(4))
+    with pytest.raises(VideoError, match="asked for frames 0:99, the file has"):
+        open_video(path, frames="0:99")
+
+
+def test_parts_are_written_as_the_whole_is(tmp_path: Path) -> None:
+    frames = smooth()
+    write_video(tmp_path / "whole.mp4", frames, 10)
+    write_video(tmp_path / "parts.mp4", iter(frames.split(5)), 10)
+    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "parts.mp4").read_bytes()
+    with pytest.raises(ValueError, match="frames is empty"):
+        write_video(tmp_path / "none.mp4", iter([]), 10)
+    with pytest.raises(ValueError, match="the frames change their size"):
+        write_video(tmp_path / "two.mp4", iter([frames, frames[:, :-2]]), 10)
+    with pytest.raises(ValueError, match="frames must be uint8"):
+        write_video(tmp_path / "float.mp4", iter([frames, frames.float()]), 10)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["parts.mp4", "whole.mp4"]
 
 
 # Writing

@@ -14,7 +14,8 @@ from stem_kernels.info import describe
 
 from ..comparison import INVERSIONS, compare
 from ..demo import demo, demo_videos
-from ..inversion import InversionFolder, invert
+from ..diffusion.pipeline import decoded_parts
+from ..inversion import InversionFolder, invert, reconstruct_latents
 from ..inversion.reconstruct import BASES, check_reconstructible
 from ..measuring import check_measurable
 from ..models import EMBEDDED_MODEL, ModelError, load_pipeline
@@ -41,7 +42,7 @@ from .arguments import (
     chunk_of,
     one_of,
 )
-from .ranks import ranks
+from .ranks import rank_device, ranks
 from .request import Request
 
 

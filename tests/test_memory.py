@@ -1,0 +1,146 @@
+"""How many frames go through the UNet at once, and what becomes of an inversion's chunk."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import make_pipeline
+from test_inversion import all_latents, inverted
+
+from stem.diffusion import memory
+from stem.diffusion.memory import chunk_that_fits
+from stem.inversion import InversionFolder, reconstruct_latents
+
+MIB = 2**20
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A machine on which a UNet call takes 10 MiB and 2 MiB a frame, of which 1 MiB waits."""
+    machine = {"free": 0}
+    monkeypatch.setattr(
+        memory, "_probe", lambda pipeline, frames, *size: ((10 + 2 * frames) * MIB, MIB)
+    )
+    monkeypatch.setattr(memory, "free_bytes", lambda device: machine["free"])
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("free", "meets", "chunk"),
+    [
+        (210 / 0.7 + 1, True, None),  # all 100 frames: 10 + 2 * 100
+        (200 / 0.7, True, 32),  # 10 + 100 that wait + 2 * 45
+        (130 / 0.7, True, 8),
+        (130 / 0.7, False, 32),
+        (113 / 0.7, True, 1),
+        (13 / 0.7, False, 1),
+    ],
+)
+def test_the_chunk_fills_free_memory(
+    counted: dict[str, int], free: float, meets: bool, chunk: int | None
+) -> None:
+    counted["free"] = int(free * MIB)
+    found = chunk_that_fits(make_pipeline(), 100, 16, 16, branches=1, meets=meets)
+    assert found == chunk
+
+
+def test_what_does_not_fit_at_all_says_how_much_it_needs(counted: dict[str, int]) -> None:
+    counted["free"] = 100 * MIB
+    with pytest.raises(MemoryError, match=r"100 frames of 16x24 need 117,440,512 bytes .* fit_fra"):
+        chunk_that_fits(make_pipeline(), 100, 24, 16, branches=1, meets=True)
+
+
+def test_a_probe_measures_a_call() -> None:
+    pipeline = make_pipeline()
+    _, held = memory._probe(pipeline, 1, 32, 32)
+    # conv_in, then a resnet and a downsampler of the first level, then the last level's resnet
+    skips = 4 * (32 * 16 * 16 + 32 * 16 * 16 + 32 * 8 * 8 + 64 * 8 * 8)
+    assert held == skips + 4 * 4 * 32 * 16 * 16
+    assert not pipeline.unet.conv_in._forward_hooks
+    assert chunk_that_fits(pipeline, 4, 32, 32, branches=1, meets=True) is None
+
+
+def test_an_inversion_goes_on_with_the_chunk_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(size: int | None) -> None:
+        module = sys.modules["stem.inversion.invert"]  # the package's name is the function's
+        monkeypatch.setattr(module, "chunk_that_fits", lambda *a, **k: size)
+
+    choose(2)
+    first = inverted(tmp_path)
+    assert first.settings["attention"]["chunk"] == 2
+    choose(None)  # more memory is free now
+    assert inverted(tmp_path).path == first.path
+    assert inverted(tmp_path, chunk=2).path == first.path
+    whole = inverted(tmp_path, chunk=None)
+    assert whole.path != first.path
+    assert inverted(tmp_path, chunk=3).path == whole.path  # all of its three frames
+    assert inverted(tmp_path / "new").settings["attention"]["chunk"] is None
+    difference = all_latents(whole) - all_latents(first)
+    assert float(difference.norm() / all_latents(whole).norm()) < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1.5, "many", True])
+def test_chunks_that_are_none(tmp_path: Path, chunk: Any) -> None:
+    with pytest.raises(ValueError, match="it must be a number of frames of at least 1, or auto"):
+        inverted(tmp_path, chunk=chunk)
+    folder = inverted(tmp_path, chunk=None)
+    with pytest.raises(ValueError, match="it must be a number of frames"):
+        reconstruct_latents(make_pipeline(), folder, chunk=chunk)
+
+
+@pytest.mark.parametrize("method", ["stem", "st-ddim", "inflated", "ddim"])
+def test_an_inversion_in_chunks_is_one_in_a_batch(tmp_path: Path, method: str) -> None:
+    pipeline = make_pipeline()
+    options = {"num_bases": 8, "temperature": 0.1} if method == "stem" else None
+    latents = []
+    for chunk in (None, 2, 1):
+        folder = inverted(tmp_path, method=method, options=options, chunk=chunk)
+        assert folder.environment(4)["chunk"] == str(chunk)
+        latents.append(all_latents(folder))
+        latents.append(reconstruct_latents(pipeline, folder, progress=False)[None])
+        again = reconstruct_latents(pipeline, folder, chunk=1, progress=False)[None]
+        assert float((again - latents[-1]).norm() / again.norm()) < 1e-4
+    for found in (latents[2:4], latents[4:6]):
+        for ours, whole in zip(found, latents[:2], strict=True):
+            assert float((ours - whole).norm() / whole.norm()) < 1e-4
+
+
+def test_a_halved_chunk_is_recorded_and_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    forward = UNet2DConditionModel.forward
+    steps: list[None] = []
+
+    def small(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if sample.shape[0] > 1 and len(steps) >= 2:
+            raise torch.OutOfMemoryError("no memory for so many rows")
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", small)
+    folder = inverted(tmp_path, chunk=2, on_step=lambda: steps.append(None))
+    assert [folder.environment(step)["chunk"] for step in range(5)] == ["2", "2", "1", "1", "1"]
+    assert "a chunk of 2 frames; going on in chunks of 1" in caplog.text
+    caplog.clear()
+    next((folder.path / "steps").glob("004-*")).unlink()
+    inverted(tmp_path, chunk=2)
+    assert "begun under other conditions (chunk 1 -> 2)" in caplog.text
+
+
+def test_fit_frames_are_an_option_of_an_inversion(tmp_path: Path) -> None:
+    folder = inverted(tmp_path, options={"num_bases": 8, "fit_frames": 2}, keep_bases=True)
+    assert InversionFolder.open(folder.path).settings["attention"]["fit_frames"] == 2
+    pipeline = make_pipeline()
+    cached = reconstruct_latents(pipeline, folder, bases="cached", progress=False)
+    fitted = reconstruct_latents(pipeline, folder, progress=False)
+    assert cached.isfinite().all()
+    assert not torch.equal(cached, fitted)
+    with pytest.raises(ValueError, match="stem has no option 'chunk'"):
+        inverted(tmp_path, options={"chunk": 2})
