@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 Value = TypeVar("Value")
 
+_SHARED = (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+
 
 class Ranks:
     """The ranks of a process group; one alone where there is no group.
@@ -34,7 +36,7 @@ class Ranks:
         if self.main:
             try:
                 outcome[0] = make()
-            except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
+            except _SHARED as error:
                 outcome[1] = error
         dist.broadcast_object_list(
             outcome, src=dist.get_global_rank(self.group, 0), group=self.group

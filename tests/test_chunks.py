@@ -150,6 +150,17 @@ def test_a_pipeline_generates_in_chunks_with_guidance() -> None:
     assert relative(found[1], found[0]) < 1e-4
 
 
+def test_a_compiled_unet_runs_in_chunks() -> None:
+    unet = make_unet()
+    config = StemConfig(num_bases=8, num_frames=4, chunk=2)
+    with stem.enabled(unet, config):
+        expected = call(unet)
+    torch._dynamo.reset()
+    compiled = torch.compile(unet, backend="aot_eager")
+    with stem.enabled(compiled, config):
+        assert torch.equal(call(compiled), expected)
+
+
 class Interrupted(BaseException):
     """Stands for Ctrl-C in the middle of a pass."""
 

@@ -21,8 +21,9 @@ Forward = Callable[..., Any]
 class ChunkedForward:
     """Takes the place of a UNet's `forward`: rows [video, frame] go through it chunk by chunk.
 
-    Where memory runs out within a chunk, the chunk is halved and the pass begins again; the log
-    says so. (Not with several processes: there a rank that fails ends the run.)
+    A compiled UNet runs uncompiled here. Where memory runs out within a chunk, the chunk is halved
+    and the pass begins again; the log says so. (Not with several processes: there a rank that fails
+    ends the run.)
 
     Args:
         forward: The UNet's own `forward`.
@@ -50,6 +51,7 @@ class ChunkedForward:
         self.state = state
         self.group = group
 
+    @torch.compiler.disable  # chunks that take turns cannot be traced
     def __call__(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return_dict = kwargs.pop("return_dict", True)
         while True:
@@ -100,7 +102,6 @@ class ChunkedForward:
         if self.fit_frames is None or state is None or state.replayed is not None:
             return together(range(frames)).flatten(0, 1)
         fit = spread_frames(frames, self.fit_frames)
-        out = sample.new_empty(())
         with state.recorded() as bases:
             fitted = together(fit)
         rest = sorted(set(range(frames)) - set(fit))
