@@ -11,6 +11,8 @@ from stem_kernels.ops.initialization import INITIALIZATIONS
 from stem_kernels.ops.soft_em import EMPTY_POLICIES
 
 SPACES = ("feature", "key")
+MAX_BASES = 16_384
+"""Bases of more than a layer's tokens gain nothing, and their logits take memory."""
 NAMED_FRAMES = ("first", "mid", "last")
 _PUBLISHED: dict[str, Any] = {
     "num_bases": 256,
@@ -74,6 +76,8 @@ class StemConfig:
 
     def __post_init__(self) -> None:
         _check_count("num_bases", self.num_bases)
+        if self.num_bases > MAX_BASES:
+            raise ValueError(f"num_bases is {self.num_bases}; it must be at most {MAX_BASES}")
         _check_count("num_iters", self.num_iters)
         number = isinstance(self.temperature, (int, float)) and self.temperature is not True
         if not number or not 0 < self.temperature < float("inf"):

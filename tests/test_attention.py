@@ -365,6 +365,7 @@ def test_targets_and_arguments_that_do_not_fit() -> None:
     ("make", "message"),
     [
         (lambda: StemConfig(num_bases=0), "num_bases is 0; it must be a whole number"),
+        (lambda: StemConfig(num_bases=10**9), "num_bases is 1000000000; it must be at most 16384"),
         (lambda: StemConfig(num_iters=1.5), "num_iters is 1.5"),  # type: ignore[arg-type]
         (lambda: StemConfig(temperature=-1), "temperature is -1; it must be positive"),
         (lambda: StemConfig(space="both"), "space is 'both'; it must be one of feature, key"),

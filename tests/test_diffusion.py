@@ -32,6 +32,7 @@ from stem.diffusion.pipeline import (
     encode_frames,
     encode_prompt,
     predict,
+    truncated_words,
     vae_factor,
 )
 from stem.diffusion.schedule import check_steps, inverse_scheduler, sampling_scheduler
@@ -42,6 +43,7 @@ from stem.models import (
     load_pipeline,
     random_pipeline,
 )
+from stem.toy import caption, sample_scene
 from stem_kernels.testing import max_error
 
 
@@ -193,6 +195,12 @@ def test_a_fingerprint_sees_one_row_of_a_text_embedding() -> None:
     seen.append(fingerprint(pipeline)["weights_sha256"])
     assert len(set(seen)) == 4
     assert fingerprint(pipeline)["weights_sha256"] == seen[-1]
+    # In a tensor of many rows, through .data, which no counter of torch sees.
+    pipeline.text_encoder.resize_token_embeddings(20_000)
+    embedding = pipeline.text_encoder.get_input_embeddings().weight
+    before = fingerprint(pipeline)
+    embedding.data[12_345, 6] += 1e-3
+    assert fingerprint(pipeline) != before
 
 
 def test_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +278,30 @@ def test_words_that_the_tokenizer_cuts_off_are_named(
     assert "these words are lost" in caplog.text
 
 
+def test_words_of_another_language_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = load_pipeline("embedded")
+    encode_prompt(pipeline, caption(sample_scene(1)), 64, 64)
+    assert not caplog.text
+    encode_prompt(pipeline, "a red tennis player", 64, 64)
+    assert "they mean nothing to it: tennis, player" in caplog.text
+    lost = truncated_words(pipeline, "tennis " * 40)
+    assert set(lost.split()) == {"tennis"}
+
+
+def test_a_fingerprint_sees_configurations_and_tokenizers() -> None:
+    pipeline = random_pipeline(0)
+    seen = [fingerprint(pipeline)["config_sha256"]]
+    pipeline.tokenizer("a much longer prompt", truncation=True, padding="max_length")
+    assert fingerprint(pipeline)["config_sha256"] == seen[0]
+    pipeline.text_encoder.config.hidden_act = "relu"
+    seen.append(fingerprint(pipeline)["config_sha256"])
+    vocabulary = dict(pipeline.tokenizer.get_vocab())
+    vocabulary["a</w>"], vocabulary["b</w>"] = vocabulary["b</w>"], vocabulary["a</w>"]
+    pipeline.tokenizer = type(pipeline.tokenizer)(vocab=vocabulary, merges=[], model_max_length=77)
+    seen.append(fingerprint(pipeline)["config_sha256"])
+    assert len(set(seen)) == 3
+
+
 def with_parts(**parts: object) -> SimpleNamespace:
     """What `check_pipeline` looks at of a pipeline, with some parts exchanged."""
     pipeline = make_pipeline()
@@ -277,8 +309,8 @@ def with_parts(**parts: object) -> SimpleNamespace:
     return SimpleNamespace(**{**known, **parts})
 
 
-def inpainting_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_config(make_pipeline().unet.config, in_channels=9)
+def other_unet(**changes: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_config(make_pipeline().unet.config, **changes)
 
 
 def ip_adapter_unet() -> UNet2DConditionModel:
@@ -297,7 +329,12 @@ def flow_sigmas() -> UniPCMultistepScheduler:
         (lambda: {"vae": None}, "has no VAE"),
         (lambda: {"controlnet": object()}, "has a controlnet, whose control .* would ignore"),
         (lambda: {"adapter": object()}, "has a adapter, whose control"),
-        (lambda: {"unet": inpainting_unet()}, "takes 9 channels, and the VAE's latents have 4"),
+        (lambda: {"unet": other_unet(out_channels=8)}, "gives 8 channels for 4: it predicts its"),
+        (lambda: {"unet": other_unet(num_class_embeds=3)}, "wants class labels"),
+        (
+            lambda: {"unet": other_unet(in_channels=9)},
+            "takes 9 channels, and the VAE's latents have 4",
+        ),
         (lambda: {"unet": ip_adapter_unet()}, r"call pipeline\.unload_ip_adapter\(\) first"),
         (
             lambda: {"scheduler": FlowMatchEulerDiscreteScheduler()},

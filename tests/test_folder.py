@@ -17,10 +17,11 @@ import pytest
 import torch
 from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
-from test_inversion import all_latents, inverted
+from test_inversion import all_latents, clip, inverted
 
 from stem import storage
-from stem.inversion import InversionError, InversionFolder, reconstruct_latents
+from stem.inversion import InversionError, InversionFolder, invert, reconstruct_latents
+from stem.models import load_pipeline, random_pipeline
 from stem.storage import check_output, remove_stale, write_atomically
 
 
@@ -138,7 +139,7 @@ def test_edited_settings_are_not_believed(
     assert "the settings were written again" in caplog.text
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'"settings"'])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'"settings"', b"[" * 100_000])
 def test_settings_that_are_no_json_object(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "settings.json").write_bytes(content)
     with pytest.raises(InversionError, match=r"settings\.json is damaged"):
@@ -148,6 +149,46 @@ def test_settings_that_are_no_json_object(tmp_path: Path, content: bytes) -> Non
 def test_no_settings_at_all(tmp_path: Path) -> None:
     with pytest.raises(InversionError, match=r"holds no settings.json; name a folder"):
         InversionFolder.open(tmp_path)
+
+
+def test_a_reconstruction_is_of_the_latents_it_began_with(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    folder = inverted(tmp_path)
+    reconstruct_latents(pipeline, folder, progress=False)
+    folder.save_latents(4, folder.latents(4) * 1.001, {})
+    done: list[None] = []
+    reconstruct_latents(pipeline, folder, progress=False, on_step=lambda: done.append(None))
+    assert len(done) == 5
+
+
+def test_another_dtype_is_named(tmp_path: Path) -> None:
+    folder = inverted(tmp_path, pipeline=random_pipeline(0), method="ddim", num_steps=2)
+    half = load_pipeline("random", dtype="bfloat16")
+    with pytest.raises(InversionError, match="made in float32, and this pipeline is in bfloat16"):
+        reconstruct_latents(half, folder)
+
+
+def test_links_and_folders_in_a_file_s_place(tmp_path: Path) -> None:
+    folder = inverted(tmp_path)
+    (tmp_path / "link").symlink_to(folder.path)
+    assert InversionFolder.open(tmp_path / "link").verify() == []
+    step_file(folder, 2).unlink()
+    (folder.path / "steps" / "002-t0401.safetensors").mkdir()
+    assert "cannot be read (Is a directory)" in folder.verify()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": ["a", "b"]}, "prompt is a list; it must be one text"),
+        ({"prompt": None}, "prompt is a NoneType"),
+        ({"video": "clip.mp4"}, r"video is a str; pass what stem\.read_video"),
+    ],
+)
+def test_arguments_of_other_types(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    given = {"video": clip(), "prompt": "a duck", **arguments}
+    with pytest.raises(TypeError, match=message):
+        invert(make_pipeline(), root=tmp_path, **given)
 
 
 def test_folders_are_found(tmp_path: Path) -> None:
@@ -268,6 +309,7 @@ def test_a_damaged_reconstruction_starts_afresh(
     expected = reconstruct_latents(make_pipeline(), folder, progress=False)
     (state,) = folder.path.glob("reconstruction-*")
     flip(state)
+    assert "does not match its checksum" in folder.verify()[0]
     assert torch.equal(reconstruct_latents(make_pipeline(), folder, progress=False), expected)
     assert "does not match its checksum; the reconstruction starts afresh" in caplog.text
 

@@ -37,6 +37,19 @@ def test_a_pipeline_s_guidance_branches_are_told_apart(
     assert torch.equal(found, expected)
 
 
+def test_frames_that_would_mix_guidance_branches_are_an_error() -> None:
+    pipeline = make_pipeline()
+    for frames, prompts in ((2, ["a"]), (4, ["a", "b"])):
+        with (
+            stem.enabled(pipeline, StemConfig(num_bases=8, num_frames=frames)),
+            pytest.raises(ValueError, match=rf"2 guidance branches known.*num_frames={frames}"),
+        ):
+            generated(pipeline, prompt=prompts)
+    # The UNet by itself knows of no guidance, also after a call that had some.
+    with stem.enabled(pipeline.unet, StemConfig(num_bases=8, num_frames=3)):
+        assert call(pipeline.unet, rows=3).isfinite().all()
+
+
 def test_what_cannot_be_known_is_an_error() -> None:
     pipeline = make_pipeline()
     with stem.enabled(pipeline), pytest.raises(ValueError, match="enable with num_frames"):
@@ -93,6 +106,17 @@ def test_a_takeover_is_seen_and_named_once(
     again.disable()
 
 
+def test_fused_disabled_and_unfused_it_is_off() -> None:
+    unet = make_unet()
+    before, processors = call(unet), dict(unet.attn_processors)
+    handle = stem.enable(unet, SMALL)
+    unet.fuse_qkv_projections()
+    handle.disable()
+    unet.unfuse_qkv_projections()
+    assert all(unet.attn_processors[name] is old for name, old in processors.items())
+    assert torch.equal(call(unet), before)
+
+
 def test_one_layer_taken_over_is_not_active() -> None:
     unet = make_unet()
     handle = stem.enable(unet, SMALL)
@@ -141,6 +165,7 @@ def test_a_second_thread_is_refused_and_all_is_restored() -> None:
             lambda: stem.enable(unet, SMALL),
             lambda: stem.disable(unet),
             handle.disable,
+            lambda: call(unet),
         ):
             error = in_another_thread(intrusion)
             assert error is not None

@@ -118,6 +118,11 @@ class Handle:
         for name, processor in self._saved.items():
             if name not in replaced:
                 self._attentions[name].set_processor(processor)
+        # fuse_qkv_projections keeps what it found, and unfusing puts that back.
+        kept = getattr(self.unet, "original_attn_processors", None) or {}
+        for name, processor in self._saved.items():
+            if kept.get(f"{name}.processor") is self._processors[name]:
+                kept[f"{name}.processor"] = processor
         if replaced:
             logger.warning(
                 "others have put a processor into %s since this was enabled; those stay",
@@ -145,6 +150,7 @@ class Handle:
 
     def _begin(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
+            _check_owner(self.unet)
             self._warn_once_of_replaced()
         if self.state is not None:
             sample = args[0] if args else kwargs["sample"]

@@ -44,15 +44,17 @@ class RowLayout:
         """
         if self.exchange is not None:
             return len(self.exchange.running)
+        branches = self._guidance_branches()
         if self.num_frames is not None:
-            if rows % self.num_frames:
+            if rows % (branches * self.num_frames):
                 raise ValueError(
-                    f"a batch of {rows} rows does not divide into videos of "
-                    f"num_frames={self.num_frames} frames; num_frames must be the frames of one "
-                    "video, and every video and guidance branch of the batch must have as many"
+                    f"a batch of {rows} rows ({branches} guidance branch{'es' * (branches > 1)} "
+                    f"known) does not divide into videos of num_frames={self.num_frames} frames; "
+                    "num_frames must be the frames of one video, and every video and guidance "
+                    "branch of the batch must have as many. For direct calls of a UNet enable it "
+                    "on pipeline.unet, which knows nothing of guidance"
                 )
             return self.num_frames
-        branches = self._guidance_branches()
         if rows in (1, branches):
             return 1
         raise ValueError(

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from ..attention.handle import unet_of
 from ..storage import tensor_bytes
 
 _THREADS = 4  # hashing releases the interpreter's lock
-_SAMPLED_PER_TENSOR = 1024
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_STATE_OF_CALLS = ("truncation", "padding")
+_OF_THE_LOADING = ("architectures", "dtype", "torch_dtype", "transformers_version")
 # By component: the state in which its weights were hashed, and the hash.
 _hashed: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
 
@@ -23,9 +24,10 @@ def fingerprint(pipeline: Any) -> dict[str, str]:
     """Hashes of what shapes a pipeline's latents: its configurations, and its weights.
 
     All bytes of all tensors of every component count, LoRA layers with their scales and with
-    which of them are active, and FreeU. A component's bytes are read once; they are read again
-    when a tensor was replaced or written to since (torch's version counter, and a sample of 1,024
-    numbers of each tensor for writes through `.data`, which the counter does not see).
+    which of them are active, and FreeU; so do the components' configurations, and the tokenizers.
+    A component's bytes are read once; they are read again when a tensor was replaced or written to
+    since (torch's version counter, and the sums of every tensor's rows for writes through `.data`,
+    which the counter does not see).
 
     Args:
         pipeline: Stable Diffusion 1.x, 2.x or XL pipeline.
@@ -34,12 +36,9 @@ def fingerprint(pipeline: Any) -> dict[str, str]:
         ValueError: weights are on the meta device, so there is nothing to hash.
     """
     configs = {
-        name: {key: value for key, value in dict(config).items() if not key.startswith("_")}
-        for name, config in (
-            ("unet", unet_of(pipeline).config),
-            ("vae", pipeline.vae.config),
-            ("scheduler", pipeline.scheduler.config),
-        )
+        name: _configuration(component)
+        for name, component in sorted(pipeline.components.items())
+        if component is not None
     }
     text = json.dumps(configs, sort_keys=True, default=str)
     weights = hashlib.sha256()
@@ -51,6 +50,26 @@ def fingerprint(pipeline: Any) -> dict[str, str]:
     return {
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "weights_sha256": weights.hexdigest(),
+    }
+
+
+def _configuration(component: Any) -> dict[str, Any] | str:
+    """What a component was made with, beside its weights."""
+    backend = getattr(component, "backend_tokenizer", None)
+    if backend is not None:
+        described = json.loads(backend.to_str())
+        # What calls leave behind is not the tokenizer's.
+        return {key: value for key, value in described.items() if key not in _STATE_OF_CALLS}
+    if hasattr(component, "get_vocab"):
+        return {"vocabulary": component.get_vocab(), "class": type(component).__name__}
+    config = getattr(getattr(component, "_orig_mod", component), "config", None)
+    if config is None:
+        return type(component).__name__
+    found = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {
+        key: value
+        for key, value in found.items()
+        if not key.startswith("_") and key not in _OF_THE_LOADING
     }
 
 
@@ -67,11 +86,9 @@ def _weights_hash(name: str, module: torch.nn.Module) -> str:
         )
     state = hashlib.sha256()
     for key, tensor in tensors.items():
-        flat = tensor.flatten()
-        sampled = flat[:: max(1, flat.numel() // _SAMPLED_PER_TENSOR)]
         version = -1 if tensor.is_inference() else tensor._version
         state.update(f"{key} {tensor.data_ptr()} {version} {tensor.shape}".encode())
-        state.update(tensor_bytes(sampled.cpu().contiguous()))
+        state.update(tensor_bytes(_row_sums(tensor).cpu()))
     known = _hashed.get(module)
     if known is not None and known[0] == state.hexdigest():
         return known[1]
@@ -82,6 +99,13 @@ def _weights_hash(name: str, module: torch.nn.Module) -> str:
         total.update(f"{key} {digest}".encode())
     _hashed[module] = (state.hexdigest(), total.hexdigest())
     return total.hexdigest()
+
+
+def _row_sums(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of every row, added up as integers: int64 [rows]."""
+    first = tensor.shape[0] if tensor.ndim > 1 and tensor.numel() else 1
+    rows = tensor.reshape(first, -1).contiguous()
+    return rows.view(_WORDS[tensor.element_size()]).sum(-1, dtype=torch.int64)
 
 
 def _tensor_hash(tensor: torch.Tensor) -> str:

@@ -104,6 +104,6 @@ def _check_finite(latents: torch.Tensor, where: str) -> None:
     if not bool(finite.all()):
         frame = int(finite.int().argmin())
         raise NonFiniteError(
-            f"{where}: the latents of frame {frame} are not finite. In float16 some models "
-            "overflow; load this one in bfloat16 or float32"
+            f"{where}: the latents of frame {frame} are not finite. In half precision some "
+            "models overflow (load this one in float32), and so do extreme options in any"
         )

@@ -88,6 +88,16 @@ def check_pipeline(pipeline: Any) -> None:
             f"have {latents}: it is made for inpainting, depth or instructions and wants more than "
             "latents; use the base model"
         )
+    if unet.config.out_channels != taken:
+        raise ValueError(
+            f"the UNet of the pipeline, a {name}, gives {unet.config.out_channels} channels for "
+            f"{taken}: it predicts its variance, too, which DDIM does not use; use another model"
+        )
+    if unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None:
+        raise ValueError(
+            f"the UNet of the pipeline, a {name}, wants class labels, which an inversion does not "
+            "have; use a model that is told by text alone"
+        )
     try:
         check_schedule(pipeline.scheduler.config)
     except ValueError as error:
@@ -98,7 +108,8 @@ def check_pipeline(pipeline: Any) -> None:
 def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Conditioning:
     """The conditioning of `prompt`, one branch. `height` and `width` are in pixels.
 
-    Words that the tokenizers have no room for are named in a warning.
+    Words that the tokenizers have no room for, and words that they do not know, are named in a
+    warning.
     """
     unet = pipeline.unet
     device, dtype = execution_device(pipeline), unet.dtype
@@ -107,6 +118,9 @@ def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Condit
         logger.warning(
             "the prompt is longer than the text encoder takes; these words are lost: %s", lost
         )
+    unknown = unknown_words(pipeline, prompt)
+    if unknown:
+        logger.warning("the model has no words for these, they mean nothing to it: %s", unknown)
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
         embeddings, _, pooled, _ = pipeline.encode_prompt(
             prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -125,15 +139,39 @@ def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Condit
 def truncated_words(pipeline: Any, prompt: str) -> str:
     """The words of a prompt that its tokenizers cut off; empty where all fit."""
     lost = ""
-    for name in ("tokenizer", "tokenizer_2"):
-        tokenizer = getattr(pipeline, name, None)
-        if tokenizer is None:
+    for tokenizer in _tokenizers(pipeline):
+        encoded = tokenizer(
+            prompt, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
+        )
+        if len(encoded.input_ids) <= tokenizer.model_max_length:
             continue
-        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-        # The last token kept is the end mark, so one word's token less than the length fits.
-        rest = tokenizer.decode(ids[tokenizer.model_max_length - 1 :], skip_special_tokens=True)
+        # The last token kept is the end mark.
+        first = tokenizer.model_max_length - 1
+        if tokenizer.is_fast:
+            starts = [start for start, end in encoded["offset_mapping"][first:] if end > start]
+            rest = prompt[min(starts) :] if starts else ""
+        else:
+            rest = tokenizer.decode(encoded.input_ids[first:], skip_special_tokens=True)
         lost = max(lost, rest.strip(), key=len)
     return lost
+
+
+def unknown_words(pipeline: Any, prompt: str) -> str:
+    """The words of a prompt that a tokenizer of whole words has no token for."""
+    unknown = []
+    for tokenizer in _tokenizers(pipeline):
+        mark = tokenizer.unk_token_id
+        if mark is None or mark == tokenizer.eos_token_id:  # CLIP's spells everything
+            continue
+        for word in dict.fromkeys(prompt.split()):
+            if mark in tokenizer(word, add_special_tokens=False).input_ids:
+                unknown.append(word)
+    return ", ".join(unknown)
+
+
+def _tokenizers(pipeline: Any) -> list[Any]:
+    found = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
+    return [tokenizer for tokenizer in found if tokenizer is not None]
 
 
 def vae_factor(pipeline: Any) -> int:

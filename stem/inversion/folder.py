@@ -29,6 +29,7 @@ from ..storage import DamagedFileError, load_tensors, save_tensors, write_atomic
 
 SETTINGS = "settings.json"
 X0 = "x0"
+RUN_PREFIX = "reconstruction-"
 _AGAIN = "run the same inversion again, it mends what is damaged or missing"
 
 
@@ -112,9 +113,10 @@ class InversionFolder:
             document = json.loads(file.read_bytes())
             settings, timesteps = document["settings"], tuple(document["timesteps"])
             name = cls.path_of(path, settings, timesteps).name
-        except (ValueError, KeyError, TypeError) as error:
-            raise InversionError(f"{file} is damaged ({error!r})", _AGAIN) from error
-        if name != path.absolute().name:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise InversionError(f"{file} is damaged ({reason})", _AGAIN) from error
+        if name != path.resolve().name:
             raise InversionError(
                 f"{file} was edited or its folder renamed: these settings belong into {name}",
                 f"undo that, or {_AGAIN}",
@@ -145,6 +147,7 @@ class InversionFolder:
         found = self.x0_problems()
         for step in range(len(self.timesteps)):
             found += self.step_problems(step)
+        found += self._problems(sorted(self.path.glob(f"{RUN_PREFIX}*.safetensors")))
         return [error.problem for error in found]
 
     def x0_problems(self) -> list[InversionError]:
@@ -268,6 +271,8 @@ class InversionFolder:
             raise MissingFileError(f"{file} is missing", _AGAIN) from error
         except DamagedFileError as error:
             raise InversionError(str(error), _AGAIN) from error
+        except OSError as error:
+            raise InversionError(f"{file} cannot be read ({error.strerror})", _AGAIN) from error
         if metadata["name"] != self._inner_name(file):
             raise InversionError(
                 f"{file} is another file, {metadata['name']}, under this name", _AGAIN

@@ -98,6 +98,13 @@ def invert(
 
     Source: DDIM inversion, arXiv 2010.02502 and 2105.05233; STEM, arXiv 2312.05856.
     """
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt is a {type(prompt).__name__}; it must be one text for the video")
+    if not hasattr(video, "parts"):
+        raise TypeError(
+            f"video is a {type(video).__name__}; pass what stem.read_video or stem.open_video "
+            "returns, or stem.Video(frames, fps)"
+        )
     check_pipeline(pipeline)
     ranks = Ranks(group)
     config = attention_config(method, options or {}, video.num_frames)

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..attention import Handle, enabled, plain
+from ..attention.handle import unet_of
 from ..config import (
     AttentionConfig,
     InflatedConfig,
@@ -72,4 +73,6 @@ def attention_on(
     pipeline: Any, config: AttentionConfig | None, group: dist.ProcessGroup | None = None
 ) -> AbstractContextManager[Handle | None]:
     """The attention on in the pipeline's UNet for the length of a `with` block."""
-    return plain(pipeline) if config is None else enabled(pipeline, config, group=group)
+    # On the UNet: the pipeline would speak of the guidance of its own last call.
+    unet = unet_of(pipeline)
+    return plain(unet) if config is None else enabled(unet, config, group=group)

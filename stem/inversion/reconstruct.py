@@ -20,8 +20,8 @@ from ..diffusion.loop import Predictor, denoise, guided
 from ..diffusion.pipeline import check_pipeline, decode_latents, encode_prompt, execution_device
 from ..diffusion.schedule import sampling_scheduler
 from ..distributed import Ranks
-from ..storage import check_output
-from .folder import InversionError, InversionFolder
+from ..storage import check_output, tensor_bytes
+from .folder import RUN_PREFIX, InversionError, InversionFolder
 from .invert import check_chunk
 from .methods import attention_on, inversion_attention
 
@@ -68,6 +68,12 @@ def reconstruct_latents(
     settings, ranks = inversion.settings, Ranks(group)
     ranks.from_main(lambda: check_reconstructible(inversion, bases))
     check_pipeline(pipeline)
+    dtype = str(pipeline.unet.dtype).removeprefix("torch.")
+    if dtype != settings["dtype"]:
+        raise InversionError(
+            f"{inversion.path} was made in {settings['dtype']}, and this pipeline is in {dtype}",
+            f"load it with dtype={settings['dtype']!r} (--dtype)",
+        )
     if settings["model"] != {"name": settings["model"]["name"], **fingerprint(pipeline)}:
         raise InversionError(
             f"{inversion.path} was made with the model {settings['model']['name']!r}, whose "
@@ -85,9 +91,11 @@ def reconstruct_latents(
     device = execution_device(pipeline)
     environment = numeric_environment(device)
     environment["chunk"] = str(config.chunk)
-    run = _run_name(bases, guidance, negative_prompt, config.chunk)
-    done, latents = ranks.from_main(
-        lambda: _begin(inversion, run, environment) if resume else (0, inversion.latents(-1))
+    shaped_by = [bases, guidance, negative_prompt if guidance != 1.0 else "", config.chunk]
+    run, done, latents = ranks.from_main(
+        lambda: (
+            _begin(inversion, shaped_by, environment) if resume else ("", 0, inversion.latents(-1))
+        )
     )
     total = settings["num_steps"]
     if done < total:
@@ -141,16 +149,20 @@ def check_reconstructible(inversion: InversionFolder, bases: str) -> None:
     inversion.latents(-1)
 
 
-def _run_name(bases: str, guidance: float, negative_prompt: str, chunk: int | None) -> str:
-    text = json.dumps([bases, guidance, negative_prompt if guidance != 1.0 else "", chunk])
-    return f"reconstruction-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
 def _begin(
-    inversion: InversionFolder, run: str, environment: dict[str, str]
-) -> tuple[int, torch.Tensor]:
-    """Steps done and latents to go on from."""
+    inversion: InversionFolder, shaped_by: list[Any], environment: dict[str, str]
+) -> tuple[str, int, torch.Tensor]:
+    """The run's name in the folder, the steps done, and the latents to go on from.
+
+    Args:
+        inversion: Inversion to start from.
+        shaped_by: Settings of this reconstruction, as JSON types.
+        environment: Environment of this process.
+    """
     noisiest = inversion.latents(-1)
+    digest = hashlib.sha256(json.dumps(shaped_by).encode())
+    digest.update(tensor_bytes(noisiest.contiguous()))
+    run = f"{RUN_PREFIX}{digest.hexdigest()[:12]}"
     check_output(inversion.path, 8 * noisiest.numel())  # the old file and the new one
     try:
         found = inversion.progress(run)
@@ -158,14 +170,14 @@ def _begin(
         logger.warning("%s; the reconstruction starts afresh", error.problem)
         found = None
     if found is None:
-        return 0, noisiest
+        return run, 0, noisiest
     done, latents, before = found
     if done == len(inversion.timesteps):
         logger.info("%s: this reconstruction is complete; it is reused", inversion.path)
     else:
         logger.info("%s: reconstruction goes on after step %d", inversion.path, done)
         warn_of_differences(inversion.path, before, environment)
-    return done, latents
+    return run, done, latents
 
 
 def sample(
