@@ -59,6 +59,8 @@ def missing() -> str | None:
         return "cuobjdump is not found; install the CUDA toolkit's, or triton"
     if shutil.which("c++filt") is None:
         return "c++filt is not found; install binutils"
+    if torch.__version__ < (2, 10):
+        return f"torch is {torch.__version__}; the extension needs 2.10 or newer"
     return None
 
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import pytest
 from conftest import INTERPRETED
 
-pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", "3.3", reason="compiling for a GPU that is not here takes triton 3.3")
 if INTERPRETED:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
