@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from .distributed import Ranks
 from .measuring import Row, measure
-from .report.files import comparison_files, write_comparison
+from .report.files import comparison_files, comparison_is_whole, write_comparison
 from .storage import check_output, remove_stale
 from .video import Video
 
@@ -98,7 +98,7 @@ def compare(
         return Comparison(measured.rows, *files)
     remove_stale(folder)
     # Where all was reused, these results are of an earlier run, which took the time.
-    if measured.worked or not all(file.is_file() for file in files):
+    if measured.worked or not comparison_is_whole(folder):
         settings = {
             "note": note,
             "model": model,

@@ -55,6 +55,18 @@ def test_results_of_other_inputs_never_share_a_name(tmp_path: Path) -> None:
     assert not stale.exists()
 
 
+def test_a_damaged_file_is_written_again(tmp_path: Path) -> None:
+    figures = compared(tmp_path, clip())
+    pictures = [figures.with_suffix(kind) for kind in (".png", ".mp4")]
+    before = [file.read_bytes() for file in pictures]
+    for file in (figures, *pictures):
+        file.write_bytes(b"")
+        assert compared(tmp_path, clip()) == figures
+        assert [file.read_bytes() for file in pictures] == before
+        rows = json.loads(figures.read_text())["rows"]
+        assert [row["method"] for row in rows] == ["vae", "ddim"]
+
+
 def test_results_are_named_after_the_video() -> None:
     parts = ["ddim-0123456789ab", "stem-0123456789ab"]
     assert result_name("duck", parts) == "duck-" + result_name("", parts).removeprefix("video-")
@@ -72,7 +84,9 @@ def test_measuring_writes_nothing_but_inversions(tmp_path: Path) -> None:
         ["ddim", "stem"],
         options={"stem": {"num_bases": 8}},
         num_steps=2,
+        chunk=None,
         model="",
+        group=None,
         progress=False,
     )
     assert [row.method for row in found.rows] == ["vae", "ddim", "stem"]
