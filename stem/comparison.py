@@ -72,10 +72,17 @@ def compare(
         progress: Whether to show progress.
 
     Raises:
+        TypeError: `video`, `prompt` or `methods` is of another type.
         ValueError: unknown methods or options, frames too small for SSIM, or a pipeline or number
             of steps that cannot be inverted; before anything is computed.
         OSError: `out` cannot be written.
     """
+    if not isinstance(video, Video):
+        raise TypeError(f"video is {video!r}; pass a Video, such as read_video gives")
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt is {prompt!r}; pass one text, for the whole video")
+    if isinstance(methods, str):
+        raise TypeError(f"methods is {methods!r}; pass a list of names, such as [{methods!r}]")
     out, options = Path(out), options or {}
     check_output(out / INVERSIONS)
     measured = measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -353,6 +354,36 @@ def test_an_interruption_anywhere_is_a_plain_message(
     printed = capfd.readouterr().err
     assert printed.startswith(message)
     assert len(printed.splitlines()) == 1
+
+
+def test_an_interruption_that_a_library_turns_into_an_error(
+    video: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lose(*_: object, **__: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise OSError("Unable to load weights")
+
+    monkeypatch.setattr(cli.request, "load_pipeline", lose)
+    assert run("compare", video, "--out", str(tmp_path / "out")) == 130
+    assert capfd.readouterr().err.startswith("interrupted; finished steps are kept")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_letters_that_a_terminal_lacks_fail_no_run(tmp_path: Path) -> None:
+    (tmp_path / "café" / "steps").mkdir(parents=True)
+    (tmp_path / "café" / "settings.json").write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-m", "stem", "list", str(tmp_path)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{tmp_path}/caf?\n" in done.stdout
 
 
 def test_an_interruption_of_the_imports_is_a_plain_message() -> None:

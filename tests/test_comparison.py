@@ -7,6 +7,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,14 @@ def test_what_cannot_be_compared_is_refused_before_any_work(tmp_path: Path) -> N
         compared(tmp_path, clip(), steps=3)
     with pytest.raises(ValueError, match="options for stem, which is not among the methods"):
         stem.compare(make_pipeline(), clip(), "", tmp_path, ["ddim"], options={"stem": {}})
+    arguments: dict[str, Any] = {"video": clip(), "prompt": "", "methods": ["ddim"]}
+    for wrong, said in (
+        ({"video": "a.mp4"}, "video is 'a.mp4'; pass a Video, such as read_video gives"),
+        ({"prompt": ["a", "b"]}, r"prompt is \['a', 'b'\]; pass one text"),
+        ({"methods": "stem"}, r"methods is 'stem'; pass a list of names, such as \['stem'\]"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            stem.compare(make_pipeline(), out=tmp_path, **{**arguments, **wrong})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -58,9 +58,7 @@ Dtype = Annotated[
         callback=one_of(DTYPES),
     ),
 ]
-Prompt = Annotated[
-    str, typer.Option(help="Describes the source video.", callback=encodable_text)
-]
+Prompt = Annotated[str, typer.Option(help="Describes the source video.", callback=encodable_text)]
 Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(METHODS)}.")]
 Frames = Annotated[
     str | None, typer.Option(help="16 (the first 16), 8:40 or 8:40:2. Default: all.")
