@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from .distributed import Ranks
 from .measuring import Row, measure
-from .report.files import comparison_files, write_comparison
+from .report.files import comparison_files, comparison_is_whole, write_comparison
 from .storage import check_output, remove_stale
 from .video import Video
 
@@ -72,10 +72,17 @@ def compare(
         progress: Whether to show progress.
 
     Raises:
+        TypeError: `video`, `prompt` or `methods` is of another type.
         ValueError: unknown methods or options, frames too small for SSIM, or a pipeline or number
             of steps that cannot be inverted; before anything is computed.
         OSError: `out` cannot be written.
     """
+    if not isinstance(video, Video):
+        raise TypeError(f"video is {video!r}; pass a Video, such as read_video gives")
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt is {prompt!r}; pass one text, for the whole video")
+    if isinstance(methods, str):
+        raise TypeError(f"methods is {methods!r}; pass a list of names, such as [{methods!r}]")
     out, options = Path(out), options or {}
     check_output(out / INVERSIONS)
     measured = measure(
@@ -98,7 +105,7 @@ def compare(
         return Comparison(measured.rows, *files)
     remove_stale(folder)
     # Where all was reused, these results are of an earlier run, which took the time.
-    if measured.worked or not all(file.is_file() for file in files):
+    if measured.worked or not comparison_is_whole(folder):
         settings = {
             "note": note,
             "model": model,

@@ -56,7 +56,7 @@ def load_pipeline(
     """
     from diffusers import DiffusionPipeline
 
-    device, dtype = _device(device), _dtype(dtype)
+    device, dtype = check_device(device), _dtype(dtype)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     seed = _random_seed(model)
@@ -68,9 +68,10 @@ def load_pipeline(
                 _local_folder(model) or model, **{_DTYPE_ARGUMENT: dtype}
             )
         except (OSError, ValueError) as error:
-            where = "the folder" if Path(model).exists() else "the hub id"
+            folder = _local_folder(model)
+            where = f"the folder {str(folder)!r}" if folder else f"the hub id {model!r}"
             raise ModelError(
-                f"no pipeline can be loaded from {where} {model!r}: {error}. --model takes a hub "
+                f"no pipeline can be loaded from {where}: {error}. --model takes a hub "
                 f"id, a local folder in diffusers' format (one with model_index.json), "
                 f"{EMBEDDED_MODEL!r} or {RANDOM_MODEL!r}"
             ) from error
@@ -112,11 +113,26 @@ def _local_folder(model: str) -> Path | None:
 
 
 def _random_seed(model: str) -> int | None:
-    found = re.fullmatch(rf"{RANDOM_MODEL}(?::(\d+))?", model)
-    return int(found[1] or 0) if found else None
+    found = re.fullmatch(rf"{RANDOM_MODEL}(?::(-?\d+))?", model)
+    if found is None:
+        return None
+    seed = int(found[1] or 0)
+    if not -(2**63) <= seed < 2**63:
+        raise ModelError(
+            f"model is {model!r}, and its seed is {seed}; it must be a whole number of 64 bits"
+        )
+    return seed
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The device that a name means, where a pipeline can run on it.
+
+    Args:
+        device: Device; None: "cuda" if there is a GPU, else "cpu".
+
+    Raises:
+        ValueError: it does not exist here.
+    """
     on_gpu = torch.cuda.is_available()
     try:
         found = torch.device(device or ("cuda" if on_gpu else "cpu"))
@@ -126,6 +142,15 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise ValueError(
             f"device is {device!r}, and torch {torch.__version__} sees "
             f"{torch.cuda.device_count()} CUDA GPUs here; take another, or cpu"
+        )
+    accelerator = torch.accelerator.current_accelerator()
+    usable = ["cpu"]
+    if accelerator is not None and torch.accelerator.is_available():
+        usable.append(accelerator.type)
+    if found.type not in ("cuda", *usable):
+        raise ValueError(
+            f"device is {device!r}, and torch {torch.__version__} has only {' and '.join(usable)} "
+            "here; take one of them"
         )
     return found
 

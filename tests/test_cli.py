@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -119,10 +120,12 @@ def test_a_file_sets_any_option_and_the_command_line_wins(
         "st-ddim": {"frames": "mid", "min_channels": 64},
     }
     assert document["video"]["frames"] == 2
-    config.write_text(config.read_text().split("option:")[0] + "option: [stem.num_bases=4]\n")
-    assert run(*arguments, "--methods", "stem") == 0
+    config.write_text(
+        config.read_text().split("option:")[0] + "option: [stem.num_bases=4, stem.space=key]\n"
+    )
+    assert run(*arguments, "--methods", "stem", "--option", "stem.num_bases=8") == 0
     (other,) = set(out.glob("clip-*/compare.json")) - {file}
-    assert json.loads(other.read_text())["options"] == {"stem": {"num_bases": 4}}
+    assert json.loads(other.read_text())["options"] == {"stem": {"num_bases": 8, "space": "key"}}
 
 
 @pytest.fixture
@@ -156,6 +159,12 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (["--size", "4"], "pictures of 6x4 are smaller than the least width and height of 8"),
         (["--size", "1000000"], "size '1000000' is not usable; 8192 pixels a side are the most"),
         (["--size", "8x8"], "frames of 8x8 are smaller than SSIM's window, 11 pixels a side"),
+        (["--prompt", "\udcff"], r"'\udcff' is not UTF-8"),
+        (["--device", "abacus"], "device is 'abacus'; write cpu, cuda or cuda:NUMBER"),
+        (["--device", "meta"], "device is 'meta', and torch "),
+        (["--device", "xpu"], " has only cpu"),
+        (["--model", f"random:{2**63}"], f"its seed is {2**63}; it must be a whole number of 64"),
+        (["--model", "random", "--seed", f"{-(2**63) - 1}"], "it must be a whole number of 64"),
         (["--dtype", "float8"], "'float8'; take one of float32, float16, bfloat16"),
         (["--out", "FILE"], "FILE is a file, not a folder"),
         (["--out", "FILE/below"], "is a file, not a folder"),
@@ -195,6 +204,7 @@ def test_mistakes_are_one_line_and_found_before_a_model_is_loaded(
         (["demo", "--videos", "0"], "videos is 0; it must be at least 1"),
         (["demo", "--steps", "7"], "7 steps do not divide"),
         (["reconstruct", "FOLDER"], "holds no settings.json"),
+        (["reconstruct", "FOLDER", "--device", "meta"], "device is 'meta', and torch "),
         (["reconstruct", "FOLDER", "--bases", "mine"], "'mine'; take one of estimate, cached"),
     ],
 )
@@ -271,8 +281,6 @@ def test_a_model_that_is_not_there(
     out = ("--out", str(tmp_path / "out"))
     assert run("compare", video, "--model", "no/such-folder", *out) == 2
     assert "no pipeline can be loaded from the hub id 'no/such-folder'" in capfd.readouterr().err
-    assert run("compare", video, "--device", "abacus", *out) == 2
-    assert "device is 'abacus'; write cpu, cuda or cuda:NUMBER" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -346,6 +354,36 @@ def test_an_interruption_anywhere_is_a_plain_message(
     printed = capfd.readouterr().err
     assert printed.startswith(message)
     assert len(printed.splitlines()) == 1
+
+
+def test_an_interruption_that_a_library_turns_into_an_error(
+    video: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lose(*_: object, **__: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise OSError("Unable to load weights")
+
+    monkeypatch.setattr(cli.request, "load_pipeline", lose)
+    assert run("compare", video, "--out", str(tmp_path / "out")) == 130
+    assert capfd.readouterr().err.startswith("interrupted; finished steps are kept")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_letters_that_a_terminal_lacks_fail_no_run(tmp_path: Path) -> None:
+    (tmp_path / "café" / "steps").mkdir(parents=True)
+    (tmp_path / "café" / "settings.json").write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-m", "stem", "list", str(tmp_path)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{tmp_path}/caf?\n" in done.stdout
 
 
 def test_an_interruption_of_the_imports_is_a_plain_message() -> None:

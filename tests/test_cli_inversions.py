@@ -33,6 +33,8 @@ def folders(root: Path) -> tuple[Path, Path]:
 
 def test_list(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole, unfinished = folders(root)
+    (root / ".editor").mkdir()
+    (root / ".editor" / "settings.json").write_text("{}")
     assert run("list", str(root)) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[::2][:2] == [str(unfinished), str(whole)]

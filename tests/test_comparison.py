@@ -7,6 +7,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,18 @@ def test_results_of_other_inputs_never_share_a_name(tmp_path: Path) -> None:
     assert not stale.exists()
 
 
+def test_a_damaged_file_is_written_again(tmp_path: Path) -> None:
+    figures = compared(tmp_path, clip())
+    pictures = [figures.with_suffix(kind) for kind in (".png", ".mp4")]
+    before = [file.read_bytes() for file in pictures]
+    for file in (figures, *pictures):
+        file.write_bytes(b"")
+        assert compared(tmp_path, clip()) == figures
+        assert [file.read_bytes() for file in pictures] == before
+        rows = json.loads(figures.read_text())["rows"]
+        assert [row["method"] for row in rows] == ["vae", "ddim"]
+
+
 def test_results_are_named_after_the_video() -> None:
     parts = ["ddim-0123456789ab", "stem-0123456789ab"]
     assert result_name("duck", parts) == "duck-" + result_name("", parts).removeprefix("video-")
@@ -72,7 +85,9 @@ def test_measuring_writes_nothing_but_inversions(tmp_path: Path) -> None:
         ["ddim", "stem"],
         options={"stem": {"num_bases": 8}},
         num_steps=2,
+        chunk=None,
         model="",
+        group=None,
         progress=False,
     )
     assert [row.method for row in found.rows] == ["vae", "ddim", "stem"]
@@ -92,6 +107,14 @@ def test_what_cannot_be_compared_is_refused_before_any_work(tmp_path: Path) -> N
         compared(tmp_path, clip(), steps=3)
     with pytest.raises(ValueError, match="options for stem, which is not among the methods"):
         stem.compare(make_pipeline(), clip(), "", tmp_path, ["ddim"], options={"stem": {}})
+    arguments: dict[str, Any] = {"video": clip(), "prompt": "", "methods": ["ddim"]}
+    for wrong, said in (
+        ({"video": "a.mp4"}, "video is 'a.mp4'; pass a Video, such as read_video gives"),
+        ({"prompt": ["a", "b"]}, r"prompt is \['a', 'b'\]; pass one text"),
+        ({"methods": "stem"}, r"methods is 'stem'; pass a list of names, such as \['stem'\]"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            stem.compare(make_pipeline(), out=tmp_path, **{**arguments, **wrong})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -643,6 +643,25 @@ def test_rates_that_cannot_be_written(tmp_path: Path, fps: Fraction | float) -> 
         write_video(tmp_path / "clip.mp4", smooth(1), fps)
 
 
+def test_arguments_of_other_types_are_named(tmp_path: Path) -> None:
+    path, frames = tmp_path / "a.mp4", smooth(2)
+    write_video(path, frames, 10)
+    wrong: Any
+    for wrong in (4, (0, 4)):
+        with pytest.raises(TypeError, match="pass a FrameRange or its text, such as '16'"):
+            read_video(path, frames=wrong)
+    for wrong, said in (
+        (read_video(path), "frames is a Video; pass tensors, such as video.frames"),
+        (frames.numpy(), "frames holds a ndarray; pass a tensor, such as torch.from_numpy"),
+        ([[1, 2]], "frames holds a list; pass a tensor"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            write_video(path, wrong, 10)
+    wrong = "10"
+    with pytest.raises(TypeError, match=r"fps is '10'; pass a number, such as video.fps"):
+        write_video(path, frames, wrong)
+
+
 def test_only_mp4_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"clip.gif.*\.mp4"):
         write_video(tmp_path / "clip.gif", smooth(1), 10)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from types import FrameType
 from typing import Annotated, Any
 
 import diffusers
@@ -37,11 +43,42 @@ def say(text: object) -> None:
 class _Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
-            return super().invoke(ctx)
+            with _interruptible():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             resumable = ctx.invoked_subcommand in RESUMABLE
             problems.print(f"interrupted{KEPT if resumable else ''}", soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """A block from which an interruption comes out as KeyboardInterrupt, whatever became of it.
+
+    Torch loses one within the loading of weights, and an error of the file's comes out instead.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 app = typer.Typer(
@@ -75,6 +112,7 @@ def run(arguments: list[str] | None = None) -> int:
     Args:
         arguments: Arguments of the command line; None: the process's own.
     """
+    _accept_any_letter()
     _set_up_log()
     _quieten_libraries()
     try:
@@ -99,6 +137,12 @@ def run(arguments: list[str] | None = None) -> int:
 def _fail(message: str) -> int:
     problems.print(f"error: {message}", style="red", soft_wrap=True, markup=False)
     return 2
+
+
+def _accept_any_letter() -> None:
+    """No letter that the terminal's encoding lacks fails a run: a "?" stands for it."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _set_up_log() -> None:

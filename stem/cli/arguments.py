@@ -12,7 +12,7 @@ import typer
 from ..inversion import METHODS
 from ..inversion.methods import attention_config
 from ..models import DTYPES, EMBEDDED_MODEL, RANDOM_MODEL
-from .config_file import read_config
+from .config_file import read_config, with_config_file
 
 ALL_METHODS = ",".join(METHODS)
 
@@ -26,6 +26,17 @@ def one_of(allowed: Collection[str]) -> Callable[[str | None], str | None]:
         return value
 
     return check
+
+
+def encodable_text(value: str) -> str:
+    """The value; bytes of a command line that are no UTF-8 come as lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter(
+            f"{value!a} is not UTF-8; write it in that encoding, or in plain letters"
+        ) from error
+    return value
 
 
 VideoPath = Annotated[Path, typer.Argument(help="Any video file that FFmpeg reads.")]
@@ -47,7 +58,7 @@ Dtype = Annotated[
         callback=one_of(DTYPES),
     ),
 ]
-Prompt = Annotated[str, typer.Option(help="Describes the source video.")]
+Prompt = Annotated[str, typer.Option(help="Describes the source video.", callback=encodable_text)]
 Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(METHODS)}.")]
 Frames = Annotated[
     str | None, typer.Option(help="16 (the first 16), 8:40 or 8:40:2. Default: all.")
@@ -59,7 +70,10 @@ Steps = Annotated[int, typer.Option(help="DDIM steps; must divide the training s
 Seed = Annotated[int, typer.Option(help="Of STEM's Gaussian initial bases, and of a random model.")]
 Options = Annotated[
     list[str] | None,
-    typer.Option(help="METHOD.FIELD=VALUE, repeatable: stem.num_bases=64, st-ddim.frames=mid, ..."),
+    typer.Option(
+        help="METHOD.FIELD=VALUE, repeatable: stem.num_bases=64, st-ddim.frames=mid, ...",
+        callback=with_config_file,
+    ),
 ]
 Config = Annotated[
     Path | None,

@@ -18,7 +18,7 @@ from ..diffusion.pipeline import decoded_parts
 from ..inversion import InversionFolder, invert, reconstruct_latents
 from ..inversion.reconstruct import BASES, check_reconstructible
 from ..measuring import check_measurable
-from ..models import EMBEDDED_MODEL, ModelError, load_pipeline
+from ..models import EMBEDDED_MODEL, ModelError, check_device, load_pipeline
 from ..report.tables import comparison_table, demo_table
 from ..storage import remove_stale
 from ..video import check_video_output, write_video
@@ -194,6 +194,7 @@ def reconstruct_command(
     ] = None,
 ) -> None:
     """Sample an inversion back to a video; it goes on where it was interrupted, too."""
+    check_device(rank_device(device))
     folder = InversionFolder.open(inversion)
     check_reconstructible(folder, bases)
     name = model or folder.settings["model"]["name"]

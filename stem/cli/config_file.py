@@ -34,6 +34,11 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def with_config_file(context: typer.Context, typed: list[str] | None) -> list[str]:
+    """Texts of --option: the YAML file's, then those typed, which win field by field."""
+    return [*(context.default_map or {}).get("option", []), *(typed or [])]
+
+
 def _text(path: Path, key: str, value: Any) -> str:
     """The option's text on the command line: [512, 320] is 512x320, [ddim, stem] is ddim,stem."""
     if isinstance(value, str):

@@ -99,7 +99,8 @@ def clean_command(
 
 def _folders(root: Path) -> list[Path]:
     """Folders of inversions at or below `root`, those that lost their settings, too."""
-    found = set(InversionFolder.find(_existing(root)))
+    # Others write a settings.json, too: an inversion's has its steps beside it.
+    found = {path for path in InversionFolder.find(_existing(root)) if (path / "steps").is_dir()}
     return sorted(found | {file.parent for file in root.rglob("x0.safetensors")})
 
 

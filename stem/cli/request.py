@@ -10,7 +10,7 @@ from typing import Any
 from ..comparison import INVERSIONS
 from ..diffusion.pipeline import vae_factor
 from ..diffusion.schedule import check_steps
-from ..models import RANDOM_MODEL, known_schedule, known_vae_factor, load_pipeline
+from ..models import RANDOM_MODEL, check_device, known_schedule, known_vae_factor, load_pipeline
 from ..storage import check_output
 from ..video import Video, VideoFile, crop_to_multiple, open_video, read_video
 from ..video.reading import Pictures
@@ -74,6 +74,7 @@ class Request:
         if schedule is not None:
             train_steps = schedule.get("num_train_timesteps", 1000)  # diffusers' default
             check_steps(steps, train_steps, schedule.get("steps_offset", 0))
+        check_device(rank_device(device))
         check_output(out / INVERSIONS)
         return cls(model, names, options, steps, device, dtype, out)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ from .pictures import contact_sheet, side_by_side
 def comparison_files(folder: Path) -> tuple[Path, Path, Path]:
     """Paths of compare.json, compare.png and compare.mp4 in a folder."""
     return folder / "compare.json", folder / "compare.png", folder / "compare.mp4"
+
+
+def comparison_is_whole(folder: Path) -> bool:
+    """Whether the `comparison_files` are there, and are those that were written together."""
+    figures, *pictures = comparison_files(folder)
+    try:
+        document = json.loads(figures.read_bytes())
+        return bool(document["sha256"] == _hashes(pictures))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def write_comparison(
@@ -45,11 +56,13 @@ def write_comparison(
     for method, frames in measured.reconstructions.items():
         videos[shown_name(method) + suffix] = frames
     figures, sheet, clip = comparison_files(folder)
-    write_json(figures, _document(measured, video, settings))
     picture = io.BytesIO()
     contact_sheet(videos).save(picture, "png")
     write_atomically(sheet, picture.getvalue())
     write_video(clip, torch.stack(list(side_by_side(videos))), video.fps)
+    # Last, for it tells that the others are whole.
+    document = _document(measured, video, settings)
+    write_json(figures, {**document, "sha256": _hashes((sheet, clip))})
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -61,6 +74,10 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 def shown_name(method: str) -> str:
     """A method's name in tables and pictures."""
     return "vae alone" if method == "vae" else method
+
+
+def _hashes(files: Iterable[Path]) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _document(measured: Measured, video: Video, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def read_video(
         multiple_of: Number that width and height are then centre-cropped to multiples of.
 
     Raises:
+        TypeError: `frames` is of another type.
         VideoError: the file is absent, has no video, is damaged before the range is complete or
             has too few frames, or the range or the size cannot be used.
     """
@@ -73,7 +74,7 @@ def open_video(
         multiple_of: Number that width and height become multiples of, as for `read_video`.
 
     Raises:
-        VideoError: as for `read_video`.
+        TypeError, VideoError: as for `read_video`.
     """
     reader = _Reader(path, frames, size, multiple_of)
     count = sum(1 for _ in reader.pictures())
@@ -161,6 +162,11 @@ class _Reader:
         multiple_of: int,
     ) -> None:
         self.path = Path(path)
+        if not isinstance(frames, FrameRange | str | None):
+            raise TypeError(
+                f"frames is {frames!r}; pass a FrameRange or its text, such as '16' for the first "
+                "16 or '8:40'"
+            )
         self.asked = FrameRange.parse(frames) if isinstance(frames, str) else frames or FrameRange()
         self.notes: list[str] = []
         self.fps = Fraction(0)

@@ -36,16 +36,21 @@ def write_video(
             fraction with a denominator of at most 1001.
 
     Raises:
+        TypeError: `frames` or `fps` is of another type.
         ValueError: frames of another shape or dtype, no frames, or an unusable path or fps.
         OSError: the file cannot be written.
     """
     path = Path(path)
     _check_name(path)
+    if not isinstance(frames, Iterable):
+        raise TypeError(f"frames is a {type(frames).__name__}; pass tensors, such as video.frames")
     given = iter([frames] if isinstance(frames, torch.Tensor) else frames)
     first = next(given, None)
     if first is None:
         raise ValueError("frames is empty; there must be at least one part with a frame")
     _check_frames(first)
+    if not isinstance(fps, Fraction | float | int):
+        raise TypeError(f"fps is {fps!r}; pass a number, such as video.fps")
     if not 0.001 <= fps <= 10_000:
         raise ValueError(f"fps must be between 0.001 and 10000, got {fps}")
     rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
@@ -84,6 +89,11 @@ def _pictures(first: torch.Tensor, rest: Iterator[torch.Tensor]) -> Iterator[tor
 
 
 def _check_frames(frames: torch.Tensor) -> None:
+    if not isinstance(frames, torch.Tensor):
+        raise TypeError(
+            f"frames holds a {type(frames).__name__}; pass a tensor, such as torch.from_numpy "
+            "gives, or several"
+        )
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
         raise ValueError(
             "frames must be uint8 [N, H, W, 3] with N, H, W >= 1, "
