@@ -37,7 +37,7 @@ def pins(name: str) -> dict[str, str]:
     return dict(pairs)
 
 
-def test_the_lower_bounds_are_those_that_the_tests_ran_with() -> None:
+def test_the_lower_bounds_are_those_that_make_lowest_installs() -> None:
     lowest = pins("constraints-lowest.txt")
     assert BOUNDS.items() <= lowest.items()
     assert BOUNDS.keys() <= pins("constraints.txt").keys()
