@@ -5,7 +5,8 @@ way of attending, with the slope a frame. throughput: chunks in lockstep against
 far bases of a few frames are from those of all, with the embedded model on world videos, and how
 steady an edit is across the borders of chunks. stream: a long video through `stem invert` and
 `stem reconstruct`. Writes benchmarks/results/any-length.json, .md and .png; a part that is measured
-again takes the place of its earlier figures.
+again takes the place of its earlier figures, and so does a way with `--ways`. For the memory set
+MALLOC_MMAP_THRESHOLD_=131072, so that what is freed goes back to the system.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -99,15 +100,16 @@ def unet_call(unet: UNet2DConditionModel, frames: int) -> Callable[[], torch.Ten
     return call
 
 
-def measure_memory() -> Iterator[dict[str, Any]]:
+def measure_memory(ways: Sequence[str] = tuple(WAYS)) -> Iterator[dict[str, Any]]:
     """Peak memory above the loaded model, by way and number of frames."""
     unet = sd15_unet()
     unet_call(unet, 1)()
-    for way, config in WAYS.items():
+    commit = provenance()["commit"]
+    for way in ways:
         for frames in MEMORY_FRAMES:
-            with stem.enabled(unet, config(frames)), PeakMemory() as memory:
+            with stem.enabled(unet, WAYS[way](frames)), PeakMemory() as memory:
                 unet_call(unet, frames)()
-            yield {"way": way, "frames": frames, "bytes": memory.extra_bytes}
+            yield {"way": way, "frames": frames, "bytes": memory.extra_bytes, "commit": commit}
 
 
 def slope(rows: list[dict[str, Any]], way: str) -> float:
@@ -455,12 +457,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--ways", help="ways of memory to measure again, separated by semicolons")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"parts": {}}
     if arguments.out.is_file():
         results = json.loads(arguments.out.read_text())
     for part in arguments.only.split(","):
-        rows = list(MEASURES[part]())
+        if part == "memory" and arguments.ways:
+            ways = arguments.ways.split(";")
+            kept = [row for row in results["parts"][part]["rows"] if row["way"] not in ways]
+            rows = kept + list(measure_memory(ways))
+        else:
+            rows = list(MEASURES[part]())
         results["parts"][part] = {"provenance": provenance("diffusers"), "rows": rows}
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         arguments.out.with_suffix(".md").write_text(report(results))

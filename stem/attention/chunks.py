@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,9 @@ import torch.distributed as dist
 from .exchange import Lockstep
 from .processor import RowLayout
 from .stem import StemState
+from .waiting import released_when_used
 
 logger = logging.getLogger("stem")
-
-Forward = Callable[..., Any]
 
 
 class ChunkedForward:
@@ -26,7 +25,7 @@ class ChunkedForward:
     ends the run.)
 
     Args:
-        forward: The UNet's own `forward`.
+        unet: UNet whose `forward` this is to be.
         layout: Layout of the rows, shared with the attention processors.
         chunk: Number of frames in a chunk.
         fit_frames: Number of frames that STEM's bases are found on; None: all.
@@ -36,7 +35,7 @@ class ChunkedForward:
 
     def __init__(
         self,
-        forward: Forward,
+        unet: torch.nn.Module,
         layout: RowLayout,
         chunk: int,
         *,
@@ -44,7 +43,8 @@ class ChunkedForward:
         state: StemState | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.forward = forward
+        self.unet = unet
+        self.forward = unet.forward
         self.layout = layout
         self.chunk = chunk
         self.fit_frames = fit_frames
@@ -95,7 +95,7 @@ class ChunkedForward:
             if group is not None and len(chosen) < frames and not self._enough(len(chosen)):
                 group = None  # a part of the video too short to share: every rank runs it
             exchange = Lockstep(chosen, min(self.chunk, len(chosen)), group)
-            with self.layout.exchanging(exchange):
+            with self.layout.exchanging(exchange), released_when_used(self.unet, exchange):
                 return exchange.run(call, dim=1)
 
         state = self.state

@@ -9,7 +9,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..config import SparseCausalConfig
 from .exchange import Lockstep
 from .memory import free_bytes
-from .processor import RowLayout, VideoAttentionProcessor, project_keys_and_values
+from .processor import (
+    RowLayout,
+    VideoAttentionProcessor,
+    project_keys_and_values,
+    project_queries,
+)
 
 
 class SparseCausalProcessor(VideoAttentionProcessor):
@@ -19,7 +24,7 @@ class SparseCausalProcessor(VideoAttentionProcessor):
         super().__init__(name, layout)
         self.seen = config.frames
 
-    def attend(self, attn: Attention, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
         videos, frames, num_tokens, _ = tokens.shape
         key, value = (
             per_video.unflatten(2, (frames, num_tokens))
@@ -36,6 +41,7 @@ class SparseCausalProcessor(VideoAttentionProcessor):
             chosen = per_frame[:, :, seen].flatten(3, 4)
             return chosen.transpose(1, 2).flatten(0, 1)
 
+        query = project_queries(attn, tokens)
         per_frame_query = query.unflatten(2, (frames, num_tokens)).transpose(1, 2).flatten(0, 1)
         attended = scaled_dot_product_attention(per_frame_query, gathered(key), gathered(value))
         return attended.unflatten(0, (videos, frames)).transpose(1, 2).flatten(2, 3)
@@ -87,7 +93,7 @@ def seen_frames(seen: tuple[int | str, ...], frames: int) -> torch.Tensor:
 class InflatedProcessor(VideoAttentionProcessor):
     """Every token attends to every token of its video, through SDPA."""
 
-    def attend(self, attn: Attention, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
         key, value = project_keys_and_values(attn, tokens, tokens.shape[0])
         exchange = self.layout.exchange
         if exchange is not None:
@@ -97,6 +103,7 @@ class InflatedProcessor(VideoAttentionProcessor):
                 counts=[len(frames) * tokens.shape[2] for frames in exchange.chunks],
                 dim=2,
             )
+        query = project_queries(attn, tokens)
         if not torch.compiler.is_compiling():
             check_memory(self.name, query, key, value)
         return scaled_dot_product_attention(query, key, value)

@@ -67,7 +67,7 @@ class Handle:
         if config.chunk is not None or self._fit_frames is not None or group is not None:
             assert config.num_frames is not None
             self._chunked = ChunkedForward(
-                unet.forward,
+                unet,
                 layout,
                 config.chunk or config.num_frames,
                 fit_frames=self._fit_frames,

@@ -95,16 +95,15 @@ class VideoAttentionProcessor(ABC):
         self.layout = layout
 
     @abstractmethod
-    def attend(self, attn: Attention, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
         """The attention itself.
 
         Args:
             attn: Attention module, for its projections.
             tokens: Normalised input of the module, [videos, frames, S, C].
-            query: Queries [videos, h, frames * S, d].
 
         Returns:
-            [videos, h, frames * S, d], any strides.
+            [videos, h, frames * S, d] of the queries' dtype, any strides.
         """
 
     def __call__(
@@ -140,12 +139,9 @@ class VideoAttentionProcessor(ABC):
 
         batch, num_tokens, channels = hidden_states.shape
         frames = self.layout.frames(batch)
-        query = split_heads(attn, attn.to_q(hidden_states), batch // frames)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
         tokens = hidden_states.reshape(batch // frames, frames, num_tokens, channels)
-        attended = self.attend(attn, tokens, query)
-        hidden_states = attended.transpose(1, 2).reshape(batch, num_tokens, -1).to(query.dtype)
+        attended = self.attend(attn, tokens)
+        hidden_states = attended.transpose(1, 2).reshape(batch, num_tokens, -1)
 
         hidden_states = attn.to_out[0](hidden_states)
         hidden_states = attn.to_out[1](hidden_states)
@@ -161,6 +157,15 @@ def split_heads(attn: Attention, projected: torch.Tensor, videos: int) -> torch.
     return projected.reshape(videos, -1, attn.heads, projected.shape[-1] // attn.heads).transpose(
         1, 2
     )
+
+
+def project_queries(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
+    """Queries [videos, h, frames * S, d] of tokens [videos, frames, S, C].
+
+    They are wanted after chunks have met: computed before, those of all frames would wait.
+    """
+    query = split_heads(attn, attn.to_q(tokens), tokens.shape[0])
+    return query if attn.norm_q is None else attn.norm_q(query)
 
 
 def project_keys_and_values(

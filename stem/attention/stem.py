@@ -15,7 +15,12 @@ from stem_kernels.ops.soft_em import SoftEM
 
 from ..config import StemConfig
 from .exchange import Lockstep
-from .processor import RowLayout, VideoAttentionProcessor, project_keys_and_values
+from .processor import (
+    RowLayout,
+    VideoAttentionProcessor,
+    project_keys_and_values,
+    project_queries,
+)
 from .shared_em import shared_em
 
 
@@ -148,19 +153,19 @@ class StemProcessor(VideoAttentionProcessor):
         self.layer = layer
         self.state = state
 
-    def attend(self, attn: Attention, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
         config, exchange = self.state.config, self.layout.exchange
         videos = tokens.shape[0]
         if config.space == "feature":
             found = self.state.converge(self.layer, tokens.flatten(1, 2), None, exchange)
             key, value = project_keys_and_values(attn, found.bases.to(tokens.dtype), videos)
-            mass = found.mass.unsqueeze(1)
+            query, mass = project_queries(attn, tokens), found.mass.unsqueeze(1)
         else:
             keys, values = project_keys_and_values(attn, tokens, videos)
             found = self.state.converge(self.layer, keys, values, exchange)
             assert found.payload is not None
+            query, mass = project_queries(attn, tokens), found.mass
             key, value = found.bases.to(query.dtype), found.payload.to(query.dtype)
-            mass = found.mass
         return basis_attention(
             query,
             key,
