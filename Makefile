@@ -16,8 +16,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A process a core: most tests are small, and threads gain little in them.
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 
 # Triton reads TRITON_INTERPRET when it is imported, so its tests have processes of their own.
 # The interpreter is Python, which uses one core a process.

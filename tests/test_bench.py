@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from benchmarks import records, targets, test_cpu, timing
@@ -114,7 +116,11 @@ def by_target(table: str) -> dict[str, list[str]]:
 def test_pytest_benchmark_times_the_same_cases(tmp_path: Path) -> None:
     options = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", "-p", "no:cacheprovider"]
     chosen = ["-k", "1280 and torch and test_contender", "--results", str(tmp_path / "cpu.json")]
-    assert pytest.main([test_cpu.__file__, *options, *chosen]) == 0
+    # In a process of its own: pytest-benchmark measures nothing in a worker of pytest-xdist.
+    outer = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    command = [sys.executable, "-m", "pytest", test_cpu.__file__, *options, *chosen]
+    done = subprocess.run(command, env=outer, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
     results = records.read(tmp_path / "cpu.json")
     (found,) = (Row(**each) for each in results["rows"])
     assert (found.case, found.backend, found.outcome) == ("soft_em d=1280", "torch", MEASURED)
