@@ -119,7 +119,8 @@ def invert(
 
     def prepared() -> tuple[InversionFolder, list[int]]:
         check_output(Path(root) / method)
-        settings = _settings(pipeline, video, prompt, method, config, num_steps, model, keep_bases)
+        settings = _settings(pipeline, video, prompt, method, config, num_steps, keep_bases)
+        settings["model"] = {"name": model, **fingerprinted}
         timesteps = tuple(int(timestep) for timestep in scheduler.timesteps)
         size = _chunk(pipeline, settings, timesteps, Path(root), chunk)
         settings["attention"]["chunk"] = size
@@ -268,7 +269,6 @@ def _settings(
     method: str,
     config: AttentionConfig,
     num_steps: int,
-    model: str,
     keep_bases: bool,
 ) -> dict[str, Any]:
     digest = hashlib.sha256()
@@ -280,7 +280,6 @@ def _settings(
         "prompt": prompt,
         "num_steps": num_steps,
         "keep_bases": keep_bases,
-        "model": {"name": model, **fingerprint(pipeline)},
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         "device": execution_device(pipeline).type,
         "backend": _backend(pipeline, config),

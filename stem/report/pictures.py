@@ -19,7 +19,7 @@ def contact_sheet(
     """A picture with one labelled line per video and up to `columns` frames, evenly spread.
 
     Args:
-        videos: by label, uint8 [N, H, W, 3], all of one shape.
+        videos: Videos by label, uint8 [N, H, W, 3], all of one shape.
         columns: at most so many frames of each.
         numbered: write each frame's number above the first line.
     """
@@ -46,7 +46,7 @@ def side_by_side(videos: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """The frames of all videos at once, labelled: uint8 [H, W, 3], frame after frame.
 
     Args:
-        videos: by label, uint8 [N, H, W, 3], all of one shape.
+        videos: Videos by label, uint8 [N, H, W, 3], all of one shape.
     """
     first = next(iter(videos.values()))
     width, height = _shown_size(first)
