@@ -121,6 +121,18 @@ def test_off_again_it_is_bit_identical() -> None:
     assert unet.forward is theirs
 
 
+def test_enabling_again_replaces_the_chunks() -> None:
+    unet = make_unet()
+    config = StemConfig(num_bases=8, num_frames=4, chunk=2)
+    with stem.enabled(unet, config):
+        expected = call(unet)
+    stem.enable(unet, dataclasses.replace(config, chunk=1))
+    handle = stem.enable(unet, config)
+    assert torch.equal(call(unet), expected)
+    handle.disable()
+    assert "forward" not in unet.__dict__
+
+
 def test_bases_are_recorded_and_replayed_in_chunks() -> None:
     unet = make_unet()
     config = StemConfig(num_bases=8, num_frames=4, chunk=3, space="key")

@@ -144,6 +144,8 @@ class Handle:
             self._attentions[name].set_processor(processor)
         if self._chunked is not None:
             self._forward_before = self.unet.__dict__.get("forward")
+            # Now, not when this handle was made: then another's chunks may have been on.
+            self._chunked.forward = self.unet.forward
             self.unet.forward = self._chunked
         self._hook = self.unet.register_forward_pre_hook(self._begin, with_kwargs=True)
         setattr(self.unet, _ATTRIBUTE, self)
