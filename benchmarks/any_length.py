@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch.nn.functional import grid_sample
 
 import stem
 from stem.attention.chunks import spread_frames
@@ -39,7 +38,7 @@ from stem.diffusion.pipeline import decode_latents, encode_frames, encode_prompt
 from stem.diffusion.schedule import inverse_scheduler
 from stem.inversion.methods import attention_on
 from stem.inversion.reconstruct import sample
-from stem.metrics import mean_interval
+from stem.metrics import mean_interval, pair_warp_errors
 from stem.toy import Clip, Scene, caption, changed, render, sample_scene
 from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
@@ -259,26 +258,6 @@ def _border_warp(
     border = [errors[pair] for pair in range(CHUNK - 1, len(errors), CHUNK)]
     inside = [error for pair, error in enumerate(errors) if pair % CHUNK != CHUNK - 1]
     return {"border": statistics.fmean(border), "inside": statistics.fmean(inside)}
-
-
-def pair_warp_errors(
-    frames: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor
-) -> list[float]:
-    """1000 x the mean squared difference of each frame and the next one warped onto it.
-
-    Args:
-        frames: Frames, uint8 [N, H, W, 3].
-        flow: Flow [N-1, H, W, 2] in pixels from each frame to the next.
-        occlusion: bool [N-1, H, W], True where a pixel is not seen in the next frame.
-    """
-    pictures = frames.permute(0, 3, 1, 2).float() / 255
-    height, width = pictures.shape[2:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    targets = torch.stack([x, y], dim=-1) + flow
-    grid = (2 * targets + 1) / torch.tensor([width, height]) - 1
-    fetched = grid_sample(pictures[1:], grid, padding_mode="border", align_corners=False)
-    squared = (pictures[:-1] - fetched).square().mean(dim=1)
-    return [1000 * float(squared[pair][~occlusion[pair]].mean()) for pair in range(len(squared))]
 
 
 # The kernel's own mark of a process, since the exit status's maximum begins with the parent's.

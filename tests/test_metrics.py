@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 
-from stem.metrics import mean_interval, psnr, ssim, warped_similarity
+from stem.metrics import (
+    mask_overlap,
+    mean_interval,
+    pair_warp_errors,
+    pooled_psnr,
+    psnr,
+    ssim,
+    warp_error,
+    warped_similarity,
+)
 from stem_kernels.measure import PeakMemory
 
 
@@ -25,6 +34,35 @@ def test_psnr_is_the_mean_over_frames() -> None:
     assert psnr(changed[:1], original[:1]) == pytest.approx(one, abs=1e-3)
     assert psnr(changed[:2], original[:2]) == pytest.approx((one + two) / 2, abs=1e-3)
     assert psnr(original, original) == math.inf
+
+
+def test_pooled_psnr_counts_the_masks_pixels_alone() -> None:
+    original = torch.full((2, 4, 4, 3), 100, dtype=torch.uint8)
+    changed = original.clone()
+    changed[0, 0] += 10  # a row of frame 0: 4 of 32 pixels
+    inside = torch.zeros(2, 4, 4, dtype=torch.bool)
+    inside[0, :2] = True
+    in_decibels = [10 * math.log10(255**2 / (100 * share)) for share in (4 / 32, 4 / 8)]
+    assert pooled_psnr(changed, original) == pytest.approx(in_decibels[0], abs=1e-3)
+    assert pooled_psnr(changed, original, inside) == pytest.approx(in_decibels[1], abs=1e-3)
+    assert pooled_psnr(changed, original, ~inside) == math.inf
+    with pytest.raises(ValueError, match="the mask has no pixel"):
+        pooled_psnr(changed, original, torch.zeros_like(inside))
+    with pytest.raises(ValueError, match=r"need bool \[2, 4, 4\]"):
+        pooled_psnr(changed, original, inside[:1])
+
+
+def test_the_overlap_of_masks() -> None:
+    mask, truth = (torch.zeros(1, 4, 4, dtype=torch.bool) for _ in range(2))
+    mask[0, :2], truth[0, 1:3] = True, True
+    assert mask_overlap(mask, truth) == pytest.approx(4 / 12)
+    assert mask_overlap(truth, truth) == 1
+    empty = torch.zeros_like(mask)
+    assert mask_overlap(empty, truth) == 0
+    with pytest.raises(ValueError, match="both masks are empty"):
+        mask_overlap(empty, empty)
+    with pytest.raises(ValueError, match=r"must be bool, not torch\.float32"):
+        mask_overlap(mask.float(), truth)
 
 
 def test_ssim() -> None:
@@ -74,6 +112,27 @@ def test_features_that_move_with_the_flow_are_steady() -> None:
     assert warped_similarity(features, flow, torch.zeros_like(occlusion)) < 0.95
     scaled = features * torch.tensor([1.0, 2.0, 3.0])[:, None, None, None]
     assert warped_similarity(scaled, flow, occlusion) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_warp_error_is_what_the_flow_does_not_explain() -> None:
+    wide = frames(1, 14)
+    # The picture moves two pixels to the left and one down from frame to frame.
+    video = torch.cat([wide[:, 2 - t : 10 - t, 2 * t : 8 + 2 * t] for t in range(3)])
+    flow = torch.tensor([-2.0, 1.0]).expand(2, 8, 8, 2)
+    occlusion = torch.zeros(2, 8, 8, dtype=torch.bool)
+    occlusion[:, :, :2] = True
+    occlusion[:, 7:] = True
+    assert warp_error(video, flow, occlusion) == pytest.approx(0, abs=1e-5)
+    dimmed = video // 2
+    brighter = torch.stack([dimmed[0], dimmed[1] + 51, dimmed[2] + 51])
+    # 51 / 255 is a fifth; its square, in thousandths, is 40. The second pair is steady.
+    found = pair_warp_errors(brighter, flow, occlusion)
+    assert found == pytest.approx([40, 0], abs=1e-3)
+    assert warp_error(brighter, flow, occlusion) == pytest.approx(20, abs=1e-3)
+    with pytest.raises(ValueError, match="no pixel of frame 1 is seen"):
+        warp_error(video, flow, torch.stack([occlusion[0], torch.ones_like(occlusion[0])]))
+    with pytest.raises(ValueError, match="1 frames of 8x8, at least 2"):
+        warp_error(video[:1], flow[:0], occlusion[:0])
 
 
 def test_similarity_refuses_what_does_not_belong_together() -> None:

@@ -1,6 +1,8 @@
-"""How steady features are over time: along the optical flow, they should stay what they are."""
+"""How steady pictures and features are: along the optical flow, they should stay what they are."""
 
 from __future__ import annotations
+
+import statistics
 
 import torch
 from torch.nn.functional import cosine_similarity, grid_sample
@@ -25,25 +27,68 @@ def warped_similarity(features: torch.Tensor, flow: torch.Tensor, occlusion: tor
 
     Source: the feature analysis of arXiv 2312.05856 (its Figure 5), which warps forward.
     """
-    frames, _, height, width = features.shape
-    expected = (frames - 1, height, width)
-    if flow.shape != (*expected, 2) or occlusion.shape != expected:
-        raise ValueError(
-            f"features of shape {list(features.shape)} need a flow of {[*expected, 2]} and an "
-            f"occlusion of {list(expected)}, not {list(flow.shape)} and {list(occlusion.shape)}"
-        )
+    fetched = _fetched(features.float(), flow, occlusion)
     if occlusion.all():
         raise ValueError("no cell of any frame is seen in the next; there is nothing to compare")
+    similarity = cosine_similarity(features[:-1].float(), fetched, dim=1)
+    return float(similarity[~occlusion].mean())
+
+
+def warp_error(frames: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor) -> float:
+    """Warp-Err: the mean of `pair_warp_errors`, with the same arguments."""
+    return statistics.fmean(pair_warp_errors(frames, flow, occlusion))
+
+
+def pair_warp_errors(
+    frames: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor
+) -> list[float]:
+    r"""1000 x the mean squared difference of each frame and the next one warped onto it.
+
+    $$1000 \, \textstyle\sum M_t |V_t - \mathrm{warp}(V_{t+1})|^2 / \sum M_t$$
+
+    Args:
+        frames: Frames, uint8 [N, H, W, 3], N >= 2; the data range is 1 after division by 255, and
+            the square is the mean of those of the three channels.
+        flow: Flow [N-1, H, W, 2], floating point, (dx, dy) in pixels, from each frame to the next.
+        occlusion: Mask [N-1, H, W], bool, True where a pixel is not seen in the next frame; M is
+            its complement.
+
+    Returns:
+        Errors of the N-1 pairs, at least 0.
+
+    Raises:
+        ValueError: the shapes do not belong together, another dtype, or a pair without a pixel
+            that is seen in both frames.
+    """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        raise ValueError(
+            f"frames must be uint8 [N, H, W, 3], not {frames.dtype} {list(frames.shape)}"
+        )
+    pictures = frames.permute(0, 3, 1, 2).float() / 255
+    squared = (pictures[:-1] - _fetched(pictures, flow, occlusion)).square().mean(dim=1)
+    for pair, hidden in enumerate(occlusion):
+        if hidden.all():
+            raise ValueError(f"no pixel of frame {pair} is seen in the next; leave that pair out")
+    return [
+        1000 * float(error[~hidden].mean())
+        for error, hidden in zip(squared, occlusion, strict=True)
+    ]
+
+
+def _fetched(maps: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor) -> torch.Tensor:
+    """The next frame's values (bilinear) where the flow carries each cell, [N-1, C, h, w]."""
+    frames, _, height, width = maps.shape
+    expected = (frames - 1, height, width)
+    if flow.shape != (*expected, 2) or occlusion.shape != expected or frames < 2:
+        raise ValueError(
+            f"{frames} frames of {height}x{width}, at least 2, need a flow of {[*expected, 2]} and "
+            f"an occlusion of {list(expected)}, not {list(flow.shape)} and {list(occlusion.shape)}"
+        )
     rows = torch.arange(height, device=flow.device)
     columns = torch.arange(width, device=flow.device)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     targets = torch.stack([x, y], dim=-1) + flow
     size = flow.new_tensor([width, height])
-    fetched = grid_sample(
-        features[1:].float(),
-        (2 * targets + 1) / size - 1,
-        padding_mode="border",
-        align_corners=False,
+    return grid_sample(
+        maps[1:], (2 * targets + 1) / size - 1, padding_mode="border", align_corners=False
     )
-    similarity = cosine_similarity(features[:-1].float(), fetched, dim=1)
-    return float(similarity[~occlusion].mean())

@@ -35,6 +35,38 @@ def psnr(video: torch.Tensor, original: torch.Tensor) -> float:
     return sum(values) / len(values)
 
 
+def pooled_psnr(
+    video: torch.Tensor, original: torch.Tensor, mask: torch.Tensor | None = None
+) -> float:
+    """Peak signal-to-noise ratio in dB of all pixels of a video together, or of those of a mask.
+
+    Not the mean over frames that `psnr` is: a mask may leave a frame without a pixel.
+
+    Args:
+        video: Frames, uint8 [N, H, W, 3]; the data range is 1 after division by 255.
+        original: Frames to compare with, uint8 [N, H, W, 3].
+        mask: Mask of the pixels that count, bool [N, H, W]; None: all.
+
+    Returns:
+        PSNR in dB; inf where all of these pixels are exact.
+
+    Raises:
+        ValueError: another shape or dtype, no frames, or a mask without a pixel.
+    """
+    pairs = _frame_pairs(video, original)
+    squared = torch.cat([(ours - theirs).square().mean(dim=1) for ours, theirs in pairs])
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != squared.shape:
+            raise ValueError(
+                f"the mask is {mask.dtype} {list(mask.shape)}; frames of {list(video.shape)} need "
+                f"bool {list(squared.shape)}"
+            )
+        if not mask.any():
+            raise ValueError("the mask has no pixel; there is nothing to compare")
+        squared = squared[mask]
+    return float(-10 * squared.double().mean().log10())
+
+
 def ssim(video: torch.Tensor, original: torch.Tensor) -> float:
     """Structural similarity (SSIM_VARIANT), per frame, then the mean over frames; at most 1.
 
