@@ -52,11 +52,14 @@ class Backend:
     device: Callable[[torch.device], list[str]]
     auto: Callable[[torch.device], list[str]]
 
-    def reasons(self, tensors: Tensors, num_bases: int) -> list[str]:
-        """Why this backend cannot run a call on `tensors`; empty if it can."""
+    def reasons(self, tensors: Tensors, num_bases: int | None) -> list[str]:
+        """Why this backend cannot run a call on `tensors`; empty if it can.
+
+        An operator without bases has the `num_bases` None; no backend limits its sizes.
+        """
         return self.machine() or self.call_reasons(tensors, num_bases)
 
-    def call_reasons(self, tensors: Tensors, num_bases: int) -> list[str]:
+    def call_reasons(self, tensors: Tensors, num_bases: int | None) -> list[str]:
         """The same for a machine on which it runs."""
         found: list[str] = []
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -68,12 +71,8 @@ class Backend:
                     sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
                 )
                 found.append(f"{name} is {_dtype_name(tensor)}; it takes {names}")
-        if self.max_bases is not None and num_bases > self.max_bases:
-            found.append(f"{num_bases} bases; it takes at most {self.max_bases}")
-        for name, tensor in present.items():
-            most = self.max_widths(tensor.device).get(name)
-            if most is not None and tensor.shape[-1] > most:
-                found.append(f"{name} has {tensor.shape[-1]} channels a head; it takes {most}")
+        if num_bases is not None:
+            found += self._size_reasons(present, num_bases)
         if not self.differentiable and torch.is_grad_enabled():
             needing = [name for name, tensor in present.items() if tensor.requires_grad]
             if needing:
@@ -81,6 +80,16 @@ class Backend:
                     f"{', '.join(needing)} require(s) grad and it has no backward pass; "
                     'use backend="torch" or torch.no_grad()'
                 )
+        return found
+
+    def _size_reasons(self, present: Mapping[str, torch.Tensor], num_bases: int) -> list[str]:
+        found = []
+        if self.max_bases is not None and num_bases > self.max_bases:
+            found.append(f"{num_bases} bases; it takes at most {self.max_bases}")
+        for name, tensor in present.items():
+            most = self.max_widths(tensor.device).get(name)
+            if most is not None and tensor.shape[-1] > most:
+                found.append(f"{name} has {tensor.shape[-1]} channels a head; it takes {most}")
         return found
 
 
@@ -129,7 +138,7 @@ BACKENDS: dict[str, Backend] = {
 """Every backend, in the order in which `backend="auto"` tries them."""
 
 
-def select(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:
+def select(op: str, backend: str, tensors: Tensors, num_bases: int | None) -> str:
     """The name of the backend that runs this call.
 
     Args:
@@ -137,7 +146,7 @@ def select(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:
         backend: Argument `backend` of the caller. `"auto"` asks the environment variable
             STEM_KERNELS_BACKEND, and where that is not set takes the first that can.
         tensors: Tensors of the call by argument name; None entries are ignored.
-        num_bases: Number K of bases of the call.
+        num_bases: Number K of bases of the call; None for an operator without them.
 
     Raises:
         ValueError: `backend` is not a backend's name.
@@ -186,7 +195,7 @@ def _warn_once(missed: str) -> None:
     logger.warning("the operators run in torch, about half as fast as they could: %s", missed)
 
 
-def _refusal(op: str, backend: str, tensors: Tensors, num_bases: int) -> str:
+def _refusal(op: str, backend: str, tensors: Tensors, num_bases: int | None) -> str:
     lines = [f'{op} cannot run with backend="{backend}" on']
     for name, tensor in tensors.items():
         if tensor is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .ops.em_statistics import EMStatistics
+from .shared.cosine import SMALLEST_NORM
 
 
 def eager_em_statistics(
@@ -61,6 +62,46 @@ def eager_basis_attention(
     if bias is not None:
         logits = logits + bias.to(logits.dtype).unsqueeze(-2)
     return torch.softmax(logits, dim=-1) @ value
+
+
+def eager_blended_attention(
+    query_target: torch.Tensor,
+    key_target: torch.Tensor,
+    query_source: torch.Tensor,
+    key_source: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    scale: float | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`blended_attention` as one writes it first: two attentions, then a weighted sum."""
+    share = mask[:, None, :, None].to(query_target.dtype)
+    target = eager_basis_attention(query_target, key_target, value, scale=scale, bias=bias)
+    source = eager_basis_attention(query_source, key_source, value, scale=scale, bias=bias)
+    return share * target + (1 - share) * source
+
+
+def eager_nearest_token(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`nearest_token` as one writes it first: all products [B, n, m] held whole; int64 [B, n]."""
+    norms = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
+    return (query @ (keys / norms.clamp(min=SMALLEST_NORM)).mT).argmax(-1)
+
+
+def cosine_loss(query: torch.Tensor, keys: torch.Tensor, found: torch.Tensor) -> float:
+    """How much smaller than the largest cosine that of a found key is, at most; in float64.
+
+    Near ties may go either way, so this is what numbers of keys are judged by; inf where one is
+    out of range.
+    """
+    if query.numel() == 0:
+        return 0.0
+    if bool((found < 0).any()) or bool((found >= keys.shape[-2]).any()):
+        return float("inf")
+    cosines = torch.nn.functional.normalize(query.double(), dim=-1)
+    cosines = cosines @ torch.nn.functional.normalize(keys.double(), dim=-1).mT
+    chosen = cosines.gather(-1, found.long().unsqueeze(-1)).squeeze(-1)
+    return float((cosines.amax(-1) - chosen).max())
 
 
 def clustered_tokens(

@@ -464,6 +464,6 @@ def test_errors_name_the_value_and_the_fix(call, error, message) -> None:  # typ
 
 
 def test_the_public_names() -> None:
-    assert len(stem_kernels.__all__) <= 10
+    assert len(stem_kernels.__all__) <= 12
     for name in stem_kernels.__all__:
         assert getattr(stem_kernels, name).__doc__

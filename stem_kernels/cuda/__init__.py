@@ -17,7 +17,10 @@ import torch
 FOLDER = Path(__file__).parent.parent
 BUILD_COMMAND = "pip install --no-deps ."
 MIN_CAPABILITY = (8, 0)
-GPU_WIDTHS = {"features": 1280, "payload": 1280, "query": 160, "value": 160}
+GPU_WIDTHS = {
+    "features": 1280, "payload": 1280,
+    "query": 160, "query_target": 160, "query_source": 160, "value": 160,
+}  # fmt: skip
 
 
 def build_info(folder: Path = FOLDER) -> dict[str, dict[str, str]]:

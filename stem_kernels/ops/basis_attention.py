@@ -52,35 +52,9 @@ def basis_attention(
     """
     check_floating(OP, query=query, key=key, value=value, bias=bias)
     check_same_dtype(OP, query=query, key=key, value=value)
-    if query.ndim != 4:
-        raise ValueError(f"{OP}: query must be [B, h, n, d], not {list(query.shape)}")
-    batch, heads, _, dim = query.shape
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.ndim != 4 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != heads:
-            raise ValueError(
-                f"{OP}: query is {list(query.shape)}, so {name} must be [{batch} or 1, {heads}, "
-                f"K, ...], not {list(tensor.shape)}"
-            )
-    if key.shape[-1] != dim or key.shape[:-1] != value.shape[:-1] or key.shape[-2] == 0:
-        raise ValueError(
-            f"{OP}: key {list(key.shape)} and value {list(value.shape)} must agree on all but "
-            f"the last size, have at least one base, and key must have the query's d = {dim}"
-        )
-    num_bases = key.shape[-2]
-    if bias is not None:
-        full = bias.unsqueeze(0) if bias.ndim == 2 else bias
-        fits = (
-            full.ndim == 3
-            and full.shape[0] in (1, batch)
-            and full.shape[1] in (1, heads)
-            and full.shape[2] == num_bases
-        )
-        if not fits:
-            raise ValueError(
-                f"{OP}: bias is {list(bias.shape)}; it must be [h, K] or [B, h, K] with "
-                f"B = {batch} or 1, h = {heads} or 1, K = {num_bases}"
-            )
-        bias = full
+    check_bases(OP, query, key, value)
+    num_bases, dim = key.shape[-2:]
+    bias = fitting_bias(OP, bias, query, num_bases)
     tensors = {"query": query, "key": key, "value": value, "bias": bias}
     chosen = select(OP, backend, tensors, num_bases)
     scale = dim**-0.5 if scale is None else float(scale)
@@ -99,3 +73,53 @@ def basis_attention(
 
         out = basis_attention_torch(*arguments)
     return out.transpose(1, 2)
+
+
+def check_bases(
+    op: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    names: tuple[str, str] = ("query", "key"),
+) -> None:
+    """Raise the error that a caller should see where the bases do not fit the queries.
+
+    `names` are the arguments' names of `query` and `key`.
+    """
+    if query.ndim != 4:
+        raise ValueError(f"{op}: {names[0]} must be [B, h, n, d], not {list(query.shape)}")
+    batch, heads, _, dim = query.shape
+    for name, tensor in ((names[1], key), ("value", value)):
+        if tensor.ndim != 4 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != heads:
+            raise ValueError(
+                f"{op}: {names[0]} is {list(query.shape)}, so {name} must be [{batch} or 1, "
+                f"{heads}, K, ...], not {list(tensor.shape)}"
+            )
+    if key.shape[-1] != dim or key.shape[:-1] != value.shape[:-1] or key.shape[-2] == 0:
+        raise ValueError(
+            f"{op}: {names[1]} {list(key.shape)} and value {list(value.shape)} must agree on all "
+            f"but the last size, have at least one base, and {names[1]} must have d = {dim}, "
+            f"that of {names[0]}"
+        )
+
+
+def fitting_bias(
+    op: str, bias: torch.Tensor | None, query: torch.Tensor, num_bases: int
+) -> torch.Tensor | None:
+    """The bias as [B or 1, h or 1, K]; an error where it does not fit the queries [B, h, n, d]."""
+    if bias is None:
+        return None
+    batch, heads = query.shape[:2]
+    full = bias.unsqueeze(0) if bias.ndim == 2 else bias
+    fits = (
+        full.ndim == 3
+        and full.shape[0] in (1, batch)
+        and full.shape[1] in (1, heads)
+        and full.shape[2] == num_bases
+    )
+    if not fits:
+        raise ValueError(
+            f"{op}: bias is {list(bias.shape)}; it must be [h, K] or [B, h, K] with "
+            f"B = {batch} or 1, h = {heads} or 1, K = {num_bases}"
+        )
+    return full

@@ -55,7 +55,7 @@ def device_reasons(device: torch.device) -> list[str]:
 
 def max_widths(device: torch.device) -> Mapping[str, int]:
     """The largest last sizes of tensors by their argument's name."""
-    return {"query": 512, "value": 512}
+    return {"query": 512, "query_target": 512, "query_source": 512, "value": 512}
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
