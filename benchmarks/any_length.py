@@ -28,6 +28,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import stem
+from stem.attention import Hooks, Recording, Replay
 from stem.attention.chunks import spread_frames
 from stem.attention.handle import self_attentions
 from stem.attention.processor import RowLayout
@@ -220,14 +221,15 @@ def _compare_layer(
     for way, config in FIT_WAYS.items():
         if not isinstance(config, StemConfig) or way == "exact":
             continue
-        state = StemState(config, [bases_shape(attention, config)])
+        state = StemState(config, [bases_shape(attention, config)], Hooks())
         if config.fit_frames is None:
             found = run(config, CHUNK, tokens, state)
         else:
             fit = spread_frames(FIT_FRAMES, config.fit_frames)
-            with state.recorded() as bases:
+            recording = Recording()
+            with state.hooks.added("fitting", recording):
                 run(config, len(fit), tokens[fit], state)
-            with state.replaying(bases):
+            with state.hooks.added("fitted", Replay(recording.found)):
                 found = run(config, FIT_FRAMES, tokens, state)
         errors.setdefault(way, []).append(_relative(found, exact))
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from stem_kernels.ops.soft_em import SoftEM
 
+from ..attention import Replay
 from ..config import AttentionConfig, StemConfig
 from ..diffusion.environment import numeric_environment, warn_of_differences
 from ..diffusion.fingerprint import fingerprint
@@ -212,11 +213,14 @@ def sample(
     """
     if bases_at is not None and not isinstance(config, StemConfig):
         raise ValueError(f"only a StemConfig has bases to take; config is {config!r}")
+    replayed = Replay({})
     with attention_on(pipeline, config, group) as handle:
+        if bases_at is not None and handle is not None:
+            handle.hooks.add("replayed", replayed)
 
         def replay(step: int) -> None:
-            if bases_at is not None and handle is not None and handle.state is not None:
-                handle.state.replayed = bases_at(num_steps - 1 - step)
+            if bases_at is not None:
+                replayed.found = bases_at(num_steps - 1 - step)
 
         return denoise(
             latents,
