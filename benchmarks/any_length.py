@@ -76,10 +76,10 @@ STREAM_STEPS = 10
 
 
 @torch.no_grad()
-def sd15_unet() -> UNet2DConditionModel:
-    """A UNet of Stable Diffusion 1.5's shape with random weights."""
+def sd15_unet(text_channels: int = 768) -> UNet2DConditionModel:
+    """A UNet of Stable Diffusion 1.5's shape with random weights, for text states so wide."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768)
+        unet = UNet2DConditionModel(cross_attention_dim=text_channels)
     unet = unet.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in unet.parameters():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import max_pool2d
 
-from benchmarks import editing, records
+from benchmarks import editing, editing_memory, records
 from benchmarks.editing_measure import Edited, overlap
 from benchmarks.editing_report import differences, gains, report, values
 from benchmarks.editing_variants import VARIANTS, Series, series_of, wanted
@@ -182,3 +182,23 @@ def test_masks_are_compared_cell_by_cell() -> None:
     objects[0, 1, 1] = True  # one pixel of the first of 2x2 cells
     cores = torch.tensor([[[True, True], [False, False]]])
     assert overlap(cores, objects) == 0.5
+
+
+def test_memory_is_measured_once_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def point(way: str, frames: int) -> int:
+        asked.append((way, frames))
+        return (100 + (10 if way == "one batch" else 2) * frames) * 2**20
+
+    monkeypatch.setattr(editing_memory, "in_a_process", point)
+    out = tmp_path / "memory.json"
+    editing_memory.run(out, [4, 8])
+    assert asked == [("one batch", 4), ("one batch", 8), ("chunks of 4", 8)]
+    results = editing_memory.run(out, [4, 8, 16])
+    assert asked[3:] == [("one batch", 16), ("chunks of 4", 16)]
+    text = editing_memory.table(results)
+    assert "| one batch | 140 | 180 | 260 | 10.0 |" in text
+    assert "| chunks of 4 |  | 116 | 132 | 2.0 |" in text
+    editing_memory.draw(results, tmp_path / "memory.png")
+    assert Image.open(tmp_path / "memory.png").size[0] > 500
