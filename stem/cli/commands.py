@@ -22,7 +22,7 @@ from ..models import EMBEDDED_MODEL, ModelError, check_device, load_pipeline
 from ..report.tables import comparison_table, demo_table
 from ..storage import remove_stale
 from ..video import check_video_output, write_video
-from .app import app, console, problems, say
+from .app import app, console, print_note, problems, say
 from .arguments import (
     ALL_METHODS,
     Chunk,
@@ -81,7 +81,7 @@ def demo_command(
     for comparison in found.comparisons.values():
         say(comparison.sheet)
     say(found.json)
-    _print_note(request)
+    print_note(request.note)
 
 
 @app.command("compare")
@@ -127,7 +127,7 @@ def compare_command(
     )
     for path in (found.sheet, found.video, found.json):
         say(path)
-    _print_note(request)
+    print_note(request.note)
 
 
 @app.command("invert")
@@ -222,8 +222,3 @@ def info_command() -> None:
         found = importlib.util.find_spec(name) is not None
         version = importlib.metadata.version(name) if found else "not installed"
         say(f"{name} {version}")
-
-
-def _print_note(request: Request) -> None:
-    if request.note:
-        console.print(request.note, style="yellow", soft_wrap=True)
