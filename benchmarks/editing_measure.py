@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import statistics
 import time
@@ -16,6 +15,7 @@ from torch.nn.functional import max_pool2d
 
 from stem import InversionFolder, Video, invert
 from stem.diffusion.pipeline import decode_latents, encode_frames
+from stem.editing import edit_options, run_edit
 from stem.metrics import mask_overlap, pooled_psnr, warp_error
 from stem.toy import Clip, WorldEdit, judge, world_edit
 from stem_kernels.measure import PeakMemory
@@ -77,13 +77,12 @@ def with_stem(
     series: Series, edit: WorldEdit, inversion: Callable[[str], InversionFolder]
 ) -> Edited:
     """The editor that the study measures: `stem.editing.run_edit`."""
-    editing = importlib.import_module("stem.editing")
     variant = VARIANTS[series.variant]
     folder = inversion(series.inversion)
-    options = editing.edit_options(variant.method, variant.options_for(edit))
+    options = edit_options(variant.method, variant.options_for(edit))
     start = time.perf_counter()
     with PeakMemory() as memory:
-        found = editing.run_edit(
+        found = run_edit(
             model(),
             folder,
             edit.exact.caption,

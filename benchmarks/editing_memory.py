@@ -10,7 +10,6 @@ again.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import statistics
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from stem import Video, invert, random_pipeline
+from stem.editing import edit_options, run_edit
 from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
 
@@ -61,7 +61,6 @@ def measure_point(pipeline: Any, frames: int, chunk: int | None) -> int:
     Raises:
         OSError: this system does not tell a process's peak.
     """
-    editing = importlib.import_module("stem.editing")
     generator = torch.Generator().manual_seed(1)
     shape = (frames, PIXELS, PIXELS, 3)
     pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
@@ -76,9 +75,9 @@ def measure_point(pipeline: Any, frames: int, chunk: int | None) -> int:
             chunk=chunk,
             progress=False,
         )
-        options = editing.edit_options("fatezero", OPTIONS)
+        options = edit_options("fatezero", OPTIONS)
         with PeakMemory() as memory:
-            editing.run_edit(
+            run_edit(
                 pipeline,
                 inversion,
                 target,

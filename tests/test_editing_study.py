@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import max_pool2d
 
-from benchmarks import editing, editing_memory, records
-from benchmarks.editing_measure import Edited, overlap
+from benchmarks import editing, editing_measure, editing_memory, records
+from benchmarks.editing_measure import Edited, Job, measure, overlap
 from benchmarks.editing_report import differences, gains, report, values
 from benchmarks.editing_variants import VARIANTS, Series, series_of, wanted
 from stem import InversionFolder
@@ -155,6 +155,22 @@ def test_an_interrupted_study_goes_on(
     assert "| fusion | 2 |" in report(kept)
     with pytest.raises(SystemExit, match="is of another frames: 2, now 3; move it away"):
         editing.run(out, 3, [], 1, standin)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_study_edits_with_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(editing_measure, "STEPS", 2)
+    job = Job(
+        SEEDS[8], (series_of(FRAMES, "colour", "pnp"), series_of(FRAMES, "colour", "ceiling"))
+    )
+    edited, ceiling = measure(job, tmp_path).values()
+    (inversion,) = tmp_path.glob("*/ddim-*")
+    assert InversionFolder.open(inversion).complete
+    assert edited["seconds"] is not None
+    assert edited["overlap"] is None
+    assert ceiling["all"] is not None
+    assert edited["all"] is not None
+    assert 10 < edited["all"] < ceiling["all"] < 50
 
 
 def test_every_method_is_wanted_once() -> None:
