@@ -129,10 +129,7 @@ def write_edits(
                 beside.fps,
                 own,
                 beside.numbers,
-                {
-                    **_document(inversion, result, edit, clock, note),
-                    "psnr_to_exact": beside.psnr_to_exact(edit),
-                },
+                {**_document(inversion, result, edit, clock, note), **beside.figures(edit)},
             )
     if together is not None and not complete:
         document = {"note": note, "edits": [str(result.files.json) for result in results]}
@@ -184,11 +181,12 @@ class _Beside:
             lines["reconstruction"] = decode_latents(self._pipeline, latents[self.numbers])
         return lines
 
-    def psnr_to_exact(self, edit: Edit) -> float | None:
-        """PSNR in dB of an edit's frames to the exact answer; None where it is not known."""
+    def figures(self, edit: Edit) -> dict[str, float]:
+        """PSNR in dB of an edit's frames to the exact answer, where that is known."""
         if self._exact is None:
-            return None
-        return psnr(decode_latents(self._pipeline, edit.latents), self._exact.cpu())
+            return {}
+        frames = decode_latents(self._pipeline, edit.latents)
+        return {"psnr_to_exact": psnr(frames, self._exact.cpu())}
 
     def masks(self, edit: Edit) -> dict[str, torch.Tensor]:
         """The line of an edit's masks; none where it has none."""

@@ -13,7 +13,7 @@ import typer
 from stem_kernels.info import describe
 
 from ..comparison import INVERSIONS, compare
-from ..demo import demo, demo_videos
+from ..demo import demo, demo_edit, demo_videos, edited_video
 from ..diffusion.pipeline import decoded_parts
 from ..inversion import InversionFolder, invert, reconstruct_latents
 from ..inversion.reconstruct import BASES, check_reconstructible
@@ -60,15 +60,19 @@ def demo_command(
     config: Config = None,
     out: Out = Path("out/demo"),
 ) -> None:
-    """Compare inversions of videos drawn on the spot and of a real clip; needs nothing else."""
+    """Compare inversions of videos drawn on the spot and of a real clip, and edit one more.
+
+    It needs nothing else.
+    """
     request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
     request.check_size(size)
-    clips = demo_videos(videos, size)
+    clips, edited = demo_videos(videos, size), demo_edit(size)
     check_measurable(clips[0][0], request.methods, request.options)
-    request.check_space([clip for clip, _ in clips])
+    request.check_space([*(clip for clip, _ in clips), edited_video(edited)])
     found = demo(
         request.load(),
         clips,
+        edited,
         out,
         request.methods,
         options=request.options,
@@ -81,6 +85,12 @@ def demo_command(
     for comparison in found.comparisons.values():
         say(comparison.sheet)
     say(found.json)
+    say(f"edited: {edited.source.caption!r} -> {found.edit.prompt!r}")
+    say(
+        "look at its third line, the edit: it should show the second, the exact answer, and be the "
+        "first, the source, everywhere but in the object"
+    )
+    say(found.edit.files.sheet)
     print_note(request.note)
 
 
