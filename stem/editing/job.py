@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -65,8 +66,13 @@ class Job:
 
     @property
     def attention(self) -> AttentionConfig:
-        """The attention that the inversion was made with."""
-        return inversion_attention(self.inversion)
+        """The attention that the inversion was made with, in its chunks.
+
+        All frames at once are one chunk here, so that it can be halved where memory runs out: an
+        edit has up to three branches, the inversion had one.
+        """
+        found = inversion_attention(self.inversion)
+        return found if found.chunk else dataclasses.replace(found, chunk=self.num_frames)
 
     def level(self, level: int) -> torch.Tensor:
         """The source's latents at a level, float32 [N, c, h, w], on the device."""
