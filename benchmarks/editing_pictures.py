@@ -14,7 +14,7 @@ from stem.report.pictures import contact_sheet
 from stem.toy import EDIT_KINDS, world_edit
 
 from .editing_measure import Editor, inversions
-from .editing_report import SHOWN, gains, is_there, values
+from .editing_report import gains, rows_of, values
 from .editing_variants import BASELINE, OURS, series_of
 from .quality_report import plot_intervals
 
@@ -30,8 +30,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     labels = {"all": "PSNR to the exact answer, dB", "warp": "Warp-Err, exact flow"}
     for line, (name, label) in zip(grid, labels.items(), strict=True):
         for axes, kind in zip(line, EDIT_KINDS, strict=True):
-            rows = {variant: series_of(results["frames"], kind, variant) for variant in SHOWN}
-            there = {label: series for label, series in rows.items() if is_there(results, series)}
+            there = rows_of(results, kind)
             plot_intervals(
                 axes,
                 {

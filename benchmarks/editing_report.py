@@ -28,8 +28,15 @@ HEADS = (
     "| {} | scenes | all dB | against pnp | inside | outside | Warp-Err | against pnp | "
     "colour % | shape % | IoU | seconds | MiB |"
 )
-SHOWN = (CEILING, UNEDITED, *(name for name in VARIANTS if len(VARIANTS[name].kinds) > 1))
-"""Rows of a table of one kind; the others are rows of the ablation."""
+STEPS = [name for name, _ in ABLATION.values() if len(VARIANTS[name].kinds) == 1]
+
+
+def rows_of(results: dict[str, Any], kind: str) -> dict[str, Series]:
+    """The rows of one kind's table by label; the ablation's own rows are not among them."""
+    names = [CEILING, UNEDITED, *(name for name in VARIANTS if name not in STEPS)]
+    rows = {name: series_of(results["frames"], kind, name) for name in names}
+    rows["fatezero on stem"] = series_of(results["frames"], kind, "fatezero", "stem")
+    return {label: series for label, series in rows.items() if is_there(results, series)}
 
 
 def values(results: dict[str, Any], series: Series, figure: str) -> dict[str, float]:
@@ -56,8 +63,7 @@ def report(results: dict[str, Any]) -> str:
     frames = results["frames"]
     lines = ["# Edits of world videos", "", *introduction(results), ""]
     for kind in EDIT_KINDS:
-        rows = {name: series_of(frames, kind, name) for name in SHOWN}
-        lines += table(results, f"{kind}, {frames} frames", rows)
+        lines += table(results, f"{kind}, {frames} frames", rows_of(results, kind))
     ablation = {label: series_of(frames, "colour", *row) for label, row in ABLATION.items()}
     if steps := table(results, f"colour, {frames} frames", ablation):
         lines += ["Fusion's steps, one after the other, on colour edits:", "", *steps]
@@ -151,8 +157,11 @@ def crossed_tables(results: dict[str, Any]) -> list[str]:
             more = [f"stem over {inversion}" for inversion in INVERSIONS if inversion != "stem"]
             lines += [f"| | scenes | {' | '.join(heads + more)} |", "|---" * 9 + "|", *rows, ""]
     if lines:
-        note = "Each method on each inversion, on the scenes that all four inversions were tried on"
-        lines = [f"{note}; {OURS} without consensus:", "", *lines]
+        note = (
+            "Each method on each inversion: means of the scenes that all four were tried on, and "
+            "differences on all scenes that both were tried on."
+        )
+        lines = [note, "", *lines]
     return lines
 
 

@@ -60,26 +60,32 @@ def fatezero_options(edit: WorldEdit) -> dict[str, Any]:
     return found
 
 
-def _step(guidance: float, **options: Any) -> Variant:
+def _step(**options: Any) -> Variant:
     """A row of fusion's ablation, which is of colour edits."""
-    return Variant("fusion", "stem", guidance, options, ("colour",))
+    return Variant("fusion", "stem", 3.0, {"mask": False, **options}, ("colour",))
 
 
 VARIANTS: dict[str, Variant] = {
     BASELINE: Variant("pnp", "ddim"),
     "tokenflow": Variant("tokenflow", "ddim"),
-    "tokenflow extended=stem": Variant("tokenflow", "ddim", options={"extended": "stem"}),
+    "tokenflow chunk=4": Variant("tokenflow", "ddim", options={"chunk": 4}),
+    "tokenflow chunk=4 extended=stem": Variant(
+        "tokenflow", "ddim", options={"chunk": 4, "extended": "stem"}
+    ),
     "sdedit": Variant("sdedit", "ddim"),
     "fatezero": Variant("fatezero", "st-ddim", to_words=True),
-    OURS: Variant("fusion", "stem", options={"consensus": False}),
-    "fusion consensus": Variant("fusion", "stem", options={"consensus": True}),
+    OURS: Variant("fusion", "stem"),
+    "fusion consensus": Variant(
+        "fusion", "stem", options={"consensus": True}, kinds=("colour", "texture")
+    ),
+    "fusion no consensus": Variant("fusion", "stem", 7.5, {"consensus": False}, ("shape",)),
     "guidance 3": Variant("fatezero", "stem", 3.0, kinds=("colour",), to_words=True),
-    "guided in the first half": _step(3.0, cross=0.5, self=0.5, mask=False, consensus=False),
-    "source maps at all steps": _step(3.0, mask=False, consensus=False),
+    "guided in the first half": _step(cross_maps=0.5, self_maps=0.5),
+    "source maps at all steps": _step(cross_maps=1.0, self_maps=1.0),
 }
 """By name; each on the inversion that it was published with, "pnp" and what builds on it on DDIM
-with attention per frame. `fatezero` on STEM is row 0 of fusion's ablation, `fusion` row 4, `fusion
-consensus` row 5."""
+with attention per frame. `fusion` has the preset of the edit's kind, with which consensus is on for
+shapes alone. TokenFlow's published chunk is 8, which leaves 8 frames one pivot."""
 
 ABLATION: dict[str, tuple[str, str]] = {
     "FateZero + STEM": ("fatezero", "stem"),
@@ -91,10 +97,9 @@ ABLATION: dict[str, tuple[str, str]] = {
 }
 """Fusion's steps one after the other, each with the ones before: (variant, inversion)."""
 
-MAIN = ("pnp", "tokenflow", "tokenflow extended=stem", "sdedit", "fatezero", OURS)
 CROSSED = ("pnp", "tokenflow", "sdedit", "fatezero", OURS)
 """Variants that are tried on every inversion."""
-LONG = (BASELINE, OURS)
+LONG = (BASELINE, "tokenflow", OURS)
 """Variants that are tried on longer videos."""
 LONG_FRAMES = 20
 
