@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from diffusers.models.attention_processor import Attention
 
-from stem.attention import Hooks
 from stem.attention.handle import make_processors
 from stem.attention.processor import RowLayout
 from stem.config import AttentionConfig, InflatedConfig, SparseCausalConfig, StemConfig
@@ -132,9 +131,7 @@ def backend_of(config: AttentionConfig | None) -> str:
 def set_attention(attention: Attention, config: AttentionConfig | None) -> None:
     """Put a mechanism into one self-attention; None: its own, per frame."""
     if config is not None:
-        processors, _ = make_processors(
-            {"layer": attention}, config, RowLayout(config.num_frames), Hooks()
-        )
+        processors, _ = make_processors({"layer": attention}, config, RowLayout(config.num_frames))
         attention.set_processor(processors["layer"])
 
 

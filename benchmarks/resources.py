@@ -21,9 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from stem_kernels.triton.basis_attention import _basis_attention_kernel
+from stem_kernels.triton.blended_attention import _blended_attention_kernel
 from stem_kernels.triton.em_fused import LARGEST_BASES, _fused_kernel
 from stem_kernels.triton.em_general import _logsumexp_kernel, _sums_kernel
 from stem_kernels.triton.em_wide import _products_kernel, _responsibilities_kernel
+from stem_kernels.triton.nearest_token import _nearest_token_kernel
 from stem_kernels.triton.resident_attention import LARGEST_PART, _resident_kernel
 from stem_kernels.tuning import rows_for, table, tile_for, two_tiles
 
@@ -34,7 +36,8 @@ OUT = Path(__file__).parent / "results" / "triton-resources.md"
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
 """What one block may ask for, by compute capability."""
 MATRIX_INSTRUCTIONS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-FLOAT32 = ("p_logsumexp", "p_sums", "p_value_sums", "p_mass", "p_bias")
+FLOAT32 = ("p_logsumexp", "p_sums", "p_value_sums", "p_mass", "p_bias", "p_mask", "p_share")
+INT32 = ("p_found",)
 HALF_ONLY = ("em_fused", "em_wide", "resident_attention")
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
@@ -55,7 +58,8 @@ def compiled(
         if name in constants:
             signature[name] = "constexpr"
         elif name.startswith("p_"):
-            signature[name] = "*fp32" if name in FLOAT32 else f"*{dtype}"
+            kinds = {**dict.fromkeys(FLOAT32, "*fp32"), **dict.fromkeys(INT32, "*i32")}
+            signature[name] = kinds.get(name, f"*{dtype}")
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name == "scale":
             signature[name] = "fp32"
@@ -132,10 +136,17 @@ def cases_of(
             "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_PART, "TWO_PARTS": True,
             "WITH_BIAS": True, **both, **shared,
         }  # fmt: skip
-    elif op == "basis_attention":
+    elif op == "nearest_token":
+        yield "nearest_token d=320", _nearest_token_kernel, {
+            "BLOCK_N": row["block_n"], "BLOCK_M": row["block_m"],
+            "BLOCK_D": tile_for(320, 2 * row["block_d"] // itemsize), **shared,
+        }  # fmt: skip
+    elif op in ("basis_attention", "blended_attention"):
+        both = {"basis": _basis_attention_kernel, "blended": _blended_attention_kernel}
+        kernel = both[op.removesuffix("_attention")]
         for width in (40, 64, 80, 160):
             padded = tile_for(width, 512)
-            yield f"basis_attention d={width}", _basis_attention_kernel, {
+            yield f"{op} d={width}", kernel, {
                 "BLOCK_N": rows_for(itemsize * padded, row["query_bytes"]),
                 "BLOCK_K": rows_for(itemsize * padded, row["basis_bytes"]),
                 "BLOCK_D": padded, "BLOCK_E": padded, "WITH_BIAS": True, **shared,

@@ -12,5 +12,9 @@ STABLE_TORCH_LIBRARY(stem_kernels_ext, library) {
   library.def(
       "basis_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale) "
       "-> Tensor");
+  library.def(
+      "blended_attention(Tensor query_target, Tensor key_target, Tensor query_source, "
+      "Tensor key_source, Tensor value, Tensor mask, Tensor? bias, float scale) -> Tensor");
+  library.def("nearest_token(Tensor query, Tensor keys) -> Tensor");
   library.def("cpu_instructions() -> str");
 }

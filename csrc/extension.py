@@ -112,7 +112,8 @@ def cpu_part(target: Path, scratch: Path) -> Part:
     torch, cxx = tools()
     includes = ["-I", CSRC / "include", "-isystem", Path(torch.folder, "include")]
     jobs: dict[str, tuple[str, list[str]]] = {"bindings": ("bindings.cpp", [])}
-    jobs |= {name: (f"cpu/{name}.cpp", []) for name in ("dispatch", "tensors", "em", "attention")}
+    sources = ("dispatch", "tensors", "em", "attention", "nearest")
+    jobs |= {name: (f"cpu/{name}.cpp", []) for name in sources}
     for name, (lanes, flags) in INSTRUCTIONS.items():
         jobs[name] = ("cpu/kernels.cpp", [f"-DSTEM_ISA={name}", f"-DSTEM_LANES={lanes}", *flags])
     objects = [scratch / f"{name}.o" for name in jobs]

@@ -121,14 +121,20 @@ def blended_case(
     return queries[0], keys[0], queries[1], keys[1], value, mask, bias
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 40, 24), (70, 256, 40, 40), (33, 300, 80, 80), (150, 16, 160, 24)], ids=str
+    ("with_bias", "sizes"),
+    [
+        (True, (1, 1, 40, 24)),
+        (False, (70, 256, 40, 40)),
+        (True, (33, 300, 80, 80)),
+        (True, (150, 16, 160, 24)),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.interpreter
 def test_blend(
-    backend: str, dtype: torch.dtype, sizes: tuple[int, int, int, int], with_bias: bool
+    backend: str, dtype: torch.dtype, with_bias: bool, sizes: tuple[int, int, int, int]
 ) -> None:
     *inputs, bias = blended_case(*sizes, dtype)
     given = bias if with_bias else None
@@ -189,6 +195,32 @@ def test_the_torch_backend_of_the_blend_has_gradients() -> None:
         lambda *given: blended_attention(*given, bias=bias),
         [tensor.detach().requires_grad_() for tensor in inputs],
     )
+
+
+@pytest.mark.interpreter
+def test_opcheck(backend: str) -> None:
+    query, keys = tokens(2, 9, 8), tokens(2, 5, 8, seed=1)
+    *given, mask, bias = blended_case(9, 5, 8, 6, torch.float32)
+    if backend == "cuda":
+        import stem_kernels.cuda.blended_attention
+        import stem_kernels.cuda.nearest_token
+
+        nearest = torch.ops.stem_kernels_ext.nearest_token
+        blended = torch.ops.stem_kernels_ext.blended_attention
+        query, keys = query.unsqueeze(1), keys.unsqueeze(1)
+        given[1::2] = [bases.expand(2, -1, -1, -1) for bases in given[1::2]]
+        given[4], bias = given[4].expand(2, -1, -1, -1), bias.expand(2, -1, -1)
+    else:
+        if backend == "triton":
+            import stem_kernels.triton.blended_attention
+            import stem_kernels.triton.nearest_token  # noqa: F401
+        nearest = getattr(torch.ops.stem_kernels, f"nearest_token_{backend}")
+        blended = getattr(torch.ops.stem_kernels, f"blended_attention_{backend}", None)
+    tests = ["test_schema", "test_faketensor"]
+    torch.library.opcheck(nearest, (query, keys), test_utils=tests)
+    if backend != "torch":  # where it is made of basis_attention, and is no operator of its own
+        torch.library.opcheck(blended, (*given, mask, bias, 0.3), test_utils=tests)
+        torch.library.opcheck(blended, (*given, mask, None, 0.3), test_utils=tests)
 
 
 def test_the_new_operators_compile_to_one_graph(backend: str) -> None:

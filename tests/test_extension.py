@@ -238,6 +238,14 @@ def test_an_object_for_another_torch(package: Path, tmp_path: Path) -> None:
     assert "undefined symbol: torch_of_tomorrow (built with torch 2.99.0, this is" in text
 
 
+@built
+def test_an_object_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "OPERATORS", (*cuda.OPERATORS, "one_of_tomorrow"))
+    reason = cuda.load("cpu")
+    assert reason is not None
+    assert "lacks one_of_tomorrow: it was built from older sources; build it again" in reason
+
+
 def test_the_gpu_part_needs_a_torch_with_cuda(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

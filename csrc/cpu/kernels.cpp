@@ -1,6 +1,7 @@
 // Compiled once for each instruction set, with STEM_ISA and STEM_LANES given on the command line.
 #include "stem/cpu/attention.h"
 #include "stem/cpu/em.h"
+#include "stem/cpu/nearest.h"
 
 #define STEM_TEXT_OF(x) #x
 #define STEM_TEXT(x) STEM_TEXT_OF(x)
@@ -9,8 +10,10 @@ namespace stem::cpu::STEM_ISA {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    STEM_TEXT(STEM_ISA), kPanel,      kTile,     em_scratch, em_pass,           load_panel,
-    store_panel,         directions, add_parts, update,     attention_scratch, attention,
+    STEM_TEXT(STEM_ISA), kPanel, kTile,
+    em_scratch, em_pass, load_panel, store_panel, directions, add_parts, update,
+    attention_scratch, attention, blended_attention,
+    pack_keys, nearest_scratch, nearest,
 };
 
 }  // namespace stem::cpu::STEM_ISA

@@ -16,6 +16,7 @@ import torch
 
 FOLDER = Path(__file__).parent.parent
 BUILD_COMMAND = "pip install --no-deps ."
+OPERATORS = ("basis_attention", "blended_attention", "em_statistics", "nearest_token", "soft_em")
 MIN_CAPABILITY = (8, 0)
 GPU_WIDTHS = {
     "features": 1280, "payload": 1280,
@@ -49,6 +50,12 @@ def load(part: str, folder: Path = FOLDER) -> str | None:
         return (
             f"{path.name} cannot be loaded: {error.__cause__ or error} "
             f"(built with torch {info['torch']}, this is {torch.__version__}); "
+            f"build it again with: {BUILD_COMMAND}"
+        )
+    lacking = [name for name in OPERATORS if not hasattr(torch.ops.stem_kernels_ext, name)]
+    if lacking:
+        return (
+            f"{path.name} lacks {', '.join(lacking)}: it was built from older sources; "
             f"build it again with: {BUILD_COMMAND}"
         )
     return None

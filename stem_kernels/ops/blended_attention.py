@@ -77,9 +77,20 @@ def blended_attention(
     if mask.shape != (batch, num_tokens):
         raise ValueError(f"{OP}: mask is {list(mask.shape)}; it must be {[batch, num_tokens]}")
     bias = fitting_bias(OP, bias, query_target, value.shape[-2])
-    select(OP, backend, {**tensors, "mask": mask, "bias": bias}, value.shape[-2])
+    chosen = select(OP, backend, {**tensors, "mask": mask, "bias": bias}, value.shape[-2])
     scale = dim**-0.5 if scale is None else float(scale)
     arguments = (query_target, key_target, query_source, key_source, value, mask, bias, scale)
-    from ..reference.blended_attention import blended_attention_torch
+    if chosen == "triton":
+        from ..triton.blended_attention import blended_attention_triton
 
-    return blended_attention_torch(*arguments).transpose(1, 2)
+        found = blended_attention_triton(*arguments)
+    elif chosen == "cuda":
+        from ..cuda.blended_attention import blended_attention_cuda
+
+        found = blended_attention_cuda(*arguments)
+    else:
+        assert chosen == "torch"
+        from ..reference.blended_attention import blended_attention_torch
+
+        found = blended_attention_torch(*arguments)
+    return found.transpose(1, 2)

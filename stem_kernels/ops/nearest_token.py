@@ -59,7 +59,18 @@ def nearest_token(
         raise ValueError(f"{OP}: there are {keys.shape[1]} keys; an int32 numbers less than 2^31")
     # The result is a number of a key, which has no gradient.
     query, keys = query.detach(), keys.detach()
-    select(OP, backend, {"query": query, "keys": keys}, None)
-    from ..reference.nearest_token import nearest_token_torch
+    chosen = select(OP, backend, {"query": query, "keys": keys}, None)
+    if chosen == "triton":
+        from ..triton.nearest_token import nearest_token_triton
 
-    return nearest_token_torch(query, keys)
+        found = nearest_token_triton(query, keys)
+    elif chosen == "cuda":
+        from ..cuda.nearest_token import nearest_token_cuda
+
+        found = nearest_token_cuda(query, keys)
+    else:
+        assert chosen == "torch"
+        from ..reference.nearest_token import nearest_token_torch
+
+        found = nearest_token_torch(query, keys)
+    return found

@@ -21,32 +21,21 @@ LARGEST_HEAD = 512
 
 
 @triton.jit
-def _basis_attention_kernel(
-    p_query, p_key, p_value, p_bias, p_out,
-    n, K, D, E, H,
-    stride_qb, stride_qh, stride_qn, stride_qd,
-    stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_bb, stride_bh, stride_bk, scale,
+def attend(
+    p_query, p_key, p_value, p_bias, o_n, m_n, K, D, E,
+    stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bk, scale,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """[BLOCK_N, BLOCK_E], float32: attention of queries o_n of a head, at which pointers point."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    # Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
-    tiles = tl.cdiv(n, BLOCK_N)
-    lead = tl.program_id(0) // tiles
-    batch = (lead // H).to(tl.int64)
-    head = (lead % H).to(tl.int64)
-    o_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D).to(tl.int64)
     o_e = tl.arange(0, BLOCK_E).to(tl.int64)
-    m_n = o_n < n
     m_d = o_d < D
     m_e = o_e < E
     # [BLOCK_N, BLOCK_D]
     b_q = tl.load(
-        p_query + batch * stride_qb + head * stride_qh
-        + (o_n * stride_qn)[:, None] + (o_d * stride_qd)[None, :],
+        p_query + (o_n * stride_qn)[:, None] + (o_d * stride_qd)[None, :],
         mask=m_n[:, None] & m_d[None, :], other=0.0,
     )  # fmt: skip
     if UPCAST:
@@ -61,8 +50,7 @@ def _basis_attention_kernel(
         m_k = o_k < K
         # [BLOCK_D, BLOCK_K]
         b_k = tl.load(
-            p_key + batch * stride_kb + head * stride_kh
-            + (o_k * stride_kn)[None, :] + (o_d * stride_kd)[:, None],
+            p_key + (o_k * stride_kn)[None, :] + (o_d * stride_kd)[:, None],
             mask=m_k[None, :] & m_d[:, None], other=0.0,
         )  # fmt: skip
         # [BLOCK_N, BLOCK_K]
@@ -70,9 +58,7 @@ def _basis_attention_kernel(
             b_k = b_k.to(tl.float32)
         b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
         if WITH_BIAS:
-            b_bias = tl.load(
-                p_bias + batch * stride_bb + head * stride_bh + o_k * stride_bk, mask=m_k, other=0.0
-            ).to(tl.float32)
+            b_bias = tl.load(p_bias + o_k * stride_bk, mask=m_k, other=0.0).to(tl.float32)
             b_s += b_bias[None, :] * LOG2E
         b_s = tl.where(m_k[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
@@ -83,8 +69,7 @@ def _basis_attention_kernel(
         b_sum = b_sum * b_rescale + tl.sum(b_w, axis=1)
         # [BLOCK_K, BLOCK_E]
         b_v = tl.load(
-            p_value + batch * stride_vb + head * stride_vh
-            + (o_k * stride_vn)[:, None] + (o_e * stride_vd)[None, :],
+            p_value + (o_k * stride_vn)[:, None] + (o_e * stride_vd)[None, :],
             mask=m_k[:, None] & m_e[None, :], other=0.0,
         )  # fmt: skip
         b_w = b_w.to(b_v.dtype)
@@ -92,10 +77,40 @@ def _basis_attention_kernel(
             b_w, b_v = b_w.to(tl.float32), b_v.to(tl.float32)
         b_out = tl.dot(b_w, b_v, b_out * b_rescale[:, None], input_precision=PRECISION)
         b_max = b_new
-    b_out = b_out / b_sum[:, None]
+    return b_out / b_sum[:, None]
+
+
+@triton.jit
+def _basis_attention_kernel(
+    p_query, p_key, p_value, p_bias, p_out,
+    n, K, D, E, H,
+    stride_qb, stride_qh, stride_qn, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_bb, stride_bh, stride_bk, scale,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
+    tiles = tl.cdiv(n, BLOCK_N)
+    lead = tl.program_id(0) // tiles
+    batch = (lead // H).to(tl.int64)
+    head = (lead % H).to(tl.int64)
+    o_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n
+    b_out = attend(
+        p_query + batch * stride_qb + head * stride_qh,
+        p_key + batch * stride_kb + head * stride_kh,
+        p_value + batch * stride_vb + head * stride_vh,
+        p_bias + batch * stride_bb + head * stride_bh,
+        o_n, m_n, K, D, E,
+        stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bk, scale,
+        BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_E, WITH_BIAS, PRECISION, UPCAST,
+    )  # fmt: skip
+    o_e = tl.arange(0, BLOCK_E).to(tl.int64)
     tl.store(
         p_out + ((batch * n + o_n) * H * E + head * E)[:, None] + o_e[None, :],
-        b_out.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_e[None, :],
+        b_out.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_e < E)[None, :],
     )  # fmt: skip
 
 

@@ -50,11 +50,39 @@ static void transpose(const float* from, int64_t from_stride, int64_t rows, int6
       to[c * to_stride + r] = from[r * from_stride + c];
 }
 
-static int64_t attention_scratch(const AttentionSizes& sizes) {
-  const int64_t widest =
-      sizes.width > sizes.value_width ? sizes.width : sizes.value_width;
-  return sizes.bases * (sizes.width + sizes.value_width + 1) + kPanel * (sizes.bases + 2 * widest) +
-         sizes.bases * widest;
+STEM_INLINE int64_t widest(const AttentionSizes& sizes) {
+  return sizes.width > sizes.value_width ? sizes.width : sizes.value_width;
+}
+
+// What attention by one or two maps works in.
+struct AttentionScratch {
+  float* packed_value;  // [blocks of channels, bases, rows]
+  float* shifts;        // [bases]: the bias, in base 2
+  float* by_token;      // [kPanel, widest]
+  float* by_channel;    // [widest, kPanel]
+  float* rows;          // [bases, widest]
+  float* packed_key[2];  // [blocks of bases, width, rows]
+  float* logits[2];      // [bases, kPanel]
+
+  AttentionScratch(const AttentionSizes& sizes, int maps, float* scratch) {
+    const int64_t bases = sizes.bases, wide = widest(sizes);
+    auto take = [&](int64_t count) { return (scratch += count) - count; };
+    packed_value = take(bases * sizes.value_width);
+    shifts = take(bases);
+    by_token = take(kPanel * wide);
+    by_channel = take(kPanel * wide);
+    rows = take(bases * wide);
+    for (int map = 0; map < maps; ++map) {
+      packed_key[map] = take(bases * sizes.width);
+      logits[map] = take(bases * kPanel);
+    }
+  }
+};
+
+static int64_t attention_scratch(const AttentionSizes& sizes, int maps) {
+  const int64_t bases = sizes.bases, wide = widest(sizes);
+  return bases * (sizes.value_width + 1 + wide) + 2 * kPanel * wide +
+         maps * bases * (sizes.width + kPanel);
 }
 
 // logits [bases, kPanel] -> 2^(logit + bias - the query's largest), in place; inverse [kPanel]:
@@ -81,55 +109,124 @@ static void weigh_columns(int64_t bases, const float* bias, float* logits, float
   }
 }
 
-static void attention(const AttentionSizes& sizes, const Rows& query, const Rows& key,
-                      const Rows& value, const float* bias, int64_t bias_stride, float scale,
-                      int64_t first, int64_t last, void* out, int64_t out_stride,
-                      float* scratch) {
-  constexpr float kLog2E = 1.44269504f;
-  const int64_t bases = sizes.bases, width = sizes.width, value_width = sizes.value_width;
-  const int64_t widest = width > value_width ? width : value_width;
-  float* packed_key = scratch;                            // [blocks of bases, width, rows]
-  float* packed_value = packed_key + bases * width;       // [blocks of channels, bases, rows]
-  float* shifts = packed_value + bases * value_width;     // [bases]: the bias, in base 2
-  float* logits = shifts + bases;                         // [bases, kPanel]
-  float* by_token = logits + bases * kPanel;              // [kPanel, widest]
-  float* by_channel = by_token + kPanel * widest;         // [widest, kPanel]
-  float* rows = by_channel + kPanel * widest;             // [bases, widest]
-
+static void pack_key(const AttentionSizes& sizes, const Rows& key, float factor, float* rows,
+                     float* packed) {
+  const int64_t bases = sizes.bases, width = sizes.width;
   for (int64_t base = 0; base < bases; ++base) load_row(key, base, width, rows + base * width);
   for (int64_t block = 0; block < num_blocks(bases); ++block) {
     const int64_t start = block_start(bases, block), count = block_start(bases, block + 1) - start;
     for (int64_t channel = 0; channel < width; ++channel)
       for (int64_t i = 0; i < count; ++i)
-        packed_key[start * width + channel * count + i] =
-            rows[(start + i) * width + channel] * (scale * kLog2E);
+        packed[start * width + channel * count + i] = rows[(start + i) * width + channel] * factor;
   }
-  for (int64_t base = 0; base < bases; ++base) {
-    load_row(value, base, value_width, rows + base * value_width);
-    shifts[base] = 1.0f;
-  }
-  pack(value_width, bases, rows, value_width, shifts, packed_value);
-  if (bias)
-    for (int64_t base = 0; base < bases; ++base) shifts[base] = bias[base * bias_stride] * kLog2E;
+}
 
+// Values and bias; the latter in base 2.
+static void pack_value(const AttentionSizes& sizes, const Rows& value, const float* bias,
+                       int64_t bias_stride, const AttentionScratch& scratch) {
+  constexpr float kLog2E = 1.44269504f;
+  const int64_t bases = sizes.bases, width = sizes.value_width;
+  for (int64_t base = 0; base < bases; ++base) {
+    load_row(value, base, width, scratch.rows + base * width);
+    scratch.shifts[base] = 1.0f;
+  }
+  pack(width, bases, scratch.rows, width, scratch.shifts, scratch.packed_value);
+  if (bias)
+    for (int64_t base = 0; base < bases; ++base)
+      scratch.shifts[base] = bias[base * bias_stride] * kLog2E;
+}
+
+// Weights of `count` queries from `begin` on, by one map, undivided; inverse as weigh_columns.
+static void weigh_queries(const AttentionSizes& sizes, const Rows& query, int64_t begin,
+                          int64_t count, bool with_bias, int map, const AttentionScratch& scratch,
+                          float* inverse) {
+  const int64_t width = sizes.width;
+  for (int64_t i = 0; i < kPanel * width; ++i) scratch.by_channel[i] = 0.0f;
+  for (int64_t i = 0; i < count; ++i)
+    load_row(query, begin + i, width, scratch.by_token + i * width);
+  transpose(scratch.by_token, width, count, width, scratch.by_channel, kPanel);
+  multiply_packed(sizes.bases, width, scratch.packed_key[map], scratch.by_channel,
+                  scratch.logits[map], false);
+  weigh_columns(sizes.bases, with_bias ? scratch.shifts : nullptr, scratch.logits[map], inverse);
+}
+
+// The first map's weights times the values -> rows of out. Each query's factor comes last, or is
+// in the weights already: null.
+static void store_outputs(const AttentionSizes& sizes, const float* factors, DType dtype,
+                          int64_t begin, int64_t count, void* out, int64_t out_stride,
+                          const AttentionScratch& scratch) {
+  const int64_t width = sizes.value_width;
+  multiply_packed(width, sizes.bases, scratch.packed_value, scratch.logits[0], scratch.by_channel,
+                  false);
+  for (int64_t channel = 0; factors && channel < width; ++channel)
+    for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+      float* p = scratch.by_channel + channel * kPanel + lane;
+      store(p, load(p) * load(factors + lane));
+    }
+  transpose(scratch.by_channel, kPanel, width, count, scratch.by_token, width);
+  for (int64_t i = 0; i < count; ++i)
+    store_row(scratch.by_token + i * width, width, dtype, out, (begin + i) * out_stride);
+}
+
+static void attention(const AttentionSizes& sizes, const AttentionMap& map, const Rows& value,
+                      const float* bias, int64_t bias_stride, float scale, int64_t first,
+                      int64_t last, void* out, int64_t out_stride, float* memory) {
+  constexpr float kLog2E = 1.44269504f;
+  const AttentionScratch scratch(sizes, 1, memory);
+  pack_key(sizes, map.key, scale * kLog2E, scratch.rows, scratch.packed_key[0]);
+  pack_value(sizes, value, bias, bias_stride, scratch);
   for (int64_t begin = first; begin < last; begin += kPanel) {
     const int64_t count = smaller(kPanel, last - begin);
-    for (int64_t i = 0; i < kPanel * width; ++i) by_channel[i] = 0.0f;
-    for (int64_t i = 0; i < count; ++i) load_row(query, begin + i, width, by_token + i * width);
-    transpose(by_token, width, count, width, by_channel, kPanel);
-    multiply_packed(bases, width, packed_key, by_channel, logits, false);
     float inverse[kPanel];
-    weigh_columns(bases, bias ? shifts : nullptr, logits, inverse);
-    multiply_packed(value_width, bases, packed_value, logits, by_channel, false);
-    for (int64_t channel = 0; channel < value_width; ++channel)
-      for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-        float* p = by_channel + channel * kPanel + lane;
-        store(p, load(p) * load(inverse + lane));
-      }
-    transpose(by_channel, kPanel, value_width, count, by_token, value_width);
-    for (int64_t i = 0; i < count; ++i)
-      store_row(by_token + i * value_width, value_width, query.dtype, out,
-                (begin + i) * out_stride);
+    weigh_queries(sizes, map.query, begin, count, bias != nullptr, 0, scratch, inverse);
+    store_outputs(sizes, inverse, map.query.dtype, begin, count, out, out_stride, scratch);
+  }
+}
+
+// target <- share * target * inverse + (1 - share) * source * inverse, [bases, kPanel]. What has
+// no share may be anything.
+static void blend_columns(int64_t bases, const float* share, const float (&inverse)[2][kPanel],
+                          float* target, const float* source) {
+  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+    const Vec part = load(share + lane);
+    const Vec of_target = part * load(inverse[0] + lane);
+    const Vec of_source = (1.0f - part) * load(inverse[1] + lane);
+    for (int64_t base = 0; base < bases; ++base) {
+      float* p = target + base * kPanel + lane;
+      const Vec left = part == 0.0f ? Vec{} : load(p) * of_target;
+      const Vec right =
+          part == 1.0f ? Vec{} : load(source + base * kPanel + lane) * of_source;
+      store(p, left + right);
+    }
+  }
+}
+
+// Both maps weight the same values, so that their weights are blended and one product is enough.
+// A map in which no query of a panel has a share is left out.
+static void blended_attention(const AttentionSizes& sizes, const AttentionMap (&maps)[2],
+                              const Rows& value, const float* mask, const float* bias,
+                              int64_t bias_stride, float scale, int64_t first, int64_t last,
+                              void* out, int64_t out_stride, float* memory) {
+  constexpr float kLog2E = 1.44269504f;
+  const AttentionScratch scratch(sizes, 2, memory);
+  for (int map = 0; map < 2; ++map)
+    pack_key(sizes, maps[map].key, scale * kLog2E, scratch.rows, scratch.packed_key[map]);
+  pack_value(sizes, value, bias, bias_stride, scratch);
+  for (int64_t begin = first; begin < last; begin += kPanel) {
+    const int64_t count = smaller(kPanel, last - begin);
+    float share[kPanel] = {}, inverse[2][kPanel];
+    bool needed[2] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      share[i] = mask[begin + i];
+      needed[0] |= share[i] != 0.0f;
+      needed[1] |= share[i] != 1.0f;
+    }
+    for (int map = 0; map < 2; ++map)
+      if (needed[map])
+        weigh_queries(sizes, maps[map].query, begin, count, bias != nullptr, map, scratch,
+                      inverse[map]);
+    blend_columns(sizes.bases, share, inverse, scratch.logits[0], scratch.logits[1]);
+    store_outputs(sizes, nullptr, maps[0].query.dtype, begin, count, out, out_stride, scratch);
   }
 }
 

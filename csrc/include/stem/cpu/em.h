@@ -18,9 +18,6 @@
 namespace stem::cpu::STEM_ISA {
 
 constexpr int64_t kTile = 8 * kRows;
-// Channels of the first product that are summed in one go. Sums of sums round less than one long
-// sum: the error of logits in the hundreds shows. It also keeps a panel's part in the first cache.
-constexpr int64_t kChunk = 48;
 
 STEM_INLINE int64_t num_panels(int64_t bases) { return (bases + kPanel - 1) / kPanel; }
 

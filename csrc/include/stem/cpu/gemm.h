@@ -1,9 +1,13 @@
-// The one product that both operators are made of: c [rows, kPanel] (+)= a [rows, depth] b.
+// The one product that all operators are made of: c [rows, kPanel] (+)= a [rows, depth] b.
 #pragma once
 
 #include "vec.h"
 
 namespace stem::cpu::STEM_ISA {
+
+// Channels of a product of tokens that are summed in one go. Sums of sums round less than one long
+// sum: the error of logits in the hundreds shows. It also keeps a panel's part in the first cache.
+constexpr int64_t kChunk = 48;
 
 // kPacked: a is [depth, Rows]; else row i of a starts at a + i * a_stride.
 // All 2 * Rows accumulators stay in registers: each step of depth costs 2 + Rows loads for

@@ -29,6 +29,11 @@ struct AttentionSizes {
   int64_t value_width;
 };
 
+// Queries of one head and the keys that weigh its bases.
+struct AttentionMap {
+  Rows query, key;
+};
+
 struct Kernels {
   const char* name;
   int64_t panel;
@@ -53,13 +58,27 @@ struct Kernels {
   // New bases of one panel from its sums; payload sums and mass become payload bases and mass.
   void (*update)(const EmSizes&, bool keep_empty, float least_mass, float* sums, float* bases);
 
-  // Floats of scratch memory that attention needs.
-  int64_t (*attention_scratch)(const AttentionSizes&);
+  // Floats of scratch memory that attention by one map needs, or by two.
+  int64_t (*attention_scratch)(const AttentionSizes&, int maps);
   // Queries first ... last - 1 -> rows of out, `out_stride` elements apart, of the query's dtype.
   // bias [bases] float, bias_stride apart, or null.
-  void (*attention)(const AttentionSizes&, const Rows& query, const Rows& key, const Rows& value,
+  void (*attention)(const AttentionSizes&, const AttentionMap&, const Rows& value,
                     const float* bias, int64_t bias_stride, float scale, int64_t first,
                     int64_t last, void* out, int64_t out_stride, float* scratch);
+  // The same by a target's and a source's map; mask [queries]: share of the target.
+  void (*blended_attention)(const AttentionSizes&, const AttentionMap (&maps)[2],
+                            const Rows& value, const float* mask, const float* bias,
+                            int64_t bias_stride, float scale, int64_t first, int64_t last,
+                            void* out, int64_t out_stride, float* scratch);
+
+  // One panel of keys, each of length 1 -> packed [width, panel]; scratch [width].
+  void (*pack_keys)(const Rows& keys, int64_t num_keys, int64_t width, int64_t panel_index,
+                    float* packed, float* scratch);
+  // Floats of scratch memory that nearest needs.
+  int64_t (*nearest_scratch)(int64_t width);
+  // Queries first ... last - 1 -> out[first ... last - 1]; packed [panels, width, panel].
+  void (*nearest)(const Rows& query, int64_t num_keys, int64_t width, int64_t first, int64_t last,
+                  const float* packed, int32_t* out, float* scratch);
 };
 
 // Those that this CPU can run, the fastest; ATEN_CPU_CAPABILITY=default or avx2 asks for less.

@@ -1,0 +1,136 @@
+"""`blended_attention` in Triton: a tile of queries by both maps, then their sum.
+
+A map in which no query of a tile has a share is left out, so a tile outside of a mask costs what
+`basis_attention` does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..tuning import rows_for, tile_for, tiles
+from . import on_device_of
+from .basis_attention import LARGEST_HEAD, attend
+from .precision import dot_options
+
+
+@triton.jit
+def _blended_attention_kernel(
+    p_query, p_key, p_query_source, p_key_source, p_value, p_mask, p_bias, p_out,
+    n, K, D, E, H,
+    stride_qb, stride_qh, stride_qn, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_rb, stride_rh, stride_rn, stride_rd,
+    stride_lb, stride_lh, stride_ln, stride_ld,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_mb, stride_mn, stride_bb, stride_bh, stride_bk, scale,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
+    tiles = tl.cdiv(n, BLOCK_N)
+    lead = tl.program_id(0) // tiles
+    batch = (lead // H).to(tl.int64)
+    head = (lead % H).to(tl.int64)
+    o_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_e = tl.arange(0, BLOCK_E).to(tl.int64)
+    m_n = o_n < n
+    p_v = p_value + batch * stride_vb + head * stride_vh
+    p_b = p_bias + batch * stride_bb + head * stride_bh
+    p_m = p_mask + batch * stride_mb + o_n * stride_mn
+    # [BLOCK_N]: shares of the target and of the source, none for what is past the last query
+    b_share = tl.load(p_m, mask=m_n, other=0.0)
+    b_rest = 1.0 - tl.load(p_m, mask=m_n, other=1.0)
+    # [BLOCK_N, BLOCK_E]
+    b_out = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
+    if tl.max(b_share, axis=0) > 0.0:
+        b_part = attend(
+            p_query + batch * stride_qb + head * stride_qh,
+            p_key + batch * stride_kb + head * stride_kh,
+            p_v, p_b, o_n, m_n, K, D, E,
+            stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bk, scale,
+            BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_E, WITH_BIAS, PRECISION, UPCAST,
+        )  # fmt: skip
+        # 0 times NaN would be NaN.
+        b_out = tl.where((b_share == 0.0)[:, None], 0.0, b_share[:, None] * b_part)
+    if tl.max(b_rest, axis=0) > 0.0:
+        b_part = attend(
+            p_query_source + batch * stride_rb + head * stride_rh,
+            p_key_source + batch * stride_lb + head * stride_lh,
+            p_v, p_b, o_n, m_n, K, D, E,
+            stride_rn, stride_rd, stride_ln, stride_ld, stride_vn, stride_vd, stride_bk, scale,
+            BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_E, WITH_BIAS, PRECISION, UPCAST,
+        )  # fmt: skip
+        b_out += tl.where((b_rest == 0.0)[:, None], 0.0, b_rest[:, None] * b_part)
+    tl.store(
+        p_out + ((batch * n + o_n) * H * E + head * E)[:, None] + o_e[None, :],
+        b_out.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_e < E)[None, :],
+    )  # fmt: skip
+
+
+@torch.library.custom_op("stem_kernels::blended_attention_triton", mutates_args=())
+def blended_attention_triton(
+    query_target: torch.Tensor,
+    key_target: torch.Tensor,
+    query_source: torch.Tensor,
+    key_source: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """query_* [B, h, n, d], key_* and value [B or 1, h, K, ...], mask [B, n], bias [.., .., K].
+
+    Returns contiguous [B, n, h, e] of the queries' dtype.
+    """
+    batch, heads, n, dim = query_target.shape
+    num_bases, width = value.shape[-2:]
+    out = _empty_output(query_target, value)
+    if out.numel() == 0:
+        return out
+    lead = (batch, heads, num_bases)
+    key_target, key_source, value = (
+        bases.expand(*lead, bases.shape[-1]) for bases in (key_target, key_source, value)
+    )
+    bias, mask = None if bias is None else bias.expand(lead), mask.float()
+    block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
+    row_bytes = max(block_d, block_e) * query_target.element_size()
+    options = tiles("blended_attention", query_target.device)
+    block_n = rows_for(row_bytes, options.pop("query_bytes"))
+    block_k = tile_for(num_bases, rows_for(row_bytes, options.pop("basis_bytes")))
+    with on_device_of(query_target):
+        _blended_attention_kernel[(triton.cdiv(n, block_n) * batch * heads,)](
+            query_target, key_target, query_source, key_source, value, mask,
+            mask if bias is None else bias, out,
+            n, num_bases, dim, width, heads,
+            *query_target.stride(), *key_target.stride(),
+            *query_source.stride(), *key_source.stride(), *value.stride(), *mask.stride(),
+            *((0, 0, 0) if bias is None else bias.stride()),
+            scale * math.log2(math.e),
+            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
+            WITH_BIAS=bias is not None, **dot_options(query_target.dtype), **options,
+        )  # fmt: skip
+    return out
+
+
+@blended_attention_triton.register_fake
+def _(
+    query_target: torch.Tensor,
+    key_target: torch.Tensor,
+    query_source: torch.Tensor,
+    key_source: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    return _empty_output(query_target, value)
+
+
+def _empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    batch, heads, num_queries, _ = query.shape
+    return query.new_empty((batch, num_queries, heads, value.shape[-1]))
