@@ -28,6 +28,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import stem
+from stem.attention import Hooks, Recording, Replay
 from stem.attention.chunks import spread_frames
 from stem.attention.handle import self_attentions
 from stem.attention.processor import RowLayout
@@ -75,10 +76,10 @@ STREAM_STEPS = 10
 
 
 @torch.no_grad()
-def sd15_unet() -> UNet2DConditionModel:
-    """A UNet of Stable Diffusion 1.5's shape with random weights."""
+def sd15_unet(text_channels: int = 768) -> UNet2DConditionModel:
+    """A UNet of Stable Diffusion 1.5's shape with random weights, for text states so wide."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768)
+        unet = UNet2DConditionModel(cross_attention_dim=text_channels)
     unet = unet.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in unet.parameters():
@@ -220,14 +221,15 @@ def _compare_layer(
     for way, config in FIT_WAYS.items():
         if not isinstance(config, StemConfig) or way == "exact":
             continue
-        state = StemState(config, [bases_shape(attention, config)])
+        state = StemState(config, [bases_shape(attention, config)], Hooks())
         if config.fit_frames is None:
             found = run(config, CHUNK, tokens, state)
         else:
             fit = spread_frames(FIT_FRAMES, config.fit_frames)
-            with state.recorded() as bases:
+            recording = Recording()
+            with state.hooks.added("fitting", recording):
                 run(config, len(fit), tokens[fit], state)
-            with state.replaying(bases):
+            with state.hooks.added("fitted", Replay(recording.found)):
                 found = run(config, FIT_FRAMES, tokens, state)
         errors.setdefault(way, []).append(_relative(found, exact))
 

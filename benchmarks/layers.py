@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from diffusers.models.attention_processor import Attention
 
+from stem.attention import Hooks
 from stem.attention.handle import make_processors
 from stem.attention.processor import RowLayout
 from stem.config import AttentionConfig, InflatedConfig, SparseCausalConfig, StemConfig
@@ -131,7 +132,9 @@ def backend_of(config: AttentionConfig | None) -> str:
 def set_attention(attention: Attention, config: AttentionConfig | None) -> None:
     """Put a mechanism into one self-attention; None: its own, per frame."""
     if config is not None:
-        processors, _ = make_processors({"layer": attention}, config, RowLayout(config.num_frames))
+        processors, _ = make_processors(
+            {"layer": attention}, config, RowLayout(config.num_frames), Hooks()
+        )
         attention.set_processor(processors["layer"])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from stem import load_pipeline, read_video
+from stem.attention import Hooks
 from stem.attention.frames import InflatedProcessor
 from stem.attention.handle import self_attentions
 from stem.attention.processor import RowLayout
@@ -125,7 +126,7 @@ class Probe:
         last = last_self_attention(unet)
         self._hooks = [last.register_forward_hook(self._keep)]
         for name, layer in self_attentions(unet).items():
-            dense = InflatedProcessor(name, RowLayout(len(source.frames)))
+            dense = InflatedProcessor(name, RowLayout(len(source.frames)), Hooks())
             compare = partial(self._compare, dense)
             self._hooks.append(layer.register_forward_hook(compare))
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .attention import Handle, disable, enable, enabled
     from .comparison import compare
     from .config import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
+    from .editing import edit, edit_latents
     from .inversion import InversionFolder, invert, reconstruct
     from .models import load_pipeline, random_pipeline
     from .video import Video, VideoFile, open_video, read_video, write_video
@@ -26,6 +27,8 @@ __all__ = [
     "VideoFile",
     "compare",
     "disable",
+    "edit",
+    "edit_latents",
     "enable",
     "enabled",
     "invert",
@@ -43,6 +46,7 @@ _MODULES = {
     "attention": ("Handle", "disable", "enable", "enabled"),
     "comparison": ("compare",),
     "config": ("InflatedConfig", "PerFrameConfig", "SparseCausalConfig", "StemConfig"),
+    "editing": ("edit", "edit_latents"),
     "inversion": ("InversionFolder", "invert", "reconstruct"),
     "models": ("load_pipeline", "random_pipeline"),
     "video": ("Video", "VideoFile", "open_video", "read_video", "write_video"),

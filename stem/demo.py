@@ -1,4 +1,4 @@
-"""The demonstration: inversions of videos whose truth is known, and of a real clip."""
+"""The demonstration: inversions of videos whose truth is known, and of a real clip; an edit."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from typing import Any
 from stem_kernels.info import provenance
 
 from .clips import shipped_clip
-from .comparison import Comparison, compare, result_name
+from .comparison import INVERSIONS, Comparison, compare, result_name
+from .edit_plan import EditPlan
+from .edits import EditResult, write_edits
+from .inversion import invert
 from .metrics import Interval, mean_interval
 from .report.files import write_json
 from .toy import render, sample_scene
+from .toy.edits import WorldEdit, world_edit
 from .video import Video, read_video
 
 NATURAL_CLIP = "carphone_pristine.mp4"  # the embedded model never trained on it
 NATURAL_PROMPT = ""  # the embedded model has no words for it
 FIRST_SEED = 40_000_000  # of scenes that the embedded model never trained on
+EDITED_SEED = 40_500_000  # of the scene that is edited
 FRAMES = 8
 WORLD_FPS = 8
 
@@ -32,12 +37,14 @@ class Demo:
         comparisons: Comparisons by video: "world-1", ..., and the natural clip's name.
         psnr: PSNR in dB over the world videos, by method, "vae" first.
         ssim: SSIM over the world videos, likewise.
+        edit: Edit of one more world video, beside its exact answer.
         json: Path of the figures' file.
     """
 
     comparisons: dict[str, Comparison]
     psnr: dict[str, Interval]
     ssim: dict[str, Interval]
+    edit: EditResult
     json: Path
 
 
@@ -65,9 +72,24 @@ def demo_videos(count: int, size: int) -> list[tuple[Video, str]]:
     return [*videos, (natural, NATURAL_PROMPT)]
 
 
+def demo_edit(size: int) -> WorldEdit:
+    """One more world video, whose object gets another colour.
+
+    Args:
+        size: Width and height in pixels.
+    """
+    return world_edit(EDITED_SEED, "colour", FRAMES, size)
+
+
+def edited_video(edited: WorldEdit) -> Video:
+    """The video before the edit."""
+    return Video(edited.source.frames, Fraction(WORLD_FPS), name="edited")
+
+
 def demo(
     pipeline: Any,
     videos: Sequence[tuple[Video, str]],
+    edited: WorldEdit,
     out: Path,
     methods: Sequence[str],
     *,
@@ -76,11 +98,12 @@ def demo(
     model: str,
     note: str = "",
 ) -> Demo:
-    """Compare inversions of some world videos and of one natural clip.
+    """Compare inversions of some world videos and of one natural clip, and edit a world video.
 
     Args:
         pipeline: Pipeline, as for `compare`.
         videos: Videos and prompts, as `demo_videos` gives them.
+        edited: Video to edit, as `demo_edit` gives it.
         out: Folder of the comparisons, and of a demo-....json.
         methods: Names of METHODS.
         options: Fields of the methods' configurations, by method.
@@ -93,6 +116,7 @@ def demo(
         video.name: compare(pipeline, video, prompt, out, methods, options=options, **settings)
         for video, prompt in videos
     }
+    edit = _edited(pipeline, edited, out, options.get("stem"), num_steps, model, note)
     psnrs, ssims = (_over_world(comparisons, figure) for figure in ("psnr", "ssim"))
     document = {
         **settings,
@@ -103,12 +127,38 @@ def demo(
         "psnr": psnrs,
         "ssim": ssims,
         "comparisons": {name: str(found.json) for name, found in comparisons.items()},
+        "edit": str(edit.files.json),
         "provenance": provenance("diffusers"),
     }
     name = result_name("demo", [found.json.parent.name for found in comparisons.values()])
     path = out / f"{name}.json"
     write_json(path, document)
-    return Demo(comparisons, psnrs, ssims, path)
+    return Demo(comparisons, psnrs, ssims, edit, path)
+
+
+def _edited(
+    pipeline: Any,
+    edited: WorldEdit,
+    out: Path,
+    options: Mapping[str, Any] | None,
+    num_steps: int,
+    model: str,
+    note: str,
+) -> EditResult:
+    video = edited_video(edited)
+    inversion = invert(
+        pipeline,
+        video,
+        edited.source.caption,
+        out / INVERSIONS,
+        options=options,
+        num_steps=num_steps,
+        model=model,
+    )
+    plan = EditPlan([edited.exact.caption], ["pnp"])
+    exact = edited.exact.frames
+    found = write_edits(pipeline, inversion, plan, out, video=video, exact=exact, note=note)
+    return found.results[0]
 
 
 def _over_world(comparisons: Mapping[str, Comparison], figure: str) -> dict[str, Interval]:

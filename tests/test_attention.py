@@ -13,6 +13,7 @@ from pipelines import SHAPES, call, make_pipeline, make_unet, unet_inputs
 
 import stem
 from stem import InflatedConfig, SparseCausalConfig, StemConfig
+from stem.attention import Recording, Replay
 from stem.attention.handle import self_attentions
 from stem_kernels import basis_attention
 from stem_kernels.shared.spread import spread_tokens
@@ -231,14 +232,14 @@ def test_seeding_by_timestep_and_the_global_state() -> None:
 def test_replayed_bases_take_the_place_of_em() -> None:
     unet = make_unet()
     with stem.enabled(unet, StemConfig(num_bases=8, space="key", num_frames=4)) as handle:
-        assert handle.state is not None
-        handle.state.recording = True
-        expected = call(unet)
-        recorded = handle.state.bases
-        handle.state.replayed = recorded
+        recording = Recording()
+        with handle.hooks.added("recording", recording):
+            expected = call(unet)
+        replay = Replay(recording.found)
+        handle.hooks.add("replay", replay)
         assert torch.equal(call(unet), expected)
         assert not torch.equal(call(unet, timestep=1), expected)
-        handle.state.replayed = {0: recorded[0]}
+        replay.found = {0: recording.found[0]}
         with pytest.raises(ValueError, match=r"hold layers \[0\], not layer 1"):
             call(unet)
 

@@ -14,7 +14,7 @@ from pipelines import SHAPES, call, make_pipeline, make_unet, unet_inputs
 
 import stem
 from stem import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
-from stem.attention import shared_em
+from stem.attention import Recording, Replay, shared_em
 from stem.attention.chunks import spread_frames
 from stem.attention.exchange import Lockstep
 from stem.attention.handle import self_attentions
@@ -137,10 +137,10 @@ def test_bases_are_recorded_and_replayed_in_chunks() -> None:
     unet = make_unet()
     config = StemConfig(num_bases=8, num_frames=4, chunk=3, space="key")
     with stem.enabled(unet, config) as handle:
-        assert handle.state is not None
-        handle.state.recording = True
-        expected = call(unet)
-        handle.state.replayed = handle.state.bases
+        recording = Recording()
+        with handle.hooks.added("recording", recording):
+            expected = call(unet)
+        handle.hooks.add("replay", Replay(recording.found))
         assert torch.equal(call(unet), expected)
 
 
@@ -247,13 +247,11 @@ def test_fit_frames_are_stem_on_those_frames() -> None:
     alone = StemConfig(num_bases=16, num_frames=3)
     with torch.no_grad():
         with stem.enabled(unet, alone) as handle:
-            assert handle.state is not None
-            handle.state.recording = True
+            recording = Recording()
+            handle.hooks.add("recording", recording)
             expected = unet(sample[rows], timestep, text[rows], **keywords)[0]
-            bases = dict(handle.state.bases)
         with stem.enabled(unet, StemConfig(num_bases=16, num_frames=FRAMES)) as handle:
-            assert handle.state is not None
-            handle.state.replayed = bases
+            handle.hooks.add("replay", Replay(recording.found))
             others = unet(sample, timestep, text, **keywords)[0]
     for chunk in (None, 1, 2, 8):
         found = output(unet, dataclasses.replace(config, chunk=chunk))

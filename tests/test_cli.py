@@ -438,7 +438,8 @@ def test_python_dash_m() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "stem", "--help"], capture_output=True, text=True, check=True
     )
-    commands = ("demo", "compare", "invert", "reconstruct", "info", "list", "verify", "clean")
+    commands = ("demo", "compare", "invert", "reconstruct", "edit", "info", "list", "verify")
+    commands += ("clean",)
     for command in commands:
         assert command in done.stdout
 
@@ -460,6 +461,10 @@ def test_the_demo_compares_world_videos_and_a_real_clip_and_gives_intervals(
     assert str(file) in printed
     document = json.loads(file.read_text())
     assert list(document["psnr"]) == ["vae", "ddim", "st-ddim", "inflated", "stem"]
+    edit = json.loads(Path(document["edit"]).read_text())
+    assert 0 < edit["psnr_to_exact"] < 100
+    assert f"edited: {edit['source_prompt']!r} -> {edit['prompt']!r}\n" in printed
+    assert str(Path(document["edit"]).with_name("sheet.png")) in printed
     both = []
     for name in ("world-1", "world-2", "carphone_pristine"):
         path = Path(document["comparisons"][name])

@@ -32,7 +32,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("free", "meets", "chunk"),
     [
-        (210 / 0.7 + 1, True, None),  # all 100 frames: 10 + 2 * 100
+        (2000 / 0.7, True, 64),  # the most that a chunk has, where all 100 frames would fit
+        (210 / 0.7 + 1, True, 32),
         (200 / 0.7, True, 32),  # 10 + 100 that wait + 2 * 45
         (130 / 0.7, True, 8),
         (130 / 0.7, False, 32),

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .exchange import Lockstep
+from .hooks import Recording, Replay
 from .processor import RowLayout
 from .stem import StemState
 from .waiting import released_when_used
@@ -99,16 +100,17 @@ class ChunkedForward:
                 return exchange.run(call, dim=1)
 
         state = self.state
-        if self.fit_frames is None or state is None or state.replayed is not None:
+        if self.fit_frames is None or state is None or state.hooks.having("bases"):
             return together(range(frames)).flatten(0, 1)
         fit = spread_frames(frames, self.fit_frames)
-        with state.recorded() as bases:
+        recording = Recording()
+        with state.hooks.added("fitting", recording):
             fitted = together(fit)
         rest = sorted(set(range(frames)) - set(fit))
         out = fitted.new_empty((videos, frames, *fitted.shape[2:]))
         out[:, fit] = fitted
         if rest:
-            with state.replaying(bases):
+            with state.hooks.added("fitted", Replay(recording.found)):
                 out[:, rest] = together(rest)
         return out.flatten(0, 1)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from diffusers.models.attention_processor import Attention
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import SparseCausalConfig
 from .exchange import Lockstep
+from .hooks import Hooks, Operands
 from .memory import free_bytes
 from .processor import (
     RowLayout,
@@ -20,11 +20,13 @@ from .processor import (
 class SparseCausalProcessor(VideoAttentionProcessor):
     """Each frame attends to the frames that `SparseCausalConfig.frames` names."""
 
-    def __init__(self, name: str, layout: RowLayout, config: SparseCausalConfig) -> None:
-        super().__init__(name, layout)
+    def __init__(
+        self, name: str, layout: RowLayout, hooks: Hooks, config: SparseCausalConfig
+    ) -> None:
+        super().__init__(name, layout, hooks)
         self.seen = config.frames
 
-    def attend(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
+    def operands(self, attn: Attention, tokens: torch.Tensor) -> Operands:
         videos, frames, num_tokens, _ = tokens.shape
         key, value = (
             per_video.unflatten(2, (frames, num_tokens))
@@ -36,15 +38,12 @@ class SparseCausalProcessor(VideoAttentionProcessor):
             key, value, seen = self._with_neighbours(self.layout.exchange, key, value)
         seen = seen.to(tokens.device)
 
-        # [videos, h, frames, S, d] -> [videos * frames, h, len(seen) * S, d]
+        # [videos, h, frames, S, d] -> [videos, frames, h, len(seen) * S, d]
         def gathered(per_frame: torch.Tensor) -> torch.Tensor:
-            chosen = per_frame[:, :, seen].flatten(3, 4)
-            return chosen.transpose(1, 2).flatten(0, 1)
+            return per_frame[:, :, seen].flatten(3, 4).transpose(1, 2)
 
-        query = project_queries(attn, tokens)
-        per_frame_query = query.unflatten(2, (frames, num_tokens)).transpose(1, 2).flatten(0, 1)
-        attended = scaled_dot_product_attention(per_frame_query, gathered(key), gathered(value))
-        return attended.unflatten(0, (videos, frames)).transpose(1, 2).flatten(2, 3)
+        query = project_queries(attn, tokens).unflatten(2, (frames, num_tokens)).transpose(1, 2)
+        return Operands(query, gathered(key), gathered(value))
 
     def _with_neighbours(
         self, exchange: Lockstep, key: torch.Tensor, value: torch.Tensor
@@ -93,7 +92,7 @@ def seen_frames(seen: tuple[int | str, ...], frames: int) -> torch.Tensor:
 class InflatedProcessor(VideoAttentionProcessor):
     """Every token attends to every token of its video, through SDPA."""
 
-    def attend(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
+    def operands(self, attn: Attention, tokens: torch.Tensor) -> Operands:
         key, value = project_keys_and_values(attn, tokens, tokens.shape[0])
         exchange = self.layout.exchange
         if exchange is not None:
@@ -104,9 +103,15 @@ class InflatedProcessor(VideoAttentionProcessor):
                 dim=2,
             )
         query = project_queries(attn, tokens)
+        return Operands(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
+
+    def attend(self, operands: Operands) -> torch.Tensor:
         if not torch.compiler.is_compiling():
+            query, key, value = (
+                part.flatten(0, 1) for part in (operands.query, operands.key, operands.value)
+            )
             check_memory(self.name, query, key, value)
-        return scaled_dot_product_attention(query, key, value)
+        return super().attend(operands)
 
 
 def check_memory(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -18,7 +18,13 @@ from diffusers.models.attention_processor import Attention
 from ..config import AttentionConfig, PerFrameConfig, SparseCausalConfig, StemConfig
 from .chunks import ChunkedForward
 from .frames import InflatedProcessor, SparseCausalProcessor
-from .processor import RowLayout, VideoAttentionProcessor
+from .hooks import Hooks
+from .processor import (
+    PerFrameProcessor,
+    RowLayout,
+    TextAttentionProcessor,
+    VideoAttentionProcessor,
+)
 from .stem import StemProcessor, StemState, bases_shape
 
 logger = logging.getLogger("stem")
@@ -45,6 +51,8 @@ class Handle:
         unet: UNet that the mechanism is in.
         config: Configuration that it was enabled with.
         state: State that STEM's layers share (see `StemState`); None for other mechanisms.
+        hooks: Hooks that are called in the attention. Where it was enabled without any, only
+            such as give or see bases can be added.
     """
 
     def __init__(
@@ -53,16 +61,28 @@ class Handle:
         config: AttentionConfig,
         pipeline: Any = None,
         group: dist.ProcessGroup | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         self.unet = unet
         self.config = config
+        self.hooks = Hooks(of_bases_only=True) if hooks is None else hooks
         self._saved: dict[str, Any] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._forward_before: Any = None
         self._warned = False
         self._attentions = self_attentions(unet)
         layout = RowLayout(config.num_frames, pipeline)
-        self._processors, self.state = make_processors(self._attentions, config, layout)
+        self._processors: dict[str, Any] = {}
+        attending, self.state = make_processors(
+            self._attentions, config, layout, self.hooks, everywhere=hooks is not None
+        )
+        self._processors.update(attending)
+        if hooks is not None:
+            texts = text_attentions(unet)
+            self._attentions = {**self._attentions, **texts}
+            for name, attention in texts.items():
+                own = attention.processor
+                self._processors[name] = TextAttentionProcessor(name, layout, hooks, own)
         self._chunked: ChunkedForward | None = None
         if config.chunk is not None or self._fit_frames is not None or group is not None:
             assert config.num_frames is not None
@@ -203,7 +223,12 @@ def _owned(unet: torch.nn.Module) -> Iterator[None]:
 
 
 def make_processors(
-    attentions: Mapping[str, Attention], config: AttentionConfig, layout: RowLayout
+    attentions: Mapping[str, Attention],
+    config: AttentionConfig,
+    layout: RowLayout,
+    hooks: Hooks,
+    *,
+    everywhere: bool = False,
 ) -> tuple[dict[str, VideoAttentionProcessor], StemState | None]:
     """The processors of a mechanism by the attention's name, and, for STEM, what they share.
 
@@ -211,25 +236,27 @@ def make_processors(
         attentions: Self-attentions by name.
         config: Configuration of the mechanism.
         layout: Layout of the rows of a batch.
-
-    Raises:
-        TypeError: `config` is no mechanism's.
+        hooks: Hooks that are called in them.
+        everywhere: Whether layers that keep the UNet's own attention get a processor, too, which
+            hooks are called in.
     """
     if isinstance(config, StemConfig):
         shapes = [bases_shape(attention, config) for attention in attentions.values()]
-        state = StemState(config, shapes)
+        state = StemState(config, shapes, hooks)
         return {
             name: StemProcessor(name, layout, layer, state) for layer, name in enumerate(attentions)
         }, state
+    own = {name: PerFrameProcessor(name, layout, hooks) for name in attentions}
     if isinstance(config, SparseCausalConfig):
-        return {
-            name: SparseCausalProcessor(name, layout, config)
+        seeing = {
+            name: SparseCausalProcessor(name, layout, hooks, config)
             for name, attention in attentions.items()
             if attention.query_dim >= config.min_channels
-        }, None
+        }
+        return {**(own if everywhere else {}), **seeing}, None
     if isinstance(config, PerFrameConfig):
-        return {}, None
-    return {name: InflatedProcessor(name, layout) for name in attentions}, None
+        return (dict(own) if everywhere else {}), None
+    return {name: InflatedProcessor(name, layout, hooks) for name in attentions}, None
 
 
 def enable(
@@ -237,6 +264,7 @@ def enable(
     config: AttentionConfig | None = None,
     *,
     group: dist.ProcessGroup | None = None,
+    hooks: Hooks | None = None,
 ) -> Handle:
     """Put an attention mechanism into every self-attention of a UNet.
 
@@ -251,6 +279,7 @@ def enable(
             an `InflatedConfig` puts those mechanisms in, a `PerFrameConfig` leaves the UNet's own.
         group: Process group whose ranks share the chunks of every call; all of them must make
             the same calls, and all get the whole output. None: this process runs all chunks.
+        hooks: Hooks that are called in every self-attention and cross-attention.
 
     Returns:
         A `Handle`, whose `disable()` undoes it.
@@ -269,7 +298,7 @@ def enable(
         )
     if group is not None and config.num_frames is None:
         raise ValueError("a process group needs num_frames, the frames of one video")
-    handle = Handle(unet, config, target if hasattr(target, "unet") else None, group)
+    handle = Handle(unet, config, target if hasattr(target, "unet") else None, group, hooks)
     with _lock:
         _check_owner(unet)
         _remove_from(unet)
@@ -298,6 +327,7 @@ def enabled(
     config: AttentionConfig | None = None,
     *,
     group: dist.ProcessGroup | None = None,
+    hooks: Hooks | None = None,
 ) -> Iterator[Handle]:
     """`enable` for the length of a `with` block; afterwards what was on before is on again.
 
@@ -305,7 +335,7 @@ def enabled(
         RuntimeError: another thread has this UNet in such a block. Blocks of one thread nest.
     """
     with plain(target):
-        yield enable(target, config, group=group)
+        yield enable(target, config, group=group, hooks=hooks)
 
 
 @contextlib.contextmanager
@@ -359,3 +389,12 @@ def self_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
     if not found:
         raise ValueError("this UNet has no self-attention to replace")
     return found
+
+
+def text_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
+    """Every cross-attention to the prompt of a UNet by name, in the order of its modules."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, Attention) and module.is_cross_attention
+    }

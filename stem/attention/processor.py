@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..profiling import nvtx_range
 from .exchange import Lockstep
+from .hooks import Hooks, Operands, Site
 
 
 class RowLayout:
@@ -63,6 +65,11 @@ class RowLayout:
             "num_frames, the number of rows that are one video (num_frames=1 for images)"
         )
 
+    def site(self, name: str, attn: Attention, frames: int) -> Site:
+        """What hooks are told of an attention that has so many frames of a video in hand."""
+        exchange = self.exchange
+        return Site(name, attn, range(frames) if exchange is None else exchange.running, exchange)
+
     @contextlib.contextmanager
     def exchanging(self, exchange: Lockstep) -> Iterator[None]:
         """Rows are those of the exchange's running chunk for the length of a `with` block."""
@@ -88,23 +95,26 @@ class VideoAttentionProcessor(ABC):
     Args:
         name: Name of the attention in the UNet.
         layout: Layout of the rows of a batch, shared by the processors of a UNet.
+        hooks: Hooks that are called in it, shared likewise.
     """
 
-    def __init__(self, name: str, layout: RowLayout) -> None:
+    def __init__(self, name: str, layout: RowLayout, hooks: Hooks) -> None:
         self.name = name
         self.layout = layout
+        self.hooks = hooks
 
     @abstractmethod
-    def attend(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
-        """The attention itself.
+    def operands(self, attn: Attention, tokens: torch.Tensor) -> Operands:
+        """What the attention is computed from.
 
         Args:
             attn: Attention module, for its projections.
             tokens: Normalised input of the module, [videos, frames, S, C].
-
-        Returns:
-            [videos, h, frames * S, d] of the queries' dtype, any strides.
         """
+
+    def attend(self, operands: Operands) -> torch.Tensor:
+        """The attention itself: [videos, groups, h, n, d] of the queries' dtype, any strides."""
+        return attend_densely(operands)
 
     def __call__(
         self,
@@ -140,16 +150,107 @@ class VideoAttentionProcessor(ABC):
         batch, num_tokens, channels = hidden_states.shape
         frames = self.layout.frames(batch)
         tokens = hidden_states.reshape(batch // frames, frames, num_tokens, channels)
-        attended = self.attend(attn, tokens)
-        hidden_states = attended.transpose(1, 2).reshape(batch, num_tokens, -1)
-
-        hidden_states = attn.to_out[0](hidden_states)
-        hidden_states = attn.to_out[1](hidden_states)
+        hidden_states = self._attended(attn, tokens).reshape(batch, num_tokens, -1)
         if image_shape is not None:
             hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
+
+    def _attended(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
+        """What takes the place of the tokens, after the output projection."""
+        site = self.layout.site(self.name, attn, tokens.shape[1])
+        for hook in self.hooks.having("before"):
+            given = hook.before(site, tokens)
+            if given is not None:
+                return given
+        attended = self.hooks.attend(site, self.operands(attn, tokens), self.attend)
+        output = attn.to_out[1](attn.to_out[0](join_heads(attended, tokens.shape)))
+        for hook in self.hooks.having("after"):
+            hook.after(site, tokens, output)
+        return output
+
+
+class PerFrameProcessor(VideoAttentionProcessor):
+    """Each frame attends to itself, as in the UNet's own attention, where hooks want to look."""
+
+    def operands(self, attn: Attention, tokens: torch.Tensor) -> Operands:
+        videos, frames, num_tokens, _ = tokens.shape
+        key, value = project_keys_and_values(attn, tokens, videos)
+        query, key, value = (
+            per_video.unflatten(2, (frames, num_tokens)).transpose(1, 2)
+            for per_video in (project_queries(attn, tokens), key, value)
+        )
+        return Operands(query, key, value)
+
+
+class TextAttentionProcessor:
+    """Shows hooks the maps of a cross-attention; without such hooks the UNet's own runs.
+
+    Args:
+        name: Name of the attention in the UNet.
+        layout: Layout of the rows of a batch.
+        hooks: Hooks that are called.
+        own: Processor that this one stands in for.
+    """
+
+    def __init__(
+        self, name: str, layout: RowLayout, hooks: Hooks, own: Callable[..., torch.Tensor]
+    ) -> None:
+        self.name = name
+        self.layout = layout
+        self.hooks = hooks
+        self.own = own
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        asked = self.hooks.having("text_maps")
+        if not asked:
+            return self.own(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if encoder_hidden_states is None or attention_mask is not None:
+            raise ValueError(
+                f"{self.name} is a cross-attention whose maps are looked at; it takes "
+                "encoder_hidden_states, and no mask"
+            )
+        residual = hidden_states
+        rows, num_tokens, _ = hidden_states.shape
+        frames = self.layout.frames(rows)
+        if attn.norm_cross:
+            encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+        key, value = project_keys_and_values(attn, encoder_hidden_states, rows)
+        query = project_queries(attn, hidden_states.unsqueeze(1))
+        logits = query @ key.transpose(-1, -2) * attn.scale
+        maps = logits.softmax(-1, dtype=torch.float32).unflatten(0, (rows // frames, frames))
+        site = self.layout.site(self.name, attn, frames)
+        for hook in asked:
+            maps = hook.text_maps(site, maps)
+        attended = maps.flatten(0, 1).to(value.dtype) @ value
+        output = attended.transpose(1, 2).reshape(rows, num_tokens, -1)
+        output = attn.to_out[1](attn.to_out[0](output))
+        if attn.residual_connection:
+            output = output + residual
+        return output / attn.rescale_output_factor
+
+
+def attend_densely(operands: Operands) -> torch.Tensor:
+    """Attention without a bias, by SDPA: [videos, groups, h, n, d]."""
+    query, key, value = (
+        part.flatten(0, 1) for part in (operands.query, operands.key, operands.value)
+    )
+    attended = scaled_dot_product_attention(query, key, value)
+    return attended.unflatten(0, operands.query.shape[:2])
+
+
+def join_heads(attended: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[videos, groups, h, n, d] -> [videos, frames, S, h * d], for tokens of `shape`."""
+    videos, frames, num_tokens, _ = shape
+    return attended.transpose(2, 3).reshape(videos, frames, num_tokens, -1)
 
 
 def split_heads(attn: Attention, projected: torch.Tensor, videos: int) -> torch.Tensor:

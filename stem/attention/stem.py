@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +13,7 @@ from stem_kernels.ops.soft_em import SoftEM
 
 from ..config import StemConfig
 from .exchange import Lockstep
+from .hooks import Hooks, Operands
 from .processor import (
     RowLayout,
     VideoAttentionProcessor,
@@ -32,22 +31,18 @@ class StemState:
         config: Configuration of this UNet.
         bases_shapes: Shapes of one video's bases, a layer each: (K, C) in feature space,
             (h, K, d) in key space.
-        bases: Bases that EM last converged to, by layer; kept while `recording` only.
-        recording: Whether to keep `bases` after every forward pass.
-        replayed: Bases that the layers take in place of an EM; None: they run EM.
+        hooks: Hooks that give the layers bases, or see those that EM found.
     """
 
     config: StemConfig
     bases_shapes: list[tuple[int, ...]]
-    bases: dict[int, SoftEM] = field(default_factory=dict)
-    recording: bool = False
-    replayed: dict[int, SoftEM] | None = None
+    hooks: Hooks
     _normals: list[torch.Tensor] = field(default_factory=list)
 
     def begin(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> None:
         """Before each forward pass of the UNet: draw what the layers need at this timestep."""
         self._normals = []
-        if self.replayed is not None or self.config.init != "gaussian":
+        if self.hooks.having("bases") or self.config.init != "gaussian":
             return
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.tensor(timestep)
@@ -55,29 +50,6 @@ class StemState:
         drawn = standard_normals(timestep, sizes, seed=self.config.seed).to(sample.device)
         pairs = zip(drawn.split(sizes), self.bases_shapes, strict=True)
         self._normals = [numbers.view(shape) for numbers, shape in pairs]
-
-    @contextlib.contextmanager
-    def recorded(self) -> Iterator[dict[int, SoftEM]]:
-        """The bases that layers converge to within a `with` block; they are filled in at its end
-        and stay in `bases` where `recording` is on."""
-        before, self.recording = self.recording, True
-        found: dict[int, SoftEM] = {}
-        try:
-            yield found
-            found.update(self.bases)
-        finally:
-            self.recording = before
-            if not before:
-                self.bases = {}
-
-    @contextlib.contextmanager
-    def replaying(self, bases: dict[int, SoftEM]) -> Iterator[None]:
-        """Layers take these bases for the length of a `with` block."""
-        before, self.replayed = self.replayed, bases
-        try:
-            yield
-        finally:
-            self.replayed = before
 
     def converge(
         self,
@@ -96,8 +68,10 @@ class StemState:
                 tokens are those of whole videos.
         """
         config = self.config
-        if self.replayed is not None:
-            return self._replay(layer, features)
+        for hook in self.hooks.having("bases"):
+            given = hook.bases(layer)
+            if given is not None:
+                return _placed(given, features)
         normals = self._normals[layer].to(features.device) if self._normals else None
         if exchange is None:
             found = soft_em(
@@ -111,31 +85,25 @@ class StemState:
             )
         else:
             found = shared_em(exchange, config, features, payload, normals)
-        if self.recording:
-            payload = None if found.payload is None else found.payload.detach()
-            self.bases[layer] = SoftEM(found.bases.detach(), payload, found.mass.detach())
+        for hook in self.hooks.having("converged"):
+            hook.converged(layer, found)
         return found
 
-    def _replay(self, layer: int, features: torch.Tensor) -> SoftEM:
-        assert self.replayed is not None
-        if layer not in self.replayed:
-            raise ValueError(
-                f"the replayed bases hold layers {sorted(self.replayed)}, not layer {layer}; "
-                "they belong to another UNet"
-            )
-        found = self.replayed[layer]
-        if found.bases.shape[0] not in (1, features.shape[0]):
-            raise ValueError(
-                f"the replayed bases are of {found.bases.shape[0]} videos, and this batch holds "
-                f"{features.shape[0]}; replay them on a batch like the recorded one"
-            )
-        device, videos = features.device, features.shape[0]
 
-        def here(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device).expand(videos, *tensor.shape[1:])
+def _placed(found: SoftEM, features: torch.Tensor) -> SoftEM:
+    """Bases on the features' device, for as many videos."""
+    device, videos = features.device, features.shape[0]
+    if found.bases.shape[0] not in (1, videos):
+        raise ValueError(
+            f"the replayed bases are of {found.bases.shape[0]} videos, and this batch holds "
+            f"{videos}; replay them on a batch like the recorded one"
+        )
 
-        payload = None if found.payload is None else here(found.payload)
-        return SoftEM(here(found.bases), payload, here(found.mass))
+    def here(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device).expand(videos, *tensor.shape[1:])
+
+    payload = None if found.payload is None else here(found.payload)
+    return SoftEM(here(found.bases), payload, here(found.mass))
 
 
 class StemProcessor(VideoAttentionProcessor):
@@ -149,30 +117,58 @@ class StemProcessor(VideoAttentionProcessor):
     """
 
     def __init__(self, name: str, layout: RowLayout, layer: int, state: StemState) -> None:
-        super().__init__(name, layout)
+        super().__init__(name, layout, state.hooks)
         self.layer = layer
         self.state = state
 
-    def attend(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
-        config, exchange = self.state.config, self.layout.exchange
+    def operands(self, attn: Attention, tokens: torch.Tensor) -> Operands:
+        config = self.state.config
         videos = tokens.shape[0]
         if config.space == "feature":
-            found = self.state.converge(self.layer, tokens.flatten(1, 2), None, exchange)
-            key, value = project_keys_and_values(attn, found.bases.to(tokens.dtype), videos)
-            query, mass = project_queries(attn, tokens), found.mass.unsqueeze(1)
+            bases, _, mass = self._converged(tokens.flatten(1, 2), None)
+            key, value = project_keys_and_values(attn, bases.to(tokens.dtype), videos)
+            query, mass = project_queries(attn, tokens), mass.unsqueeze(1)
         else:
             keys, values = project_keys_and_values(attn, tokens, videos)
-            found = self.state.converge(self.layer, keys, values, exchange)
-            assert found.payload is not None
-            query, mass = project_queries(attn, tokens), found.mass
-            key, value = found.bases.to(query.dtype), found.payload.to(query.dtype)
-        return basis_attention(
-            query,
-            key,
-            value,
-            bias=attention_bias(mass, empty=config.empty, proportional=config.proportional),
-            backend=config.backend,
+            bases, payload, mass = self._converged(keys, values)
+            assert payload is not None
+            query = project_queries(attn, tokens)
+            key, value = bases.to(query.dtype), payload.to(query.dtype)
+        bias = attention_bias(mass, empty=config.empty, proportional=config.proportional)
+        return Operands(
+            query.unsqueeze(1),
+            key.unsqueeze(1),
+            value.unsqueeze(1),
+            None if bias is None else bias.unsqueeze(1),
         )
+
+    def _converged(self, features: torch.Tensor, payload: torch.Tensor | None) -> SoftEM:
+        """Bases, payload and mass of every video of the batch."""
+        state, exchange = self.state, self.layout.exchange
+        if not state.hooks.joint_bases or features.shape[0] == 1:
+            return state.converge(self.layer, features, payload, exchange)
+        carried = [*features[1:], *([] if payload is None else payload)]
+        joint = state.converge(
+            self.layer, features[:1], torch.cat(carried, dim=-1).unsqueeze(0), exchange
+        )
+        assert joint.payload is not None
+        videos, width = features.shape[0], features.shape[-1]
+        others, of_payload = joint.payload[0].split(
+            [(videos - 1) * width, joint.payload.shape[-1] - (videos - 1) * width], dim=-1
+        )
+        bases = torch.stack([joint.bases[0], *others.split(width, dim=-1)])
+        found = None
+        if payload is not None:
+            found = torch.stack(of_payload.split(payload.shape[-1], dim=-1))
+        return SoftEM(bases, found, joint.mass.expand(videos, *joint.mass.shape[1:]))
+
+    def attend(self, operands: Operands) -> torch.Tensor:
+        attended = basis_attention(
+            *(part.flatten(0, 1) for part in (operands.query, operands.key, operands.value)),
+            bias=None if operands.bias is None else operands.bias.flatten(0, 1),
+            backend=self.state.config.backend,
+        )
+        return attended.unflatten(0, operands.query.shape[:2])
 
 
 def bases_shape(attn: Attention, config: StemConfig) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from stem_kernels import BackendError
 from .. import __version__
 from ..diffusion.loop import NonFiniteError
 
-RESUMABLE = ("compare", "demo", "invert", "reconstruct")
+RESUMABLE = ("compare", "demo", "edit", "invert", "reconstruct")
 KEPT = "; finished steps are kept: run the same command again and it goes on after the last of them"
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 
@@ -38,6 +38,12 @@ problems = Console(stderr=True)
 def say(text: object) -> None:
     """Print a line as it is: unbroken, for paths are copied, and brackets in it are no markup."""
     console.print(str(text), soft_wrap=True, markup=False, highlight=False)
+
+
+def print_note(note: str) -> None:
+    """Print a note of what the figures and pictures are worth, where there is one."""
+    if note:
+        console.print(note, style="yellow", soft_wrap=True)
 
 
 class _Commands(TyperGroup):
@@ -83,7 +89,7 @@ def _interruptible() -> Iterator[None]:
 
 app = typer.Typer(
     cls=_Commands,
-    help="Invert, reconstruct and compare videos with diffusion models, through STEM attention.",
+    help="Invert, reconstruct, edit and compare videos with diffusion models and STEM attention.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -120,7 +120,7 @@ def method_options(
                 f"{text!r}; write METHOD.FIELD=VALUE with a method of {', '.join(methods)}",
                 param_hint="--option",
             )
-        parts = tuple(_value(part) for part in value.split(","))
+        parts = tuple(typed_value(part) for part in value.split(","))
         options.setdefault(method, {})[name] = parts if len(parts) > 1 else parts[0]
     if options.get("stem", {}).get("init") == "gaussian":
         options["stem"].setdefault("seed", seed)
@@ -129,7 +129,8 @@ def method_options(
     return options
 
 
-def _value(text: str) -> int | float | bool | str:
+def typed_value(text: str) -> int | float | bool | str:
+    """A word of an option: a number, true, false, or the text itself."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for number in (int, float):

@@ -13,7 +13,7 @@ import typer
 from stem_kernels.info import describe
 
 from ..comparison import INVERSIONS, compare
-from ..demo import demo, demo_videos
+from ..demo import demo, demo_edit, demo_videos, edited_video
 from ..diffusion.pipeline import decoded_parts
 from ..inversion import InversionFolder, invert, reconstruct_latents
 from ..inversion.reconstruct import BASES, check_reconstructible
@@ -22,7 +22,7 @@ from ..models import EMBEDDED_MODEL, ModelError, check_device, load_pipeline
 from ..report.tables import comparison_table, demo_table
 from ..storage import remove_stale
 from ..video import check_video_output, write_video
-from .app import app, console, problems, say
+from .app import app, console, print_note, problems, say
 from .arguments import (
     ALL_METHODS,
     Chunk,
@@ -60,15 +60,19 @@ def demo_command(
     config: Config = None,
     out: Out = Path("out/demo"),
 ) -> None:
-    """Compare inversions of videos drawn on the spot and of a real clip; needs nothing else."""
+    """Compare inversions of videos drawn on the spot and of a real clip, and edit one more.
+
+    It needs nothing else.
+    """
     request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
     request.check_size(size)
-    clips = demo_videos(videos, size)
+    clips, edited = demo_videos(videos, size), demo_edit(size)
     check_measurable(clips[0][0], request.methods, request.options)
-    request.check_space([clip for clip, _ in clips])
+    request.check_space([*(clip for clip, _ in clips), edited_video(edited)])
     found = demo(
         request.load(),
         clips,
+        edited,
         out,
         request.methods,
         options=request.options,
@@ -81,7 +85,13 @@ def demo_command(
     for comparison in found.comparisons.values():
         say(comparison.sheet)
     say(found.json)
-    _print_note(request)
+    say(f"edited: {edited.source.caption!r} -> {found.edit.prompt!r}")
+    say(
+        "look at its third line, the edit: it should show the second, the exact answer, and be the "
+        "first, the source, everywhere but in the object"
+    )
+    say(found.edit.files.sheet)
+    print_note(request.note)
 
 
 @app.command("compare")
@@ -127,7 +137,7 @@ def compare_command(
     )
     for path in (found.sheet, found.video, found.json):
         say(path)
-    _print_note(request)
+    print_note(request.note)
 
 
 @app.command("invert")
@@ -222,8 +232,3 @@ def info_command() -> None:
         found = importlib.util.find_spec(name) is not None
         version = importlib.metadata.version(name) if found else "not installed"
         say(f"{name} {version}")
-
-
-def _print_note(request: Request) -> None:
-    if request.note:
-        console.print(request.note, style="yellow", soft_wrap=True)

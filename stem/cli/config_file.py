@@ -21,6 +21,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(document, dict):
         raise typer.BadParameter(f"{path} must hold a mapping of options, such as 'steps: 50'")
     allowed = {p.name for p in context.command.params if p.name not in ("config", "help")}
+    repeatable = {p.name for p in context.command.params if getattr(p, "multiple", False)}
     defaults: dict[str, Any] = {}
     for key, value in document.items():
         name = key.replace("-", "_")
@@ -29,7 +30,13 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
             raise typer.BadParameter(
                 f"{path}: {context.info_name} has no option {key!r}; it has {options}"
             )
-        defaults[name] = _flat_options(path, value) if name == "option" else _text(path, key, value)
+        if name == "option":
+            defaults[name] = _flat_options(path, value)
+        elif name in repeatable and isinstance(value, list):
+            defaults[name] = [_text(path, key, part) for part in value]
+        else:
+            text = _text(path, key, value)
+            defaults[name] = [text] if name in repeatable else text
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 
@@ -58,7 +65,18 @@ def _flat_options(path: Path, methods: Any) -> list[str]:
             "or list METHOD.FIELD=VALUE texts"
         )
     return [
-        f"{method}.{field}={_text(path, field, value)}"
+        f"{method}.{field}={_value_text(path, field, value)}"
         for method, fields in methods.items()
         for field, value in fields.items()
     ]
+
+
+def _value_text(path: Path, field: str, value: Any) -> str:
+    """A field's text as --option takes it: a mapping, or a list of others, is YAML in one line."""
+    if isinstance(value, dict) or (isinstance(value, list) and not _is_flat(value)):
+        return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).strip()
+    return _text(path, field, value)
+
+
+def _is_flat(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)

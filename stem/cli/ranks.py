@@ -41,6 +41,23 @@ def ranks(device: str | None) -> Iterator[dist.ProcessGroup | None]:
         dist.destroy_process_group()
 
 
+def one_process(command: str) -> None:
+    """Raise where torchrun or another launcher started several processes.
+
+    Args:
+        command: Name of a command that runs in one.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if int(count) > 1:
+        raise ValueError(
+            f"stem {command} runs in one process, and WORLD_SIZE is {count}; start it without "
+            "torchrun. `stem invert` takes several: invert with it, then edit its folder"
+        )
+
+
 def rank_device(device: str | None) -> str | None:
     """The device of this rank: the GPU of its number on this machine, where any GPU will do."""
     local = os.environ.get("LOCAL_RANK")

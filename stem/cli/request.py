@@ -81,7 +81,7 @@ class Request:
     @property
     def note(self) -> str:
         """What to say of a model of random numbers; empty for any other."""
-        return RANDOM_NOTE if self.model.startswith(f"{RANDOM_MODEL}:") else ""
+        return random_note(self.model)
 
     def read(self, path: Path, frames: str | None, size: str | None) -> Video:
         """The frames asked for, cropped to what the model's VAE takes as far as that is known."""
@@ -136,3 +136,8 @@ class Request:
     @property
     def _factor(self) -> int | None:
         return known_vae_factor(self.model)
+
+
+def random_note(model: str) -> str:
+    """What to say of a model of random numbers; empty for any other."""
+    return RANDOM_NOTE if model.startswith(f"{RANDOM_MODEL}:") else ""

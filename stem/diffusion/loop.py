@@ -45,9 +45,20 @@ def guided(
     def prediction(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         rows = torch.cat([latents, latents])
         without, with_prompt = predict(pipeline, rows, timestep, both).chunk(2)
-        return without + guidance * (with_prompt - without)
+        return with_guidance(without, with_prompt, guidance)
 
     return prediction
+
+
+def with_guidance(without: torch.Tensor, prompted: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Classifier-free guidance u + g (c - u), arXiv 2207.12598.
+
+    Args:
+        without: Prediction u for the negative prompt, [N, c, h, w].
+        prompted: Prediction c for the prompt, likewise.
+        guidance: Guidance scale g.
+    """
+    return without + guidance * (prompted - without)
 
 
 @torch.no_grad()

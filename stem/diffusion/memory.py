@@ -17,6 +17,9 @@ logger = logging.getLogger("stem")
 
 USED_SHARE = 0.7
 """Share of the free memory that a run plans with."""
+LARGEST_CHUNK = 64
+"""Frames in a chunk at most: more gain no time (benchmarks/results/any-length.md), and hold as much
+more memory."""
 _PROBED = 3  # frames of the second probe
 _WAITING_COPIES = 4  # residual, normalised input, queries and keys of the layer that waits
 
@@ -24,7 +27,7 @@ _WAITING_COPIES = 4  # residual, normalised input, queries and keys of the layer
 def chunk_that_fits(
     pipeline: Any, num_frames: int, height: int, width: int, *, branches: int, meets: bool
 ) -> int | None:
-    """The largest power of two of frames whose UNet call fits into free memory.
+    """The largest power of two of frames, up to LARGEST_CHUNK, whose UNet call fits into memory.
 
     Two calls of the UNet, on 1 and on 3 frames, tell what a frame takes.
 
@@ -38,7 +41,7 @@ def chunk_that_fits(
             for all frames.
 
     Returns:
-        Frames in a chunk; None where all fit at once.
+        Frames in a chunk; None where all go through the UNet at once.
 
     Raises:
         MemoryError: not even one frame fits, with the bytes needed and the bytes free.
@@ -48,12 +51,12 @@ def chunk_that_fits(
     one, _ = _probe(pipeline, 1, height, width)  # the first call also paid for set-up
     more, _ = _probe(pipeline, _PROBED, height, width)
     if one is None or more is None:
-        logger.info("memory cannot be measured here; all frames go through the UNet at once")
-        return None
+        logger.info("memory cannot be measured here; chunks have %d frames at most", LARGEST_CHUNK)
+        return None if num_frames <= LARGEST_CHUNK else LARGEST_CHUNK
     a_frame = branches * max(0, more - one) // (_PROBED - 1)
     fixed = max(0, one - a_frame)
     free = int(USED_SHARE * free_bytes(device))
-    if fixed + num_frames * a_frame <= free:
+    if num_frames <= LARGEST_CHUNK and fixed + num_frames * a_frame <= free:
         return None
     waiting = branches * held * num_frames if meets else 0
     fits = (free - fixed - waiting) // max(1, a_frame)
@@ -64,7 +67,7 @@ def chunk_that_fits(
             f"layers), and {free:,} may be used. Take fit_frames, smaller frames, half precision "
             "or fewer frames"
         )
-    chunk = min(2 ** (fits.bit_length() - 1), num_frames)
+    chunk = min(2 ** (fits.bit_length() - 1), num_frames, LARGEST_CHUNK)
     logger.info(
         "chunks of %d frames: about %d MiB at once and %d MiB that wait; %d MiB may be used",
         chunk,

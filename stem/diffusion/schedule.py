@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -81,3 +82,39 @@ def check_schedule(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"its UNet predicts {prediction!r}; DDIM needs one of {', '.join(PREDICTIONS)}"
         )
+
+
+def clean_of(
+    scheduler: DDIMScheduler, prediction: torch.Tensor, timestep: torch.Tensor, noisy: torch.Tensor
+) -> torch.Tensor:
+    """The clean latents that a prediction stands for.
+
+    Args:
+        scheduler: Scheduler of the pipeline's noise schedule.
+        prediction: Prediction [N, c, h, w] of the schedule's kind.
+        timestep: Timestep, an integer tensor of one element.
+        noisy: Latents [N, c, h, w] that it was made from.
+
+    Source: DDIM, arXiv 2010.02502, equation 12; v-prediction, arXiv 2202.00512, appendix D.
+    """
+    signal, noise = _signal_and_noise(scheduler, timestep)
+    kind = scheduler.config["prediction_type"]
+    if kind == "epsilon":
+        return (noisy - noise * prediction) / signal
+    return signal * noisy - noise * prediction if kind == "v_prediction" else prediction
+
+
+def prediction_of(
+    scheduler: DDIMScheduler, clean: torch.Tensor, timestep: torch.Tensor, noisy: torch.Tensor
+) -> torch.Tensor:
+    """The prediction that stands for clean latents; the inverse of `clean_of`."""
+    signal, noise = _signal_and_noise(scheduler, timestep)
+    kind = scheduler.config["prediction_type"]
+    if kind == "epsilon":
+        return (noisy - signal * clean) / noise
+    return (signal * noisy - clean) / noise if kind == "v_prediction" else clean
+
+
+def _signal_and_noise(scheduler: DDIMScheduler, timestep: torch.Tensor) -> tuple[float, float]:
+    signal = float(scheduler.alphas_cumprod[int(timestep)])
+    return signal**0.5, (1 - signal) ** 0.5

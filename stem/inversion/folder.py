@@ -6,6 +6,7 @@
         steps/000-t0001.safetensors latents after step 0, at timestep 1
         bases/000-t0001.safetensors the bases of that step, where kept
         reconstruction-<hash>.safetensors  how far a reconstruction has come
+        edit-<hash>.safetensors     how far an edit has come
 
 The folder's name proves the settings. Every other file holds a hash of its content, the name of
 the inversion that it belongs to and what its bits depend on beside the settings; all of it is
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from ..storage import DamagedFileError, load_tensors, save_tensors, write_atomic
 
 SETTINGS = "settings.json"
 X0 = "x0"
-RUN_PREFIX = "reconstruction-"
+RUN_PREFIXES = ("reconstruction-", "edit-")
+_STATE = "state."
 _AGAIN = "run the same inversion again, it mends what is damaged or missing"
 
 
@@ -48,6 +50,23 @@ class InversionError(ValueError):
 
 class MissingFileError(InversionError):
     """A file of an inversion that is not there."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run that starts from an inversion has come.
+
+    Args:
+        steps_done: Number of steps done.
+        latents: Latents [N, c, h, w] after them, float32.
+        environment: Environment that the bits depend on, see `numeric_environment`.
+        state: Tensors that the run needs beside the latents to go on, by name.
+    """
+
+    steps_done: int
+    latents: torch.Tensor
+    environment: Mapping[str, str]
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,7 +166,8 @@ class InversionFolder:
         found = self.x0_problems()
         for step in range(len(self.timesteps)):
             found += self.step_problems(step)
-        found += self._problems(sorted(self.path.glob(f"{RUN_PREFIX}*.safetensors")))
+        for prefix in RUN_PREFIXES:
+            found += self._problems(sorted(self.path.glob(f"{prefix}*.safetensors")))
         return [error.problem for error in found]
 
     def x0_problems(self) -> list[InversionError]:
@@ -217,22 +237,19 @@ class InversionFolder:
             by_layer.setdefault(int(layer), {"payload": None})[name] = tensor
         return {layer: SoftEM(**parts) for layer, parts in by_layer.items()}  # type: ignore[arg-type]
 
-    def save_progress(
-        self, name: str, step: int, latents: torch.Tensor, environment: Mapping[str, str]
-    ) -> None:
+    def save_progress(self, name: str, progress: Progress) -> None:
         """Keep how far a run that starts from this inversion has come.
 
         Args:
             name: Name of the run, unique among those of different settings.
-            step: Number of steps done.
-            latents: Latents [N, c, h, w] after them, float32.
-            environment: Environment that the bits depend on.
+            progress: Progress to keep.
         """
-        tensors = {"latents": latents, "steps_done": torch.tensor(step)}
-        self._save(self._file(name), tensors, environment)
+        tensors = {"latents": progress.latents, "steps_done": torch.tensor(progress.steps_done)}
+        state = {f"{_STATE}{name}": tensor for name, tensor in progress.state.items()}
+        self._save(self._file(name), {**tensors, **state}, progress.environment)
 
-    def progress(self, name: str) -> tuple[int, torch.Tensor, dict[str, str]] | None:
-        """Steps done, latents and environment of an earlier run; None where there is none.
+    def progress(self, name: str) -> Progress | None:
+        """How far an earlier run came; None where there is none.
 
         Raises:
             InversionError: its file is damaged.
@@ -241,7 +258,16 @@ class InversionFolder:
         if not file.is_file():
             return None
         tensors, metadata = self._load(file)
-        return int(tensors["steps_done"]), tensors["latents"], json.loads(metadata["environment"])
+        return Progress(
+            int(tensors["steps_done"]),
+            tensors["latents"],
+            json.loads(metadata["environment"]),
+            {
+                key.removeprefix(_STATE): tensor
+                for key, tensor in tensors.items()
+                if key.startswith(_STATE)
+            },
+        )
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from stem_kernels.backends import select
 
+from ..attention import Recording
 from ..attention.stem import StemState
 from ..config import AttentionConfig, StemConfig
 from ..diffusion.environment import numeric_environment, warn_of_differences
@@ -142,8 +143,9 @@ def invert(
     with attention_on(pipeline, inversion_attention(folder), group) as handle:
         assert handle is not None
         state = handle.state if keep_bases else None
+        recording = Recording()
         if state is not None:
-            state.recording = True
+            handle.hooks.add("recording", recording)
         size = _bytes_of_a_step(pipeline, video, state)
         ranks.from_main(lambda: check_output(folder.path, len(undone) * size))
 
@@ -151,7 +153,7 @@ def invert(
             conditions = {**environment, "chunk": str(handle.chunk)}
             if ranks.main and state is not None:
                 # Before the latents: a step whose latents are there has its bases, too.
-                folder.save_bases(step, state.bases, conditions)
+                folder.save_bases(step, recording.found, conditions)
             if ranks.main:
                 folder.save_latents(step, latents, conditions)
             if on_step is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..attention import Handle, enabled, plain
+from ..attention import Handle, Hooks, enabled, plain
 from ..attention.handle import unet_of
 from ..config import (
     AttentionConfig,
@@ -70,9 +70,19 @@ def inversion_attention(inversion: InversionFolder, chunk: int | None = None) ->
 
 
 def attention_on(
-    pipeline: Any, config: AttentionConfig | None, group: dist.ProcessGroup | None = None
+    pipeline: Any,
+    config: AttentionConfig | None,
+    group: dist.ProcessGroup | None = None,
+    hooks: Hooks | None = None,
 ) -> AbstractContextManager[Handle | None]:
-    """The attention on in the pipeline's UNet for the length of a `with` block."""
+    """The attention on in the pipeline's UNet for the length of a `with` block.
+
+    Args:
+        pipeline: Pipeline with the UNet.
+        config: Configuration of the attention; None: the UNet's own.
+        group: Process group whose ranks share the chunks, or None.
+        hooks: Hooks that are called in the attention, with a configuration only.
+    """
     # On the UNet: the pipeline would speak of the guidance of its own last call.
     unet = unet_of(pipeline)
-    return plain(unet) if config is None else enabled(unet, config, group=group)
+    return plain(unet) if config is None else enabled(unet, config, group=group, hooks=hooks)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +11,17 @@ import torch.distributed as dist
 
 from stem_kernels.ops.soft_em import SoftEM
 
+from ..attention import Replay
 from ..config import AttentionConfig, StemConfig
-from ..diffusion.environment import numeric_environment, warn_of_differences
-from ..diffusion.fingerprint import fingerprint
+from ..diffusion.environment import numeric_environment
 from ..diffusion.loop import Predictor, denoise, guided
-from ..diffusion.pipeline import check_pipeline, decode_latents, encode_prompt, execution_device
+from ..diffusion.pipeline import decode_latents, encode_prompt, execution_device
 from ..diffusion.schedule import sampling_scheduler
 from ..distributed import Ranks
-from ..storage import check_output, tensor_bytes
-from .folder import RUN_PREFIX, InversionError, InversionFolder
+from .folder import InversionError, InversionFolder, Progress
 from .invert import check_chunk
 from .methods import attention_on, inversion_attention
+from .runs import check_same_pipeline, check_startable, earlier_run, run_name
 
 logger = logging.getLogger("stem")
 
@@ -67,19 +65,7 @@ def reconstruct_latents(
     """
     settings, ranks = inversion.settings, Ranks(group)
     ranks.from_main(lambda: check_reconstructible(inversion, bases))
-    check_pipeline(pipeline)
-    dtype = str(pipeline.unet.dtype).removeprefix("torch.")
-    if dtype != settings["dtype"]:
-        raise InversionError(
-            f"{inversion.path} was made in {settings['dtype']}, and this pipeline is in {dtype}",
-            f"load it with dtype={settings['dtype']!r} (--dtype)",
-        )
-    if settings["model"] != {"name": settings["model"]["name"], **fingerprint(pipeline)}:
-        raise InversionError(
-            f"{inversion.path} was made with the model {settings['model']['name']!r}, whose "
-            "configuration or weights (LoRA included) differ from this pipeline's",
-            "load that one",
-        )
+    check_same_pipeline(pipeline, inversion)
     cached = bases == "cached"
     check_chunk(chunk)
     config = inversion_attention(inversion, chunk)
@@ -92,11 +78,15 @@ def reconstruct_latents(
     environment = numeric_environment(device)
     environment["chunk"] = str(config.chunk)
     shaped_by = [bases, guidance, negative_prompt if guidance != 1.0 else "", config.chunk]
-    run, done, latents = ranks.from_main(
-        lambda: (
-            _begin(inversion, shaped_by, environment) if resume else ("", 0, inversion.latents(-1))
-        )
-    )
+
+    def begun() -> tuple[str, int, torch.Tensor]:
+        run = run_name(inversion, "reconstruction-", shaped_by)
+        found = earlier_run(inversion, run, "reconstruction", environment) if resume else None
+        if found is None:
+            return run, 0, inversion.latents(-1)
+        return run, found.steps_done, found.latents
+
+    run, done, latents = ranks.from_main(begun)
     total = settings["num_steps"]
     if done < total:
         logger.info(
@@ -105,7 +95,7 @@ def reconstruct_latents(
 
     def keep(step: int, latents: torch.Tensor) -> None:
         if resume and ranks.main:
-            inversion.save_progress(run, step + 1, latents, environment)
+            inversion.save_progress(run, Progress(step + 1, latents, environment))
         if on_step is not None:
             on_step()
 
@@ -137,47 +127,11 @@ def check_reconstructible(inversion: InversionFolder, bases: str) -> None:
     """
     if bases not in BASES:
         raise ValueError(f"bases is {bases!r}; it must be one of {', '.join(BASES)}")
-    if not inversion.complete:
-        raise InversionError(
-            f"{inversion.path} has {inversion.steps_done} of {len(inversion.timesteps)} steps",
-            "run the inversion again, it goes on where it stopped",
-        )
+    check_startable(inversion)
     if bases == "cached" and not inversion.settings["keep_bases"]:
         raise InversionError(
             f"{inversion.path} has no cached bases", "invert with keep_bases (--keep-bases)"
         )
-    inversion.latents(-1)
-
-
-def _begin(
-    inversion: InversionFolder, shaped_by: list[Any], environment: dict[str, str]
-) -> tuple[str, int, torch.Tensor]:
-    """The run's name in the folder, the steps done, and the latents to go on from.
-
-    Args:
-        inversion: Inversion to start from.
-        shaped_by: Settings of this reconstruction, as JSON types.
-        environment: Environment of this process.
-    """
-    noisiest = inversion.latents(-1)
-    digest = hashlib.sha256(json.dumps(shaped_by).encode())
-    digest.update(tensor_bytes(noisiest.contiguous()))
-    run = f"{RUN_PREFIX}{digest.hexdigest()[:12]}"
-    check_output(inversion.path, 8 * noisiest.numel())  # the old file and the new one
-    try:
-        found = inversion.progress(run)
-    except InversionError as error:
-        logger.warning("%s; the reconstruction starts afresh", error.problem)
-        found = None
-    if found is None:
-        return run, 0, noisiest
-    done, latents, before = found
-    if done == len(inversion.timesteps):
-        logger.info("%s: this reconstruction is complete; it is reused", inversion.path)
-    else:
-        logger.info("%s: reconstruction goes on after step %d", inversion.path, done)
-        warn_of_differences(inversion.path, before, environment)
-    return run, done, latents
 
 
 def sample(
@@ -212,11 +166,14 @@ def sample(
     """
     if bases_at is not None and not isinstance(config, StemConfig):
         raise ValueError(f"only a StemConfig has bases to take; config is {config!r}")
+    replayed = Replay({})
     with attention_on(pipeline, config, group) as handle:
+        if bases_at is not None and handle is not None:
+            handle.hooks.add("replayed", replayed)
 
         def replay(step: int) -> None:
-            if bases_at is not None and handle is not None and handle.state is not None:
-                handle.state.replayed = bases_at(num_steps - 1 - step)
+            if bases_at is not None:
+                replayed.found = bases_at(num_steps - 1 - step)
 
         return denoise(
             latents,

@@ -9,6 +9,7 @@ import torch
 
 from stem_kernels.ops.soft_em import SoftEM
 
+from ..attention import Recording
 from ..config import AttentionConfig, StemConfig
 from ..diffusion.loop import denoise, guided
 from ..diffusion.pipeline import encode_prompt, vae_factor
@@ -51,12 +52,13 @@ def round_trip(
     scheduler = inverse_scheduler(pipeline, num_steps)
     with attention_on(pipeline, config) as handle:
         state = None if handle is None or not cached else handle.state
+        recording = Recording()
         if state is not None:
-            state.recording = True
+            state.hooks.add("recording", recording)
 
         def keep(step: int, latents: torch.Tensor) -> None:
             if state is not None:
-                kept.append(dict(state.bases))
+                kept.append(dict(recording.found))
             if on_inverted is not None:
                 on_inverted(int(scheduler.timesteps[step]))
 

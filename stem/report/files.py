@@ -7,11 +7,12 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from stem_kernels.info import provenance
 
@@ -30,11 +31,7 @@ def comparison_files(folder: Path) -> tuple[Path, Path, Path]:
 def comparison_is_whole(folder: Path) -> bool:
     """Whether the `comparison_files` are there, and are those that were written together."""
     figures, *pictures = comparison_files(folder)
-    try:
-        document = json.loads(figures.read_bytes())
-        return bool(document["sha256"] == _hashes(pictures))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return False
+    return are_whole(figures, pictures)
 
 
 def write_comparison(
@@ -56,13 +53,36 @@ def write_comparison(
     for method, frames in measured.reconstructions.items():
         videos[shown_name(method) + suffix] = frames
     figures, sheet, clip = comparison_files(folder)
-    picture = io.BytesIO()
-    contact_sheet(videos).save(picture, "png")
-    write_atomically(sheet, picture.getvalue())
+    write_picture(sheet, contact_sheet(videos))
     write_video(clip, torch.stack(list(side_by_side(videos))), video.fps)
-    # Last, for it tells that the others are whole.
-    document = _document(measured, video, settings)
-    write_json(figures, {**document, "sha256": _hashes((sheet, clip))})
+    write_with_hashes(figures, _document(measured, video, settings), (sheet, clip))
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture as PNG, whole or not at all."""
+    data = io.BytesIO()
+    picture.save(data, "png")
+    write_atomically(path, data.getvalue())
+
+
+def write_with_hashes(path: Path, document: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Write a document of files beside it: the last of them, for it tells that they are whole.
+
+    Args:
+        path: File to write.
+        document: Document, as JSON types.
+        files: Files that it tells of, written before; see `are_whole`.
+    """
+    write_json(path, {**document, "sha256": _hashes(files)})
+
+
+def are_whole(path: Path, files: Sequence[Path]) -> bool:
+    """Whether a document that `write_with_hashes` wrote is there, and its files as they were."""
+    try:
+        document = json.loads(path.read_bytes())
+        return bool(document["sha256"] == _hashes(files))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -23,21 +23,42 @@ def contact_sheet(
         columns: at most so many frames of each.
         numbered: write each frame's number above the first line.
     """
-    first = next(iter(videos.values()))
-    frames, columns = first.shape[0], min(columns, first.shape[0])
+    shown = shown_frames(next(iter(videos.values())).shape[0], columns)
+    lines = {label: video[shown] for label, video in videos.items()}
+    return labelled_lines(lines, shown if numbered else None)
+
+
+def shown_frames(count: int, columns: int = SHEET_FRAMES) -> list[int]:
+    """Numbers of up to `columns` frames of a video, evenly spread from the first to the last.
+
+    Args:
+        count: Number of the video's frames.
+        columns: Number of frames to show, at most.
+    """
+    columns = min(columns, count)
+    return [round(index * (count - 1) / max(1, columns - 1)) for index in range(columns)]
+
+
+def labelled_lines(lines: Mapping[str, torch.Tensor], numbers: Sequence[int] | None) -> Image.Image:
+    """A picture with one labelled line of frames for each entry.
+
+    Args:
+        lines: Frames by label, uint8 [k, H, W, 3], all of one shape.
+        numbers: Numbers of the k frames, to write above the first line; None: none are written.
+    """
+    first = next(iter(lines.values()))
     width, height = _shown_size(first)
-    shown = [round(index * (frames - 1) / max(1, columns - 1)) for index in range(columns)]
     line_height = height + _LABEL_HEIGHT
-    sheet = Image.new("RGB", (columns * width, len(videos) * line_height), "white")
+    sheet = Image.new("RGB", (first.shape[0] * width, len(lines) * line_height), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
-    for line, (label, video) in enumerate(videos.items()):
+    for line, (label, frames) in enumerate(lines.items()):
         draw.text((4, line * line_height + 4), label, "black", font)
-        for column, frame in enumerate(shown):
-            if line == 0 and numbered:
+        for column, frame in enumerate(frames):
+            if line == 0 and numbers is not None:
                 number = (column * width + width - 4, 4)
-                draw.text(number, f"frame {frame}", "black", font, anchor="ra")
-            picture = _picture(video[frame], (width, height))
+                draw.text(number, f"frame {numbers[column]}", "black", font, anchor="ra")
+            picture = _picture(frame, (width, height))
             sheet.paste(picture, (column * width, line * line_height + _LABEL_HEIGHT))
     return sheet
 

@@ -1,0 +1,216 @@
+"""What looks into a UNet's attention, or changes it, while a mechanism is on: named hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+from stem_kernels.ops.soft_em import SoftEM
+
+if TYPE_CHECKING:
+    from .exchange import Lockstep
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention within one call of the UNet.
+
+    Args:
+        name: Name of the attention in the UNet.
+        attention: Attention module, for its projections.
+        frames: Numbers of the frames in hand, those of the running chunk.
+        exchange: Exchange in which the chunks meet; None while whole videos are in hand.
+    """
+
+    name: str
+    attention: Attention
+    frames: Sequence[int]
+    exchange: Lockstep | None
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What an attention is computed from.
+
+    Args:
+        query: Queries [videos, groups, h, n, d]; a group is a frame where each frame attends by
+            itself, else the frames in hand.
+        key: Keys [videos, groups, h, m, d].
+        value: Values [videos, groups, h, m, d].
+        bias: Bias of the logits, [videos, groups, 1 or h, m], or None.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def of(self, videos: slice) -> Operands:
+        """The operands of some videos of the batch."""
+        bias = None if self.bias is None else self.bias[videos]
+        return Operands(self.query[videos], self.key[videos], self.value[videos], bias)
+
+
+Attend = Callable[[Operands], torch.Tensor]
+"""Operands -> attended values [videos, groups, h, n, d]."""
+
+
+class Hook:
+    """What a hook may do; each method here does nothing.
+
+    Attributes:
+        joint_bases: Whether all videos of a batch take the responsibilities of the first one, so
+            that base k means the same in each of them. Only STEM's attention asks.
+    """
+
+    joint_bases: bool = False
+
+    def bases(self, layer: int) -> SoftEM | None:
+        """Bases for a layer to take in place of an EM, or None."""
+        return None
+
+    def converged(self, layer: int, found: SoftEM) -> None:
+        """Sees the bases that EM found in a layer."""
+
+    def before(self, site: Site, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The output of a self-attention in place of computing it, or None.
+
+        Args:
+            site: Self-attention.
+            tokens: Normalised input [videos, frames, S, C].
+
+        Returns:
+            [videos, frames, S, C] as after the output projection, or None.
+        """
+        return None
+
+    def operands(self, site: Site, operands: Operands) -> Operands:
+        """The operands of a self-attention, changed or not."""
+        return operands
+
+    def attend(self, site: Site, operands: Operands, attend: Attend) -> torch.Tensor:
+        """A self-attention, by `attend`, which is the next hook's or the mechanism's own."""
+        return attend(operands)
+
+    def after(self, site: Site, tokens: torch.Tensor, output: torch.Tensor) -> None:
+        """Sees the input and the projected output of a self-attention, [videos, frames, S, C]."""
+
+    def text_maps(self, site: Site, maps: torch.Tensor) -> torch.Tensor:
+        """The maps of a cross-attention, changed or not: [videos, frames, h, S, tokens]."""
+        return maps
+
+
+class Hooks:
+    """Hooks by name, called in the order in which they were added.
+
+    Args:
+        hooks: Hooks to begin with, by name.
+        of_bases_only: Whether hooks are asked for bases alone, as in a UNet that was enabled
+            without hooks.
+    """
+
+    def __init__(self, *, of_bases_only: bool = False, **hooks: Hook) -> None:
+        self._of_bases_only = of_bases_only
+        self._hooks: dict[str, Hook] = {}
+        for name, hook in hooks.items():
+            self.add(name, hook)
+
+    def __iter__(self) -> Iterator[Hook]:
+        return iter(tuple(self._hooks.values()))
+
+    def add(self, name: str, hook: Hook) -> None:
+        """Call a hook from now on, after those that are there.
+
+        Raises:
+            ValueError: the name is taken, or nobody would call this hook.
+        """
+        if name in self._hooks:
+            raise ValueError(f"there is a hook named {name!r} already; remove it first")
+        if self._of_bases_only:
+            more = [method for method in _OF_ATTENTION if _overrides(hook, method)]
+            if more:
+                raise ValueError(
+                    f"the hook {name!r} has {', '.join(more)}, which nothing here would call; "
+                    "enable with hooks=Hooks(...)"
+                )
+        self._hooks[name] = hook
+
+    def remove(self, name: str) -> None:
+        """Call the hook of this name no more."""
+        del self._hooks[name]
+
+    @contextlib.contextmanager
+    def added(self, name: str, hook: Hook) -> Iterator[Hook]:
+        """A hook that is called for the length of a `with` block."""
+        self.add(name, hook)
+        try:
+            yield hook
+        finally:
+            self.remove(name)
+
+    def having(self, method: str) -> list[Hook]:
+        """The hooks that have a method of their own."""
+        return [hook for hook in self if _overrides(hook, method)]
+
+    @property
+    def joint_bases(self) -> bool:
+        """Whether a hook asks for joint bases."""
+        return any(hook.joint_bases for hook in self)
+
+    def attend(self, site: Site, operands: Operands, attend: Attend) -> torch.Tensor:
+        """Attention through all hooks: the first one's around the second one's, and so on."""
+        for hook in self.having("operands"):
+            operands = hook.operands(site, operands)
+        for hook in reversed(self.having("attend")):
+            attend = _around(hook, site, attend)
+        return attend(operands)
+
+
+_OF_ATTENTION = ("before", "operands", "attend", "after", "text_maps")
+
+
+def _overrides(hook: Hook, method: str) -> bool:
+    return getattr(type(hook), method) is not getattr(Hook, method)
+
+
+def _around(hook: Hook, site: Site, attend: Attend) -> Attend:
+    return lambda operands: hook.attend(site, operands, attend)
+
+
+class Recording(Hook):
+    """Keeps the bases that layers converge to.
+
+    Attributes:
+        found: Bases of the last forward pass, by layer.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, SoftEM] = {}
+
+    def converged(self, layer: int, found: SoftEM) -> None:
+        payload = None if found.payload is None else found.payload.detach()
+        self.found[layer] = SoftEM(found.bases.detach(), payload, found.mass.detach())
+
+
+class Replay(Hook):
+    """Gives layers the bases of a recording.
+
+    Args:
+        found: Bases by layer.
+    """
+
+    def __init__(self, found: dict[int, SoftEM]) -> None:
+        self.found = found
+
+    def bases(self, layer: int) -> SoftEM:
+        if layer not in self.found:
+            raise ValueError(
+                f"the replayed bases hold layers {sorted(self.found)}, not layer {layer}; "
+                "they belong to another UNet"
+            )
+        return self.found[layer]

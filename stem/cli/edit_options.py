@@ -1,0 +1,179 @@
+"""The options of `stem edit`, and what their texts mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from ..editing import METHODS as EDIT_METHODS
+from ..inversion import METHODS
+from ..models import EMBEDDED_MODEL
+from .arguments import encodable_text, one_of, typed_value
+from .config_file import with_config_file
+
+OF_INVERSIONS = ("source_prompt", "inversion", "frames", "size", "steps", "chunk")
+"""Parameters that shape an inversion, and say nothing where one is there already."""
+
+
+def _encodable_texts(values: list[str]) -> list[str]:
+    return [encodable_text(value) for value in values]
+
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="VIDEO|FOLDER",
+        help="A video file, which is inverted first; or an inversion's folder, as `stem invert` "
+        "prints it.",
+    ),
+]
+Prompts = Annotated[
+    list[str],
+    typer.Option(help="Describes the whole edited video; repeatable.", callback=_encodable_texts),
+]
+SourcePrompt = Annotated[
+    str, typer.Option(help="Describes the source video.", callback=encodable_text)
+]
+EditMethods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(EDIT_METHODS)}.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="METHOD.preset of every method here that has presets: colour, shape, ..."),
+]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the method's own.")]
+NegativePrompt = Annotated[
+    str, typer.Option(help="Describes what is not wanted.", callback=encodable_text)
+]
+EditSeed = Annotated[
+    int,
+    typer.Option(
+        help="Of the edit's draws; in an inversion, of STEM's Gaussian initial bases; of a random "
+        "model."
+    ),
+]
+EditOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="METHOD.FIELD=VALUE, repeatable, of an edit or of the inversion: fusion.preset=shape, "
+        "'fatezero.equalize={blue: 10}', stem.num_bases=64, ...",
+        callback=with_config_file,
+    ),
+]
+EditModel = Annotated[
+    str | None,
+    typer.Option(
+        help=f"As for `stem invert`. Default: '{EMBEDDED_MODEL}'; of a folder, the inversion's own."
+    ),
+]
+InversionMethod = Annotated[
+    str, typer.Option(help=f"One of: {', '.join(METHODS)}.", callback=one_of(METHODS))
+]
+
+
+def chosen_edit_methods(text: str) -> list[str]:
+    """Names of edit methods from a comma-separated text."""
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names or any(method not in EDIT_METHODS for method in names):
+        raise typer.BadParameter(
+            f"{text!r}; take one or more of {', '.join(EDIT_METHODS)}", param_hint="--method"
+        )
+    return names
+
+
+def split_options(
+    texts: list[str] | None, methods: list[str], inversion: str | None
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """METHOD.FIELD=VALUE texts: values by method of the edits, and the inversion's texts.
+
+    A value is YAML, and `1,2` is `[1, 2]`; its words stay texts but for true, false and numbers.
+
+    Args:
+        texts: Texts of --option.
+        methods: Names of the edit methods that run.
+        inversion: Name of the inversion that runs; None: none does.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    rest = []
+    allowed = [*methods, *([inversion] if inversion else [])]
+    for text in texts or []:
+        target, equals, value = text.partition("=")
+        method, dot, name = target.partition(".")
+        if not equals or not dot or method not in allowed:
+            raise typer.BadParameter(
+                f"{text!r}; write METHOD.FIELD=VALUE with a method of {', '.join(allowed)}",
+                param_hint="--option",
+            )
+        if method == inversion:
+            rest.append(text)
+        else:
+            options.setdefault(method, {})[name] = _yaml_value(text, value)
+    return options, rest
+
+
+def with_preset(
+    options: Mapping[str, Mapping[str, Any]], methods: list[str], preset: str | None
+) -> dict[str, dict[str, Any]]:
+    """The options with --preset among those of each method that has one.
+
+    Args:
+        options: Options by method.
+        methods: Names of the edit methods that run.
+        preset: Text of --preset.
+    """
+    result = {method: dict(options.get(method, {})) for method in methods}
+    if preset is None:
+        return result
+    having = [method for method in EDIT_METHODS if "preset" in _fields(method)]
+    if not set(methods) & set(having):
+        raise typer.BadParameter(
+            f"{preset!r}; {', '.join(having)} has presets, and --method is {','.join(methods)}",
+            param_hint="--preset",
+        )
+    for method in [method for method in methods if method in having]:
+        if result[method].setdefault("preset", preset) != preset:
+            raise typer.BadParameter(
+                f"{preset!r}, and --option says {method}.preset={result[method]['preset']}; give "
+                "one of them",
+                param_hint="--preset",
+            )
+    return result
+
+
+def refuse_of_inversions(context: typer.Context) -> None:
+    """Raise where options are given that the inversion in a folder has settled already."""
+    for name in OF_INVERSIONS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise typer.BadParameter(
+                "it belongs to an inversion, and the folder's own is made; name the video to "
+                "invert it anew",
+                param_hint=f"--{name.replace('_', '-')}",
+            )
+
+
+def _fields(method: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(EDIT_METHODS[method])]
+
+
+def _yaml_value(text: str, value: str) -> Any:
+    listed = f"[{value}]" if "," in value and value.lstrip()[:1] not in ("[", "{") else value
+    try:
+        # Texts as they stand: YAML itself would read the word "on" as True, and 1e-2 as a text.
+        return _typed(yaml.load(listed, Loader=yaml.BaseLoader))
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(
+            f"{text!r}; its value is not YAML, such as 0.5, [0, 0.8] or {{blue: 10}}",
+            param_hint="--option",
+        ) from error
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _typed(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_typed(part) for part in value]
+    return typed_value(value)

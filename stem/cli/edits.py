@@ -1,0 +1,130 @@
+"""The command that edits, `stem edit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from ..comparison import INVERSIONS
+from ..edit_plan import EditPlan
+from ..edits import Edits, write_edits
+from ..inversion import InversionFolder, invert
+from ..models import EMBEDDED_MODEL, ModelError, check_device, load_pipeline
+from ..storage import remove_stale
+from .app import app, print_note, say
+from .arguments import Chunk, Config, Device, Dtype, Frames, Out, Size, Steps, chunk_of
+from .edit_options import (
+    EditMethods,
+    EditModel,
+    EditOptions,
+    EditSeed,
+    Guidance,
+    InversionMethod,
+    NegativePrompt,
+    Preset,
+    Prompts,
+    Source,
+    SourcePrompt,
+    chosen_edit_methods,
+    refuse_of_inversions,
+    split_options,
+    with_preset,
+)
+from .ranks import one_process
+from .request import Request, random_note
+
+
+@app.command("edit")
+def edit_command(
+    context: typer.Context,
+    source: Source,
+    prompt: Prompts,
+    source_prompt: SourcePrompt = "",
+    method: EditMethods = "fusion",
+    preset: Preset = None,
+    guidance: Guidance = None,
+    negative_prompt: NegativePrompt = "",
+    seed: EditSeed = 0,
+    option: EditOptions = None,
+    inversion: InversionMethod = "stem",
+    model: EditModel = None,
+    frames: Frames = None,
+    size: Size = None,
+    steps: Steps = 50,
+    chunk: Chunk = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
+    out: Out = Path("out/edit"),
+) -> None:
+    """Edit a video, or an inversion, by prompts; an interrupted edit goes on where it stopped.
+
+    Each prompt and method gets a folder below --out with edit.mp4, sheet.png (source,
+    reconstruction, edit, masks) and edit.json; several get a sheet together, too.
+    """
+    one_process("edit")
+    methods = chosen_edit_methods(method)
+    is_folder = source.is_dir()
+    options, of_inversion = split_options(option, methods, None if is_folder else inversion)
+    plan = EditPlan(
+        prompt, methods, with_preset(options, methods, preset), negative_prompt, guidance, seed
+    )
+    if is_folder:
+        refuse_of_inversions(context)
+        found, note = _edit_inversion(source, plan, model, device, dtype, out)
+    else:
+        request = Request.checked(
+            model or EMBEDDED_MODEL, inversion, of_inversion, seed, steps, device, dtype, out
+        )
+        clip = request.open(source, frames, size)
+        plan.check_space(out, clip.num_frames, clip.height, clip.width)
+        pipeline, clip = request.load_for(clip, source)
+        inverted = invert(
+            pipeline,
+            clip,
+            source_prompt,
+            out / INVERSIONS,
+            method=inversion,
+            options=request.options.get(inversion),
+            num_steps=steps,
+            chunk=chunk_of(chunk),
+            model=request.model,
+        )
+        say(f"inversion: {inverted.path}")
+        note = request.note
+        found = write_edits(pipeline, inverted, plan, out, video=clip, note=note)
+    _print(found)
+    print_note(note)
+
+
+def _edit_inversion(
+    path: Path,
+    plan: EditPlan,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    out: Path,
+) -> tuple[Edits, str]:
+    """What was found, and what to say of the model."""
+    check_device(device)
+    inversion = InversionFolder.open(path)
+    plan.check(inversion, out)
+    name = model or inversion.settings["model"]["name"]
+    if not name:
+        raise ModelError(f"{path} does not name its model; pass it with --model")
+    remove_stale(inversion.path)
+    pipeline = load_pipeline(name, device=device, dtype=dtype or inversion.settings["dtype"])
+    note = random_note(name)
+    return write_edits(pipeline, inversion, plan, out, note=note), note
+
+
+def _print(found: Edits) -> None:
+    for result in found.results:
+        say(f"{result.method}, {result.prompt!r}{': reused' if result.reused else ''}")
+        for path in (result.files.sheet, result.files.video, result.files.json):
+            say(path)
+    if found.files is not None:
+        say("all of them")
+        for path in (found.files.sheet, found.files.json):
+            say(path)

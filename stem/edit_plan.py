@@ -1,0 +1,142 @@
+"""What edits of one video are asked for, checked as far as that needs no pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .editing import check_edit, edit_options
+from .inversion import InversionFolder
+from .storage import check_output, tensor_bytes
+
+_BYTES_PER_PIXEL = 1  # of edit.mp4, at most; see `write_video`
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """What edits of one video share; checked as far as that needs no inversion.
+
+    Args:
+        prompts: Prompts of the edits, one edit each by every method.
+        methods: Names of `stem.editing.METHODS`.
+        options: Fields of the methods' options, by method.
+        negative_prompt: Negative prompt of all edits.
+        guidance: Guidance scale; None: each method's own.
+        seed: Seed of the methods' draws.
+
+    Raises:
+        TypeError: prompts or methods of another type.
+        ValueError: no prompt or an empty one, one that comes twice, an unknown method or option,
+            or a number that cannot be used.
+    """
+
+    prompts: Sequence[str]
+    methods: Sequence[str] = ("fusion",)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    negative_prompt: str = ""
+    guidance: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, values in (("prompts", self.prompts), ("methods", self.methods)):
+            if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+                raise TypeError(f"{name} is {values!r}; pass a list of texts")
+            if not values:
+                raise ValueError(f"{name} is empty; give at least one")
+            twice = [value for value in values if list(values).count(value) > 1]
+            if twice:
+                raise ValueError(f"{name} holds {twice[0]!r} twice; give each of them once")
+        for prompt in self.prompts:
+            if not prompt.strip():
+                raise ValueError(
+                    f"a prompt is {prompt!r}; describe the whole edited video, as the source "
+                    "prompt does the source"
+                )
+        for method in self.methods:
+            edit_options(method, self.options.get(method))
+        for method in self.options:
+            if method not in self.methods:
+                raise ValueError(f"there are options for {method}, which is not among the methods")
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance is {self.guidance}; it must be a finite number, 0 or more")
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number of 64 bits")
+
+    @property
+    def count(self) -> int:
+        """The number of edits."""
+        return len(self.prompts) * len(self.methods)
+
+    def arguments(self, method: str) -> dict[str, Any]:
+        """Arguments of `check_edit` and `run_edit` beside the prompt."""
+        return {
+            "method": method,
+            "negative_prompt": self.negative_prompt,
+            "guidance": self.guidance,
+            "seed": self.seed,
+            "options": self.options.get(method),
+        }
+
+    def check_space(self, out: Path, num_frames: int, height: int, width: int) -> None:
+        """Raise if `out` cannot be written, or has no space for the videos.
+
+        Raises:
+            OSError: with the reason.
+        """
+        check_output(out, self.count * _BYTES_PER_PIXEL * num_frames * height * width)
+
+    def check(self, inversion: InversionFolder, out: Path) -> None:
+        """Raise before any work if one of the edits could not be made of an inversion.
+
+        Args:
+            inversion: Inversion to edit.
+            out: Folder of everything written.
+
+        Raises:
+            ValueError: an inversion that is incomplete or damaged, or words that do not fit.
+            OSError: `out` cannot be written.
+        """
+        for prompt in self.prompts:
+            for method in self.methods:
+                check_edit(inversion, prompt, **self.arguments(method))
+        video = inversion.settings["video"]
+        self.check_space(out, video["num_frames"], video["height"], video["width"])
+
+    def shaped_by(
+        self,
+        inversion: InversionFolder,
+        prompt: str,
+        method: str,
+        exact: torch.Tensor | None = None,
+    ) -> str:
+        """Everything that shapes an edit's files; of the inversion its name, which holds the rest.
+
+        Args:
+            inversion: Inversion to edit.
+            prompt: Prompt of the edit.
+            method: Name of its method.
+            exact: Exact answer that is shown beside it, uint8 [N, H, W, 3], or None.
+        """
+        answer = None
+        if exact is not None:
+            answer = hashlib.sha256(tensor_bytes(exact.cpu().contiguous())).hexdigest()
+        shaped = {
+            "inversion": inversion.path.resolve().name,
+            "prompt": prompt,
+            **self.arguments(method),
+            "options": asdict(edit_options(method, self.options.get(method))),
+            "exact": answer,
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("stem-inversion", "torch", "diffusers")
+            },
+        }
+        return json.dumps(shaped, sort_keys=True, default=torch.Tensor.tolist)

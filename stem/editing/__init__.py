@@ -1,0 +1,15 @@
+"""Editing a video by a prompt, from its inversion; a module for each method."""
+
+from .pnp import PnPOptions
+from .run import METHODS, Edit, check_edit, edit, edit_latents, edit_options, run_edit
+
+__all__ = [
+    "METHODS",
+    "Edit",
+    "PnPOptions",
+    "check_edit",
+    "edit",
+    "edit_latents",
+    "edit_options",
+    "run_edit",
+]

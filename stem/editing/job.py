@@ -1,0 +1,213 @@
+"""One edit at work: what every method is given, and what each of them has to say."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..attention import Hooks
+from ..config import AttentionConfig
+from ..diffusion.pipeline import Conditioning, predict
+from ..inversion import InversionFolder
+from ..inversion.methods import attention_on, inversion_attention
+
+
+@dataclass
+class Job:
+    """An inversion and what to make of it.
+
+    Levels number the noise: level 0 is the video's own latents, level T the inversion's noisiest.
+    The editing step s goes from level T - s to the one below.
+
+    Args:
+        pipeline: Pipeline that the inversion was made with.
+        inversion: Inversion, complete.
+        prompt: Prompt of the edited video.
+        source: Conditioning of the inversion's prompt, one branch.
+        negative: Conditioning of the negative prompt, one branch.
+        target: Conditioning of the prompt, one branch.
+        guidance: Guidance scale g of u + g (c - u).
+        seed: Seed of whatever the method draws.
+        device: Device that the pipeline computes on.
+    """
+
+    pipeline: Any
+    inversion: InversionFolder
+    prompt: str
+    source: Conditioning
+    negative: Conditioning
+    target: Conditioning
+    guidance: float
+    seed: int
+    device: torch.device
+
+    @property
+    def source_prompt(self) -> str:
+        """The prompt of the inversion."""
+        prompt: str = self.inversion.settings["prompt"]
+        return prompt
+
+    @property
+    def num_steps(self) -> int:
+        """The number T of steps of the inversion."""
+        return len(self.inversion.timesteps)
+
+    @property
+    def num_frames(self) -> int:
+        """The number N of frames."""
+        frames: int = self.inversion.settings["video"]["num_frames"]
+        return frames
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The attention that the inversion was made with, in its chunks.
+
+        All frames at once are one chunk here, so that it can be halved where memory runs out: an
+        edit has up to three branches, the inversion had one.
+        """
+        found = inversion_attention(self.inversion)
+        return found if found.chunk else dataclasses.replace(found, chunk=self.num_frames)
+
+    def level(self, level: int) -> torch.Tensor:
+        """The source's latents at a level, float32 [N, c, h, w], on the device."""
+        found = self.inversion.latents(level - 1) if level else self.inversion.x0()
+        return found.to(self.device)
+
+    def timestep(self, level: int) -> torch.Tensor:
+        """The timestep of a level from 1 to T, an integer tensor of one element."""
+        return torch.tensor(self.inversion.timesteps[level - 1])
+
+    def predict(
+        self, rows: list[torch.Tensor], timestep: torch.Tensor, *conditionings: Conditioning
+    ) -> tuple[torch.Tensor, ...]:
+        """The UNet's predictions for several branches in one call.
+
+        Args:
+            rows: Latents [n, c, h, w] of each branch, of equal shape.
+            timestep: Timestep, an integer tensor of one element.
+            conditionings: Conditionings, one for each branch.
+
+        Returns:
+            float32 [n, c, h, w] for each branch.
+        """
+        joined = conditionings[0]
+        for other in conditionings[1:]:
+            joined = joined.joined(other)
+        return predict(self.pipeline, torch.cat(rows), timestep, joined).chunk(len(rows))
+
+
+class Method(ABC):
+    """One editing method at work on one job.
+
+    Args:
+        job: Job.
+        options: Options of the method.
+
+    Attributes:
+        config: Configuration of the attention that is on while the method predicts.
+        hooks: Hooks that are called in it.
+        first_step: Number of the first editing step that the method does.
+        kept: Tensors that `state` returns.
+    """
+
+    def __init__(self, job: Job, options: Any) -> None:
+        self.job = job
+        self.options = options
+        self.config: AttentionConfig = job.attention
+        self.hooks = Hooks()
+        self.first_step = 0
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def begin(self) -> torch.Tensor:
+        """What has to be found before the first step; returns the latents to start from."""
+        return self.job.level(self.job.num_steps - self.first_step)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The attention on, for the length of a `with` block around `begin` and all steps."""
+        with attention_on(self.job.pipeline, self.config, hooks=self.hooks):
+            yield
+
+    @abstractmethod
+    def predict(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The prediction that the step is made with.
+
+        Args:
+            step: Number of the editing step, 0 is the noisiest.
+            timestep: Timestep, an integer tensor of one element.
+            latents: Latents [N, c, h, w], float32.
+
+        Returns:
+            float32 [N, c, h, w], in the pipeline's own kind of prediction.
+        """
+
+    def after_step(self, step: int, latents: torch.Tensor) -> torch.Tensor | None:
+        """Other latents to go on with after a step, or None."""
+        return None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the method needs beside the latents to go on after a step, and what an `Edit`
+        tells: "masks" and "cores" bool [N, h, w], "pivots" int64 [steps, chunks]."""
+        return self.kept
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take what `state` returned, in place of `begin`."""
+        self.kept = {name: tensor.to(self.job.device) for name, tensor in state.items()}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a method; its subclasses are frozen, and checked when made.
+
+    Attributes:
+        default_guidance: Guidance scale where none is given.
+    """
+
+    default_guidance: ClassVar[float] = 7.5
+
+    @property
+    def guidance(self) -> float:
+        """The guidance scale that goes with these options."""
+        return self.default_guidance
+
+    def check(self, inversion: InversionFolder, prompt: str) -> None:
+        """Raise ValueError where these options do not fit the inversion and the prompt."""
+
+
+def steps_of(share: float, num_steps: int) -> int:
+    """The number of steps that a share of them is, rounded down; exact where T * share is whole.
+
+    In float64 0.7 * 10 is 7, but 0.29 * 100 is 28.999...: a millionth of a step is forgiven.
+    """
+    return int(share * num_steps + 1e-6)
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raise ValueError where an option is no share of the steps, 0 ... 1."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} is {value!r}; it must be a share of the steps, 0 ... 1")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError where an option is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError where an option is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be True or False")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError where an option is no whole number of at least 1."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")

@@ -1,0 +1,325 @@
+"""Editing a video by a prompt, from its inversion."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..diffusion.environment import numeric_environment
+from ..diffusion.loop import denoise
+from ..diffusion.pipeline import decode_latents, encode_prompt, execution_device
+from ..diffusion.schedule import sampling_scheduler
+from ..inversion import InversionFolder
+from ..inversion.folder import Progress
+from ..inversion.runs import check_same_pipeline, check_startable, earlier_run, run_name
+from .job import Job, Method, Options
+from .pnp import PnP, PnPOptions
+
+logger = logging.getLogger("stem")
+
+_METHODS: dict[str, tuple[type[Options], type[Method]]] = {
+    "pnp": (PnPOptions, PnP),
+}
+METHODS: dict[str, type[Options]] = {name: options for name, (options, _) in _METHODS.items()}
+"""The options of each method."""
+DEFAULT_METHOD = "fusion"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edited video, and what a method tells of it.
+
+    Args:
+        latents: Latents [N, c, h, w], float32.
+        masks: Where the video may change, bool [N, h, w] in latent cells; None: everywhere.
+        cores: The masks before they were dilated, likewise, where a method has them.
+        pivots: Frames that TokenFlow drew, int64 [steps, chunks]; None: another method.
+        settings: Settings that shaped the latents, as JSON types.
+    """
+
+    latents: torch.Tensor
+    masks: torch.Tensor | None
+    cores: torch.Tensor | None
+    pivots: torch.Tensor | None
+    settings: dict[str, Any]
+
+
+def edit(
+    pipeline: Any,
+    inversion: InversionFolder,
+    prompt: str,
+    *,
+    method: str = DEFAULT_METHOD,
+    negative_prompt: str = "",
+    guidance: float | None = None,
+    seed: int = 0,
+    options: Options | Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> torch.Tensor:
+    """Edit a video by a prompt: `edit_latents` with the same arguments, decoded.
+
+    Returns:
+        uint8 [N, H, W, 3] on the CPU.
+    """
+    latents = edit_latents(
+        pipeline,
+        inversion,
+        prompt,
+        method=method,
+        negative_prompt=negative_prompt,
+        guidance=guidance,
+        seed=seed,
+        options=options,
+        progress=progress,
+    )
+    return decode_latents(pipeline, latents)
+
+
+def edit_latents(
+    pipeline: Any,
+    inversion: InversionFolder,
+    prompt: str,
+    *,
+    method: str = DEFAULT_METHOD,
+    negative_prompt: str = "",
+    guidance: float | None = None,
+    seed: int = 0,
+    options: Options | Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> torch.Tensor:
+    """Edit a video by a prompt, starting from the noisiest latents of its inversion.
+
+    Args:
+        pipeline: Pipeline that the inversion was made with.
+        inversion: Inversion to start from, complete; its attention, prompt, steps and frames are
+            the edit's.
+        prompt: Prompt that describes the edited video.
+        method: Name of the method, a key of `stem.editing.METHODS`.
+        negative_prompt: Negative prompt, used with guidance only.
+        guidance: Classifier-free guidance scale; None: the one that goes with the method.
+        seed: Seed of whatever the method draws.
+        options: Options of the method: its dataclass in `stem.editing`, or some of its fields by
+            name.
+        progress: Whether to show progress.
+
+    Returns:
+        float32 [N, c, h, w].
+
+    Raises:
+        ValueError: settings that do not fit, named with what is allowed; words that are not in
+            the prompts.
+        InversionError: an inversion that is incomplete or was made with another model.
+        NonFiniteError: latents are not finite after a step.
+    """
+    return run_edit(
+        pipeline,
+        inversion,
+        prompt,
+        method=method,
+        negative_prompt=negative_prompt,
+        guidance=guidance,
+        seed=seed,
+        options=options,
+        progress=progress,
+    ).latents
+
+
+def run_edit(
+    pipeline: Any,
+    inversion: InversionFolder,
+    prompt: str,
+    *,
+    method: str = DEFAULT_METHOD,
+    negative_prompt: str = "",
+    guidance: float | None = None,
+    seed: int = 0,
+    options: Options | Mapping[str, Any] | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    on_step: Callable[[], None] | None = None,
+) -> Edit:
+    """`edit_latents`, with all that the method tells of the edit.
+
+    Args:
+        pipeline: Pipeline, as this and what follows for `edit_latents`.
+        inversion: Inversion to start from.
+        prompt: Prompt that describes the edited video.
+        method: Name of the method.
+        negative_prompt: Negative prompt.
+        guidance: Classifier-free guidance scale, or None.
+        seed: Seed of whatever the method draws.
+        options: Options of the method.
+        resume: Whether to keep what is reached so far in the inversion's folder, and to go on
+            from what an earlier call of equal arguments kept there.
+        progress: Whether to show progress.
+        on_step: Function called after each step that this call did.
+    """
+    chosen = edit_options(method, options)
+    check_edit(
+        inversion,
+        prompt,
+        method=method,
+        negative_prompt=negative_prompt,
+        guidance=guidance,
+        seed=seed,
+        options=chosen,
+    )
+    check_same_pipeline(pipeline, inversion)
+    device = execution_device(pipeline)
+    size = inversion.settings["video"]
+    source, negative, target = (
+        encode_prompt(pipeline, text, size["height"], size["width"])
+        for text in (inversion.settings["prompt"], negative_prompt, prompt)
+    )
+    scale = chosen.guidance if guidance is None else float(guidance)
+    job = Job(pipeline, inversion, prompt, source, negative, target, scale, seed, device)
+    settings = edit_settings(
+        inversion,
+        prompt,
+        method=method,
+        negative_prompt=negative_prompt,
+        guidance=guidance,
+        seed=seed,
+        options=chosen,
+    )
+    environment = numeric_environment(device)
+    environment["chunk"] = str(job.attention.chunk)
+    run = run_name(inversion, "edit-", settings)
+    found = earlier_run(inversion, run, "edit", environment) if resume else None
+    work = _METHODS[method][1](job, chosen)
+
+    def keep(step: int, latents: torch.Tensor) -> torch.Tensor | None:
+        replaced = work.after_step(step, latents)
+        latents = latents if replaced is None else replaced
+        if resume:
+            inversion.save_progress(run, Progress(step + 1, latents, environment, work.state()))
+        if on_step is not None:
+            on_step()
+        return latents
+
+    total = job.num_steps
+    if found is not None:
+        work.restore(found.state)
+    if found is not None and found.steps_done == total:
+        latents = found.latents.to(device)
+    else:
+        logger.info("%s: editing %d frames in %d steps", method, job.num_frames, total)
+        with work.running(), torch.no_grad():
+            latents = work.begin() if found is None else found.latents.to(device)
+            first = work.first_step if found is None else found.steps_done
+            latents = denoise(
+                latents,
+                sampling_scheduler(pipeline, total),
+                work.predict,
+                steps=range(first, total),
+                after_step=keep,
+                name=f"edit {method}",
+                progress=progress,
+            )
+    told = {name: tensor.cpu() for name, tensor in work.state().items()}
+    return Edit(latents, told.get("masks"), told.get("cores"), told.get("pivots"), settings)
+
+
+def edit_options(method: str, options: Options | Mapping[str, Any] | None) -> Options:
+    """The options of a method, checked.
+
+    Args:
+        method: Name of the method.
+        options: Its options, or some of their fields by name (JSON types are taken), or None.
+
+    Raises:
+        ValueError: an unknown method or option, or a value that the option refuses.
+        TypeError: options of another method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
+    kind = METHODS[method]
+    if isinstance(options, kind):
+        return options
+    if isinstance(options, Options):
+        raise TypeError(f"options are {type(options).__name__}; {method} takes {kind.__name__}")
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for name in options or {}:
+        if name not in fields:
+            raise ValueError(f"{method} has no option {name!r}; it has {', '.join(fields)}")
+    return kind(**(options or {}))
+
+
+def check_edit(
+    inversion: InversionFolder,
+    prompt: str,
+    *,
+    method: str = DEFAULT_METHOD,
+    negative_prompt: str = "",
+    guidance: float | None = None,
+    seed: int = 0,
+    options: Options | Mapping[str, Any] | None = None,
+) -> None:
+    """Raise where `run_edit` could not begin, as far as that needs no pipeline.
+
+    Args:
+        inversion: Inversion, as this and what follows for `edit_latents`.
+        prompt: Prompt.
+        method: Name of the method.
+        negative_prompt: Negative prompt.
+        guidance: Classifier-free guidance scale, or None.
+        seed: Seed.
+        options: Options of the method.
+
+    Raises:
+        ValueError: settings that do not fit.
+        InversionError: an incomplete inversion.
+    """
+    chosen = edit_options(method, options)
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is a {type(text).__name__}; it must be one text")
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; describe the video as it is to be")
+    number = isinstance(guidance, (int, float)) and not isinstance(guidance, bool)
+    if guidance is not None and not (number and 0.0 <= guidance < float("inf")):
+        raise ValueError(f"guidance is {guidance!r}; it must be a finite number of at least 0")
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; it must be a whole number of 64 bits")
+    check_startable(inversion)
+    chosen.check(inversion, prompt)
+
+
+def edit_settings(
+    inversion: InversionFolder,
+    prompt: str,
+    *,
+    method: str,
+    negative_prompt: str,
+    guidance: float | None,
+    seed: int,
+    options: Options,
+) -> dict[str, Any]:
+    """Everything that shapes an edit beside its inversion, as JSON types."""
+    scale = options.guidance if guidance is None else float(guidance)
+    return {
+        "inversion": inversion.path.name,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "method": method,
+        "guidance": scale,
+        "seed": seed,
+        "options": _as_json(dataclasses.asdict(options)),
+        "version": importlib.metadata.version("stem-inversion"),
+    }
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _as_json(inner) for name, inner in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_as_json(inner) for inner in value]
+    return value

@@ -1,0 +1,245 @@
+"""Edits of one inversion by several prompts and methods, as files a person can look at."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stem_kernels.info import provenance
+
+from .comparison import result_name
+from .diffusion.pipeline import VAE_FRAMES, decode_latents, decoded_parts, execution_device
+from .edit_plan import EditPlan
+from .editing import Edit, run_edit
+from .inversion import InversionFolder, reconstruct_latents
+from .metrics import psnr
+from .report.edit_files import EditFiles, EditsFiles, mask_pictures
+from .report.pictures import shown_frames
+from .storage import remove_stale
+from .video import Video, VideoFile
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """One edit and its files.
+
+    Args:
+        prompt: Prompt of the edit.
+        method: Name of its method.
+        files: Paths of its files.
+        reused: Whether they are of an earlier run.
+    """
+
+    prompt: str
+    method: str
+    files: EditFiles
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What `write_edits` wrote.
+
+    Args:
+        results: Edits, by prompt, then by method.
+        files: Paths of the files of all edits together; None where there is one edit.
+    """
+
+    results: list[EditResult]
+    files: EditsFiles | None
+
+
+def write_edits(
+    pipeline: Any,
+    inversion: InversionFolder,
+    plan: EditPlan,
+    out: str | Path,
+    *,
+    video: Video | VideoFile | None = None,
+    exact: torch.Tensor | None = None,
+    note: str = "",
+    progress: bool = True,
+) -> Edits:
+    """Edit an inversion by every prompt and method, and write a video and a sheet of each.
+
+    Files that are there and whole are of equal settings, versions included, and are reused. Only
+    the frames shown are held as pixels: any length of video can be edited that can be inverted.
+
+    Args:
+        pipeline: Pipeline that the inversion was made with.
+        inversion: Inversion to edit, complete.
+        plan: Prompts, methods and their options.
+        out: Folder below which every edit gets one of its own, named by what shaped it.
+        video: Video that was inverted, for the sheets; None: they show what the VAE makes of the
+            inversion's own latents.
+        exact: Exact answer to the edit, where it is known: uint8 [N, H, W, 3], shown in place of
+            the reconstruction.
+        note: Note for the documents, where the weights are random.
+        progress: Whether to show progress.
+
+    Raises:
+        ValueError: settings that do not fit the inversion, or a video or an answer of another
+            shape; before anything is computed.
+        InversionError: an inversion that is incomplete or was made with another model.
+        OSError: `out` cannot be written.
+    """
+    out = Path(out)
+    plan.check(inversion, out)
+    beside = _Beside(pipeline, inversion, video, exact, progress)
+    results = []
+    for prompt in plan.prompts:
+        for method in plan.methods:
+            shaped = plan.shaped_by(inversion, prompt, method, exact)
+            files = EditFiles(out / result_name(f"{method}-{prompt}", [shaped]))
+            results.append(EditResult(prompt, method, files, files.whole))
+    together = None
+    if len(results) > 1:
+        names = [result.files.folder.name for result in results]
+        together = EditsFiles(out / result_name("edits", names))
+    complete = together is None or together.whole
+    suffix = ", random weights" if note else ""
+    lines: dict[str, torch.Tensor] = {}
+    for result in results:
+        if result.reused and complete:
+            continue
+        clock = _Clock()
+        edit = run_edit(
+            pipeline,
+            inversion,
+            result.prompt,
+            **plan.arguments(result.method),
+            progress=progress,
+            on_step=clock.step,
+        )
+        clock.stop(execution_device(pipeline))
+        label = " ".join(f"{result.method}{suffix}: {result.prompt}".split())
+        lines[label] = decode_latents(pipeline, edit.latents[beside.numbers])
+        if not result.reused:
+            own = {**beside.lines, label: lines[label], **beside.masks(edit)}
+            remove_stale(result.files.folder)
+            result.files.write(
+                decoded_parts(pipeline, edit.latents),
+                beside.fps,
+                own,
+                beside.numbers,
+                {**_document(inversion, result, edit, clock, note), **beside.figures(edit)},
+            )
+    if together is not None and not complete:
+        document = {"note": note, "edits": [str(result.files.json) for result in results]}
+        together.write({**beside.lines, **lines}, beside.numbers, document)
+    return Edits(results, together)
+
+
+class _Beside:
+    """What the sheets show beside the edits; each line is made when it is first asked for."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        inversion: InversionFolder,
+        video: Video | VideoFile | None,
+        exact: torch.Tensor | None,
+        progress: bool,
+    ) -> None:
+        about = inversion.settings["video"]
+        self.fps = Fraction(about["fps"])
+        self.numbers = shown_frames(about["num_frames"])
+        self._size = about["height"], about["width"]
+        self._pipeline, self._inversion, self._progress = pipeline, inversion, progress
+        self._video, self._exact = video, exact
+        shape = (about["num_frames"], *self._size)
+        if video is not None and (video.num_frames, video.height, video.width) != shape:
+            found = (video.num_frames, video.height, video.width)
+            raise ValueError(
+                f"video has (frames, height, width) {found}, and the inversion {shape}; pass the "
+                "one that was inverted"
+            )
+        if exact is not None and (exact.dtype != torch.uint8 or exact.shape != (*shape, 3)):
+            raise ValueError(
+                f"exact is {exact.dtype} {list(exact.shape)}; it must be uint8 {[*shape, 3]}"
+            )
+
+    @functools.cached_property
+    def lines(self) -> dict[str, torch.Tensor]:
+        """Frames by label, uint8 [k, H, W, 3]."""
+        if self._video is not None:
+            lines = {"source": _picked(self._video.parts(VAE_FRAMES), self.numbers)}
+        else:
+            x0 = self._inversion.x0()[self.numbers]
+            lines = {"source, through the VAE": decode_latents(self._pipeline, x0)}
+        if self._exact is not None:
+            lines["exact answer"] = self._exact[self.numbers].cpu()
+        else:
+            latents = reconstruct_latents(self._pipeline, self._inversion, progress=self._progress)
+            lines["reconstruction"] = decode_latents(self._pipeline, latents[self.numbers])
+        return lines
+
+    def figures(self, edit: Edit) -> dict[str, float]:
+        """PSNR in dB of an edit's frames to the exact answer, where that is known."""
+        if self._exact is None:
+            return {}
+        frames = decode_latents(self._pipeline, edit.latents)
+        return {"psnr_to_exact": psnr(frames, self._exact.cpu())}
+
+    def masks(self, edit: Edit) -> dict[str, torch.Tensor]:
+        """The line of an edit's masks; none where it has none."""
+        if edit.masks is None:
+            return {}
+        cores = None if edit.cores is None else edit.cores[self.numbers]
+        pictures = mask_pictures(edit.masks[self.numbers], cores, *self._size)
+        return {"where it may change the video": pictures}
+
+
+def _picked(parts: Iterable[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """The frames of some numbers, ascending, out of a video in parts: uint8 [k, H, W, 3]."""
+    found, first = [], 0
+    for part in parts:
+        found += [part[n - first] for n in numbers if first <= n < first + part.shape[0]]
+        first += part.shape[0]
+    return torch.stack(found)
+
+
+class _Clock:
+    """Seconds of an edit, and how many steps were done in them."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seconds = 0.0
+        self._start = time.perf_counter()
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def stop(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds = time.perf_counter() - self._start
+
+
+def _document(
+    inversion: InversionFolder, result: EditResult, edit: Edit, clock: _Clock, note: str
+) -> dict[str, Any]:
+    where = provenance("diffusers")
+    del where["commit"]
+    return {
+        "note": note,
+        "method": result.method,
+        "prompt": result.prompt,
+        "inversion": str(inversion.path),
+        "source_prompt": inversion.settings["prompt"],
+        "settings": edit.settings,
+        "pivots": None if edit.pivots is None else edit.pivots.tolist(),
+        "share_that_may_change": None if edit.masks is None else float(edit.masks.float().mean()),
+        "durations": {
+            "edit_seconds": clock.seconds,
+            "steps_done_in_them": clock.steps,
+        },
+        "provenance": where,
+    }

@@ -1,0 +1,381 @@
+"""`stem edit`: what it asks of the editing package, the files it writes, and its mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_cli import run
+from test_inversion import clip
+
+from stem import InversionFolder, cli, read_video, write_video
+from stem.editing import METHODS, Edit
+from stem.editing.job import Options
+
+OPTIONS = ("--inversion", "ddim", "--size", "32x32", "--steps", "2")
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
+    smooth = clip(3).frames.permute(0, 3, 1, 2).float()
+    large = torch.nn.functional.interpolate(smooth, size=(32, 40)).permute(0, 2, 3, 1)
+    write_video(path, large.to(torch.uint8), 10)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def inversion(video: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An inversion of the video in two steps, by the embedded model."""
+    out = tmp_path_factory.mktemp("inverted")
+    arguments = ("--methods", "ddim", "--size", "32x32", "--steps", "2", "--prompt", "a red ball")
+    assert run("invert", video, *arguments, "--out", str(out)) == 0
+    (folder,) = (out / "inversions").iterdir()
+    return str(folder)
+
+
+@dataclass(frozen=True)
+class Fusion(Options):
+    preset: str = "colour"
+
+
+@dataclass(frozen=True)
+class FateZero(Options):
+    equalize: Any = None
+    self_replace: Any = 0.8
+    blend_words: Any = None
+
+
+@pytest.fixture(autouse=True)
+def _options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options that stand in for those of the methods."""
+    monkeypatch.setitem(METHODS, "fusion", Fusion)
+    monkeypatch.setitem(METHODS, "fatezero", FateZero)
+
+
+class Editing:
+    """A stand-in for `run_edit` that keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(
+        self,
+        pipeline: Any,
+        inversion: InversionFolder,
+        prompt: str,
+        *,
+        progress: bool,
+        on_step: Callable[[], None],
+        **arguments: Any,
+    ) -> Edit:
+        self.asked.append({"prompt": prompt, **arguments})
+        on_step()
+        latents = inversion.x0().flip(0)
+        cores = torch.zeros(latents.shape[0], *latents.shape[2:], dtype=torch.bool)
+        cores[:, 2:4, 2:4] = True
+        masks = cores.clone()
+        masks[:, 1:5, 1:5] = True
+        masked = arguments["method"] == "fusion"
+        return Edit(
+            latents=latents,
+            masks=masks if masked else None,
+            cores=cores if masked else None,
+            pivots=None if masked else torch.tensor([[0], [1]]),
+            settings={"method": arguments["method"], "prompt": prompt},
+        )
+
+
+@pytest.fixture
+def editing(monkeypatch: pytest.MonkeyPatch) -> Editing:
+    found = Editing()
+    monkeypatch.setattr("stem.edits.run_edit", found)
+    return found
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that `stem edit` loaded; none can be."""
+    loaded: list[str] = []
+
+    def record(model: str, **_: Any) -> None:
+        loaded.append(model)
+        raise ValueError("no model can be loaded in this test")
+
+    monkeypatch.setattr(cli.request, "load_pipeline", record)
+    monkeypatch.setattr(cli.edits, "load_pipeline", record)
+    monkeypatch.setenv("COLUMNS", "300")
+    return loaded
+
+
+def test_a_folder_is_edited_by_every_prompt_and_method(
+    inversion: str, tmp_path: Path, editing: Editing, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        *("edit", inversion, "--out", str(tmp_path), "--method", "fusion,pnp", "--seed", "3"),
+        *("--prompt", "a blue ball", "--prompt", "a green ball", "--guidance", "4.5"),
+        *("--option", "pnp.attention_until=0.25", "--preset", "shape"),
+        *("--negative-prompt", "a star"),
+    ]
+    assert run(*arguments) == 0
+    common = {"negative_prompt": "a star", "guidance": 4.5, "seed": 3}
+    by_method = {"fusion": {"preset": "shape"}, "pnp": {"attention_until": 0.25}}
+    assert editing.asked == [
+        {"prompt": f"a {colour} ball", "method": method, "options": options, **common}
+        for colour in ("blue", "green")
+        for method, options in by_method.items()
+    ]
+    printed = capfd.readouterr().out
+    folders = sorted(tmp_path.iterdir())
+    names = ("edits", "fusion-a-blue-ball", "fusion-a-green-ball", "pnp-a-blue-ball", "pnp-a-green")
+    for folder, name in zip(folders, names, strict=True):
+        assert folder.name.startswith(name)
+        for file in folder.iterdir():
+            assert f"{file}\n" in printed
+    fusion, pnp = (json.loads((folders[i] / "edit.json").read_text()) for i in (1, 3))
+    assert fusion["settings"] == {"method": "fusion", "prompt": "a blue ball"}
+    assert fusion["source_prompt"] == "a red ball"
+    assert fusion["share_that_may_change"] == 16 / 64
+    assert fusion["durations"]["steps_done_in_them"] == 1
+    assert "commit" not in fusion["provenance"]
+    assert (pnp["share_that_may_change"], pnp["pivots"]) == (None, [[0], [1]])
+    # 3 frames, magnified to 128 pixels: source, reconstruction, edit, masks
+    assert Image.open(folders[3] / "sheet.png").size == (3 * 128, 3 * 152)
+    sheet = Image.open(folders[1] / "sheet.png")
+    assert sheet.size == (3 * 128, 4 * 152)
+    gray = [sheet.getpixel((16 * cell + 8, 3 * 152 + 24 + 40))[0] for cell in range(8)]
+    assert gray == [0, 128, 255, 255, 128, 0, 0, 0]
+    assert Image.open(folders[0] / "edits.png").size == (3 * 128, 6 * 152)
+    together = json.loads((folders[0] / "edits.json").read_text())
+    assert together["edits"] == [str(folders[i] / "edit.json") for i in (1, 3, 2, 4)]
+    video = read_video(folders[1] / "edit.mp4")
+    assert (video.frames.shape, video.fps) == ((3, 32, 32, 3), 10)
+
+
+def test_a_finished_edit_is_reused_and_a_damaged_one_written_again(
+    inversion: str, tmp_path: Path, editing: Editing, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["edit", inversion, "--out", str(tmp_path), "--prompt", "a blue ball"]
+    assert run(*arguments) == 0
+    (folder,) = tmp_path.iterdir()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    capfd.readouterr()
+    assert run(*arguments) == 0
+    assert "fusion, 'a blue ball': reused" in capfd.readouterr().out
+    assert len(editing.asked) == 1
+    (folder / "edit.mp4").write_bytes(b"")
+    assert run(*arguments) == 0
+    assert len(editing.asked) == 2
+    assert (folder / "edit.mp4").read_bytes() == before["edit.mp4"]
+    assert list(tmp_path.iterdir()) == [folder]
+    # another seed is another edit, which takes the place of none
+    assert run(*arguments, "--seed", "1") == 0
+    assert len(list(tmp_path.iterdir())) == 2
+    assert {file.name for file in folder.iterdir()} == before.keys()
+    # beside another, all are shown together: those that are there are not written again
+    assert run(*arguments, "--prompt", "a green ball") == 0
+    assert [call["prompt"] for call in editing.asked[3:]] == ["a blue ball", "a green ball"]
+    assert run(*arguments, "--prompt", "a green ball") == 0
+    assert len(editing.asked) == 5
+
+
+def test_a_video_is_inverted_and_its_inversion_reused(
+    video: str, tmp_path: Path, editing: Editing, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = ("--out", str(tmp_path))
+    arguments = ["edit", video, "--source-prompt", "a red ball", *OPTIONS, *out]
+    assert run(*arguments, "--prompt", "a blue ball") == 0
+    assert run(*arguments, "--prompt", "a green ball", "--chunk", "all") == 0
+    (folder,) = (tmp_path / "inversions").iterdir()
+    assert capfd.readouterr().out.count(f"inversion: {folder}\n") == 2
+    inverted = InversionFolder.open(folder)
+    assert inverted.settings["method"] == "ddim"
+    assert inverted.settings["prompt"] == "a red ball"
+    assert len(editing.asked) == 2
+    # what is seen of the source is the video itself, not the VAE's picture of it
+    (edited,) = tmp_path.glob("fusion-a-blue-*")
+    sheet = Image.open(edited / "sheet.png")
+    source = read_video(video, size="32x32").frames
+    for frame in range(3):
+        pixels = tuple(source[frame, 16, 16].tolist())
+        assert sheet.getpixel((128 * frame + 4 * 16, 24 + 4 * 16)) == pixels
+
+
+def test_values_of_options_from_a_file_and_the_command_line(
+    inversion: str, tmp_path: Path, editing: Editing
+) -> None:
+    config = tmp_path / "edit.yaml"
+    config.write_text(
+        "prompt: [a blue ball, a pink ball]\nmethod: [fatezero, fusion]\nguidance: 3\n"
+        "option:\n  fatezero:\n    equalize: {blue: 10, on: 1e-1}\n"
+        "    self_replace: [0, 0.5]\n    blend_words: [[red], [blue, pink]]\n"
+    )
+    arguments = ["edit", inversion, "--config", str(config), "--out", str(tmp_path / "out")]
+    assert run(*arguments, "--option", "fatezero.self_replace=0.25,0.75") == 0
+    assert [call["prompt"][:6] for call in editing.asked] == ["a blue"] * 2 + ["a pink"] * 2
+    assert editing.asked[0]["guidance"] == 3.0
+    options = {
+        "equalize": {"blue": 10, "on": 0.1},
+        "self_replace": [0.25, 0.75],
+        "blend_words": [["red"], ["blue", "pink"]],
+    }
+    assert editing.asked[0]["options"] == options
+    editing.asked.clear()
+    typed = ["--option", "fatezero.equalize={on: 2}", "--method", "fatezero"]
+    assert run(*arguments, *typed, "--prompt", "a ball on a ball") == 0
+    (call,) = editing.asked
+    assert (call["prompt"], call["options"]["equalize"]) == ("a ball on a ball", {"on": 2})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing option '--prompt'"),
+        (["--prompt", " "], "a prompt is ' '; describe the whole edited video"),
+        (["--prompt", "a", "--prompt", "a"], "prompts holds 'a' twice"),
+        (["--prompt", "\udcff"], r"'\udcff' is not UTF-8"),
+        (["--prompt", "a", "--method", "stem"], "'stem'; take one or more of pnp, "),
+        (["--prompt", "a", "--guidance", "-1"], "guidance is -1.0; it must be a finite number"),
+        (["--prompt", "a", "--seed", f"{2**63}"], "it must be a whole number of 64 bits"),
+        (["--prompt", "a", "--option", "fusion.bases=3"], "fusion has no option 'bases'"),
+        (["--prompt", "a", "--option", "pnp.blend=3"], "with a method of fusion"),
+        (["--prompt", "a", "--option", "fusion.preset={"], "its value is not YAML"),
+        (["--prompt", "a", "--method", "pnp", "--preset", "shape"], "fusion has presets"),
+        (
+            ["--prompt", "a", "--preset", "shape", "--option", "fusion.preset=colour"],
+            "'shape', and --option says fusion.preset=colour; give one of them",
+        ),
+        (["--prompt", "a", "--device", "abacus"], "device is 'abacus'; write cpu, cuda"),
+        (["--prompt", "a", "--out", "FILE/below"], "is a file, not a folder"),
+    ],
+)
+@pytest.mark.parametrize("source", ["video", "inversion"])
+def test_mistakes_are_found_before_a_model_is_loaded(
+    source: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    loads: list[str],
+    capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    path = request.getfixturevalue(source)
+    file = tmp_path / "FILE"
+    file.touch()
+    loads.clear()
+    arguments = [text.replace("FILE", str(file)) for text in arguments]
+    assert run("edit", path, "--out", str(tmp_path / "out"), *arguments) == 2
+    printed = capfd.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+    assert loads == []
+    assert run("edit", path, "--out", str(tmp_path / "out"), "--prompt", "a blue ball") == 2
+    assert loads == ["embedded"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--frames", "2"),
+        ("--size", "32"),
+        ("--steps", "2"),
+        ("--chunk", "1"),
+        ("--inversion", "ddim"),
+        ("--source-prompt", "a"),
+    ],
+)
+def test_what_an_inversion_has_settled_is_refused(
+    inversion: str,
+    tmp_path: Path,
+    arguments: tuple[str, str],
+    loads: list[str],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    loads.clear()
+    command = ["edit", inversion, "--prompt", "a", "--out", str(tmp_path)]
+    assert run(*command, *arguments) == 2
+    assert f"{arguments[0]}: it belongs to an inversion" in capfd.readouterr().err
+    config = tmp_path / "edit.yaml"
+    config.write_text(f"{arguments[0][2:]}: {arguments[1]}\n")
+    assert run(*command, "--config", str(config)) == 2
+    assert f"{arguments[0]}: it belongs to an inversion" in capfd.readouterr().err
+    assert loads == []
+
+
+def test_mistakes_of_places_and_processes(
+    video: str,
+    inversion: str,
+    tmp_path: Path,
+    loads: list[str],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loads.clear()
+    prompt = ("--prompt", "a blue ball", "--out", str(tmp_path / "out"))
+    assert run("edit", str(tmp_path / "absent.mp4"), *prompt) == 2
+    assert "absent.mp4: no such file" in capfd.readouterr().err
+    assert run("edit", str(tmp_path), *prompt) == 2
+    assert "holds no settings.json" in capfd.readouterr().err
+    assert run("edit", inversion, *prompt, "--option", "ddim.x=1") == 2
+    assert "with a method of fusion" in capfd.readouterr().err
+    assert run("edit", video, *prompt, "--option", "stem.bases=3") == 2
+    assert "stem has no option 'bases'" in capfd.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 32 * 32 - 1))
+        assert run("edit", inversion, *prompt) == 2
+    assert "needs 3,072 bytes, and 3,071 are free" in capfd.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("edit", video, *prompt) == 2
+    assert "stem edit runs in one process, and WORLD_SIZE is 2" in capfd.readouterr().err
+    assert loads == []
+
+
+def test_an_interruption_says_how_to_go_on(
+    inversion: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stem.edits.run_edit", interrupt)
+    assert run("edit", inversion, "--prompt", "a", "--out", str(tmp_path)) == 130
+    assert "interrupted; finished steps are kept" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_edit_that_is_killed_goes_on_bit_for_bit(
+    inversion: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ("--prompt", "a blue ball", "--method", "pnp")
+    copy = shutil.copytree(inversion, tmp_path / Path(inversion).name)
+    assert run("edit", inversion, *arguments, "--out", str(tmp_path / "whole")) == 0
+    save = InversionFolder.save_progress
+
+    def interrupted(*given: Any, **named: Any) -> None:
+        save(*given, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InversionFolder, "save_progress", interrupted)
+        assert run("edit", str(copy), *arguments, "--out", str(tmp_path / "killed")) == 130
+    assert run("edit", str(copy), *arguments, "--out", str(tmp_path / "killed")) == 0
+    assert "edit goes on after step 1" in capfd.readouterr().err
+    (whole,), (killed,) = ((tmp_path / name).iterdir() for name in ("whole", "killed"))
+    for file in ("edit.mp4", "sheet.png"):
+        assert (whole / file).read_bytes() == (killed / file).read_bytes()
+    documents = [json.loads((folder / "edit.json").read_text()) for folder in (whole, killed)]
+    assert [found["durations"]["steps_done_in_them"] for found in documents] == [2, 1]
+    assert documents[0]["settings"] == documents[1]["settings"]
