@@ -25,6 +25,7 @@ NATURAL_CLIP = "carphone_pristine.mp4"  # the embedded model never trained on it
 NATURAL_PROMPT = ""  # the embedded model has no words for it
 FIRST_SEED = 40_000_000  # of scenes that the embedded model never trained on
 EDITED_SEED = 40_500_000  # of the scene that is edited
+EDIT_METHOD = "pnp"
 FRAMES = 8
 WORLD_FPS = 8
 
@@ -155,7 +156,7 @@ def _edited(
         num_steps=num_steps,
         model=model,
     )
-    plan = EditPlan([edited.exact.caption], ["pnp"])
+    plan = EditPlan([edited.exact.caption], [EDIT_METHOD])
     exact = edited.exact.frames
     found = write_edits(pipeline, inversion, plan, out, video=video, exact=exact, note=note)
     return found.results[0]

@@ -54,7 +54,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         help=f"Of the weights: {', '.join(DTYPES)}. Default: float16 on a GPU, else float32; of a "
-        "reconstruction, the inversion's own.",
+        "reconstruction and of a folder's edit, the inversion's own.",
         callback=one_of(DTYPES),
     ),
 ]

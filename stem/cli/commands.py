@@ -87,8 +87,8 @@ def demo_command(
     say(found.json)
     say(f"edited: {edited.source.caption!r} -> {found.edit.prompt!r}")
     say(
-        "look at its third line, the edit: it should show the second, the exact answer, and be the "
-        "first, the source, everywhere but in the object"
+        "look at its third line, the edit: it should be the second, the exact answer, which is the "
+        "first, the source, everywhere but in the object (a fourth: where the edit may change it)"
     )
     say(found.edit.files.sheet)
     print_note(request.note)
