@@ -25,7 +25,7 @@ NATURAL_CLIP = "carphone_pristine.mp4"  # the embedded model never trained on it
 NATURAL_PROMPT = ""  # the embedded model has no words for it
 FIRST_SEED = 40_000_000  # of scenes that the embedded model never trained on
 EDITED_SEED = 40_500_000  # of the scene that is edited
-EDIT_METHOD = "pnp"
+EDIT_METHOD = "fusion"
 FRAMES = 8
 WORLD_FPS = 8
 

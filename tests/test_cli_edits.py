@@ -43,11 +43,6 @@ def inversion(video: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @dataclass(frozen=True)
-class Fusion(Options):
-    preset: str = "colour"
-
-
-@dataclass(frozen=True)
 class FateZero(Options):
     equalize: Any = None
     self_replace: Any = 0.8
@@ -57,7 +52,6 @@ class FateZero(Options):
 @pytest.fixture(autouse=True)
 def _options(monkeypatch: pytest.MonkeyPatch) -> None:
     """Options that stand in for those of the methods."""
-    monkeypatch.setitem(METHODS, "fusion", Fusion)
     monkeypatch.setitem(METHODS, "fatezero", FateZero)
 
 

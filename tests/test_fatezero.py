@@ -11,7 +11,8 @@ from pipelines import make_pipeline
 
 from stem.attention.hooks import Operands, Site
 from stem.attention.processor import attend_densely
-from stem.editing.map_fusion import MapFusion, layer_size
+from stem.editing.map_fusion import MapFusion
+from stem.editing.masks import layer_size
 from stem.editing.prompts import (
     PromptTokens,
     alignment,
@@ -172,5 +173,5 @@ def test_sizes_of_layers_halve_rounding_up() -> None:
         (3, 2),
         (2, 1),
     ]
-    with pytest.raises(ValueError, match=r"20 tokens a frame.* latents of 9x6"):
+    with pytest.raises(ValueError, match=r"20 tokens a frame.*9x6"):
         layer_size(20, 9, 6)

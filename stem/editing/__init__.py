@@ -1,11 +1,13 @@
 """Editing a video by a prompt, from its inversion; a module for each method."""
 
+from .fusion import FusionOptions
 from .pnp import PnPOptions
 from .run import METHODS, Edit, check_edit, edit, edit_latents, edit_options, run_edit
 
 __all__ = [
     "METHODS",
     "Edit",
+    "FusionOptions",
     "PnPOptions",
     "check_edit",
     "edit",

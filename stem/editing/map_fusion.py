@@ -11,6 +11,7 @@ from stem_kernels import blended_attention
 
 from ..attention import Hook
 from ..attention.hooks import Attend, Operands, Site
+from .masks import layer_size
 from .prompts import ColumnMap
 
 Size = tuple[int, int]
@@ -113,28 +114,6 @@ class MapFusion(Hook):
         else:
             of_frames = mask(size)[frames]
         return of_frames.reshape(groups, num_queries)
-
-
-def layer_size(num_tokens: int, height: int, width: int) -> Size:
-    """The height and width of a layer's tokens; each level of a UNet halves them, rounding up.
-
-    Args:
-        num_tokens: Number S of tokens of a frame in the layer.
-        height: Height of the latents.
-        width: Width of the latents.
-
-    Raises:
-        ValueError: no level has so many tokens.
-    """
-    size = height, width
-    while size[0] * size[1] > num_tokens:
-        size = -(-size[0] // 2), -(-size[1] // 2)
-    if size[0] * size[1] != num_tokens:
-        raise ValueError(
-            f"a layer has {num_tokens} tokens a frame, which no halving of latents of {height}x"
-            f"{width} has; this UNet is not built as Stable Diffusion's"
-        )
-    return size
 
 
 def _joined(operands: Operands, more: Operands) -> Operands:

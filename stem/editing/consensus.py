@@ -1,0 +1,157 @@
+"""One object in all frames: predicted clean latents, averaged along the object's motion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import adaptive_avg_pool2d, grid_sample
+
+from ..attention import Hook
+from ..attention.hooks import Site
+from .masks import layer_size
+
+_TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Where an object is in each frame, in the coordinates of `grid_sample`, -1 ... 1.
+
+    Args:
+        centres: Centres (x, y), float32 [N, 2].
+        radii: Radii, float32 [N], in any unit.
+    """
+
+    centres: torch.Tensor
+    radii: torch.Tensor
+
+    @classmethod
+    def of(cls, weights: torch.Tensor) -> Motion:
+        """The motion of what has weight, float32 [N, h, w] >= 0, quadratic over the frames."""
+        centres, area = _centres(weights + _TINY)
+        return cls(_quadratic(centres), _quadratic(area.sqrt().unsqueeze(1)).squeeze(1))
+
+    def still(self) -> Motion:
+        """The object in every frame where it is in the middle one."""
+        middle = len(self.radii) // 2
+        return Motion(
+            self.centres[middle : middle + 1].expand_as(self.centres),
+            self.radii[middle : middle + 1].expand_as(self.radii),
+        )
+
+    def shifted(self, offset: torch.Tensor) -> Motion:
+        """The object moved by an offset (x, y), float32 [2], in every frame."""
+        return Motion(self.centres + offset, self.radii)
+
+
+def moved(frames: torch.Tensor, before: Motion, after: Motion) -> torch.Tensor:
+    """Frames [N, c, h, w] whose object moves from where it is `before` to where it is `after`."""
+    count, _, height, width = frames.shape
+    y, x = _grid(height, width, frames.device)
+    grid = torch.stack([x, y], -1).expand(count, -1, -1, -1)
+    scale = (before.radii / after.radii)[:, None, None, None]
+    sampled = (grid - after.centres[:, None, None]) * scale + before.centres[:, None, None]
+    return grid_sample(
+        frames, sampled, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+
+
+def in_consensus(
+    clean: torch.Tensor, masks: torch.Tensor, motion: Motion, offset: torch.Tensor
+) -> torch.Tensor:
+    """Clean latents, inside the masks replaced by their mean along the object's motion.
+
+    Every frame is warped onto the middle one, where the mean is taken, weighted by the warped
+    masks; it is warped back into every frame.
+
+    Args:
+        clean: Predicted clean latents [N, c, h, w].
+        masks: Where the object is, bool [N, h, w].
+        motion: Motion of the source's object.
+        offset: Offset (x, y) of the edited object from it, float32 [2]; it is undone.
+    """
+    share = masks.float().unsqueeze(1)
+    middle = motion.still()
+    together = moved(clean, motion.shifted(offset), middle)
+    weight = moved(share, motion, middle)
+    mean = (together * weight).sum(0, keepdim=True) / (weight.sum(0, keepdim=True) + _TINY)
+    back = moved(mean.expand_as(clean).contiguous(), middle, motion)
+    return clean + share * (back - clean)
+
+
+class ObjectMaps(Hook):
+    """Sums up the text maps of an object's words, of the source and of the target.
+
+    Args:
+        source: Token positions of the words in the source prompt.
+        target: Token positions of the words in the prompt.
+        size: Height and width of the latents; the layers of the finest grid are summed up.
+
+    Attributes:
+        active: Whether anything is kept.
+    """
+
+    def __init__(self, source: Sequence[int], target: Sequence[int], size: tuple[int, int]) -> None:
+        self.active = False
+        self._words = (list(source), list(target))
+        self._size = size
+        self._maps: dict[int, dict[int, torch.Tensor]] = {}
+
+    def text_maps(self, site: Site, maps: torch.Tensor) -> torch.Tensor:
+        if self.active:
+            ends = (maps[0, ..., self._words[0]], maps[-1, ..., self._words[1]])
+            found = torch.stack([end.sum(-1).mean(1) for end in ends], 1)  # [frames, 2, S]
+            of_size = self._maps.setdefault(found.shape[-1], {})
+            for place, frame in enumerate(site.frames):
+                of_size[frame] = of_size[frame] + found[place] if frame in of_size else found[place]
+        return maps
+
+    def offset(self, masks: torch.Tensor) -> torch.Tensor:
+        """How far the target's object is from the source's, on average over the frames.
+
+        Args:
+            masks: Where the object is, bool [N, h, w].
+
+        Returns:
+            Offset (x, y), float32 [2]; the maps are kept no longer.
+        """
+        finest = max(self._maps)
+        by_frame, self._maps = self._maps[finest], {}
+        height, width = layer_size(finest, *self._size)
+        maps = torch.stack([by_frame[frame] for frame in sorted(by_frame)])
+        share = adaptive_avg_pool2d(masks.float().unsqueeze(1), (height, width)).squeeze(1)
+        centres = []
+        for found in maps.unflatten(2, (height, width)).unbind(1):
+            median = found.flatten(1).median(1).values[:, None, None]
+            weights = (found - median).clamp(min=0).square() * share
+            centres.append(_centres(weights + _TINY**2)[0])
+        return (centres[1] - centres[0]).mean(0)
+
+
+def _grid(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The centres of cells, y and x [h, w], in the coordinates of `grid_sample`."""
+
+    def side(length: int) -> torch.Tensor:
+        return (2 * torch.arange(length, device=device) + 1) / length - 1
+
+    y, x = torch.meshgrid(side(height), side(width), indexing="ij")
+    return y, x
+
+
+def _centres(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centres of mass (x, y) [N, 2] of weights [N, h, w], and their sums [N]."""
+    y, x = _grid(weights.shape[1], weights.shape[2], weights.device)
+    total = weights.sum((1, 2))
+    centre = torch.stack([(weights * x).sum((1, 2)), (weights * y).sum((1, 2))], -1)
+    return centre / total.unsqueeze(1), total
+
+
+def _quadratic(values: torch.Tensor) -> torch.Tensor:
+    """The quadratic over the frames nearest to values [N, m]."""
+    count = values.shape[0]
+    time = torch.linspace(-1, 1, count, dtype=torch.float64)
+    powers = torch.stack([time**power for power in range(min(3, count))], 1)
+    fitted = powers @ torch.linalg.lstsq(powers, values.cpu().double()).solution
+    return fitted.to(values.device, values.dtype)

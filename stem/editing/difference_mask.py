@@ -1,0 +1,191 @@
+"""Where two prompts tell the UNet different things, pooled on bases of the whole video."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
+
+from stem_kernels import basis_attention, initial_bases, soft_em
+
+from ..attention import Hook
+from ..attention.handle import self_attentions, unet_of
+from ..attention.hooks import Site
+from ..config import StemConfig
+from ..diffusion.loop import NonFiniteError
+from .job import Job, steps_of
+from .masks import layer_size
+
+_MOST_LEVELS = 5  # more add passes of the UNet and hardly change the mean
+_FRAMES = 8  # frames whose attention to bases is computed at once
+
+
+class TokenRecording(Hook):
+    """Keeps the source's normalised tokens of some self-attentions.
+
+    Args:
+        names: Names of the self-attentions; None: all, of which only the numbers of tokens stay.
+
+    Attributes:
+        tokens: Tokens [S, C] by layer and frame.
+    """
+
+    joint_bases = True
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self.tokens: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}
+
+    def after(self, site: Site, tokens: torch.Tensor, output: torch.Tensor) -> None:
+        if site.name in self._names:
+            for place, frame in enumerate(site.frames):
+                self.tokens[site.name][frame] = tokens[0, place]
+
+    def taken(self) -> dict[str, torch.Tensor]:
+        """The tokens [N, S, C] of each layer; they are kept no longer."""
+        found = {}
+        for name in self._names:
+            by_frame, self.tokens[name] = self.tokens[name], {}
+            found[name] = torch.stack([by_frame[frame] for frame in sorted(by_frame)])
+        return found
+
+
+def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> torch.Tensor | None:
+    """How much the prompts differ at each cell, the same for the same thing in every frame.
+
+    At levels j of the source, low T < j <= high T, D_j is the mean over channels of
+    |prediction(target) - prediction(source)|; P_j = Z mu_j, where mu_j are the means of D_j on
+    the bases of a layer and Z the layer's responsibilities, averaged over the layers and divided
+    by its mean. Their sum is divided by its 99 % quantile.
+
+    Args:
+        job: Job, in whose UNet `hook` is called.
+        hook: Recording of the layers to pool with. The tokens of these layers are held for all
+            frames while a level is looked at.
+        low: Share of the levels above which they count.
+        high: Share of the levels up to which they count.
+
+    Returns:
+        float32 [N, h, w]; None where the prompts make no difference beyond rounding.
+
+    Raises:
+        NonFiniteError: predictions that are not finite.
+    """
+    total = job.num_steps
+    levels = list(range(steps_of(low, total) + 1, steps_of(high, total) + 1))
+    levels = levels[:: -(-len(levels) // _MOST_LEVELS)] if levels else [max(1, total // 2)]
+    dtype = job.pipeline.unet.dtype
+    floor = max(1e-5, 2 * torch.finfo(dtype).eps)
+    summed: torch.Tensor | None = None
+    for level in levels:
+        source = job.level(level)
+        expected, wanted = job.predict(
+            [source, source], job.timestep(level), job.source, job.target
+        )
+        difference = (wanted - expected).abs().mean(1)
+        if not bool(difference.isfinite().all()):
+            raise NonFiniteError(
+                f"difference of the prompts at timestep {int(job.timestep(level))}: the "
+                "predictions are not finite. In half precision some models overflow; invert and "
+                "edit in float32"
+            )
+        by_layer = hook.taken()
+        if float(difference.mean()) <= floor * float(expected.abs().mean()):
+            continue
+        pooled = pooled_on_bases(difference, by_layer, job.attention)
+        pooled = pooled / pooled.mean()
+        summed = pooled if summed is None else summed + pooled
+    return None if summed is None else summed / _quantile(summed, 0.99)
+
+
+def pooled_on_bases(
+    values: torch.Tensor, tokens_by_layer: Mapping[str, torch.Tensor], attention: object
+) -> torch.Tensor:
+    """Values of cells, each replaced by the mean of its bases, averaged over layers.
+
+    Args:
+        values: Values [N, h, w], float32.
+        tokens_by_layer: Normalised tokens [N, S, C] of each layer; its cells are the values', or
+            coarser.
+        attention: Attention of the inversion; a StemConfig says how EM is run, others leave it at
+            the defaults.
+
+    Returns:
+        float32 [N, h, w].
+    """
+    config = attention if isinstance(attention, StemConfig) else StemConfig()
+    height, width = values.shape[1:]
+    summed = torch.zeros_like(values)
+    for tokens in tokens_by_layer.values():
+        size = layer_size(tokens.shape[1], height, width)
+        coarse = adaptive_avg_pool2d(values.unsqueeze(1), size).flatten(2)
+        features = tokens.float().flatten(0, 1).unsqueeze(0)
+        found = soft_em(
+            features,
+            initial_bases(features, config.num_bases),
+            num_iters=config.num_iters,
+            temperature=config.temperature,
+            payload=coarse.reshape(1, -1, 1),
+            backend=config.backend,
+        )
+        assert found.payload is not None
+        key, means = normalize(found.bases, dim=-1), found.payload
+        # Attention to the bases as tau sees it is the responsibilities, times the means.
+        parts = [
+            basis_attention(
+                part.float().reshape(1, 1, -1, part.shape[-1]),
+                key.unsqueeze(1),
+                means.unsqueeze(1),
+                scale=1 / config.temperature,
+                bias=_absent(found.mass),
+                backend=config.backend,
+            ).reshape(part.shape[0], 1, *size)
+            for part in tokens.split(_FRAMES)
+        ]
+        fine = interpolate(torch.cat(parts), size=(height, width), mode="nearest")
+        summed += fine.squeeze(1)
+    return summed / len(tokens_by_layer)
+
+
+def finest_layers(job: Job) -> tuple[str, ...]:
+    """The first self-attention of the encoder and of the decoder on the finest grid that both
+    have, by name."""
+    shapes = _levels(job)
+    down = {name: size for name, size in shapes.items() if name.startswith("down_blocks.")}
+    up = {name: size for name, size in shapes.items() if name.startswith("up_blocks.")}
+    common = set(down.values()) & set(up.values())
+    if not common:
+        raise ValueError(
+            "the encoder and the decoder of this UNet have no self-attentions on a common grid; "
+            "edit without masks (mask=False)"
+        )
+    finest = min(common)
+    return tuple(
+        next(name for name, level in side.items() if level == finest) for side in (down, up)
+    )
+
+
+def _levels(job: Job) -> dict[str, int]:
+    """How often the grid of each self-attention in the encoder and decoder is halved."""
+    unet = unet_of(job.pipeline)
+    blocks = len(unet.down_blocks)
+    found = {}
+    for name in self_attentions(unet):
+        side, _, rest = name.partition(".")
+        if side == "down_blocks":
+            found[name] = int(rest.split(".")[0])
+        elif side == "up_blocks":
+            found[name] = blocks - 1 - int(rest.split(".")[0])
+    return found
+
+
+def _absent(mass: torch.Tensor) -> torch.Tensor:
+    """A bias [1, 1, K] that keeps bases without mass out."""
+    return torch.where(mass > 0, 0.0, float("-inf")).unsqueeze(1)
+
+
+def _quantile(values: torch.Tensor, share: float) -> torch.Tensor:
+    """The smallest number that is at least as large as this share of all; of any number of them."""
+    flat = values.flatten()
+    return flat.kthvalue(max(1, round(share * flat.numel()))).values

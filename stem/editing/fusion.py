@@ -1,0 +1,217 @@
+"""Our own method: FateZero's fusion of maps through shared bases, guided early, within a mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..diffusion.loop import with_guidance
+from ..diffusion.schedule import clean_of, prediction_of, sampling_scheduler
+from ..inversion import InversionFolder
+from .consensus import Motion, ObjectMaps, in_consensus
+from .difference_mask import TokenRecording, difference_map, finest_layers
+from .job import Job, Method, Options, check_choice, check_flag, check_share, steps_of
+from .map_fusion import MapFusion
+from .masks import dilated, warn_of_size
+from .prompts import (
+    ColumnMap,
+    PromptTokens,
+    changed_words,
+    check_word_counts,
+    prompt_tokens,
+    refined_columns,
+    replaced_columns,
+    words_of,
+)
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "colour": {"cross_maps": 1.0, "self_maps": 1.0},
+    "texture": {"cross_maps": 0.5, "self_maps": 0.5},
+    "shape": {"cross_maps": 0.0, "self_maps": 1.0, "self_outside": True, "consensus": True},
+    "style": {"cross_maps": 0.8, "self_maps": 0.8, "mask": False},
+}
+_OTHERWISE: dict[str, Any] = {"self_outside": False, "consensus": False, "mask": True}
+_GUIDANCE = {"colour": 3.0, "texture": 4.0, "shape": 5.0, "style": 7.5}
+
+
+@dataclass(frozen=True)
+class FusionOptions(Options):
+    """Options of `fusion`. Where None is given, the preset's value takes its place.
+
+    Args:
+        preset: Name of the preset, "colour", "texture", "shape" or "style". Its guidance scale is
+            3, 4, 5 or 7.5.
+        cross_maps: Share of the steps in which the source's text maps are taken.
+        self_maps: Share of the steps in which the source's self-attention maps are taken.
+        self_outside: Whether these are taken outside the mask only.
+        guided_until: Share of the steps that are guided; the rest have the prompt alone.
+        mapping: Mapping of the source's text maps to the prompt's, "replace", "refine", or "auto":
+            "replace" where both prompts have as many words.
+        mask: Whether the video may change inside a mask only, see `difference_map`; outside it
+            stays the source's.
+        mask_levels: Shares of the noise levels, above the first and up to the second of which the
+            difference of the prompts is taken.
+        mask_threshold: Threshold of the difference, whose 99 % quantile is 1.
+        dilation: Number of latent cells that the mask is dilated by.
+        consensus: Whether the predicted pictures are averaged along the object's motion, inside
+            the mask, so that a new shape has one outline in all frames. The motion is one path,
+            quadratic over the frames: for clips of one object that moves smoothly.
+        consensus_until: Share of the steps that are averaged.
+        placement: Shares of the steps, from the first to the second of which the object is put
+            where the source's is.
+
+    Raises:
+        ValueError: a value out of range, named with what is allowed.
+    """
+
+    preset: str = "colour"
+    cross_maps: float | None = None
+    self_maps: float | None = None
+    self_outside: bool | None = None
+    guided_until: float = 0.5
+    mapping: str = "auto"
+    mask: bool | None = None
+    mask_levels: tuple[float, float] = (0.35, 0.8)
+    mask_threshold: float = 0.3
+    dilation: int = 1
+    consensus: bool | None = None
+    consensus_until: float = 0.7
+    placement: tuple[float, float] = (0.1, 0.7)
+
+    def __post_init__(self) -> None:
+        check_choice("preset", self.preset, tuple(_PRESETS))
+        for name, value in {**_OTHERWISE, **_PRESETS[self.preset]}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name in ("cross_maps", "self_maps", "guided_until", "consensus_until"):
+            check_share(name, getattr(self, name))
+        for name in ("self_outside", "mask", "consensus"):
+            check_flag(name, getattr(self, name))
+        check_choice("mapping", self.mapping, ("auto", "replace", "refine"))
+        for name in ("mask_levels", "placement"):
+            given = getattr(self, name)
+            if not isinstance(given, (tuple, list)) or len(given) != 2:
+                raise ValueError(f"{name} is {given!r}; it must be two shares of the steps")
+            object.__setattr__(self, name, tuple(given))
+            for share in given:
+                check_share(name, share)
+            if given[0] >= given[1]:
+                raise ValueError(f"{name} is {given!r}; the first must be below the second")
+        threshold = self.mask_threshold
+        if not isinstance(threshold, (int, float)) or not 0 < threshold < float("inf"):
+            raise ValueError(f"mask_threshold is {threshold!r}; it must be a number above 0")
+        if type(self.dilation) is not int or self.dilation < 0:
+            raise ValueError(
+                f"dilation is {self.dilation!r}; it must be a whole number of at least 0"
+            )
+        for name in ("self_outside", "consensus"):
+            if getattr(self, name) and not self.mask:
+                raise ValueError(f"{name} is True; it needs mask=True")
+
+    @property
+    def guidance(self) -> float:
+        return _GUIDANCE[self.preset]
+
+    def check(self, inversion: InversionFolder, prompt: str) -> None:
+        if self.mapping == "replace":
+            check_word_counts(inversion.settings["prompt"], prompt)
+
+
+class Fusion(Method):
+    """Rows [source | unconditional, while guided | conditional], on shared bases with STEM.
+
+    The source's row is the inversion's own step towards the level that is edited; the maps of the
+    conditional row are the source's, mapped to the prompt's words.
+
+    Args:
+        job: Job.
+        options: Options.
+    """
+
+    options: FusionOptions
+
+    def __init__(self, job: Job, options: FusionOptions) -> None:
+        super().__init__(job, options)
+        self.scheduler = sampling_scheduler(job.pipeline, job.num_steps)
+        self.objects: ObjectMaps | None = None
+        height, width = job.level(0).shape[2:]
+        source, target = (
+            prompt_tokens(job.pipeline, text) for text in (job.source_prompt, job.prompt)
+        )
+        columns = _columns(source, target, options.mapping).to(job.device)
+        self.fusion = MapFusion(columns, (height, width))
+        before, after = changed_words(job.source_prompt, job.prompt)
+        if options.consensus and before and after:
+            words = source.positions(before), target.positions(after)
+            self.objects = ObjectMaps(*words, (height, width))
+            self.hooks.add("objects", self.objects)
+        self.hooks.add("fusion", self.fusion)
+
+    def begin(self) -> torch.Tensor:
+        if self.options.mask:
+            self._find_masks()
+        return super().begin()
+
+    def _find_masks(self) -> None:
+        job, options = self.job, self.options
+        recording = TokenRecording(finest_layers(job))
+        with self.hooks.added("tokens", recording):
+            found = difference_map(job, recording, *options.mask_levels)
+        if found is None:
+            found = torch.zeros_like(job.level(0)[:, 0])
+        cores = found > options.mask_threshold
+        masks = dilated(cores, options.dilation)
+        warn_of_size(masks)
+        self.kept = {"cores": cores, "masks": masks}
+        if options.consensus:
+            motion = Motion.of(found.clamp(0, 1).square() * masks)
+            self.kept |= {"centres": motion.centres, "radii": motion.radii}
+
+    def predict(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        job, options = self.job, self.options
+        total = job.num_steps
+        self.fusion.cross = float(step < steps_of(options.cross_maps or 0.0, total))
+        self.fusion.self_on = step < steps_of(options.self_maps or 0.0, total)
+        self.fusion.mask = self.kept["masks"].float() if options.self_outside else None
+        placed = [steps_of(share, total) for share in options.placement]
+        if self.objects is not None:
+            self.objects.active = placed[0] <= step < placed[1]
+        source = job.level(total - step - 1)
+        guided = job.guidance != 1.0 and step < steps_of(options.guided_until, total)
+        if guided:
+            _, without, prompted = job.predict(
+                [source, latents, latents], timestep, job.source, job.negative, job.target
+            )
+            prediction = with_guidance(without, prompted, job.guidance)
+        else:
+            _, prediction = job.predict([source, latents], timestep, job.source, job.target)
+        if options.consensus and step < steps_of(options.consensus_until, total):
+            return self._agreed(prediction, timestep, latents)
+        return prediction
+
+    def _agreed(
+        self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor
+    ) -> torch.Tensor:
+        masks = self.kept["masks"]
+        offset = torch.zeros(2, device=latents.device)
+        if self.objects is not None and self.objects.active:
+            offset = self.objects.offset(masks)
+        motion = Motion(self.kept["centres"], self.kept["radii"])
+        clean = clean_of(self.scheduler, prediction, timestep, latents)
+        agreed = in_consensus(clean, masks, motion, offset)
+        return prediction_of(self.scheduler, agreed, timestep, latents)
+
+    def after_step(self, step: int, latents: torch.Tensor) -> torch.Tensor | None:
+        if not self.options.mask:
+            return None
+        source = self.job.level(self.job.num_steps - step - 1)
+        return torch.where(self.kept["masks"].unsqueeze(1), latents, source)
+
+
+def _columns(source: PromptTokens, target: PromptTokens, mapping: str) -> ColumnMap:
+    if mapping == "auto":
+        same = len(words_of(source.text)) == len(words_of(target.text))
+        mapping = "replace" if same else "refine"
+    return (replaced_columns if mapping == "replace" else refined_columns)(source, target)
