@@ -47,7 +47,7 @@ def run(
     where = provenance("diffusers", "transformers")
     commit = where.pop("commit")
     results: dict[str, Any] = {
-        "videos": f"world videos of one object that no training saw, seeds from {FIRST_SEED}",
+        "videos": f"World videos of one object that no training saw, seeds from {FIRST_SEED}",
         "frames": frames,
         "pixels": quality_measure.SIZE,
         "steps": STEPS,

@@ -25,9 +25,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """PSNR and Warp-Err of every variant, by kind of edit."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(17, 8), layout="constrained")
+    figure = Figure(figsize=(19, 9), layout="constrained")
     grid = figure.subplots(2, len(EDIT_KINDS), squeeze=False)
-    labels = {"all": "PSNR to the exact answer, dB", "warp": "Warp-Err, exact flow"}
+    labels = {"all": "PSNR, exact answer, dB", "warp": "Warp-Err"}
     for line, (name, label) in zip(grid, labels.items(), strict=True):
         for axes, kind in zip(line, EDIT_KINDS, strict=True):
             there = rows_of(results, kind)
@@ -78,7 +78,7 @@ def sheet(results: dict[str, Any], kind: str, seed: int, editor: Editor, path: P
                 videos["its mask, where it may change the video"] = as_frames(
                     edited.masks, edit.source.frames.shape[1]
                 )
-    contact_sheet(videos, SHEET_FRAMES).save(path)
+    contact_sheet(videos, SHEET_FRAMES, numbered=False).save(path)
 
 
 def as_frames(masks: torch.Tensor, side: int) -> torch.Tensor:
