@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from pipelines import make_pipeline
+from test_inversion import clip, inverted
 
+from stem import InversionFolder, Video, invert
 from stem.attention.hooks import Operands, Site
 from stem.attention.processor import attend_densely
+from stem.diffusion.loop import denoise
+from stem.diffusion.pipeline import encode_prompt
+from stem.diffusion.schedule import sampling_scheduler
+from stem.editing import Edit, FateZeroOptions, check_edit, edit_latents, run_edit
+from stem.editing.fatezero import FateZero
+from stem.editing.job import Job
 from stem.editing.map_fusion import MapFusion
 from stem.editing.masks import layer_size
 from stem.editing.prompts import (
@@ -22,6 +35,8 @@ from stem.editing.prompts import (
     refined_columns,
     replaced_columns,
 )
+from stem.inversion import reconstruct_latents
+from stem.inversion.methods import attention_on
 
 
 def tokens_of(text: str, length: int = 12) -> PromptTokens:
@@ -175,3 +190,216 @@ def test_sizes_of_layers_halve_rounding_up() -> None:
     ]
     with pytest.raises(ValueError, match=r"20 tokens a frame.*9x6"):
         layer_size(20, 9, 6)
+
+
+SOURCE, TARGET = "a duck", "a big swan"
+BLEND = FateZeroOptions(
+    blend_words=(["duck"], ["Swan"]),
+    blend_threshold=0.97,
+    blend_latents=True,
+    cross_replace={"swan": 0.3, "default_": 0.8},
+    equalize={"big": 3},
+)
+
+
+def job_of(inversion: InversionFolder, prompt: str, guidance: float, pipeline: Any = None) -> Job:
+    pipeline = make_pipeline() if pipeline is None else pipeline
+    texts = (encode_prompt(pipeline, text, 16, 24) for text in (SOURCE, "", prompt))
+    return Job(pipeline, inversion, prompt, *texts, guidance, 0, torch.device("cpu"))
+
+
+def edited(job: Job, options: FateZeroOptions, chunk: int | None) -> tuple[torch.Tensor, FateZero]:
+    work = FateZero(job, options)
+    work.config = dataclasses.replace(work.config, chunk=chunk)
+    with work.running(), torch.no_grad():
+        found = denoise(
+            work.begin(),
+            sampling_scheduler(job.pipeline, job.num_steps),
+            work.predict,
+            after_step=work.after_step,
+            name="edit",
+        )
+    return found, work
+
+
+@pytest.fixture(scope="module")
+def inversions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, InversionFolder]:
+    root = tmp_path_factory.mktemp("inverted")
+    return {name: inverted(root, method=name) for name in ("ddim", "st-ddim", "inflated", "stem")}
+
+
+@pytest.mark.parametrize("method", ["ddim", "st-ddim", "inflated", "stem"])
+def test_the_source_prompt_gives_the_source_back(
+    inversions: dict[str, InversionFolder], method: str
+) -> None:
+    inversion = inversions[method]
+    job = job_of(inversion, SOURCE, 1.0)
+    work = FateZero(job, FateZeroOptions(cross_replace=1.0, self_replace=1.0))
+    scheduler = sampling_scheduler(job.pipeline, job.num_steps)
+    with work.running(), torch.no_grad():
+        for step, timestep in enumerate(scheduler.timesteps):
+            # The latents that the inversion's step was predicted from, and so its prediction.
+            before, after = job.level(job.num_steps - step - 1), job.level(job.num_steps - step)
+            noise = work.predict(step, timestep, before)
+            back = scheduler.step(noise, timestep, after).prev_sample
+            torch.testing.assert_close(back, before, atol=2e-5, rtol=0)
+    found, _ = edited(job, FateZeroOptions(cross_replace=1.0, self_replace=1.0), None)
+    x0 = job.level(0)
+    plain = reconstruct_latents(job.pipeline, inversion, progress=False)
+    assert (found - x0).norm() < 1.01 * (plain - x0).norm()
+
+
+@pytest.mark.parametrize("method", ["st-ddim", "stem"])
+def test_nothing_depends_on_the_chunk(inversions: dict[str, InversionFolder], method: str) -> None:
+    job = job_of(inversions[method], TARGET, 7.5)
+    whole, work = edited(job, BLEND, None)
+    assert 0.02 < work.kept["cores"].float().mean() < 0.98
+    assert bool((work.kept["cores"] <= work.kept["masks"]).all())
+    for chunk in (1, 2):
+        in_chunks, other = edited(job, BLEND, chunk)
+        assert (in_chunks - whole).norm() < 1e-5 * whole.norm()
+        assert torch.equal(other.kept["masks"], work.kept["masks"])
+
+
+def test_a_killed_edit_goes_on_bit_for_bit(inversions: dict[str, InversionFolder]) -> None:
+    inversion, steps = inversions["stem"], 0
+
+    def run(resume: bool, **more: Any) -> Edit:
+        arguments: dict[str, Any] = {"method": "fatezero", "options": BLEND, "progress": False}
+        return run_edit(make_pipeline(), inversion, TARGET, resume=resume, **arguments, **more)
+
+    def kill() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(True, on_step=kill)
+    done: list[int] = []
+    resumed = run(True, on_step=lambda: done.append(1))
+    whole = run(False)
+    assert len(done) == 2
+    assert torch.equal(resumed.latents, whole.latents)
+    assert resumed.masks is not None
+    assert whole.masks is not None
+    assert torch.equal(resumed.masks, whole.masks)
+    assert resumed.masks.dtype == torch.bool
+    assert resumed.masks.shape == (3, 8, 12)
+
+
+@pytest.mark.parametrize(("shape", "kind"), [("sd2", "v_prediction"), ("sdxl", "epsilon")])
+@pytest.mark.parametrize("space", ["feature", "key"])
+def test_every_shape_of_pipeline_is_edited(
+    tmp_path: Path, shape: str, kind: str, space: str
+) -> None:
+    pipeline = make_pipeline(shape, kind)
+    options = {"num_bases": 8, "space": space}
+    common: dict[str, Any] = {"num_steps": 5, "progress": False}
+    inversion = invert(pipeline, clip(2), SOURCE, tmp_path, options=options, **common)
+    found = edit_latents(
+        pipeline, inversion, TARGET, method="fatezero", options=BLEND, progress=False
+    )
+    assert found.shape == inversion.x0().shape
+    assert bool(found.isfinite().all())
+    job = job_of(inversion, SOURCE, 1.0, pipeline)
+    work = FateZero(job, FateZeroOptions(cross_replace=1.0, self_replace=1.0))
+    with work.running(), torch.no_grad():
+        source = job.level(4)
+        given = work.predict(0, job.timestep(5), source)
+    with attention_on(pipeline, job.attention), torch.no_grad():
+        (own,) = job.predict([source], job.timestep(5), job.source)
+    torch.testing.assert_close(given, own, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["st-ddim", "stem"])
+def test_identical_frames_stay_identical(tmp_path: Path, method: str) -> None:
+    frames = clip(1).frames.expand(3, -1, -1, -1).contiguous()
+    common: dict[str, Any] = {"method": method, "num_steps": 5, "progress": False}
+    common["options"] = {"num_bases": 8} if method == "stem" else None
+    inversion = invert(make_pipeline(), Video(frames, Fraction(25)), SOURCE, tmp_path, **common)
+    found = edit_latents(
+        make_pipeline(), inversion, TARGET, method="fatezero", options=BLEND, progress=False
+    )
+    torch.testing.assert_close(found[1:], found[:1].expand(2, -1, -1, -1), atol=1e-4, rtol=0)
+
+
+def test_the_late_background_is_the_level_above(inversions: dict[str, InversionFolder]) -> None:
+    job = job_of(inversions["ddim"], TARGET, 7.5)
+    for background, level in (("level", 3), ("late", 4)):
+        options = dataclasses.replace(BLEND, background=background)
+        work = FateZero(job, options)
+        with work.running(), torch.no_grad():
+            scheduler = sampling_scheduler(job.pipeline, job.num_steps)
+            latents = work.begin()
+            blended = []
+            for step, timestep in enumerate(scheduler.timesteps):
+                noise = work.predict(step, timestep, latents)
+                latents = scheduler.step(noise, timestep, latents).prev_sample
+                replaced = work.after_step(step, latents)
+                blended.append(replaced is not None)
+                if step == 1:
+                    assert replaced is not None
+                    outside = ~work.kept["masks"].unsqueeze(1).expand_as(latents)
+                    assert torch.equal(replaced[outside], job.level(level)[outside])
+                    assert torch.equal(replaced[~outside], latents[~outside])
+        assert blended == [False, True, True, False, False]  # 1 < step + 1 < 4
+
+
+def test_presets_and_json_types() -> None:
+    style = FateZeroOptions.style(["red"])
+    assert (style.mapping, style.cross_replace, style.self_replace) == ("refine", 0.8, 0.8)
+    assert style.equalize == {"red": 10.0}
+    shape = FateZeroOptions.shape(["ring"], ["star"], mapping="refine")
+    assert shape == FateZeroOptions(
+        mapping="refine", cross_replace=0.5, self_replace=0.5, blend_words=[["ring"], "star"]
+    )
+    assert FateZeroOptions(self_replace=[0.2, 0.8]).self_bounds == (0.2, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mapping": "swap"}, "mapping is 'swap'; it must be one of refine, replace"),
+        ({"cross_replace": {"a": 2}}, "cross_replace of 'a' is 2"),
+        ({"self_replace": (0.8, 0.2)}, "the lesser first"),
+        ({"self_replace": (0.1, 0.2, 0.3)}, "the lesser first"),
+        ({"equalize": {"a": -1}}, "equalize of 'a' is -1"),
+        ({"equalize": ["a"]}, "must be factors by word"),
+        ({"equalize": {3: 1}}, "each must be a text"),
+        ({"blend_words": ["duck"]}, "must be two lists"),
+        ({"blend_words": [[], ["a"]]}, "empty list"),
+        ({"blend_threshold": 1.0}, "blend_threshold is 1.0"),
+        ({"blend_latents": True}, "needs blend_words"),
+        ({"store": "tape"}, "store is 'tape'"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FateZeroOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mapping": "replace"}, "'a duck' has 2 words and 'a big swan' has 3"),
+        ({"equalize": {"small": 2}}, "no 'small' among the words of 'a big swan'"),
+        ({"cross_replace": {"duck": 0.5}}, "no 'duck' among the words of 'a big swan'"),
+        ({"blend_words": [["swan"], ["swan"]]}, "no 'swan' among the words of 'a duck'"),
+    ],
+)
+def test_words_that_are_not_there(
+    inversions: dict[str, InversionFolder], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_edit(inversions["ddim"], TARGET, method="fatezero", options=options)
+
+
+def test_a_mask_of_everything_is_warned_of(
+    inversions: dict[str, InversionFolder], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = dataclasses.replace(BLEND, blend_threshold=0.0, blend_latents=False)
+    with caplog.at_level(logging.WARNING, "stem"):
+        _, work = edited(job_of(inversions["ddim"], TARGET, 7.5), options, None)
+    assert caplog.text.count("cover 100.0 % of the video") == 1
+    assert torch.equal(work.kept["masks"], work.kept["cores"])

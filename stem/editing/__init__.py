@@ -1,5 +1,6 @@
 """Editing a video by a prompt, from its inversion; a module for each method."""
 
+from .fatezero_options import FateZeroOptions
 from .fusion import FusionOptions
 from .pnp import PnPOptions
 from .run import METHODS, Edit, check_edit, edit, edit_latents, edit_options, run_edit
@@ -7,6 +8,7 @@ from .run import METHODS, Edit, check_edit, edit, edit_latents, edit_options, ru
 __all__ = [
     "METHODS",
     "Edit",
+    "FateZeroOptions",
     "FusionOptions",
     "PnPOptions",
     "check_edit",

@@ -18,6 +18,8 @@ from ..diffusion.schedule import sampling_scheduler
 from ..inversion import InversionFolder
 from ..inversion.folder import Progress
 from ..inversion.runs import check_same_pipeline, check_startable, earlier_run, run_name
+from .fatezero import FateZero
+from .fatezero_options import FateZeroOptions
 from .fusion import Fusion, FusionOptions
 from .job import Job, Method, Options
 from .pnp import PnP, PnPOptions
@@ -26,6 +28,7 @@ logger = logging.getLogger("stem")
 
 _METHODS: dict[str, tuple[type[Options], type[Method]]] = {
     "pnp": (PnPOptions, PnP),
+    "fatezero": (FateZeroOptions, FateZero),
     "fusion": (FusionOptions, Fusion),
 }
 METHODS: dict[str, type[Options]] = {name: options for name, (options, _) in _METHODS.items()}

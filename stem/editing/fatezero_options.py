@@ -1,0 +1,173 @@
+"""What FateZero can be told; frozen, and checked when made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..inversion import InversionFolder
+from .job import Options, check_choice, check_flag, check_share
+from .prompts import check_word_counts, places_of
+
+MAPPINGS = ("refine", "replace")
+BACKGROUNDS = ("level", "late")
+STORES = ("recompute",)
+OTHER_WORDS = "default_"
+"""In `cross_replace`, the key of all tokens whose word is not named."""
+_STYLE_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class FateZeroOptions(Options):
+    """Options of `fatezero`. JSON types are taken, too: lists for tuples.
+
+    Args:
+        mapping: Mapping of the prompts' words. "refine": tokens that both prompts have, by
+            alignment; "replace": word by word, where there are equally many.
+        cross_replace: Share of the steps in which the source's text maps are taken; or such
+            shares by word of the prompt, "default_" being all other tokens (1 if not given).
+        self_replace: Share of the steps in which the source's self-attention maps are taken; or
+            the shares where that begins and ends.
+        equalize: Factors of words' columns, by word of the prompt, at least 0.
+        blend_words: Words of the source's prompt and words of the prompt, whose masks say where
+            self-attention maps are the edit's own; None: they are the source's everywhere.
+        blend_threshold: Share of a frame's maximum above which a word's map is its mask.
+        blend_latents: Whether latents outside the words' masks are the source's, from a fifth to
+            four fifths of the steps.
+        background: Source's latents for that. "level": those of the level just reached; "late":
+            one step too noisy, as in the released code.
+        store: Place of the source's maps. "recompute": none, they are computed again in the
+            same UNet call, from what the inversion kept.
+
+    Raises:
+        ValueError: a value that does not fit, named with what is allowed.
+
+    Source: arXiv 2303.09535.
+    """
+
+    mapping: str = "refine"
+    cross_replace: float | Mapping[str, float] = 0.8
+    self_replace: float | tuple[float, float] = 0.8
+    equalize: Mapping[str, float] = field(default_factory=dict)
+    blend_words: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    blend_threshold: float = 0.3
+    blend_latents: bool = False
+    background: str = "level"
+    store: str = "recompute"
+
+    def __post_init__(self) -> None:
+        check_choice("mapping", self.mapping, MAPPINGS)
+        check_choice("background", self.background, BACKGROUNDS)
+        check_choice("store", self.store, STORES)
+        check_flag("blend_latents", self.blend_latents)
+        if isinstance(self.cross_replace, Mapping):
+            _check_words("cross_replace", tuple(self.cross_replace))
+            for word, share in self.cross_replace.items():
+                check_share(f"cross_replace of {word!r}", share)
+        else:
+            check_share("cross_replace", self.cross_replace)
+        if isinstance(self.self_replace, (list, tuple)):
+            object.__setattr__(self, "self_replace", tuple(self.self_replace))
+        bounds = self.self_bounds
+        for share in bounds:
+            check_share("self_replace", share)
+        if len(bounds) != 2 or bounds[0] > bounds[1]:
+            raise ValueError(
+                f"self_replace is {self.self_replace!r}; it must be one share of the steps, or two "
+                "of them, the lesser first"
+            )
+        if not isinstance(self.equalize, Mapping):
+            raise ValueError(f"equalize is {self.equalize!r}; it must be factors by word")
+        _check_words("equalize", tuple(self.equalize))
+        for word, factor in self.equalize.items():
+            if not _is_number(factor) or not 0 <= factor < math.inf:
+                raise ValueError(
+                    f"equalize of {word!r} is {factor!r}; it must be a finite number of at least 0"
+                )
+        if not _is_number(self.blend_threshold) or not 0 <= self.blend_threshold < 1:
+            raise ValueError(
+                f"blend_threshold is {self.blend_threshold!r}; it must be at least 0 and below 1"
+            )
+        if self.blend_words is not None:
+            object.__setattr__(self, "blend_words", _both_words(self.blend_words))
+        elif self.blend_latents:
+            raise ValueError("blend_latents is True; it needs blend_words, too")
+
+    @property
+    def self_bounds(self) -> tuple[float, ...]:
+        """The shares of the steps where taking self-attention maps begins and ends."""
+        given = self.self_replace
+        return given if isinstance(given, tuple) else (0.0, given)
+
+    @classmethod
+    def style(cls, words: Sequence[str], **changes: Any) -> FateZeroOptions:
+        """The published options for a style, which some words of the prompt describe."""
+        return cls(**{"equalize": dict.fromkeys(words, _STYLE_FACTOR), **changes})
+
+    @classmethod
+    def attribute(cls, **changes: Any) -> FateZeroOptions:
+        """The published options for an attribute, such as a colour, in place of another."""
+        published = {"mapping": "replace", "cross_replace": 0.5, "self_replace": 0.5}
+        return cls(**{**published, **changes})
+
+    @classmethod
+    def shape(
+        cls, source_words: Sequence[str], target_words: Sequence[str], **changes: Any
+    ) -> FateZeroOptions:
+        """The published options for an object of another shape, which words of both prompts name.
+
+        The authors tune the UNet on the video for that, which is not done here.
+        """
+        return cls.attribute(**{"blend_words": (source_words, target_words), **changes})
+
+    def check(self, inversion: InversionFolder, prompt: str) -> None:
+        source = inversion.settings["prompt"]
+        if self.mapping == "replace":
+            check_word_counts(source, prompt)
+        places_of([*self.equalize, *self.cross_shares()], prompt)
+        if self.blend_words is not None:
+            for words, text in zip(self.blend_words, (source, prompt), strict=True):
+                places_of(words, text)
+
+    def cross_shares(self) -> dict[str, float]:
+        """The shares of the steps of words that have their own."""
+        given = self.cross_replace
+        named = given if isinstance(given, Mapping) else {}
+        return {word: share for word, share in named.items() if word != OTHER_WORDS}
+
+    @property
+    def other_cross_share(self) -> float:
+        """The share of the steps of all other tokens."""
+        given = self.cross_replace
+        return given.get(OTHER_WORDS, 1.0) if isinstance(given, Mapping) else given
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_words(name: str, words: Any) -> None:
+    if not isinstance(words, tuple) or not all(
+        isinstance(word, str) and word.strip() for word in words
+    ):
+        raise ValueError(f"{name} has the words {words!r}; each must be a text that is not empty")
+
+
+def _both_words(given: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Words of both prompts, each a text or several."""
+    if not isinstance(given, (list, tuple)) or len(given) != 2:
+        raise ValueError(
+            f"blend_words is {given!r}; it must be two lists: words of the source's prompt, and "
+            "words of the prompt"
+        )
+    before, after = (
+        (part,) if isinstance(part, str) else tuple(part) if isinstance(part, list) else part
+        for part in given
+    )
+    for words in (before, after):
+        _check_words("blend_words", words)
+        if not words:
+            raise ValueError("blend_words has an empty list; name at least one word of each prompt")
+    return before, after
