@@ -4,6 +4,8 @@ from .fatezero_options import FateZeroOptions
 from .fusion import FusionOptions
 from .pnp import PnPOptions
 from .run import METHODS, Edit, check_edit, edit, edit_latents, edit_options, run_edit
+from .sdedit import SDEditOptions
+from .tokenflow import TokenFlowOptions
 
 __all__ = [
     "METHODS",
@@ -11,6 +13,8 @@ __all__ = [
     "FateZeroOptions",
     "FusionOptions",
     "PnPOptions",
+    "SDEditOptions",
+    "TokenFlowOptions",
     "check_edit",
     "edit",
     "edit_latents",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -186,6 +187,12 @@ def steps_of(share: float, num_steps: int) -> int:
     In float64 0.7 * 10 is 7, but 0.29 * 100 is 28.999...: a millionth of a step is forgiven.
     """
     return int(share * num_steps + 1e-6)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU of its own for each seed and name of what is drawn."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def check_share(name: str, value: Any) -> None:

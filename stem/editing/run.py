@@ -23,11 +23,15 @@ from .fatezero_options import FateZeroOptions
 from .fusion import Fusion, FusionOptions
 from .job import Job, Method, Options
 from .pnp import PnP, PnPOptions
+from .sdedit import SDEdit, SDEditOptions
+from .tokenflow import TokenFlow, TokenFlowOptions
 
 logger = logging.getLogger("stem")
 
 _METHODS: dict[str, tuple[type[Options], type[Method]]] = {
     "pnp": (PnPOptions, PnP),
+    "tokenflow": (TokenFlowOptions, TokenFlow),
+    "sdedit": (SDEditOptions, SDEdit),
     "fatezero": (FateZeroOptions, FateZero),
     "fusion": (FusionOptions, Fusion),
 }
