@@ -104,7 +104,8 @@ class TokenFlow(PnP):
         self._pass = PivotPass()
         self._propagation = Propagation(self._pass)
         self.hooks = Hooks(propagation=self._propagation)
-        shape: dict[str, Any] = {"num_frames": len(chunks), "chunk": job.attention.chunk}
+        size = min(len(chunks), job.attention.chunk or len(chunks))
+        shape: dict[str, Any] = {"num_frames": len(chunks), "chunk": size}
         self._extended: InflatedConfig | StemConfig = InflatedConfig(**shape)
         if options.extended == "stem":
             own = job.attention if isinstance(job.attention, StemConfig) else StemConfig()
@@ -120,14 +121,17 @@ class TokenFlow(PnP):
         pivots = self.kept["pivots"][step].cpu()
         texts = (job.source, job.negative, job.target)
         hooks = Hooks(injection=self.attention, pivots=self._pass)
-        with attention_on(job.pipeline, self._extended, hooks=hooks):
+        with attention_on(job.pipeline, self._extended, hooks=hooks) as handle:
+            assert handle is not None
             chosen = latents[pivots.to(latents.device)]
-            job.predict([source[pivots], chosen, chosen], timestep, *texts)
+            job.predict([source[pivots.to(source.device)], chosen, chosen], timestep, *texts)
+            # Memory may have run out in it: the next step need not find that out again.
+            self._extended = dataclasses.replace(self._extended, chunk=handle.chunk)
         self._propagation.plan = pivots_of_frames(
             pivots, job.num_frames, options.chunk, options.blend
         )
         _, without, prompted = job.predict([source, latents, latents], timestep, *texts)
-        self._pass.kept.clear()
+        self._pass.clear()
         return with_guidance(without, prompted, job.guidance)
 
 
@@ -143,6 +147,11 @@ class PivotPass(Hook):
         self.kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         # Of chunks that wait for each other between `before` and `attend`, by layer and chunk.
         self._tokens: dict[tuple[str, int], torch.Tensor] = {}
+
+    def clear(self) -> None:
+        """Hold nothing any more."""
+        self.kept.clear()
+        self._tokens.clear()
 
     def before(self, site: Site, tokens: torch.Tensor) -> None:
         self._tokens[site.name, site.frames[0]] = tokens[0]
