@@ -13,6 +13,7 @@ from stem_kernels.backends import BACKENDS
 from .attention_cases import attention_case
 from .bench import WRONG, Examination
 from .cases import AnyCase, Call, Outputs
+from .editing_cases import blended_case, nearest_case
 from .em_cases import em_case
 
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)
@@ -35,6 +36,9 @@ def _cases(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator
         yield em_case((2, tokens, width), device, dtype)
     for width in HEAD_WIDTHS[:1] if small else HEAD_WIDTHS:
         yield attention_case(3, tokens, width, device, dtype)
+        yield blended_case(3, tokens, width, device, dtype)
+    for width in (40,) if small else (40, 320, 1280):
+        yield nearest_case(tokens, 300, width, device, dtype)
     for count, num_bases in OTHER_BASES:
         yield em_case((2, count, 40), device, dtype, num_bases=num_bases)
         yield em_case((1, count, 320), device, dtype, num_bases=num_bases)

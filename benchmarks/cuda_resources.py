@@ -30,7 +30,7 @@ RESERVED = {"sm_80": 0, "sm_90a": 1024, "sm_100": 1024}
 KERNELS = ("float16", "bfloat16", "float32")
 """The sources with kernels; the others hold no device code."""
 FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-MATRIX_KERNELS = ("attention", "em_fused", "em_responsibilities", "em_products")
+MATRIX_KERNELS = ("attention", "em_fused", "em_responsibilities", "em_products", "nearest_kernel")
 
 
 def nvcc() -> str | None:

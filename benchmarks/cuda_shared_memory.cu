@@ -6,6 +6,7 @@
 
 #include "stem/attention.cuh"
 #include "stem/em.cuh"
+#include "stem/nearest.cuh"
 
 template <int STEPS>
 void print_attention(int limit) {
@@ -33,6 +34,7 @@ int main(int count, char** arguments) {
   std::printf("em_responsibilities_kernel 8 %lld\n",
               static_cast<long long>(stem::WideShape<8>::shared(warps)));
   std::printf("em_products_kernel 0 %d\n", stem::ProductsShape::SHARED);
+  std::printf("nearest_kernel 0 %d\n", stem::NearestShape::SHARED);
   std::printf("float32_product_kernel 0 %d\n", stem::ProductShape::SHARED);
   std::printf("em_update_kernel 0 %lld\n", static_cast<long long>(stem::update_shared(1280)));
 }

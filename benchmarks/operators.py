@@ -8,6 +8,7 @@ import torch
 
 from .attention_cases import attention_case
 from .cases import AnyCase
+from .editing_cases import blended_case, nearest_case
 from .em_cases import COMPILED, EAGER, LEAN_EAGER, em_case, soft_em_case
 
 TOKENS = 131072  # of 32 frames of 64x64
@@ -21,6 +22,8 @@ def cases(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[
         yield em_case((1, 512, 320), device, dtype)
         yield soft_em_case((2, 512, 40), device, dtype, rivals=(EAGER,), payload=True)
         yield attention_case(2, 512, 40, device, dtype)
+        yield nearest_case(512, 256, 40, device, dtype)
+        yield blended_case(2, 512, 40, device, dtype)
         return
     for width in (40, 64, 80, 160):
         yield em_case((8, TOKENS, width), device, dtype, compiled=width == 40)
@@ -29,6 +32,10 @@ def cases(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[
     yield soft_em_case((8, TOKENS, 40), device, dtype, rivals=(EAGER, COMPILED), payload=True)
     for width in (40, 64, 80, 160):
         yield attention_case(8, TOKENS, width, device, dtype)
+        yield blended_case(8, TOKENS, width, device, dtype)
+    # A chunk of 8 frames against its pivot and the one before.
+    yield nearest_case(TOKENS // 4, 8192, 320, device, dtype)
+    yield nearest_case(TOKENS // 16, 2048, 640, device, dtype)
 
 
 def cpu_cases() -> Iterator[AnyCase]:
@@ -42,3 +49,6 @@ def cpu_cases() -> Iterator[AnyCase]:
         yield soft_em_case((1, CPU_TOKENS // share, width), cpu, single)
     for width in (40, 80, 160):
         yield attention_case(8, CPU_TOKENS, width, cpu, single)
+        yield blended_case(8, CPU_TOKENS, width, cpu, single)
+    for tokens in (4096, 8192):
+        yield nearest_case(tokens, 2048, 320, cpu, single)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .attention_cases import SDPA
 from .bench import Row
+from .editing_cases import PRODUCTS
 from .em_cases import COMPILED, EAGER, FLASH_KMEANS, NUM_BASES
 
 OURS = "triton"
@@ -214,6 +215,15 @@ def cpu_targets() -> list[Target]:
                 speedup(case, "cuda", "torch"),
             )
             for case in COMPARED
+        ),
+        *(
+            Target(
+                f"nearest token, n={tokens}, {backend} backend, share of the products' time",
+                *at_most(1.2),
+                share_of_time(f"nearest token n={tokens}", backend, PRODUCTS),
+            )
+            for tokens in (4096, 8192)
+            for backend in ("cuda", "torch")
         ),
     ]
 

@@ -20,9 +20,10 @@ from stem_kernels.tuning import table
 
 from .attention_cases import attention_case
 from .cases import AnyCase, Trial
+from .editing_cases import blended_case, nearest_case
 from .em_cases import em_case
 from .operators import TOKENS
-from .resources import HALF_ONLY, SHARED_KIB, cases_of, compiled
+from .resources import SHARED_KIB, cases_of, compiled
 from .timing import time_call
 
 CONFIGS = Path(__file__).parent.parent / "stem_kernels" / "configs"
@@ -35,14 +36,17 @@ TILES: dict[str, dict[str, tuple[int, ...]]] = {
     "em_general": {"block_n": (32, 64, 128), "block_k": (64, 128), "block_d": (32, 64)},
     "resident_attention": {"block_n": (32, 64, 128)},
     "basis_attention": {"query_bytes": (16384, 32768), "basis_bytes": (8192, 16384, 32768)},
+    "blended_attention": {"query_bytes": (16384, 32768), "basis_bytes": (8192, 16384)},
+    "nearest_token": {"block_n": (64, 128), "block_m": (64, 128), "block_d": (32, 64)},
 }
+WITHOUT_PROGRAMS = ("em_wide logits", "basis_attention", "blended_attention", "nearest_token")
 PROGRAMS_PER_MULTIPROCESSOR = (1, 2, 4)  # of the ops whose rows have "programs"
 
 
 def candidates(op: str, arch: int, multiprocessors: int) -> Iterator[dict[str, int]]:
     """Rows for `op` that compile for sm_`arch` without a spill and fit its shared memory."""
     (tiles,) = (found for prefix, found in TILES.items() if op.startswith(prefix))
-    dtype = "fp16" if op.startswith(HALF_ONLY) or op == "basis_attention" else "fp32"
+    dtype = "fp32" if op == "em_general" else "fp16"
     limit = 1024 * SHARED_KIB.get(arch, min(SHARED_KIB.values()))
     choices = {**tiles, "num_warps": WARPS, "num_stages": STAGES}
     for values in itertools.product(*choices.values()):
@@ -57,7 +61,7 @@ def candidates(op: str, arch: int, multiprocessors: int) -> Iterator[dict[str, i
         # The compiler has thrown kernels away and said nothing.
         if dtype == "fp16" and not all(matrix for *_, matrix in resources):
             continue
-        if op in ("em_wide logits", "basis_attention"):
+        if op in WITHOUT_PROGRAMS:
             yield row
         else:
             for each in PROGRAMS_PER_MULTIPROCESSOR:
@@ -73,6 +77,10 @@ def case_for(op: str, device: torch.device) -> AnyCase:
         return em_case((1, TOKENS, 320), device, half)
     if op == "basis_attention":
         return attention_case(HEADS, TOKENS, 160, device, half)
+    if op == "blended_attention":
+        return blended_case(HEADS, TOKENS, 160, device, half)
+    if op == "nearest_token":
+        return nearest_case(TOKENS // 4, 8192, 320, device, half)
     width = int(op.split()[1])
     width = 40 if width == 48 else width
     if op.startswith("resident_attention"):

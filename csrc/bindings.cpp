@@ -15,6 +15,6 @@ STABLE_TORCH_LIBRARY(stem_kernels_ext, library) {
   library.def(
       "blended_attention(Tensor query_target, Tensor key_target, Tensor query_source, "
       "Tensor key_source, Tensor value, Tensor mask, Tensor? bias, float scale) -> Tensor");
-  library.def("nearest_token(Tensor query, Tensor keys) -> Tensor");
+  library.def("nearest_token(Tensor query, Tensor keys, Tensor inverse_norms) -> Tensor");
   library.def("cpu_instructions() -> str");
 }

@@ -14,12 +14,16 @@ from cuda_emulator import DTYPES, NAN, Kernels
 
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
 from stem_kernels.ops.em_statistics import ROUNDING_ATOL as EM_ATOL
+from stem_kernels.ops.nearest_token import ROUNDING_ATOL as NEAREST_ATOL
 from stem_kernels.reference.soft_em import soft_em_torch
 from stem_kernels.shared.bases import least_mass
 from stem_kernels.testing import (
     clustered_tokens,
+    cosine_loss,
     eager_basis_attention,
+    eager_blended_attention,
     eager_em_statistics,
+    eager_nearest_token,
     max_error,
     parity_bound,
 )
@@ -246,3 +250,67 @@ def test_a_head_whose_bases_are_all_excluded(kernels: Kernels, dtype: torch.dtyp
     found = kernels.basis_attention(query, key, value, bias, 1.0)
     assert bool(found[:, :, 0].isfinite().all())
     assert bool(found[:, :, 1].isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "width", "padding"),
+    [(1, 1, 8, 0), (140, 150, 40, 3), (20, 300, 136, 8), (130, 128, 64, 0)],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nearest_token(
+    kernels: Kernels, dtype: torch.dtype, n: int, m: int, width: int, padding: int
+) -> None:
+    query = interleaved(clustered_tokens((1, 2, n, width), seed=1).to(dtype), padding)
+    keys = clustered_tokens((1, 2, m, width), seed=2) * torch.linspace(0.1, 5, m).unsqueeze(-1)
+    keys = interleaved(keys.to(dtype), padding)
+    kernels.chunk_bytes = 128 * m * 4  # float32: one head's tile of queries at a time
+    found = kernels.nearest_token(query, keys)
+    plain = cosine_loss(query, keys, eager_nearest_token(query, keys))
+    assert cosine_loss(query, keys, found) <= 2 * plain + NEAREST_ATOL[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_of_equal_cosines_the_first_counts(kernels: Kernels, dtype: torch.dtype) -> None:
+    keys = clustered_tokens((1, 1, 50, 24)).to(dtype)
+    keys = torch.cat([keys, 2 * keys, keys, 4 * keys, 0 * keys], dim=2)
+    query = clustered_tokens((1, 1, 40, 24), seed=1).to(dtype)
+    query[:, :, 7] = NAN
+    query[:, :, 8] = 0
+    found = kernels.nearest_token(query, keys)
+    assert int(found.min()) >= 0
+    assert int(found.max()) < 50
+    assert found[0, 0, 8] == 0
+    assert found.unique().numel() > 5
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 40, 24, 0), (70, 100, 37, 5, 0), (40, 300, 80, 80, 8)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blended_attention(
+    kernels: Kernels, dtype: torch.dtype, sizes: tuple[int, int, int, int, int]
+) -> None:
+    n, num_bases, width, value_width, padding = sizes
+    queries = tuple(
+        interleaved(clustered_tokens((2, 2, n, width), seed=seed).to(dtype), padding)
+        for seed in (0, 1)
+    )
+    keys = tuple(
+        clustered_tokens((1, 2, num_bases, width), seed=seed).to(dtype).expand(2, -1, -1, -1)
+        for seed in (2, 3)
+    )
+    value = clustered_tokens((1, 2, num_bases, value_width), seed=4).to(dtype)
+    value = value.expand(2, -1, -1, -1)
+    bias = clustered_tokens((2, num_bases), seed=5)
+    bias[:, 1::3] = float("-inf")
+    bias = bias.expand(2, -1, -1)
+    mask = torch.linspace(-0.5, 1.5, 2 * n).clamp(0, 1).view(2, n)
+    maps = (queries[0], keys[0], queries[1], keys[1], value)
+    exact = eager_blended_attention(*(tensor.double() for tensor in (*maps, mask)), bias=bias)
+    plain = eager_blended_attention(*maps, mask, bias=bias)
+    queries[0].masked_fill_((mask == 0)[:, None, :, None], NAN)
+    queries[1].masked_fill_((mask == 1)[:, None, :, None], NAN)
+    kernels.chunk_bytes = 128 * num_bases * 4
+    found = kernels.blended_attention(queries, keys, value, mask, bias, width**-0.5)
+    error = max_error(found.transpose(1, 2), exact)
+    assert error <= parity_bound(exact, plain, ATTENTION_ATOL)
+    if dtype == torch.float32:
+        assert error <= 1e-5 * float(exact.abs().max())

@@ -10,6 +10,7 @@ from stem_kernels import blended_attention, nearest_token
 from stem_kernels.measure import PeakMemory
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
 from stem_kernels.ops.nearest_token import ROUNDING_ATOL as NEAREST_ATOL
+from stem_kernels.shared.cosine import inverse_norms
 from stem_kernels.testing import (
     clustered_tokens,
     cosine_loss,
@@ -189,8 +190,8 @@ def test_peak_memory_does_not_hold_the_maps(backend: str) -> None:
 
 
 def test_the_torch_backend_of_the_blend_has_gradients() -> None:
-    *inputs, _, bias = (t.double().cpu() for t in blended_case(9, 5, 4, 3, torch.float64))
-    inputs.append(torch.linspace(0.1, 0.9, 18, dtype=torch.float64).view(2, 9))
+    *inputs, _, bias = (t.double().cpu() for t in blended_case(4, 3, 3, 2, torch.float64))
+    inputs.append(torch.linspace(0.1, 0.9, 8, dtype=torch.float64).view(2, 4))
     assert torch.autograd.gradcheck(
         lambda *given: blended_attention(*given, bias=bias),
         [tensor.detach().requires_grad_() for tensor in inputs],
@@ -200,6 +201,7 @@ def test_the_torch_backend_of_the_blend_has_gradients() -> None:
 @pytest.mark.interpreter
 def test_opcheck(backend: str) -> None:
     query, keys = tokens(2, 9, 8), tokens(2, 5, 8, seed=1)
+    sample: tuple[torch.Tensor, ...] = (query, keys)
     *given, mask, bias = blended_case(9, 5, 8, 6, torch.float32)
     if backend == "cuda":
         import stem_kernels.cuda.blended_attention
@@ -207,7 +209,7 @@ def test_opcheck(backend: str) -> None:
 
         nearest = torch.ops.stem_kernels_ext.nearest_token
         blended = torch.ops.stem_kernels_ext.blended_attention
-        query, keys = query.unsqueeze(1), keys.unsqueeze(1)
+        sample = (query.unsqueeze(1), keys.unsqueeze(1), inverse_norms(keys).unsqueeze(1))
         given[1::2] = [bases.expand(2, -1, -1, -1) for bases in given[1::2]]
         given[4], bias = given[4].expand(2, -1, -1, -1), bias.expand(2, -1, -1)
     else:
@@ -217,7 +219,7 @@ def test_opcheck(backend: str) -> None:
         nearest = getattr(torch.ops.stem_kernels, f"nearest_token_{backend}")
         blended = getattr(torch.ops.stem_kernels, f"blended_attention_{backend}", None)
     tests = ["test_schema", "test_faketensor"]
-    torch.library.opcheck(nearest, (query, keys), test_utils=tests)
+    torch.library.opcheck(nearest, sample, test_utils=tests)
     if backend != "torch":  # where it is made of basis_attention, and is no operator of its own
         torch.library.opcheck(blended, (*given, mask, bias, 0.3), test_utils=tests)
         torch.library.opcheck(blended, (*given, mask, None, 0.3), test_utils=tests)

@@ -2,6 +2,7 @@
 
 #include "stem/attention.cuh"
 #include "stem/em.cuh"
+#include "stem/nearest.cuh"
 
 namespace stem {
 
@@ -10,5 +11,9 @@ template void em_statistics(
 template void soft_em(
     const Context&, const EmCall<__nv_bfloat16>&, int64_t, bool, float, float*, float*, float*);
 template void basis_attention(const Context&, const AttentionCall<__nv_bfloat16>&);
+template void blended_attention(
+    const Context&, AttentionCall<__nv_bfloat16>, const View<__nv_bfloat16>&, const View<__nv_bfloat16>&, const float*,
+    int64_t);
+template void nearest_token(const Context&, const NearestCall<__nv_bfloat16>&);
 
 }  // namespace stem

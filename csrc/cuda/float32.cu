@@ -2,6 +2,7 @@
 
 #include "stem/attention.cuh"
 #include "stem/em.cuh"
+#include "stem/nearest.cuh"
 
 namespace stem {
 
@@ -10,5 +11,9 @@ template void em_statistics(
 template void soft_em(
     const Context&, const EmCall<float>&, int64_t, bool, float, float*, float*, float*);
 template void basis_attention(const Context&, const AttentionCall<float>&);
+template void blended_attention(
+    const Context&, AttentionCall<float>, const View<float>&, const View<float>&, const float*,
+    int64_t);
+template void nearest_token(const Context&, const NearestCall<float>&);
 
 }  // namespace stem

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from ..shared.cosine import inverse_norms
 from . import contiguous_rows
 
 
 def nearest_token_cuda(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """query [B, n, d], keys [B, m, d], any strides -> int32 [B, n]."""
     found: torch.Tensor = torch.ops.stem_kernels_ext.nearest_token(
-        contiguous_rows(query).unsqueeze(1), contiguous_rows(keys).unsqueeze(1)
+        contiguous_rows(query).unsqueeze(1),
+        contiguous_rows(keys).unsqueeze(1),
+        inverse_norms(keys).unsqueeze(1).contiguous(),
     )
     return found.squeeze(1)
 
 
 @torch.library.register_fake("stem_kernels_ext::nearest_token")
-def _(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def _(query: torch.Tensor, keys: torch.Tensor, inverse_norms: torch.Tensor) -> torch.Tensor:
     return query.new_empty(query.shape[:3], dtype=torch.int32)

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 
+from stem_kernels.shared.cosine import inverse_norms
+
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # as driver.cpp numbers them
 NAN = float("nan")
+OPERATORS = ("em_statistics", "soft_em", "basis_attention", "blended_attention", "nearest_token")
 MARGIN = 64  # numbers of a tensor's dtype
 
 
@@ -38,12 +41,13 @@ def rows(tensor: torch.Tensor | None) -> Rows:
 
 
 class Output:
-    """Contiguous memory full of NaN, with margins that a kernel must leave alone."""
+    """Contiguous memory full of NaN, or of -1, with margins that a kernel must leave alone."""
 
     def __init__(self, *sizes: int, dtype: torch.dtype = torch.float32) -> None:
         count = torch.Size(sizes).numel()
         self.memory = torch.full((count + 2 * MARGIN,), 1234.0, dtype=dtype)
-        self.tensor = self.memory[MARGIN : MARGIN + count].view(sizes).fill_(NAN)
+        self.tensor = self.memory[MARGIN : MARGIN + count].view(sizes)
+        self.tensor.fill_(NAN if dtype.is_floating_point else -1)
         self.pointer = ctypes.c_void_p(self.tensor.data_ptr() if count else None)
 
     def result(self) -> torch.Tensor:
@@ -53,7 +57,7 @@ class Output:
 
 
 class Kernels:
-    """The three operators of csrc/include/stem, on CPU tensors; built in `folder`.
+    """The operators of csrc/include/stem, on CPU tensors; built in `folder`.
 
     Attributes:
         shared_limit: bytes of shared memory that the GPU gives a block.
@@ -69,7 +73,7 @@ class Kernels:
         includes = ["-Wno-unknown-pragmas", f"-I{CSRC / 'include'}", f"-I{HERE}"]
         subprocess.run([compiler, *flags, *includes, *sources, "-o", target], check=True)
         self.library = ctypes.CDLL(str(target))
-        for name in ("em_statistics", "soft_em", "basis_attention"):
+        for name in OPERATORS:
             getattr(self.library, name).restype = ctypes.c_int64
         self.shared_limit = 227 * 1024
         self.chunk_bytes = 1 << 24
@@ -136,6 +140,42 @@ class Kernels:
             *(ctypes.byref(rows(tensor)) for tensor in (query, key, value)),
             ctypes.byref(rows(None if bias is None else bias.unsqueeze(-1))),
             ctypes.c_float(scale),
+            output.pointer,
+        )
+        assert extra >= 0
+        return output.result()
+
+    def blended_attention(
+        self,
+        queries: tuple[torch.Tensor, torch.Tensor],
+        keys: tuple[torch.Tensor, torch.Tensor],
+        value: torch.Tensor,
+        mask: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        batch, heads, n, _ = queries[0].shape
+        output = Output(batch, n, heads, value.shape[3], dtype=value.dtype)
+        maps = (queries[0], keys[0], queries[1], keys[1], value)
+        extra = self.library.blended_attention(
+            ctypes.byref(self._sizes(queries[0], value)),
+            *(ctypes.byref(rows(tensor)) for tensor in maps),
+            ctypes.byref(rows(None if bias is None else bias.unsqueeze(-1))),
+            ctypes.c_void_p(mask.data_ptr()),
+            ctypes.c_int64(mask.stride(0)),
+            ctypes.c_float(scale),
+            output.pointer,
+        )
+        assert extra >= 0
+        return output.result()
+
+    def nearest_token(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        output = Output(*query.shape[:3], dtype=torch.int32)
+        norms = inverse_norms(keys).contiguous()
+        extra = self.library.nearest_token(
+            ctypes.byref(self._sizes(query, keys)),
+            *(ctypes.byref(rows(tensor)) for tensor in (query, keys)),
+            ctypes.c_void_p(norms.data_ptr()),
             output.pointer,
         )
         assert extra >= 0

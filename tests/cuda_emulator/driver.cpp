@@ -7,6 +7,7 @@
 
 #include "stem/attention.cuh"
 #include "stem/em.cuh"
+#include "stem/nearest.cuh"
 
 namespace {
 
@@ -77,6 +78,16 @@ stem::EmCall<T> em_call(
           normalize};
 }
 
+template <typename T>
+stem::AttentionCall<T> attention_call(
+    const Sizes& sizes, const Rows& query, const Rows& key, const Rows& value, const Rows& bias,
+    float scale, void* p_out) {
+  const int heads = static_cast<int>(sizes.heads);
+  return {query.as<T>(heads), key.as<T>(heads), value.as<T>(heads), bias.as<float>(heads),
+          static_cast<T*>(p_out), sizes.batch * sizes.heads, sizes.n,
+          static_cast<int>(sizes.bases), scale, {}, false};
+}
+
 }  // namespace
 
 extern "C" {
@@ -108,13 +119,34 @@ int64_t basis_attention(
     const Sizes* sizes, const Rows* query, const Rows* key, const Rows* value, const Rows* bias,
     float scale, void* p_out) {
   return run(*sizes, [&](const stem::Context& context, auto type) {
+    stem::basis_attention(context, attention_call<decltype(type)>(
+                                       *sizes, *query, *key, *value, *bias, scale, p_out));
+  });
+}
+
+int64_t blended_attention(
+    const Sizes* sizes, const Rows* query, const Rows* key, const Rows* query_source,
+    const Rows* key_source, const Rows* value, const Rows* bias, const float* p_mask,
+    int64_t mask_stride, float scale, void* p_out) {
+  return run(*sizes, [&](const stem::Context& context, auto type) {
     using T = decltype(type);
     const int heads = static_cast<int>(sizes->heads);
-    stem::basis_attention(
-        context, stem::AttentionCall<T>{
-                     query->as<T>(heads), key->as<T>(heads), value->as<T>(heads),
-                     bias->as<float>(heads), static_cast<T*>(p_out), sizes->batch * sizes->heads,
-                     sizes->n, static_cast<int>(sizes->bases), scale});
+    stem::blended_attention(
+        context, attention_call<T>(*sizes, *query, *key, *value, *bias, scale, p_out),
+        query_source->as<T>(heads), key_source->as<T>(heads), p_mask, mask_stride);
+  });
+}
+
+int64_t nearest_token(
+    const Sizes* sizes, const Rows* query, const Rows* keys, const float* p_inverse,
+    int32_t* p_found) {
+  return run(*sizes, [&](const stem::Context& context, auto type) {
+    using T = decltype(type);
+    const int heads = static_cast<int>(sizes->heads);
+    stem::nearest_token(
+        context, stem::NearestCall<T>{query->as<T>(heads), keys->as<T>(heads), p_inverse, p_found,
+                                      sizes->batch * sizes->heads, sizes->n,
+                                      static_cast<int>(sizes->bases)});
   });
 }
 }

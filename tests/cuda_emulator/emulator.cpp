@@ -273,7 +273,8 @@ void run(
 
 }  // namespace emulator
 
-float __shfl_xor_sync(unsigned mask, float x, int bit) {
+template <typename T>
+static T shuffle(unsigned mask, T x, int bit) {
   using namespace emulator;
   if (mask != 0xffffffffu) fail("a shuffle among a part of the warp");
   Warp& warp = warp_of_current();
@@ -283,3 +284,6 @@ float __shfl_xor_sync(unsigned mask, float x, int bit) {
   std::memcpy(&x, &warp.out[lane_of_current()][0], 4);
   return x;
 }
+
+float __shfl_xor_sync(unsigned mask, float x, int bit) { return shuffle(mask, x, bit); }
+int __shfl_xor_sync(unsigned mask, int x, int bit) { return shuffle(mask, x, bit); }

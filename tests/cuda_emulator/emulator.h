@@ -61,6 +61,19 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+inline float __half2float(__half x) {
+  _Float16 half;
+  std::memcpy(&half, &x.bits, 2);
+  return static_cast<float>(half);
+}
+
+inline float __bfloat162float(__nv_bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
 inline __half2 __floats2half2_rn(float x, float y) {
   return {__float2half_rn(x), __float2half_rn(y)};
 }
@@ -141,3 +154,4 @@ inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp() { emulator::meet("syncwarp", nullptr); }
 
 float __shfl_xor_sync(unsigned mask, float x, int bit);
+int __shfl_xor_sync(unsigned mask, int x, int bit);

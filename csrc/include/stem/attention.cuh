@@ -23,6 +23,8 @@ struct AttentionCall {
   int64_t leads, n;
   int bases;
   float scale;
+  Shares shares;
+  bool add;  // to what p_out holds
 };
 
 template <typename T>
@@ -184,14 +186,21 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, STEPS > 5 ? 1 : 2)
     const int64_t batch = lead / call.query.heads, head = lead % call.query.heads;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float share = 1.0f / sum_over_columns(total[row]);
+      const float sum = sum_over_columns(total[row]);
       const int64_t n = start + 8 * row + lane / 4;
       if (n >= call.n) continue;
+      const float part = call.shares.of(lead, n), share = part / sum;
       T* p_out = call.p_out + ((batch * call.n + n) * call.query.heads + head) * width;
 #pragma unroll
       for (int j = 0; j < 2 * STEPS; ++j) {
         const int channel = 8 * j + lane % 4 * 2;
-        const float low = b_out[j][2 * row] * share, high = b_out[j][2 * row + 1] * share;
+        // 0 times NaN would be NaN.
+        float low = part == 0.0f ? 0.0f : b_out[j][2 * row] * share;
+        float high = part == 0.0f ? 0.0f : b_out[j][2 * row + 1] * share;
+        if (call.add) {
+          if (channel < width) low += widen(p_out[channel]);
+          if (channel + 1 < width) high += widen(p_out[channel + 1]);
+        }
         if (width % 2 == 0) {  // then every pair is aligned
           if (channel < width)
             *reinterpret_cast<uint32_t*>(p_out + channel) = pack<T>(low, high);
@@ -237,11 +246,11 @@ void float32_attention(const Context& context, const AttentionCall<T>& call) {
            call.query.width, call.query.width, 0, 0, call.bases, false},
           leads, 1);
       launch_softmax<T>(context, {p_z, call.bias.from(lead, 0), leads, count, stride_z, call.bases,
-                                  call.scale * LOG2E});
+                                  call.scale * LOG2E, call.shares.from(lead, first)});
       launch_product<false, true>(
           context,
           {z, call.value.from(lead, 0), out.from(lead, 0), call.p_out + first * row, nullptr, count,
-           call.bases, call.bases, 0, 0, width, false},
+           call.bases, call.bases, 0, 0, width, call.add},
           leads, 1);
     }
 }
@@ -258,6 +267,22 @@ void basis_attention(const Context& context, const AttentionCall<T>& call) {
     if (widest <= 80) return launch_attention<T, 5>(context, call);
     launch_attention<T, 10>(context, call);
   }
+}
+
+// What both maps give is blended in p_out: the first writes its share, the second adds its own.
+// Both in one kernel would take twice the registers, or each map's logits twice.
+template <typename T>
+void blended_attention(
+    const Context& context, AttentionCall<T> target, const View<T>& query_source,
+    const View<T>& key_source, const float* p_mask, int64_t mask_stride) {
+  target.shares = {p_mask, mask_stride, target.query.heads, false};
+  basis_attention(context, target);
+  AttentionCall<T> source = target;
+  source.query = query_source;
+  source.key = key_source;
+  source.shares.rest = true;
+  source.add = true;
+  basis_attention(context, source);
 }
 
 }  // namespace stem

@@ -29,6 +29,30 @@ struct View {
   }
 };
 
+// How much of its attention a query keeps where two maps are blended: the mask [B, n], or what is
+// left of it. Null: all.
+struct Shares {
+  const float* p = nullptr;
+  int64_t stride_b = 0;
+  int heads = 1;
+  bool rest = false;
+  int64_t first = 0;  // the lead that is called 0
+
+  __device__ float of(int64_t lead, int64_t n) const {
+    if (p == nullptr) return 1.0f;
+    const float share = p[(lead + first) / heads * stride_b + n];
+    return rest ? 1.0f - share : share;
+  }
+
+  // From token `n` on, of the leads from `lead` on.
+  Shares from(int64_t lead, int64_t n) const {
+    Shares part = *this;
+    if (p != nullptr) part.p += n;
+    part.first += lead;
+    return part;
+  }
+};
+
 template <typename T>
 View<T> view(
     const T* p, int64_t stride_b, int64_t stride_h, int64_t stride_n, int heads, int width) {

@@ -148,6 +148,7 @@ struct SoftmaxArgs {
   int64_t leads, rows, stride_lead;
   int bases;
   float scale;  // of the logits, in base 2
+  Shares shares;
 };
 
 // A warp per row.
@@ -177,7 +178,9 @@ __global__ void __launch_bounds__(LARGEST_BLOCK) float32_softmax_kernel(const So
     total += weight;
   }
   for (int bit = 1; bit < WARP; bit *= 2) total += __shfl_xor_sync(0xffffffffu, total, bit);
-  for (int k = lane; k < args.bases; k += WARP) p_z[k] /= total;
+  const float share = args.shares.of(lead, row % args.rows);
+  // 0 times NaN would be NaN.
+  for (int k = lane; k < args.bases; k += WARP) p_z[k] = share == 0.0f ? 0.0f : p_z[k] / total * share;
 }
 
 template <typename T>

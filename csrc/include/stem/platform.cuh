@@ -107,6 +107,10 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
 // Two numbers as one register of a matrix fragment holds them, the first in the low half.
 template <typename T>
 __device__ inline uint32_t pack(float low, float high) {

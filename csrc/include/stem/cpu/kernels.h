@@ -71,9 +71,9 @@ struct Kernels {
                             int64_t bias_stride, float scale, int64_t first, int64_t last,
                             void* out, int64_t out_stride, float* scratch);
 
-  // One panel of keys, each of length 1 -> packed [width, panel]; scratch [width].
-  void (*pack_keys)(const Rows& keys, int64_t num_keys, int64_t width, int64_t panel_index,
-                    float* packed, float* scratch);
+  // One panel of keys, each times its factor -> packed [width, panel]; scratch [width].
+  void (*pack_keys)(const Rows& keys, const float* factors, int64_t num_keys, int64_t width,
+                    int64_t panel_index, float* packed, float* scratch);
   // Floats of scratch memory that nearest needs.
   int64_t (*nearest_scratch)(int64_t width);
   // Queries first ... last - 1 -> out[first ... last - 1]; packed [panels, width, panel].

@@ -1,7 +1,6 @@
 // For every query the key of the largest cosine, kTile queries and kPanel keys at a time.
 //
-// Per (query, key) pair: 2 * width FLOPs. Keys are scaled to length 1 and packed once for all
-// queries. Each lane keeps the largest product of its keys so far and the panel that it was in; the
+// Per (query, key) pair: 2 * width FLOPs. Keys are scaled and packed once for all queries. Each lane keeps the largest product of its keys so far and the panel that it was in; the
 // lanes are compared once, at the end. Every product is summed up in the same order, so that equal
 // keys have equal products, of which the first counts.
 #pragma once
@@ -10,24 +9,19 @@
 
 namespace stem::cpu::STEM_ISA {
 
-constexpr double kSmallestNorm = 1e-12;
-
 STEM_INLINE int64_t query_stride(int64_t width) { return width + (width >= 256 ? 16 : 0); }
 
 static int64_t nearest_scratch(int64_t width) { return kTile * (query_stride(width) + 3 * kPanel); }
 
-static void pack_keys(const Rows& keys, int64_t num_keys, int64_t width, int64_t panel_index,
-                      float* packed, float* row) {
+static void pack_keys(const Rows& keys, const float* factors, int64_t num_keys, int64_t width,
+                      int64_t panel_index, float* packed, float* row) {
   for (int64_t lane = 0; lane < kPanel; ++lane) {
     const int64_t key = panel_index * kPanel + lane;
-    double square = 0.0;
-    for (int64_t i = 0; i < width; ++i) row[i] = 0.0f;
-    if (key < num_keys) load_row(keys, key, width, row);
-    for (int64_t i = 0; i < width; ++i) square += static_cast<double>(row[i]) * row[i];
-    const double norm = __builtin_sqrt(square);
-    const double factor = 1.0 / (norm < kSmallestNorm ? kSmallestNorm : norm);
+    const bool there = key < num_keys;
+    if (there) load_row(keys, key, width, row);
+    const float factor = there ? factors[key] : 0.0f;
     for (int64_t i = 0; i < width; ++i)
-      packed[i * kPanel + lane] = static_cast<float>(row[i] * factor);
+      packed[i * kPanel + lane] = there ? row[i] * factor : 0.0f;
   }
 }
 
