@@ -190,8 +190,11 @@ def test_a_stopped_edit_goes_on_bit_for_bit(short: Any, method: str) -> None:
 
 def in_chunks(folder: InversionFolder, root: Path, chunk: int) -> InversionFolder:
     """The same inversion, as if made with another chunk."""
-    settings = dict(folder.settings)
-    settings["attention"] = {**settings["attention"], "chunk": chunk}
+    attention = {**folder.settings["attention"], "chunk": chunk}
+    return copied(folder, root, {**folder.settings, "attention": attention})
+
+
+def copied(folder: InversionFolder, root: Path, settings: dict[str, Any]) -> InversionFolder:
     found, _ = InversionFolder.prepare(root, settings, folder.timesteps)
     found.save_x0(folder.x0(), {})
     for step in range(STEPS):
@@ -217,6 +220,20 @@ def test_nothing_depends_on_the_inversions_chunk(
     assert (parts.latents - whole.latents).norm() < 1e-5 * whole.latents.norm()
 
 
+def test_an_inversion_with_bases_of_a_few_frames_gives_pivots_the_same(tmp_path: Path) -> None:
+    options = {"fit_frames": 2, "num_bases": 8}
+    folder = inverted(tmp_path, frames=5, method="stem", options=options)
+    edits = {"chunk": 1, "extended": "stem"}
+    whole = edited(folder, "tokenflow", **edits)
+    parts = edited(in_chunks(folder, tmp_path, 2), "tokenflow", **edits)
+    assert (parts.latents - whole.latents).norm() < 1e-5 * whole.latents.norm()
+    of_all = {**folder.settings["attention"], "fit_frames": None}
+    settings = {**folder.settings, "attention": of_all}
+    exact = edited(copied(folder, tmp_path, settings), "tokenflow", **edits)
+    off = (exact.latents - whole.latents).norm() / exact.latents.norm()
+    assert 1e-4 < off < 0.2  # 0.026: 8 bases of 2 of the 5 pivots
+
+
 def test_which_pivots_a_frame_is_made_of_and_how_much() -> None:
     plan = pivots_of_frames(torch.tensor([1, 6, 9]), FRAMES, 4, "adjacent")
     assert plan.weight.tolist() == pytest.approx([1, 1, 0.8, 0.6, 0.4, 0.2, 1, 2 / 3, 1 / 3, 1, 1])
@@ -236,7 +253,7 @@ def test_which_pivots_a_frame_is_made_of_and_how_much() -> None:
 @pytest.mark.parametrize("blend", ["released", "adjacent"])
 def test_tokens_take_the_outputs_of_the_most_similar_ones(blend: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    pivots = PivotPass()
+    pivots = PivotPass(3)
     inputs = torch.randn(3, 6, 5, generator=generator)
     outputs = torch.randn(3, 3, 6, 5, generator=generator)
     pivots.kept["layer"] = inputs, outputs
@@ -290,7 +307,7 @@ def test_the_source_prompt_without_guidance_gives_the_reconstruction(short: Any)
     found = edited(short, "pnp", **same, **plain).latents
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     # What is injected comes from the way there, which an inversion in few steps does not quite go
-    # back: the reconstruction itself is 39 % off the video. 6 % here, 18 % by another prompt.
+    # back: the reconstruction itself is 40 % off the video. 7 % here, 17 % by another prompt.
     injected = edited(short, "pnp", **same).latents
     other = edited(short, "pnp", guidance=1.0).latents
     assert (injected - expected).norm() < 0.1 * expected.norm() < (other - expected).norm()

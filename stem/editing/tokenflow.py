@@ -101,7 +101,7 @@ class TokenFlow(PnP):
             self.kept["pivots"] = draw_pivots(chunks, job.num_steps, job.seed)
         else:
             self.kept["pivots"] = torch.tensor(options.pivots)
-        self._pass = PivotPass()
+        self._pass = PivotPass(len(chunks))
         self._propagation = Propagation(self._pass)
         self.hooks = Hooks(propagation=self._propagation)
         size = min(len(chunks), job.attention.chunk or len(chunks))
@@ -138,12 +138,16 @@ class TokenFlow(PnP):
 class PivotPass(Hook):
     """Attention of the pivots: the source's each to itself, those of other branches to all.
 
+    Args:
+        pivots: Number of pivots.
+
     Attributes:
         kept: By the self-attention's name, the source's normalised inputs [pivots, S, C] and the
             projected outputs of all branches [branches, pivots, S, C].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pivots: int) -> None:
+        self._pivots = pivots
         self.kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         # Of chunks that wait for each other between `before` and `attend`, by layer and chunk.
         self._tokens: dict[tuple[str, int], torch.Tensor] = {}
@@ -168,9 +172,8 @@ class PivotPass(Hook):
 
     def after(self, site: Site, tokens: torch.Tensor, output: torch.Tensor) -> None:
         if site.name not in self.kept:
-            pivots = len(site.frames) if site.exchange is None else site.exchange.num_frames
-            inputs = tokens.new_empty((pivots, *tokens.shape[2:]))
-            outputs = output.new_empty((len(output), pivots, *output.shape[2:]))
+            inputs = tokens.new_empty((self._pivots, *tokens.shape[2:]))
+            outputs = output.new_empty((len(output), self._pivots, *output.shape[2:]))
             self.kept[site.name] = inputs, outputs
         inputs, outputs = self.kept[site.name]
         here = list(site.frames)
