@@ -1,10 +1,10 @@
-"""FateZero: the source's attention maps fused into the edit, with nothing stored."""
+"""FateZero: the source's attention maps fused into the edit."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -23,6 +23,7 @@ from .prompts import (
     refined_columns,
     replaced_columns,
 )
+from .source_store import SourceStore
 from .text_masks import TextMaps, mask_layers, word_mask
 
 _COLUMNS = {"refine": refined_columns, "replace": replaced_columns}
@@ -59,19 +60,39 @@ class FateZero(Method):
             equalizer=factors.to(job.device) if options.equalize else None,
             backend=config.backend if isinstance(config, StemConfig) else "auto",
         )
-        self.hooks.add("fusion", self.fusion)
+        self.store: SourceStore | None = None
+        if options.store != "recompute":
+            folder = job.inversion.path if options.store == "disk" else None
+            self.store = SourceStore(self.fusion, folder)
+        self.hooks.add("fusion", self.store or self.fusion)
+        self._word_maps: dict[int, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        with super().running():
+            try:
+                yield
+            finally:
+                if self.store is not None:
+                    self.store.clear()
 
     def predict(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         job = self.job
-        source = job.level(job.num_steps - step - 1)
-        self._fuse(step, source, timestep)
+        if self.store is not None and not self.store.filled:
+            self._fill(self.store, step)
+        self._turn_to(step)
+        branches = [(latents, job.target)]
+        if job.guidance != 1.0:
+            branches.insert(0, (latents, job.negative))
+        if self.store is None:
+            branches.insert(0, (job.level(job.num_steps - step - 1), job.source))
+        else:
+            self.store.turn_to(step)
+        rows, conditionings = zip(*branches, strict=True)
+        found = job.predict(list(rows), timestep, *conditionings)
         if job.guidance == 1.0:
-            rows = [source, latents]
-            return job.predict(rows, timestep, job.source, job.target)[-1]
-        _, without, prompted = job.predict(
-            [source, latents, latents], timestep, job.source, job.negative, job.target
-        )
-        return with_guidance(without, prompted, job.guidance)
+            return found[-1]
+        return with_guidance(found[-2], found[-1], job.guidance)
 
     def after_step(self, step: int, latents: torch.Tensor) -> torch.Tensor | None:
         if not self.options.blend_latents:
@@ -88,34 +109,50 @@ class FateZero(Method):
         background = self.job.level(self.job.num_steps - step - (0 if late else 1))
         return torch.where(masks.unsqueeze(1), latents, background)
 
-    def _fuse(self, step: int, source: torch.Tensor, timestep: torch.Tensor) -> None:
-        """Fuse in this step what its number asks for."""
-        options, total = self.options, self.job.num_steps
-        lower, upper = (steps_of(share, total) for share in options.self_bounds)
+    def _fill(self, store: SourceStore, first: int) -> None:
+        """Store what the steps from this one on take from the source."""
+        for step in range(first, self.job.num_steps):
+            self._fuse(step)
+            with store.recording(step):
+                self._pass_source(step)
+
+    def _fuse(self, step: int) -> None:
+        """Fuse in this step what its number asks for, without a mask."""
+        total = self.job.num_steps
+        lower, upper = (steps_of(share, total) for share in self.options.self_bounds)
         cross = self.cross[step]
         self.fusion.cross = cross.to(self.job.device) if bool(cross.any()) else 0.0
         self.fusion.self_on = lower <= step < upper
         self.fusion.mask = None
+
+    def _turn_to(self, step: int) -> None:
+        """Fuse in this step what its number asks for, within the source's words' mask."""
+        options = self.options
+        self._fuse(step)
         if self.words is None:
             return
         if self.fusion.self_on or self._blends(step):
-            of_words = self._of_source(source, timestep)
-            first = "cores" not in self.kept
-            self.kept["cores"] = of_words(self.size)
-            self.kept["masks"] = self.kept["cores"].clone()
-            if first:
-                warn_of_size(self.kept["cores"])
+            if self.store is None:
+                # A pass of its own: layers that come before the masks' own need them, too.
+                self._pass_source(step)
+            maps = self._word_maps.pop(step)
+            of_words = functools.cache(lambda size: word_mask(maps, size, options.blend_threshold))
             self.fusion.mask = lambda size: of_words(size).float()
+            if not options.blend_latents or self._blends(step):
+                if "cores" not in self.kept:
+                    warn_of_size(of_words(self.size))
+                self.kept["cores"] = of_words(self.size)
+                self.kept["masks"] = of_words(self.size).clone()
         self.maps.looked_at = {"target": (-1, self.words[1])} if options.blend_latents else {}
 
-    def _of_source(self, source: torch.Tensor, timestep: torch.Tensor) -> Any:
-        """The mask of the source's words for a height and width, from a pass of its own: layers
-        that come before those that masks are made of need it, too."""
-        assert self.words is not None
-        self.maps.looked_at = {"source": (0, self.words[0])}
-        self.job.predict([source], timestep, self.job.source)
-        maps, threshold = self.maps.take("source"), self.options.blend_threshold
-        return functools.cache(lambda size: word_mask(maps, size, threshold))
+    def _pass_source(self, step: int) -> None:
+        """The source alone through the UNet; keeps the maps of its words."""
+        job, level = self.job, self.job.num_steps - step
+        if self.words is not None:
+            self.maps.looked_at = {"source": (0, self.words[0])}
+        job.predict([job.level(level - 1)], job.timestep(level), job.source)
+        if self.words is not None:
+            self._word_maps[step] = self.maps.take("source")
 
     def _blends(self, step: int) -> bool:
         """Whether latents are blended after this step: 0.2 T < step + 1 < 0.8 T."""

@@ -13,7 +13,7 @@ from .prompts import check_word_counts, places_of
 
 MAPPINGS = ("refine", "replace")
 BACKGROUNDS = ("level", "late")
-STORES = ("recompute",)
+STORES = ("recompute", "memory", "disk")
 OTHER_WORDS = "default_"
 """In `cross_replace`, the key of all tokens whose word is not named."""
 _STYLE_FACTOR = 10.0
@@ -39,7 +39,9 @@ class FateZeroOptions(Options):
         background: Source's latents for that. "level": those of the level just reached; "late":
             one step too noisy, as in the released code.
         store: Place of the source's maps. "recompute": none, they are computed again in the
-            same UNet call, from what the inversion kept.
+            same UNet call, from what the inversion kept. "memory" and "disk" (in the inversion's
+            folder): those of all steps are stored before the edit, as published; not with STEM,
+            whose bases need the source's tokens.
 
     Raises:
         ValueError: a value that does not fit, named with what is allowed.
@@ -124,6 +126,11 @@ class FateZeroOptions(Options):
 
     def check(self, inversion: InversionFolder, prompt: str) -> None:
         source = inversion.settings["prompt"]
+        if self.store != "recompute" and inversion.settings["method"] == "stem":
+            raise ValueError(
+                f"store is {self.store!r}, and the inversion is STEM's, whose bases need the "
+                "source's tokens in every step; take store='recompute'"
+            )
         if self.mapping == "replace":
             check_word_counts(source, prompt)
         places_of([*self.equalize, *self.cross_shares()], prompt)

@@ -60,8 +60,13 @@ class MapFusion(Hook):
         self.self_on = False
         self.mask: Mask | None = None
 
+    @property
+    def takes_text_maps(self) -> bool:
+        """Whether the source's text maps are taken."""
+        return not (isinstance(self.cross, float) and self.cross == 0.0)
+
     def text_maps(self, site: Site, maps: torch.Tensor) -> torch.Tensor:
-        if len(maps) == 1 or (isinstance(self.cross, float) and self.cross == 0.0):
+        if len(maps) == 1 or not self.takes_text_maps:
             return maps
         target = maps[-1]
         fused = self.columns(maps[0], target)
