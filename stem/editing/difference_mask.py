@@ -17,7 +17,7 @@ from ..diffusion.loop import NonFiniteError
 from .job import Job, steps_of
 from .masks import layer_size
 
-_MOST_LEVELS = 5  # more add passes of the UNet and hardly change the mean
+_MOST_LEVELS = 6  # more add passes of the UNet and hardly change the mean
 _FRAMES = 8  # frames whose attention to bases is computed at once
 
 
