@@ -73,8 +73,8 @@ class FusionOptions(Options):
     guided_until: float = 0.5
     mapping: str = "auto"
     mask: bool | None = None
-    # On thirty scenes apart from the study's, 0.35 to 0.8 made the same edits, and masks of textures
-    # that overlap the truth 0.02 less.
+    # On thirty scenes apart from the study's, 0.35 to 0.8 made the same edits, and masks of
+    # textures that overlap the truth 0.02 less.
     mask_levels: tuple[float, float] = (0.4, 1.0)
     mask_threshold: float = 0.3
     dilation: int = 1
