@@ -43,8 +43,8 @@ def blended_attention(
         query_source: Queries [B, h, n, d] of the source.
         key_source: Keys [B or 1, h, K, d] of the source.
         value: Values [B or 1, h, K, e], which both maps weight.
-        mask: Share [B, n] of the target, floating, 0 ... 1 (not checked), for all heads. No
-            gradient reaches a share that is 0 or 1.
+        mask: Share [B, n] of the target, floating, 0 ... 1 (not checked), for all heads. It gets
+            no gradient.
         scale: Factor of the logits; 1 / sqrt(d) if None.
         bias: Bias of both maps' logits, as `basis_attention` takes it, or None.
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".

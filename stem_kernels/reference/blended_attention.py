@@ -25,6 +25,8 @@ def blended_attention_torch(
     compute = compute_dtype(query_target)
     target = basis_attention_torch(query_target, key_target, value, bias, scale)
     source = basis_attention_torch(query_source, key_source, value, bias, scale)
-    share = mask.to(compute)[:, :, None, None]
-    blend = torch.lerp(source.to(compute), target.to(compute), share).to(target.dtype)
-    return torch.where(share == 0, source, torch.where(share == 1, target, blend))
+    share = mask.detach().to(compute)[:, :, None, None]
+    # What has no share may be NaN, and 0 times NaN would be NaN.
+    target.masked_fill_(share == 0, 0.0)
+    source.masked_fill_(share == 1, 0.0)
+    return torch.lerp(source.to(compute), target.to(compute), share).to(target.dtype)
