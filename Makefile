@@ -35,12 +35,15 @@ lowest:
 	$(MAKE) unit VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt REQUIRE= EDITABLE=
 
 # torch comes first, because the extension is built for the torch that is installed. Where there is
-# a compiler, a test run must not go on without it, nor without its CUDA part where nvcc is.
+# a compiler, a test run must not go on without it, nor without its CUDA part where nvcc is: for
+# the GPU that is there, or else for one architecture, as nothing will run it and
+# tests/test_cuda_compiles.py compiles the kernels for all.
 CONSTRAINTS := constraints.txt
 EDITABLE := -e
 COMPILER := $(shell command -v $${CXX:-c++})
 NVCC := $(shell PATH="$${CUDA_HOME:-/usr/local/cuda}/bin:$$PATH" command -v nvcc)
-REQUIRE := $(if $(COMPILER),STEM_REQUIRE_EXT=1 $(if $(NVCC),STEM_CUDA=1))
+ARCHITECTURES := $(if $(shell command -v nvidia-smi),,TORCH_CUDA_ARCH_LIST=9.0a)
+REQUIRE := $(if $(COMPILER),STEM_REQUIRE_EXT=1 $(if $(NVCC),STEM_CUDA=1 $(ARCHITECTURES)))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
 $(VENV)/.demo $(VENV)/.dev: pyproject.toml setup.py $(CONSTRAINTS) \
