@@ -50,8 +50,8 @@ def pipeline_of_sd_shape(unet: torch.nn.Module) -> Any:
     return pipeline
 
 
-def measure_point(pipeline: Any, frames: int, chunk: int | None) -> int:
-    """Peak bytes of an edit of so many frames above the loaded model.
+def measure_point(pipeline: Any, frames: int, chunk: int | None) -> dict[str, Any]:
+    """Peak bytes of an edit of so many frames above the loaded model, and the operators' backend.
 
     Args:
         pipeline: Pipeline to edit with.
@@ -88,10 +88,10 @@ def measure_point(pipeline: Any, frames: int, chunk: int | None) -> int:
             )
     if memory.extra_bytes is None:
         raise OSError("this system does not tell the peak of a process's resident set")
-    return memory.extra_bytes
+    return {"bytes": memory.extra_bytes, "backend": inversion.settings["backend"]}
 
 
-def in_a_process(way: str, frames: int) -> int:
+def in_a_process(way: str, frames: int) -> dict[str, Any]:
     """`measure_point` of one way, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.editing_memory", "--point", way, str(frames)],
@@ -100,7 +100,8 @@ def in_a_process(way: str, frames: int) -> int:
         text=True,
         check=True,
     )
-    return int(json.loads(done.stdout.splitlines()[-1]))
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def run(out: Path, lengths: Sequence[int]) -> dict[str, Any]:
@@ -124,11 +125,10 @@ def run(out: Path, lengths: Sequence[int]) -> dict[str, Any]:
     measured = {(row["way"], row["frames"]) for row in results["rows"]}
     for way, frames in points(lengths):
         if (way, frames) not in measured:
-            peak = in_a_process(way, frames)
-            row = {"way": way, "frames": frames, "bytes": peak, "commit": commit}
-            results["rows"].append(row)
+            found = in_a_process(way, frames)
+            results["rows"].append({"way": way, "frames": frames, **found, "commit": commit})
             records.write(results, out)
-            print(f"{way}, {frames} frames: {peak / 2**20:.0f} MiB", flush=True)
+            print(f"{way}, {frames} frames: {found['bytes'] / 2**20:.0f} MiB", flush=True)
     return results
 
 
@@ -157,6 +157,7 @@ def table(results: dict[str, Any]) -> str:
     where = results["provenance"]
     lengths = sorted({row["frames"] for row in results["rows"]})
     commits = dict.fromkeys(row["commit"] for row in results["rows"])
+    backends = dict.fromkeys(row["backend"] for row in results["rows"])
     side = results["pixels"]
     lines = [
         "# Memory of an edit",
@@ -164,7 +165,7 @@ def table(results: dict[str, Any]) -> str:
         "FateZero on a STEM inversion (rows: source, unconditional, conditional; source maps "
         "computed again, none stored): peak memory of the edit above the loaded model, MiB. "
         f"Stable Diffusion 1.5's UNet with random weights, float32, {side}x{side} pixels, "
-        f"{results['steps']} step. {where['cpu']}, torch {where['versions']['torch']}, commit "
+        f"{results['steps']} step. Operators' backend: {', '.join(backends)}. {where['cpu']}, torch {where['versions']['torch']}, commit "
         + ", ".join(f"`{commit}`" for commit in commits)
         + ".",
         "",
@@ -204,7 +205,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.point:
         way, frames = arguments.point
-        print(measure_point(pipeline_of_sd_shape(sd15_unet(64)), int(frames), WAYS[way]))
+        pipeline = pipeline_of_sd_shape(sd15_unet(64))
+        print(json.dumps(measure_point(pipeline, int(frames), WAYS[way])))
         return
     lengths = [int(number) for number in arguments.frames.split(",")]
     results = run(arguments.out, lengths)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,9 +204,10 @@ def test_masks_are_compared_cell_by_cell() -> None:
 def test_memory_is_measured_once_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
 
-    def point(way: str, frames: int) -> int:
+    def point(way: str, frames: int) -> dict[str, Any]:
         asked.append((way, frames))
-        return (100 + (10 if way == "one batch" else 2) * frames) * 2**20
+        mebibytes = 100 + (10 if way == "one batch" else 2) * frames
+        return {"bytes": mebibytes * 2**20, "backend": "torch"}
 
     monkeypatch.setattr(editing_memory, "in_a_process", point)
     out = tmp_path / "memory.json"
