@@ -88,6 +88,44 @@ def eager_nearest_token(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor
     return (query @ (keys / norms.clamp(min=SMALLEST_NORM)).mT).argmax(-1)
 
 
+def eager_calibrate_bases(
+    query: torch.Tensor,
+    attended: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    bias: torch.Tensor,
+    form: str = "joint",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`calibrate_bases` as ridge regressions in their primal form: values and correction.
+
+    The joint one is over K + d + 1 unknowns there, `calibrate_bases` solves for the m queries.
+    """
+    scale = query.shape[-1] ** -0.5
+    weights = torch.softmax(query @ key.mT * scale + bias.to(query.dtype).unsqueeze(-2), dim=-1)
+    centred = (query - query.mean(-2, keepdim=True)) * scale
+    regressors = torch.cat([centred, torch.ones_like(query[..., :1])], dim=-1)
+    residual = attended - weights @ value
+
+    def ridge(unknowns: torch.Tensor, penalty: torch.Tensor | float) -> torch.Tensor:
+        eye = torch.eye(unknowns.shape[-1], dtype=unknowns.dtype)
+        return torch.linalg.solve(unknowns.mT @ unknowns + penalty * eye, unknowns.mT @ residual)
+
+    if form == "linear":
+        fitted = ridge(regressors, 1e-2 * regressors.square().sum(-2).mean(-1)[..., None, None])
+    else:
+        per_weight, per_query = (
+            part.square().sum(-1).mean(-1)[..., None, None].rsqrt()
+            for part in (weights, regressors)
+        )
+        per_query = per_query * 10**0.5
+        both = ridge(torch.cat([per_weight * weights, per_query * regressors], dim=-1), 0.1)
+        of_values, of_query = both.split([weights.shape[-1], regressors.shape[-1]], dim=-2)
+        value, fitted = value + per_weight * of_values, per_query * of_query
+    fitted = torch.cat([fitted[..., :-1, :] * scale, fitted[..., -1:, :]], dim=-2)
+    return value.expand(*query.shape[:2], *value.shape[2:]), fitted
+
+
 def cosine_loss(query: torch.Tensor, keys: torch.Tensor, found: torch.Tensor) -> float:
     """How much smaller than the largest cosine that of a found key is, at most; in float64.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backends import select
+from ..reference.chunks import compute_dtype, token_chunks
 from .checks import check_floating, check_same_dtype
 
 OP = "basis_attention"
@@ -20,6 +21,8 @@ def basis_attention(
     *,
     scale: float | None = None,
     bias: torch.Tensor | None = None,
+    correction: torch.Tensor | None = None,
+    query_mean: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     r"""Attention to bases: $\mathrm{softmax}_k(\text{scale}\, q_n \cdot k_k + b_k)\, v$.
@@ -28,6 +31,10 @@ def basis_attention(
 
         weights = torch.softmax(query @ key.mT * scale + bias.unsqueeze(-2), dim=-1)
         return weights @ value
+
+    and, where the bases are calibrated (see `ops.calibration`), $[q_n - \bar q, 1]\, E$ is added to
+    it. That is done in torch after any backend's kernel, a piece of the tokens at a time: 2 d e
+    FLOPs a token beside the attention's 2 K (d + e), and the output is read and written once more.
 
     Args:
         query: Queries [B, h, n, d], any strides (a head-interleaved view costs no
@@ -38,6 +45,8 @@ def basis_attention(
         bias: Bias of the logits, floating, [h, K], [1, h, K] or [B, h, K], where h may be 1.
             -inf excludes a base; a head whose bases are all excluded gives NaN, as in
             `torch.nn.functional.scaled_dot_product_attention`.
+        correction: Correction E [B or 1, h, d + 1, e] of calibrated bases, floating, or None.
+        query_mean: Mean query [B or 1, h, d] of the correction, floating; given with it.
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
@@ -55,6 +64,7 @@ def basis_attention(
     check_bases(OP, query, key, value)
     num_bases, dim = key.shape[-2:]
     bias = fitting_bias(OP, bias, query, num_bases)
+    _check_correction(query, value, correction, query_mean)
     tensors = {"query": query, "key": key, "value": value, "bias": bias}
     chosen = select(OP, backend, tensors, num_bases)
     scale = dim**-0.5 if scale is None else float(scale)
@@ -72,7 +82,48 @@ def basis_attention(
         from ..reference.basis_attention import basis_attention_torch
 
         out = basis_attention_torch(*arguments)
+    if correction is not None and query_mean is not None:
+        _add_correction(out, query, correction, query_mean)
     return out.transpose(1, 2)
+
+
+def _check_correction(
+    query: torch.Tensor,
+    value: torch.Tensor,
+    correction: torch.Tensor | None,
+    query_mean: torch.Tensor | None,
+) -> None:
+    if correction is None and query_mean is None:
+        return
+    if correction is None or query_mean is None:
+        lacking = "correction" if correction is None else "query_mean"
+        raise ValueError(f"{OP}: {lacking} is None; correction and query_mean go together")
+    check_floating(OP, query=query, correction=correction, query_mean=query_mean)
+    batch, heads, _, dim = query.shape
+    shapes = {
+        "correction": (correction, (heads, dim + 1, value.shape[-1])),
+        "query_mean": (query_mean, (heads, dim)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tuple(tensor.shape[1:]) != shape or tensor.shape[0] not in (1, batch):
+            raise ValueError(
+                f"{OP}: {name} is {list(tensor.shape)}; it must be "
+                f"[{batch} or 1, {', '.join(map(str, shape))}]"
+            )
+
+
+def _add_correction(
+    out: torch.Tensor, query: torch.Tensor, correction: torch.Tensor, query_mean: torch.Tensor
+) -> None:
+    """Add it in place to `out` [B, n, h, e], in float32 (float64 for float64 queries)."""
+    compute = compute_dtype(query)
+    matrix, constant = correction.to(compute).split([query.shape[-1], 1], dim=-2)
+    mean = query_mean.to(compute).unsqueeze(-2)
+    with torch.autocast(query.device.type, enabled=False):
+        for part in token_chunks(query, sum(correction.shape[-2:])):
+            # Subtracted first: in half precision the mean times E may hide what differs from it.
+            added = (query[..., part, :].to(compute) - mean) @ matrix + constant
+            out[:, part].add_(added.transpose(1, 2))
 
 
 def check_bases(
