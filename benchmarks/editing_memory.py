@@ -165,7 +165,8 @@ def table(results: dict[str, Any]) -> str:
         "FateZero on a STEM inversion (rows: source, unconditional, conditional; source maps "
         "computed again, none stored): peak memory of the edit above the loaded model, MiB. "
         f"Stable Diffusion 1.5's UNet with random weights, float32, {side}x{side} pixels, "
-        f"{results['steps']} step. Operators' backend: {', '.join(backends)}. {where['cpu']}, torch {where['versions']['torch']}, commit "
+        f"{results['steps']} step, backend of the operators {', '.join(backends)}. "
+        f"{where['cpu']}, torch {where['versions']['torch']}, commit "
         + ", ".join(f"`{commit}`" for commit in commits)
         + ".",
         "",
