@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stem_kernels.backends import BACKENDS
+from stem_kernels.ops.calibration import CALIBRATIONS as FORMS
 from stem_kernels.ops.initialization import INITIALIZATIONS
 from stem_kernels.ops.soft_em import EMPTY_POLICIES
 
 SPACES = ("feature", "key")
+CALIBRATIONS = ("none", *FORMS)
 MAX_BASES = 16_384
 """Bases of more than a layer's tokens gain nothing, and their logits take memory."""
 NAMED_FRAMES = ("first", "mid", "last")
@@ -20,6 +22,8 @@ _PUBLISHED: dict[str, Any] = {
     "temperature": 0.01,
     "init": "gaussian",
     "proportional": False,
+    "calibration": "none",
+    "dense_below": 0,
 }
 
 
@@ -38,6 +42,12 @@ class StemConfig:
         empty: Policy for empty bases, "zero", "mask" or "reseed", see `stem_kernels.soft_em`.
         proportional: Whether a base weighs as much as its mass, see
             `stem_kernels.attention_bias`.
+        calibration: Form of what is fitted to the exact attention of a few tokens, so that
+            attention to the bases comes nearer to that over all frames: "none", "linear" or
+            "joint", see `stem_kernels.ops.calibration`.
+        num_queries: Number of these tokens, at least 1, spread over the video.
+        dense_below: Number of tokens of a whole video up to which a layer attends to all of them,
+            exactly and without bases; 0: no layer does.
         num_frames: Number of consecutive rows of a batch that are one video with bases of its
             own. None: one row a video, where the pipeline that was enabled says that a batch
             holds one image, or its two guidance branches; any other batch is an error then.
@@ -68,6 +78,9 @@ class StemConfig:
     init: str = "tokens"
     empty: str = "mask"
     proportional: bool = True
+    calibration: str = "none"
+    num_queries: int = 256
+    dense_below: int = 0
     num_frames: int | None = None
     chunk: int | None = None
     fit_frames: int | None = None
@@ -86,11 +99,23 @@ class StemConfig:
         _check_choice("init", self.init, INITIALIZATIONS)
         _check_choice("empty", self.empty, EMPTY_POLICIES)
         _check_choice("backend", self.backend, ("auto", *BACKENDS))
+        _check_choice("calibration", self.calibration, CALIBRATIONS)
+        _check_count("num_queries", self.num_queries)
+        if type(self.dense_below) is not int or self.dense_below < 0:
+            raise ValueError(
+                f"dense_below is {self.dense_below!r}; it must be a whole number of at least 0"
+            )
         _check_frames(self)
         if self.fit_frames is not None:
             _check_count("fit_frames", self.fit_frames)
             if self.num_frames is None:
                 raise ValueError(f"fit_frames is {self.fit_frames}; it needs num_frames, too")
+            if self.calibration != "none" or self.dense_below:
+                raise ValueError(
+                    f"fit_frames is {self.fit_frames}; with it calibration must be 'none' and "
+                    f"dense_below 0, not {self.calibration!r} and {self.dense_below}: frames that "
+                    "come later attend to bases alone"
+                )
         if not isinstance(self.proportional, bool):
             raise ValueError(f"proportional is {self.proportional!r}; it must be True or False")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:

@@ -378,6 +378,13 @@ def test_targets_and_arguments_that_do_not_fit() -> None:
         (lambda: StemConfig(seed=1.5), "seed is 1.5"),  # type: ignore[arg-type]
         (lambda: StemConfig(seed=2**63), "a whole number of 64 bits"),
         (lambda: StemConfig(proportional="no"), "proportional is 'no'"),  # type: ignore[arg-type]
+        (lambda: StemConfig(calibration="both"), "calibration is 'both'; it must be one of none"),
+        (lambda: StemConfig(num_queries=0), "num_queries is 0"),
+        (lambda: StemConfig(dense_below=-1), "dense_below is -1"),
+        (
+            lambda: StemConfig(calibration="joint", fit_frames=2, num_frames=4),
+            "fit_frames is 2; with it calibration must be 'none'",
+        ),
         (lambda: StemConfig(temperature="hot"), "temperature is 'hot'"),  # type: ignore[arg-type]
         (lambda: SparseCausalConfig(min_channels="x"), "is 'x'"),  # type: ignore[arg-type]
         (lambda: SparseCausalConfig(frames=()), "frames is empty"),
@@ -398,6 +405,7 @@ def test_presets() -> None:
         (StemConfig.released(), "key", "zero"),
     ):
         expected = {**published, "space": space, "empty": empty, "proportional": False}
+        expected |= {"calibration": "none", "dense_below": 0}
         assert {name: getattr(preset, name) for name in expected} == expected
     assert StemConfig.paper(num_frames=8).num_frames == 8
     assert SparseCausalConfig.mid() == SparseCausalConfig(frames=("mid",), min_channels=640)

@@ -93,17 +93,7 @@ class InflatedProcessor(VideoAttentionProcessor):
     """Every token attends to every token of its video, through SDPA."""
 
     def operands(self, attn: Attention, tokens: torch.Tensor) -> Operands:
-        key, value = project_keys_and_values(attn, tokens, tokens.shape[0])
-        exchange = self.layout.exchange
-        if exchange is not None:
-            key, value = exchange.meet(
-                (key, value),
-                lambda parts: tuple(torch.cat(column, 2) for column in zip(*parts, strict=True)),
-                counts=[len(frames) * tokens.shape[2] for frames in exchange.chunks],
-                dim=2,
-            )
-        query = project_queries(attn, tokens)
-        return Operands(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
+        return all_frame_operands(attn, tokens, self.layout.exchange)
 
     def attend(self, operands: Operands) -> torch.Tensor:
         if not torch.compiler.is_compiling():
@@ -112,6 +102,22 @@ class InflatedProcessor(VideoAttentionProcessor):
             )
             check_memory(self.name, query, key, value)
         return super().attend(operands)
+
+
+def all_frame_operands(
+    attn: Attention, tokens: torch.Tensor, exchange: Lockstep | None
+) -> Operands:
+    """Queries of the tokens in hand [videos, frames, S, C], keys and values of the whole video."""
+    key, value = project_keys_and_values(attn, tokens, tokens.shape[0])
+    if exchange is not None:
+        key, value = exchange.meet(
+            (key, value),
+            lambda parts: tuple(torch.cat(column, 2) for column in zip(*parts, strict=True)),
+            counts=[len(frames) * tokens.shape[2] for frames in exchange.chunks],
+            dim=2,
+        )
+    query = project_queries(attn, tokens)
+    return Operands(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
 
 
 def check_memory(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

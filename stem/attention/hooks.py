@@ -43,17 +43,39 @@ class Operands:
         key: Keys [videos, groups, h, m, d].
         value: Values [videos, groups, h, m, d].
         bias: Bias of the logits, [videos, groups, 1 or h, m], or None.
+        correction: Correction [videos, groups, h, d + 1, d] of calibrated bases (see
+            `stem_kernels.basis_attention`), or None. It belongs to the queries, keys and values
+            together: a hook that mixes those of several videos must refuse it.
+        query_mean: Mean query [videos, groups, h, d] of the correction, or None.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     bias: torch.Tensor | None = None
+    correction: torch.Tensor | None = None
+    query_mean: torch.Tensor | None = None
 
     def of(self, videos: slice) -> Operands:
         """The operands of some videos of the batch."""
-        bias = None if self.bias is None else self.bias[videos]
-        return Operands(self.query[videos], self.key[videos], self.value[videos], bias)
+        optional = (
+            None if part is None else part[videos]
+            for part in (self.bias, self.correction, self.query_mean)
+        )
+        return Operands(self.query[videos], self.key[videos], self.value[videos], *optional)
+
+    def refuse_calibrated(self, hook: Hook) -> None:
+        """Raise where these are calibrated bases, which `hook` would take apart.
+
+        Raises:
+            ValueError: there is a correction.
+        """
+        if self.correction is not None:
+            raise ValueError(
+                f"{type(hook).__name__} mixes queries, keys and values of several videos, which "
+                "calibrated bases do not allow yet; take an inversion or a configuration with "
+                "calibration='none'"
+            )
 
 
 Attend = Callable[[Operands], torch.Tensor]
@@ -165,7 +187,10 @@ class Hooks:
     def attend(self, site: Site, operands: Operands, attend: Attend) -> torch.Tensor:
         """Attention through all hooks: the first one's around the second one's, and so on."""
         for hook in self.having("operands"):
-            operands = hook.operands(site, operands)
+            changed = hook.operands(site, operands)
+            if changed.correction is None:
+                operands.refuse_calibrated(hook)
+            operands = changed
         for hook in reversed(self.having("attend")):
             attend = _around(hook, site, attend)
         return attend(operands)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from dataclasses import dataclass, field
 
@@ -12,15 +14,20 @@ from stem_kernels import attention_bias, basis_attention, initial_bases, soft_em
 from stem_kernels.ops.soft_em import SoftEM
 
 from ..config import StemConfig
+from .calibrated import calibration_of
 from .exchange import Lockstep
+from .frames import all_frame_operands
 from .hooks import Hooks, Operands
 from .processor import (
     RowLayout,
     VideoAttentionProcessor,
+    attend_densely,
     project_keys_and_values,
     project_queries,
 )
 from .shared_em import shared_em
+
+logger = logging.getLogger("stem")
 
 
 @dataclass
@@ -71,6 +78,11 @@ class StemState:
         for hook in self.hooks.having("bases"):
             given = hook.bases(layer)
             if given is not None:
+                if config.calibration != "none":
+                    raise ValueError(
+                        f"calibration is {config.calibration!r}, and replayed bases hold no "
+                        "calibration yet; take calibration='none', or let EM find the bases"
+                    )
                 return _placed(given, features)
         normals = self._normals[layer].to(features.device) if self._normals else None
         if exchange is None:
@@ -122,24 +134,38 @@ class StemProcessor(VideoAttentionProcessor):
         self.state = state
 
     def operands(self, attn: Attention, tokens: torch.Tensor) -> Operands:
-        config = self.state.config
-        videos = tokens.shape[0]
+        config, exchange = self.state.config, self.layout.exchange
+        videos, frames, num_tokens, _ = tokens.shape
+        total = num_tokens * (frames if exchange is None else exchange.num_frames)
+        if total <= config.dense_below:
+            if not torch.compiler.is_compiling():
+                _log_dense_once(self.name, total)
+            return all_frame_operands(attn, tokens, exchange)
+        projected = None
         if config.space == "feature":
             bases, _, mass = self._converged(tokens.flatten(1, 2), None)
             key, value = project_keys_and_values(attn, bases.to(tokens.dtype), videos)
-            query, mass = project_queries(attn, tokens), mass.unsqueeze(1)
+            mass = mass.unsqueeze(1)
         else:
-            keys, values = project_keys_and_values(attn, tokens, videos)
-            bases, payload, mass = self._converged(keys, values)
+            projected = project_keys_and_values(attn, tokens, videos)
+            bases, payload, mass = self._converged(*projected)
             assert payload is not None
-            query = project_queries(attn, tokens)
-            key, value = bases.to(query.dtype), payload.to(query.dtype)
+            key, value = (part.to(projected[0].dtype) for part in (bases, payload))
         bias = attention_bias(mass, empty=config.empty, proportional=config.proportional)
+        correction = mean = None
+        if config.calibration != "none":
+            fitted, correction, mean = calibration_of(
+                attn, tokens, projected, (key, value, bias), config, exchange
+            )
+            value = fitted.to(value.dtype)
+        optional = (
+            None if part is None else part.unsqueeze(1) for part in (bias, correction, mean)
+        )
         return Operands(
-            query.unsqueeze(1),
+            project_queries(attn, tokens).unsqueeze(1),
             key.unsqueeze(1),
             value.unsqueeze(1),
-            None if bias is None else bias.unsqueeze(1),
+            *optional,
         )
 
     def _converged(self, features: torch.Tensor, payload: torch.Tensor | None) -> SoftEM:
@@ -163,12 +189,25 @@ class StemProcessor(VideoAttentionProcessor):
         return SoftEM(bases, found, joint.mass.expand(videos, *joint.mass.shape[1:]))
 
     def attend(self, operands: Operands) -> torch.Tensor:
+        if operands.key.shape[-2] > self.state.config.num_bases:  # tokens, see `dense_below`
+            return attend_densely(operands)
+        bias, correction, mean = (
+            None if part is None else part.flatten(0, 1)
+            for part in (operands.bias, operands.correction, operands.query_mean)
+        )
         attended = basis_attention(
             *(part.flatten(0, 1) for part in (operands.query, operands.key, operands.value)),
-            bias=None if operands.bias is None else operands.bias.flatten(0, 1),
+            bias=bias,
+            correction=correction,
+            query_mean=mean,
             backend=self.state.config.backend,
         )
         return attended.unflatten(0, operands.query.shape[:2])
+
+
+@functools.cache
+def _log_dense_once(name: str, num_tokens: int) -> None:
+    logger.info("%s attends to all %d tokens of the video, without bases", name, num_tokens)
 
 
 def bases_shape(attn: Attention, config: StemConfig) -> tuple[int, ...]:

@@ -87,6 +87,7 @@ class MapFusion(Hook):
     def attend(self, site: Site, operands: Operands, attend: Attend) -> torch.Tensor:
         if not self.self_on or self.mask is None or len(operands.query) == 1:
             return attend(operands)
+        operands.refuse_calibrated(self)
         share = self._share(self.mask, site, operands.query)
         source, target = operands.of(slice(0, 1)), operands.of(slice(-1, None))
         if operands.bias is None:  # of dense attention, where SDPA is the faster

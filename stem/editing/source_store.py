@@ -91,6 +91,7 @@ class SourceStore(Hook):
         return self.fusion.attend(site, self._with_source(site, operands), attend)[1:]
 
     def _with_source(self, site: Site, operands: Operands) -> Operands:
+        operands.refuse_calibrated(self)
         # Nobody looks at what the source attends to; any values will do.
         return Operands(
             torch.cat([self._kept(site, "query", operands.query), operands.query]),

@@ -111,6 +111,11 @@ def invert(
     config = attention_config(method, options or {}, video.num_frames)
     if keep_bases and not isinstance(config, StemConfig):
         raise ValueError(f'keep_bases needs method "stem"; {method} has no bases')
+    if keep_bases and isinstance(config, StemConfig) and config.calibration != "none":
+        raise ValueError(
+            f"keep_bases is True and calibration is {config.calibration!r}; kept bases hold no "
+            "calibration yet: take calibration='none', or do not keep the bases"
+        )
     check_chunk(chunk)
     scheduler = inverse_scheduler(pipeline, num_steps)
     device = execution_device(pipeline)
