@@ -1,7 +1,7 @@
 """`python -m benchmarks.drop_in`: how far the drop-in is from SDPA, by kind of keys, and seconds.
 
 Under two minutes on one core. Writes `results/drop-in.json`, of which `python -m benchmarks.readme`
-makes the README's tables.
+makes the tables of docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ KINDS: dict[str, Callable[[], Layer]] = {
     },
     "smooth map, new every 16 places, logits x 4": partial(smooth, 16, 4.0),
 }
-"""What attention is tried on, by what the README calls it."""
+"""What attention is tried on, by what the tables call it."""
 
 
 def measure() -> dict[str, Any]:
@@ -123,11 +123,11 @@ def _seconds(attention: Callable[..., torch.Tensor], layer: Layer) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's tables."""
-    where = results["provenance"]
+    """The Markdown of the errors and of the times."""
+    where, path = results["provenance"], f"benchmarks/results/{OUT.name}"
     head = " | ".join(f"K={num_bases}" for num_bases in NUM_BASES)
     lines = [
-        f"Source: `benchmarks/results/{OUT.name}` ({where['cpu']}, {where['threads']} thread, "
+        f"Source: [{path}]({path}) ({where['cpu']}, {where['threads']} thread, "
         f"torch {where['versions']['torch']}, commit `{where['commit']}`). One layer of "
         f"{results['heads']} heads of {results['dim']} channels, float32, every option but K at "
         "its default. But in the first row query, key and value are projections of one map of "

@@ -1,12 +1,16 @@
-"""`python -m benchmarks.readme`: write the README's tables of measurements from results files."""
+"""`python -m benchmarks.readme`: write README's and docs' tables of measurements from results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stem.inversion import METHODS
+from stem.metrics import mean_interval
 
 from . import records
 from .bench import Row
@@ -14,12 +18,15 @@ from .drop_in import OUT as DROP_IN
 from .drop_in import table as drop_in_table
 from .em_cases import EAGER, LEAN_EAGER
 from .layers import LAYER_KINDS
+from .quality_report import is_world, values
 from .quality_report import table as study_table
 from .quality_variants import CEILING
 from .targets import COMPARED, EM, Rows
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+KERNELS = ROOT / "docs/kernels.md"
+STUDY = ROOT / "docs/study.md"
 RESULTS = Path("benchmarks/results/cpu-2-cores.json")
 QUALITY = Path("benchmarks/results/quality.json")
 EM_CONTENDERS = {
@@ -33,10 +40,9 @@ END = "<!-- end of {} -->\n"
 
 def table(results: dict[str, Any]) -> str:
     """The Markdown of the measurements, naming machine, versions and commit."""
-    where, rows = results["provenance"], Rows([Row(**row) for row in results["rows"]])
+    rows = _rows(results)
     lines = [
-        f"Source: `{RESULTS}` ({where['cpu']}, {where['threads']} cores, "
-        f"torch {where['versions']['torch']}, commit `{where['commit']}`). Medians.",
+        f"{_source(results)} Medians.",
         "",
         f"| EM, {rows[EM, EAGER].shape}, float32 | seconds | extra memory |",
         "|---|---|---|",
@@ -56,19 +62,40 @@ def table(results: dict[str, Any]) -> str:
             f"| {case}: {rows[case, 'cuda'].shape} | {1000 * torch:.1f} | {1000 * cuda:.1f} "
             f"| {torch / cuda:.1f} |"
         )
-    lines += [
-        "",
+    return "\n".join([*lines, "", *_layers(rows, LAYER_KINDS)]) + "\n"
+
+
+def speed_table(results: dict[str, Any]) -> str:
+    """The Markdown of one layer's times, for the front page."""
+    layers = _layers(_rows(results), LAYER_KINDS[:4])
+    return "\n".join([*layers, "", f"{_source(results)} Medians."]) + "\n"
+
+
+def _layers(rows: Rows, kinds: Sequence[str]) -> list[str]:
+    lines = [
         "| One self-attention layer with its projections, milliseconds | 16x16 | 32x32 | 64x64 |",
         "|---|---|---|---|",
     ]
-    for kind in LAYER_KINDS:
+    for kind in kinds:
         medians = [rows.seconds(f"layer {side}x{side} N=4", kind) for side in (16, 32, 64)]
         lines.append(f"| {kind} | {' | '.join(f'{1000 * each:.0f}' for each in medians)} |")
     lines += [
         "",
         'N=4 frames, C=320, h=8, K=256, float32, backend "auto". On a GPU: not measured yet.',
     ]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _rows(results: dict[str, Any]) -> Rows:
+    return Rows([Row(**row) for row in results["rows"]])
+
+
+def _source(results: dict[str, Any]) -> str:
+    where = results["provenance"]
+    return (
+        f"Source: [{RESULTS}]({RESULTS}) ({where['cpu']}, {where['threads']} cores, "
+        f"torch {where['versions']['torch']}, commit `{where['commit']}`)."
+    )
 
 
 def quality_table(results: dict[str, Any]) -> str:
@@ -77,8 +104,8 @@ def quality_table(results: dict[str, Any]) -> str:
     measured = [row["commit"] for row in results["measured"].values()]
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(measured))
     lines = [
-        f"Source: `{QUALITY}` ({provenance['cpu']}, torch {provenance['versions']['torch']}, "
-        f"commit {commits}): {results['videos']}; "
+        f"Source: [{QUALITY}]({QUALITY}) ({provenance['cpu']}, "
+        f"torch {provenance['versions']['torch']}, commit {commits}): {results['videos']}; "
         f"{results['pixels']}x{results['pixels']} pixels, {results['steps']} steps there and back. "
         "±: 95 % interval of the mean; against stem: of the differences video by video. Seconds "
         f"are those of one video on one thread, {results['processes']} videos at a time. "
@@ -91,23 +118,71 @@ def quality_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
-    "measured": (RESULTS, table),
-    "quality": (QUALITY, quality_table),
-    "drop-in": (DROP_IN, drop_in_table),
+def fidelity_table(results: dict[str, Any]) -> str:
+    """The Markdown of the inversions' reconstructions, for the front page."""
+    where, worlds = results["provenance"], sum(map(is_world, results["order"]))
+    lines = [
+        "| Inverted and reconstructed | PSNR dB | PSNR dB, natural | off all-frame attention "
+        "| seconds a video |",
+        "|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        world = partial(values, results, method, world=True)
+        cells = [
+            f"{mean_interval(world('psnr')):.2f}",
+            f"{statistics.fmean(values(results, method, 'psnr', world=False)):.2f}",
+            f"{100 * statistics.fmean(world('attention_error')):.1f} %",
+            f"{statistics.median(world('seconds')):.1f}",
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Source: [{QUALITY}]({QUALITY}) ({where['cpu']}, torch {where['versions']['torch']}): "
+        f"means of {worlds} world videos, with a 95 % interval, and of "
+        f"{len(results['order']) - worlds} natural clips.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One place in a page that is written from measurements.
+
+    Args:
+        page: Path of the page.
+        results: Path of the results, from the repository's root.
+        write: Function that makes Markdown of them, its links from the repository's root.
+    """
+
+    page: Path
+    results: Path
+    write: Callable[[dict[str, Any]], str]
+
+
+TABLES = {
+    "speed": Table(README, RESULTS, speed_table),
+    "fidelity": Table(README, QUALITY, fidelity_table),
+    "measured": Table(KERNELS, RESULTS, table),
+    "drop-in": Table(KERNELS, DROP_IN, drop_in_table),
+    "quality": Table(STUDY, QUALITY, quality_table),
 }
-"""By the name of their place in the README: file of results, and what is written from it."""
+"""By the name of their place in the page."""
+PAGES = tuple(dict.fromkeys(table.page for table in TABLES.values()))
 
 
-def updated(text: str) -> str:
-    """The README's text with the tables of the committed results."""
-    for name, (path, written) in TABLES.items():
-        head, rest = text.split(BEGIN.format(name))
-        _, tail = rest.split(END.format(name))
-        results = records.read(ROOT / path)
-        text = f"{head}{BEGIN.format(name)}\n{written(results)}\n{END.format(name)}{tail}"
+def updated(page: Path) -> str:
+    """The text of a page with the tables of the committed results."""
+    text = page.read_text()
+    up = "../" * (len(page.relative_to(ROOT).parts) - 1)
+    for name, place in TABLES.items():
+        if place.page == page:
+            head, rest = text.split(BEGIN.format(name))
+            _, tail = rest.split(END.format(name))
+            written = place.write(records.read(ROOT / place.results)).replace("](", f"]({up}")
+            text = f"{head}{BEGIN.format(name)}\n{written}\n{END.format(name)}{tail}"
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for page in PAGES:
+        page.write_text(updated(page))
