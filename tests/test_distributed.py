@@ -36,7 +36,7 @@ from test_distributed import run
 """
 # (method, options, frames in a chunk)
 RUNS: list[tuple[str, dict[str, Any], int]] = [
-    ("stem", {"num_bases": 8, "init": "gaussian", "empty": "reseed"}, 2),
+    ("stem", {"num_bases": 8, "init": "gaussian", "empty": "reseed", "calibration": "joint"}, 2),
     ("stem", {"num_bases": 8, "space": "key", "fit_frames": 5}, 1),
     ("st-ddim", {}, 2),
     ("inflated", {}, 2),
