@@ -1,0 +1,34 @@
+"""The study of calibrated bases, on one small case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import calibration
+from benchmarks.calibration_report import draw, table
+from benchmarks.calibration_variants import SHARPENED, VARIANTS
+
+
+def test_a_case_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "TIMESTEPS", (calibration.OF_UNET,))
+    out = tmp_path / "calibration.json"
+    results = calibration.run(out, "embedded", 32, [], limit=1)
+    (case,) = results["cases"].values()
+    assert set(case["unet"]) == set(VARIANTS)
+    for layer in case["layers"].values():
+        assert set(layer["figures"]) == set(VARIANTS)
+        # 512 tokens in the widest layers: nearer than attention without calibration there, too
+        errors = {name: figures["error"] for name, figures in layer["figures"].items()}
+        if layer["widest"]:
+            assert errors["joint"] < errors["defaults"] < errors["paper"]
+    assert {name[-1] for name in case["sharpened"]} == {"2", "4"}
+    assert all(set(figures) == set(SHARPENED) for figures in case["sharpened"].values())
+    again = calibration.run(out, "embedded", 32, [], limit=0)
+    assert again["cases"] == results["cases"]
+    with pytest.raises(SystemExit, match="pixels"):
+        calibration.run(out, "embedded", 64, [], limit=0)
+    assert all(f"| {variant} |" in table(results) for variant in VARIANTS)
+    draw(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
