@@ -110,11 +110,10 @@ class StemConfig:
             _check_count("fit_frames", self.fit_frames)
             if self.num_frames is None:
                 raise ValueError(f"fit_frames is {self.fit_frames}; it needs num_frames, too")
-            if self.calibration != "none" or self.dense_below:
+            if self.dense_below:
                 raise ValueError(
-                    f"fit_frames is {self.fit_frames}; with it calibration must be 'none' and "
-                    f"dense_below 0, not {self.calibration!r} and {self.dense_below}: frames that "
-                    "come later attend to bases alone"
+                    f"fit_frames is {self.fit_frames} and dense_below {self.dense_below}; with "
+                    "fit_frames it must be 0, because frames that come later attend to bases alone"
                 )
         if not isinstance(self.proportional, bool):
             raise ValueError(f"proportional is {self.proportional!r}; it must be True or False")

@@ -382,8 +382,8 @@ def test_targets_and_arguments_that_do_not_fit() -> None:
         (lambda: StemConfig(num_queries=0), "num_queries is 0"),
         (lambda: StemConfig(dense_below=-1), "dense_below is -1"),
         (
-            lambda: StemConfig(calibration="joint", fit_frames=2, num_frames=4),
-            "fit_frames is 2; with it calibration must be 'none'",
+            lambda: StemConfig(dense_below=64, fit_frames=2, num_frames=4),
+            "fit_frames is 2 and dense_below 64; with fit_frames it must be 0",
         ),
         (lambda: StemConfig(temperature="hot"), "temperature is 'hot'"),  # type: ignore[arg-type]
         (lambda: SparseCausalConfig(min_channels="x"), "is 'x'"),  # type: ignore[arg-type]

@@ -1,21 +1,11 @@
-"""Calibrated bases: the operators, and the attention that they make."""
+"""The operators that calibrate bases, against their formulas."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
 from conftest import DEVICE
-from diffusers.models.attention_processor import Attention
-from pipelines import call, make_unet
 
-import stem
-from stem import InflatedConfig, StemConfig
-from stem.attention import Hooks, Recording, Replay
-from stem.attention.handle import make_processors
-from stem.attention.processor import RowLayout
-from stem.editing.injection import AttentionInjection
 from stem_kernels import attention_bias, basis_attention
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
 from stem_kernels.ops.calibration import CALIBRATIONS, calibrate_bases
@@ -201,94 +191,3 @@ def test_calibrated_attention_is_nearer_to_exact(form: str) -> None:
     )
     errors = [float((found - exact).norm() / exact.norm()) for found in (before, after)]
     assert errors[1] < errors[0] / {"linear": 2, "joint": 4}[form]
-
-
-FRAMES = 4
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
-def smooth_layer() -> tuple[Attention, torch.Tensor]:
-    """A self-attention of 2 heads of 12, and a smooth video [4, 256, 24] as its input."""
-    torch.manual_seed(0)
-    layer = Attention(query_dim=24, heads=2, dim_head=12, bias=False).eval()
-    torch.nn.init.normal_(layer.to_q.weight, std=0.3)
-    torch.nn.init.normal_(layer.to_k.weight, std=0.3)
-    video = torch.nn.functional.interpolate(
-        torch.randn(1, 24, 2, 4, 4), size=(FRAMES, 16, 16), mode="trilinear"
-    )
-    return layer, video[0].flatten(2).permute(1, 2, 0).contiguous()
-
-
-@torch.no_grad()
-def attended(layer: Attention, tokens: torch.Tensor, config: StemConfig | InflatedConfig):  # type: ignore[no-untyped-def]
-    made, _ = make_processors({"layer": layer}, config, RowLayout(FRAMES), Hooks())
-    return made["layer"](layer, tokens)
-
-
-@pytest.mark.parametrize("space", ["feature", "key"])
-def test_a_calibrated_layer_is_nearer_to_all_frames(space: str) -> None:
-    layer, tokens = smooth_layer()
-    exact = attended(layer, tokens, InflatedConfig(num_frames=FRAMES))
-    config = StemConfig(num_bases=16, space=space, num_frames=FRAMES)
-    errors = {
-        form: relative(
-            attended(layer, tokens, dataclasses.replace(config, calibration=form)), exact
-        )
-        for form in ("none", *CALIBRATIONS)
-    }
-    assert errors["linear"] < 0.6 * errors["none"]
-    assert errors["joint"] < 0.3 * errors["none"]
-    dense = dataclasses.replace(config, dense_below=FRAMES * 256, calibration="joint")
-    assert relative(attended(layer, tokens, dense), exact) < 1e-6
-    fewer = dataclasses.replace(dense, dense_below=FRAMES * 256 - 1)
-    assert relative(attended(layer, tokens, fewer), exact) > 1e-3
-
-
-def test_videos_of_a_batch_are_calibrated_each_by_itself() -> None:
-    layer, tokens = smooth_layer()
-    config = StemConfig(num_bases=16, calibration="joint", num_frames=FRAMES)
-    both = attended(layer, torch.cat([tokens, tokens.flip(1) ** 2]), config)
-    for found, alone in zip(both.split(FRAMES), (tokens, tokens.flip(1) ** 2), strict=True):
-        assert relative(found, attended(layer, alone, config)) < 1e-6
-
-
-CALIBRATED = [
-    StemConfig(num_bases=16, num_queries=20, num_iters=1, calibration="joint", num_frames=FRAMES),
-    StemConfig(num_bases=16, space="key", calibration="linear", num_frames=FRAMES),
-    StemConfig(num_bases=16, calibration="joint", dense_below=FRAMES * 16, num_frames=FRAMES),
-]
-
-
-@pytest.mark.parametrize("config", CALIBRATED, ids=lambda config: config.calibration)
-def test_calibration_in_chunks(config: StemConfig) -> None:
-    unet = make_unet()
-
-    def output(chunk: int | None) -> torch.Tensor:
-        with stem.enabled(unet, dataclasses.replace(config, chunk=chunk)):
-            return call(unet, rows=2 * FRAMES)
-
-    expected = output(None)
-    for chunk in (1, 3):
-        assert relative(output(chunk), expected) < 2e-6
-    assert torch.equal(output(FRAMES), expected)
-
-
-def test_what_calibration_does_not_go_with_yet() -> None:
-    unet = make_unet()
-    plain = StemConfig(num_bases=8, num_frames=2)
-    with stem.enabled(unet, plain) as handle, handle.hooks.added("seen", Recording()) as recording:
-        call(unet, rows=4)
-    config = dataclasses.replace(plain, calibration="joint")
-    with stem.enabled(unet, config) as handle:
-        handle.hooks.add("replay", Replay(recording.found))  # type: ignore[attr-defined]
-        with pytest.raises(ValueError, match="replayed bases hold no calibration"):
-            call(unet, rows=4)
-    injection = AttentionInjection(unet)
-    with stem.enabled(unet, config, hooks=Hooks(injection=injection)):
-        call(unet, rows=4)
-        injection.active = True
-        with pytest.raises(ValueError, match="AttentionInjection mixes queries"):
-            call(unet, rows=4)

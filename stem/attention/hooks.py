@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention
 
+from stem_kernels.ops.calibration import Calibration
 from stem_kernels.ops.soft_em import SoftEM
 
 if TYPE_CHECKING:
@@ -78,6 +79,41 @@ class Operands:
             )
 
 
+class LayerBases(NamedTuple):
+    """What a layer's attention to bases is made of, as it is recorded and replayed.
+
+    Args:
+        bases: Bases [videos, (h,) K, D].
+        payload: Payload bases [videos, h, K, d], or None.
+        mass: Mass [videos, (h,) K].
+        calibration: Calibration by these videos' own tokens, or None where there was none.
+    """
+
+    bases: torch.Tensor
+    payload: torch.Tensor | None
+    mass: torch.Tensor
+    calibration: Calibration | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors that there are, by name: what `of_tensors` takes."""
+        found = self._asdict()
+        calibration = found.pop("calibration")
+        if calibration is not None:
+            found |= calibration._asdict()
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> LayerBases:
+        """The bases that these are the tensors of."""
+        fitted = [tensors[name] for name in Calibration._fields if name in tensors]
+        return cls(
+            tensors["bases"],
+            tensors.get("payload"),
+            tensors["mass"],
+            Calibration(*fitted) if fitted else None,
+        )
+
+
 Attend = Callable[[Operands], torch.Tensor]
 """Operands -> attended values [videos, groups, h, n, d]."""
 
@@ -92,12 +128,15 @@ class Hook:
 
     joint_bases: bool = False
 
-    def bases(self, layer: int) -> SoftEM | None:
-        """Bases for a layer to take in place of an EM, or None."""
+    def bases(self, layer: int) -> LayerBases | None:
+        """Bases for a layer to take in place of an EM and a calibration, or None."""
         return None
 
     def converged(self, layer: int, found: SoftEM) -> None:
         """Sees the bases that EM found in a layer."""
+
+    def calibrated(self, layer: int, found: Calibration) -> None:
+        """Sees what a layer's bases were calibrated to, after `converged`."""
 
     def before(self, site: Site, tokens: torch.Tensor) -> torch.Tensor | None:
         """The output of a self-attention in place of computing it, or None.
@@ -208,18 +247,22 @@ def _around(hook: Hook, site: Site, attend: Attend) -> Attend:
 
 
 class Recording(Hook):
-    """Keeps the bases that layers converge to.
+    """Keeps the bases that layers converge to, and their calibrations.
 
     Attributes:
         found: Bases of the last forward pass, by layer.
     """
 
     def __init__(self) -> None:
-        self.found: dict[int, SoftEM] = {}
+        self.found: dict[int, LayerBases] = {}
 
     def converged(self, layer: int, found: SoftEM) -> None:
         payload = None if found.payload is None else found.payload.detach()
-        self.found[layer] = SoftEM(found.bases.detach(), payload, found.mass.detach())
+        self.found[layer] = LayerBases(found.bases.detach(), payload, found.mass.detach())
+
+    def calibrated(self, layer: int, found: Calibration) -> None:
+        calibration = Calibration(*(part.detach() for part in found))
+        self.found[layer] = self.found[layer]._replace(calibration=calibration)
 
 
 class Replay(Hook):
@@ -229,10 +272,10 @@ class Replay(Hook):
         found: Bases by layer.
     """
 
-    def __init__(self, found: dict[int, SoftEM]) -> None:
+    def __init__(self, found: dict[int, LayerBases]) -> None:
         self.found = found
 
-    def bases(self, layer: int) -> SoftEM:
+    def bases(self, layer: int) -> LayerBases:
         if layer not in self.found:
             raise ValueError(
                 f"the replayed bases hold layers {sorted(self.found)}, not layer {layer}; "

@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from diffusers.models.attention_processor import Attention
 
 from stem_kernels import attention_bias, basis_attention, initial_bases, soft_em, standard_normals
+from stem_kernels.ops.calibration import Calibration
 from stem_kernels.ops.soft_em import SoftEM
 
 from ..config import StemConfig
 from .calibrated import calibration_of
 from .exchange import Lockstep
 from .frames import all_frame_operands
-from .hooks import Hooks, Operands
+from .hooks import Hooks, LayerBases, Operands
 from .processor import (
     RowLayout,
     VideoAttentionProcessor,
@@ -58,6 +60,37 @@ class StemState:
         pairs = zip(drawn.split(sizes), self.bases_shapes, strict=True)
         self._normals = [numbers.view(shape) for numbers, shape in pairs]
 
+    def given(self, layer: int) -> LayerBases | None:
+        """The bases that a hook gives a layer, or None."""
+        for hook in self.hooks.having("bases"):
+            given = hook.bases(layer)
+            if given is not None:
+                return given
+        return None
+
+    def calibrate(
+        self, layer: int, tokens: torch.Tensor, find: Callable[[], Calibration]
+    ) -> Calibration:
+        """What a layer's bases are calibrated to: what came with given ones, or as found.
+
+        Args:
+            layer: Index of the layer.
+            tokens: Input [videos, frames, S, C] of the layer.
+            find: Function that calibrates.
+        """
+        given = self.given(layer)
+        if given is None:
+            found = find()
+            for hook in self.hooks.having("calibrated"):
+                hook.calibrated(layer, found)
+            return found
+        if given.calibration is None:
+            raise ValueError(
+                f"calibration is {self.config.calibration!r}, and the replayed bases of layer "
+                f"{layer} hold none; record them with it, or take calibration='none'"
+            )
+        return Calibration(*(_placed(part, tokens, tokens.shape[0]) for part in given.calibration))
+
     def converge(
         self,
         layer: int,
@@ -75,15 +108,12 @@ class StemState:
                 tokens are those of whole videos.
         """
         config = self.config
-        for hook in self.hooks.having("bases"):
-            given = hook.bases(layer)
-            if given is not None:
-                if config.calibration != "none":
-                    raise ValueError(
-                        f"calibration is {config.calibration!r}, and replayed bases hold no "
-                        "calibration yet; take calibration='none', or let EM find the bases"
-                    )
-                return _placed(given, features)
+        given = self.given(layer)
+        if given is not None:
+            videos = features.shape[0]
+            bases, mass = (_placed(part, features, videos) for part in (given.bases, given.mass))
+            riding = None if given.payload is None else _placed(given.payload, features, videos)
+            return SoftEM(bases, riding, mass)
         normals = self._normals[layer].to(features.device) if self._normals else None
         if exchange is None:
             found = soft_em(
@@ -102,20 +132,14 @@ class StemState:
         return found
 
 
-def _placed(found: SoftEM, features: torch.Tensor) -> SoftEM:
-    """Bases on the features' device, for as many videos."""
-    device, videos = features.device, features.shape[0]
-    if found.bases.shape[0] not in (1, videos):
+def _placed(recorded: torch.Tensor, like: torch.Tensor, videos: int) -> torch.Tensor:
+    """What was recorded, on the device of `like`, for as many videos."""
+    if recorded.shape[0] not in (1, videos):
         raise ValueError(
-            f"the replayed bases are of {found.bases.shape[0]} videos, and this batch holds "
+            f"the replayed bases are of {recorded.shape[0]} videos, and this batch holds "
             f"{videos}; replay them on a batch like the recorded one"
         )
-
-    def here(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device).expand(videos, *tensor.shape[1:])
-
-    payload = None if found.payload is None else here(found.payload)
-    return SoftEM(here(found.bases), payload, here(found.mass))
+    return recorded.to(like.device).expand(videos, *recorded.shape[1:])
 
 
 class StemProcessor(VideoAttentionProcessor):
@@ -154,8 +178,11 @@ class StemProcessor(VideoAttentionProcessor):
         bias = attention_bias(mass, empty=config.empty, proportional=config.proportional)
         correction = mean = None
         if config.calibration != "none":
-            fitted, correction, mean = calibration_of(
-                attn, tokens, projected, (key, value, bias), config, exchange
+            bases_of = (key, value, bias)
+            fitted, correction, mean = self.state.calibrate(
+                self.layer,
+                tokens,
+                lambda: calibration_of(attn, tokens, projected, bases_of, config, exchange),
             )
             value = fitted.to(value.dtype)
         optional = (

@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 
-from stem_kernels.ops.soft_em import SoftEM
-
+from ..attention.hooks import LayerBases
 from ..storage import DamagedFileError, load_tensors, save_tensors, write_atomically
 
 SETTINGS = "settings.json"
@@ -217,25 +216,24 @@ class InversionFolder:
         return found
 
     def save_bases(
-        self, step: int, bases: dict[int, SoftEM], environment: Mapping[str, str]
+        self, step: int, bases: dict[int, LayerBases], environment: Mapping[str, str]
     ) -> None:
         """Keep the bases of every layer at `step` (see `save_x0`)."""
         tensors = {
             f"{layer}.{name}": tensor
             for layer, found in bases.items()
-            for name, tensor in found._asdict().items()
-            if tensor is not None
+            for name, tensor in found.tensors().items()
         }
         self._save(self._step_file("bases", step), tensors, environment)
 
-    def bases(self, step: int) -> dict[int, SoftEM]:
+    def bases(self, step: int) -> dict[int, LayerBases]:
         """The bases of every layer at `step`."""
-        by_layer: dict[int, dict[str, torch.Tensor | None]] = {}
+        by_layer: dict[int, dict[str, torch.Tensor]] = {}
         tensors, _ = self._load(self._step_file("bases", step))
         for key, tensor in tensors.items():
             layer, name = key.split(".")
-            by_layer.setdefault(int(layer), {"payload": None})[name] = tensor
-        return {layer: SoftEM(**parts) for layer, parts in by_layer.items()}  # type: ignore[arg-type]
+            by_layer.setdefault(int(layer), {})[name] = tensor
+        return {layer: LayerBases.of_tensors(parts) for layer, parts in by_layer.items()}
 
     def save_progress(self, name: str, progress: Progress) -> None:
         """Keep how far a run that starts from this inversion has come.

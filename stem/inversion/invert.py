@@ -111,11 +111,6 @@ def invert(
     config = attention_config(method, options or {}, video.num_frames)
     if keep_bases and not isinstance(config, StemConfig):
         raise ValueError(f'keep_bases needs method "stem"; {method} has no bases')
-    if keep_bases and isinstance(config, StemConfig) and config.calibration != "none":
-        raise ValueError(
-            f"keep_bases is True and calibration is {config.calibration!r}; kept bases hold no "
-            "calibration yet: take calibration='none', or do not keep the bases"
-        )
     check_chunk(chunk)
     scheduler = inverse_scheduler(pipeline, num_steps)
     device = execution_device(pipeline)
@@ -265,7 +260,9 @@ def _bytes_of_a_step(pipeline: Any, video: Video | VideoFile, state: StemState |
     numbers = video.num_frames * channels * (video.height // factor) * (video.width // factor)
     if state is not None:
         bases = sum(torch.Size(shape).numel() for shape in state.bases_shapes)
-        numbers += bases * (2 if state.config.space == "key" else 1)
+        # The bases, their payload in key space, and calibrated values, which are as many.
+        in_key_space, calibrated = state.config.space == "key", state.config.calibration != "none"
+        numbers += bases * (1 + in_key_space + calibrated)
     return 4 * numbers
 
 

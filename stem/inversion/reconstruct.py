@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stem_kernels.ops.soft_em import SoftEM
-
 from ..attention import Replay
+from ..attention.hooks import LayerBases
 from ..config import AttentionConfig, StemConfig
 from ..diffusion.environment import numeric_environment
 from ..diffusion.loop import Predictor, denoise, guided
@@ -142,7 +141,7 @@ def sample(
     config: AttentionConfig | None,
     *,
     steps: range | None = None,
-    bases_at: Callable[[int], dict[int, SoftEM]] | None = None,
+    bases_at: Callable[[int], dict[int, LayerBases]] | None = None,
     after_step: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
     group: dist.ProcessGroup | None = None,
     name: str = "reconstruct",

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from stem_kernels.ops.soft_em import SoftEM
-
 from ..attention import Recording
+from ..attention.hooks import LayerBases
 from ..config import AttentionConfig, StemConfig
 from ..diffusion.loop import denoise, guided
 from ..diffusion.pipeline import encode_prompt, vae_factor
@@ -48,7 +47,7 @@ def round_trip(
     factor = vae_factor(pipeline)
     height, width = latents.shape[2] * factor, latents.shape[3] * factor
     prediction = guided(pipeline, encode_prompt(pipeline, prompt, height, width))
-    kept: list[dict[int, SoftEM]] = []
+    kept: list[dict[int, LayerBases]] = []
     scheduler = inverse_scheduler(pipeline, num_steps)
     with attention_on(pipeline, config) as handle:
         state = None if handle is None or not cached else handle.state

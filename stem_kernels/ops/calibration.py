@@ -105,7 +105,8 @@ def calibrate_bases(
             fitted = _solve(
                 _ridged(moments, LINEAR_RIDGE * _mean_diagonal(moments)), regressors.mT @ residual
             )
-            value = value.expand(*expected[:2], *value.shape[2:])
+            # Never the caller's own memory: results of both forms can be kept and changed alike.
+            value = value.expand(*expected[:2], *value.shape[2:]).clone()
         else:
             of_weights, of_queries = weights @ weights.mT, regressors @ regressors.mT
             per_weight = _mean_diagonal(of_weights).reciprocal()

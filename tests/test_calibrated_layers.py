@@ -1,0 +1,175 @@
+"""Layers whose bases are calibrated: nearer to all frames, in chunks, replayed and on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from pipelines import call, make_pipeline, make_unet
+from test_inversion import clip
+
+import stem
+from stem import InflatedConfig, StemConfig
+from stem.attention import Hooks, Recording, Replay
+from stem.attention.handle import make_processors
+from stem.attention.hooks import LayerBases
+from stem.attention.processor import RowLayout
+from stem.editing.injection import AttentionInjection
+from stem.inversion import reconstruct_latents, round_trip
+from stem.storage import load_tensors, save_tensors
+from stem_kernels.ops.calibration import CALIBRATIONS
+
+FRAMES = 4
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def smooth_layer() -> tuple[Attention, torch.Tensor]:
+    """A self-attention of 2 heads of 12, and a smooth video [4, 256, 24] as its input."""
+    torch.manual_seed(0)
+    layer = Attention(query_dim=24, heads=2, dim_head=12, bias=False).eval()
+    torch.nn.init.normal_(layer.to_q.weight, std=0.3)
+    torch.nn.init.normal_(layer.to_k.weight, std=0.3)
+    video = torch.nn.functional.interpolate(
+        torch.randn(1, 24, 2, 4, 4), size=(FRAMES, 16, 16), mode="trilinear"
+    )
+    return layer, video[0].flatten(2).permute(1, 2, 0).contiguous()
+
+
+@torch.no_grad()
+def attended(layer: Attention, tokens: torch.Tensor, config: StemConfig | InflatedConfig):  # type: ignore[no-untyped-def]
+    made, _ = make_processors({"layer": layer}, config, RowLayout(FRAMES), Hooks())
+    return made["layer"](layer, tokens)
+
+
+@pytest.mark.parametrize("space", ["feature", "key"])
+def test_a_calibrated_layer_is_nearer_to_all_frames(space: str) -> None:
+    layer, tokens = smooth_layer()
+    exact = attended(layer, tokens, InflatedConfig(num_frames=FRAMES))
+    config = StemConfig(num_bases=16, space=space, num_frames=FRAMES)
+    errors = {
+        form: relative(
+            attended(layer, tokens, dataclasses.replace(config, calibration=form)), exact
+        )
+        for form in ("none", *CALIBRATIONS)
+    }
+    assert errors["linear"] < 0.6 * errors["none"]
+    assert errors["joint"] < 0.3 * errors["none"]
+    dense = dataclasses.replace(config, dense_below=FRAMES * 256, calibration="joint")
+    assert relative(attended(layer, tokens, dense), exact) < 1e-6
+    fewer = dataclasses.replace(dense, dense_below=FRAMES * 256 - 1)
+    assert relative(attended(layer, tokens, fewer), exact) > 1e-3
+
+
+def test_videos_of_a_batch_are_calibrated_each_by_itself() -> None:
+    layer, tokens = smooth_layer()
+    config = StemConfig(num_bases=16, calibration="joint", num_frames=FRAMES)
+    both = attended(layer, torch.cat([tokens, tokens.flip(1) ** 2]), config)
+    for found, alone in zip(both.split(FRAMES), (tokens, tokens.flip(1) ** 2), strict=True):
+        assert relative(found, attended(layer, alone, config)) < 1e-6
+
+
+CALIBRATED = [
+    StemConfig(num_bases=16, num_queries=20, num_iters=1, calibration="joint", num_frames=FRAMES),
+    StemConfig(num_bases=16, space="key", calibration="linear", num_frames=FRAMES),
+    StemConfig(num_bases=16, calibration="joint", dense_below=FRAMES * 16, num_frames=FRAMES),
+]
+
+
+@pytest.mark.parametrize("config", CALIBRATED, ids=lambda config: config.calibration)
+def test_calibration_in_chunks(config: StemConfig) -> None:
+    unet = make_unet()
+
+    def output(chunk: int | None) -> torch.Tensor:
+        with stem.enabled(unet, dataclasses.replace(config, chunk=chunk)):
+            return call(unet, rows=2 * FRAMES)
+
+    expected = output(None)
+    for chunk in (1, 3):
+        assert relative(output(chunk), expected) < 2e-6
+    assert torch.equal(output(FRAMES), expected)
+
+
+@pytest.mark.parametrize("config", CALIBRATED[:2], ids=lambda config: config.calibration)
+def test_calibrated_bases_are_recorded_and_replayed(config: StemConfig, tmp_path: Path) -> None:
+    unet = make_unet()
+    recording = Recording()
+    with stem.enabled(unet, dataclasses.replace(config, chunk=3)) as handle:
+        with handle.hooks.added("recording", recording):
+            expected = call(unet, rows=2 * FRAMES)
+        tensors = {
+            f"{layer}.{name}": tensor
+            for layer, found in recording.found.items()
+            for name, tensor in found.tensors().items()
+        }
+        save_tensors(tmp_path / "bases.safetensors", tensors, {})
+        read, _ = load_tensors(tmp_path / "bases.safetensors")
+        assert sorted(read) == sorted(tensors)
+        replayed = {
+            layer: LayerBases.of_tensors(
+                {name: read[f"{layer}.{name}"] for name in found.tensors()}
+            )
+            for layer, found in recording.found.items()
+        }
+        handle.hooks.add("replay", Replay(replayed))
+        assert torch.equal(call(unet, rows=2 * FRAMES), expected)
+    bare = {layer: found._replace(calibration=None) for layer, found in recording.found.items()}
+    with stem.enabled(unet, config) as handle:
+        handle.hooks.add("replay", Replay(bare))
+        with pytest.raises(ValueError, match="the replayed bases of layer 0 hold none"):
+            call(unet, rows=2 * FRAMES)
+
+
+def test_calibration_by_a_few_frames() -> None:
+    unet = make_unet()
+
+    def output(**changes: Any) -> torch.Tensor:
+        config = StemConfig(num_bases=16, num_frames=FRAMES, calibration="joint", **changes)
+        with stem.enabled(unet, config):
+            return call(unet, rows=FRAMES)
+
+    whole = output()
+    assert torch.equal(output(fit_frames=FRAMES), whole)
+    some = output(fit_frames=2)
+    assert some.isfinite().all()
+    assert relative(some, output(fit_frames=2, chunk=1)) < 2e-6
+    assert not torch.equal(some, whole)
+
+
+def test_hooks_that_mix_videos_refuse_calibrated_bases() -> None:
+    unet = make_unet()
+    config = StemConfig(num_bases=8, num_frames=2, calibration="joint")
+    injection = AttentionInjection(unet)
+    with stem.enabled(unet, config, hooks=Hooks(injection=injection)):
+        call(unet, rows=4)
+        injection.active = True
+        with pytest.raises(ValueError, match="AttentionInjection mixes queries"):
+            call(unet, rows=4)
+
+
+def test_an_inversion_keeps_calibrated_bases(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_bases": 8, "calibration": "joint"}
+    folder = stem.invert(
+        make_pipeline(),
+        clip(2),
+        "a duck",
+        tmp_path,
+        method="stem",
+        options=options,
+        num_steps=2,
+        keep_bases=True,
+        progress=False,
+    )
+    kept = folder.bases(1)[0]
+    assert kept.calibration is not None
+    assert kept.calibration.value.shape[2] == options["num_bases"]
+    latents = reconstruct_latents(make_pipeline(), folder, bases="cached", progress=False)
+    config = StemConfig(num_frames=2, **options)
+    in_memory = round_trip(make_pipeline(), folder.x0(), "a duck", 2, config, cached=True)
+    assert torch.equal(latents, in_memory)
