@@ -11,6 +11,7 @@ from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
 from stem_kernels.ops.calibration import CALIBRATIONS, calibrate_bases
 from stem_kernels.ops.partial_attention import ROUNDING_ATOL as PARTIAL_ATOL
 from stem_kernels.ops.partial_attention import merged_attention, partial_attention
+from stem_kernels.reference.partial_attention import partial_attention_torch
 from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import (
     clustered_tokens,
@@ -191,3 +192,18 @@ def test_calibrated_attention_is_nearer_to_exact(form: str) -> None:
     )
     errors = [float((found - exact).norm() / exact.norm()) for found in (before, after)]
     assert errors[1] < errors[0] / {"linear": 2, "joint": 4}[form]
+
+
+def test_it_compiles_whole() -> None:
+    query, key, value, key_bases, value_bases, _ = (part.float() for part in smooth_case())
+    torch.library.opcheck(partial_attention_torch, (query[:, :, :9], key, value, 0.3))
+
+    def calibrated(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        chosen = query[:, :, ::16]
+        exact = merged_attention([partial_attention(chosen, key, value)]).output
+        fitted, correction, mean = calibrate_bases(chosen, exact, key_bases, value_bases)
+        return basis_attention(query, key_bases, fitted, correction=correction, query_mean=mean)
+
+    compiled = torch.compile(calibrated, backend="aot_eager", fullgraph=True)
+    expected = calibrated(query, key, value)
+    torch.testing.assert_close(compiled(query, key, value), expected)
