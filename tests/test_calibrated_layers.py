@@ -10,15 +10,18 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from pipelines import call, make_pipeline, make_unet
+from test_hooks import Watching
 from test_inversion import clip
 
 import stem
 from stem import InflatedConfig, StemConfig
-from stem.attention import Hooks, Recording, Replay
+from stem.attention import Hook, Hooks, Recording, Replay
 from stem.attention.handle import make_processors
 from stem.attention.hooks import LayerBases
 from stem.attention.processor import RowLayout
 from stem.editing.injection import AttentionInjection
+from stem.editing.map_fusion import MapFusion
+from stem.editing.source_store import SourceStore
 from stem.inversion import reconstruct_latents, round_trip
 from stem.storage import load_tensors, save_tensors
 from stem_kernels.ops.calibration import CALIBRATIONS
@@ -142,15 +145,29 @@ def test_calibration_by_a_few_frames() -> None:
     assert not torch.equal(some, whole)
 
 
+def mixing_hooks(unet: Any) -> list[Hook]:
+    injection = AttentionInjection(unet)
+    injection.active = True
+    fusions = [MapFusion(lambda source, target: source, (8, 8)) for _ in range(3)]
+    for fusion, mask in zip(fusions, (None, torch.ones(2, 8, 8), torch.ones(2, 8, 8)), strict=True):
+        fusion.self_on, fusion.mask = True, mask
+    return [injection, *fusions[:2], SourceStore(fusions[2], None)]
+
+
 def test_hooks_that_mix_videos_refuse_calibrated_bases() -> None:
     unet = make_unet()
     config = StemConfig(num_bases=8, num_frames=2, calibration="joint")
-    injection = AttentionInjection(unet)
-    with stem.enabled(unet, config, hooks=Hooks(injection=injection)):
-        call(unet, rows=4)
-        injection.active = True
-        with pytest.raises(ValueError, match="AttentionInjection mixes queries"):
+    for hook in mixing_hooks(unet):
+        with (
+            stem.enabled(unet, config, hooks=Hooks(mixing=hook)),
+            pytest.raises(ValueError, match=f"{type(hook).__name__} mixes queries"),
+        ):
             call(unet, rows=4)
+    watching = Hooks(watching=Watching())
+    with stem.enabled(unet, config):
+        expected = call(unet, rows=4)
+    with stem.enabled(unet, config, hooks=watching):
+        assert relative(call(unet, rows=4), expected) < 2e-6
 
 
 def test_an_inversion_keeps_calibrated_bases(tmp_path: Path) -> None:
