@@ -22,7 +22,7 @@ SHEET_FRAMES = 8
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """PSNR and Warp-Err of every variant, by kind of edit."""
+    """PSNR and Warp-Err by kind of edit, of every variant that was tried on all scenes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(19, 9), layout="constrained")
@@ -30,7 +30,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     labels = {"all": "PSNR, exact answer, dB", "warp": "Warp-Err"}
     for line, (name, label) in zip(grid, labels.items(), strict=True):
         for axes, kind in zip(line, EDIT_KINDS, strict=True):
-            there = rows_of(results, kind)
+            rows = rows_of(results, kind)
+            tried = {name: len(results["rows"][series.name]) for name, series in rows.items()}
+            scenes = max(tried.values(), default=0)
+            there = {name: series for name, series in rows.items() if tried[name] == scenes}
             plot_intervals(
                 axes,
                 {
@@ -38,7 +41,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     for variant, series in there.items()
                 },
             )
-            scenes = max((len(results["rows"][each.name]) for each in there.values()), default=0)
             axes.set(title=f"{kind}, {scenes} scenes", xlabel=f"{label} (95 % interval)")
     figure.savefig(path, dpi=110)
 
