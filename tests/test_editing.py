@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from pipelines import SHAPES, make_pipeline
 from test_inversion import clip, inverted
 
@@ -167,6 +168,32 @@ def test_half_precision(tmp_path: Path) -> None:
         found = edited(folder, "a swan", pipeline=pipeline, method=method)
         assert found.latents.dtype == torch.float32
         assert found.latents.isfinite().all()
+
+
+def test_lora_is_edited_with(tmp_path: Path) -> None:
+    pipeline = stem.random_pipeline(0)
+    pipeline.unet.add_adapter(
+        LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    )
+    video = Video(clip(2).frames, clip().fps)
+    folder = invert(pipeline, video, "a duck", tmp_path, num_steps=2, progress=False)
+    found = {method: edited(folder, pipeline=pipeline, method=method) for method in METHODS}
+    pipeline.unet.disable_adapters()
+    with pytest.raises(InversionError, match="LoRA included"):
+        edited(folder, pipeline=pipeline)
+    for edit in found.values():
+        assert edit.latents.isfinite().all()
+
+
+def test_an_inversion_with_calibrated_bases_is_edited_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = inverted(tmp_path, options={"num_bases": 8, "calibration": "joint"})
+    for method in ("fusion", "tokenflow"):
+        options = {"extended": "stem"} if method == "tokenflow" else None
+        found = edited(folder, method=method, options=options)
+        assert found.latents.isfinite().all()
+    assert caplog.text.count("has calibrated bases; the edit goes on with bases that are not") == 2
 
 
 def test_what_cannot_be_edited_is_said(folder: InversionFolder, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..attention import Hooks
-from ..config import AttentionConfig
+from ..config import AttentionConfig, StemConfig
 from ..diffusion.pipeline import Conditioning, predict
 from ..inversion import InversionFolder
 from ..inversion.methods import attention_on, inversion_attention
@@ -70,9 +70,12 @@ class Job:
         """The attention that the inversion was made with, in its chunks.
 
         All frames at once are one chunk here, so that it can be halved where memory runs out: an
-        edit has up to three branches, the inversion had one.
+        edit has up to three branches, the inversion had one. Bases are not calibrated: methods mix
+        the queries, keys and values of several branches, and a calibration belongs to one.
         """
         found = inversion_attention(self.inversion)
+        if isinstance(found, StemConfig):
+            found = dataclasses.replace(found, calibration="none")
         return found if found.chunk else dataclasses.replace(found, chunk=self.num_frames)
 
     def level(self, level: int) -> torch.Tensor:

@@ -180,6 +180,10 @@ def run_edit(
         options=chosen,
     )
     check_same_pipeline(pipeline, inversion)
+    if inversion.settings["attention"].get("calibration", "none") != "none":
+        logger.warning(
+            "%s has calibrated bases; the edit goes on with bases that are not", inversion.path
+        )
     device = execution_device(pipeline)
     size = inversion.settings["video"]
     source, negative, target = (
