@@ -31,6 +31,7 @@ VARIANTS: dict[str, AttentionConfig] = {
 """What is not named has its default; m is the number of queries."""
 SHARPENED = (
     PER_FRAME, "sparse-causal", DEFAULTS, "R=1", "linear R=1", "linear", "joint R=1", "joint",
+    "joint R=1 m=128",
 )  # fmt: skip
 """The variants that attention with larger logits is tried with."""
 
