@@ -47,7 +47,7 @@ from .quality_measure import FIRST_SEED, NATURAL
 
 OUT = Path(__file__).parent / "results" / "calibration.json"
 FRAMES = 8
-TIMESTEPS = (100, 400, 700)
+TIMESTEPS = (400, 100, 700)
 OF_UNET = 400
 """Timestep at which whole predictions are compared."""
 SHARPNESS = (2, 4)
@@ -87,8 +87,9 @@ def cases(size: int, videos: list[str]) -> Iterator[Case]:
         for name in CLIPS:
             read = read_video(shipped_clip(name), frames=NATURAL[name], size=(size, size))
             found.append((name, read.frames[:FRAMES], ""))
-    for name, frames, prompt in found:
-        for timestep in TIMESTEPS:
+    # Noise level by noise level: an interrupted run holds every video.
+    for timestep in TIMESTEPS:
+        for name, frames, prompt in found:
             yield Case(f"{name} at {timestep}", frames, prompt, timestep)
 
 
