@@ -68,8 +68,8 @@ def model_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """The Markdown of a model's card.
 
     Args:
-        training: what `stem.toy.train` recorded.
-        evaluation: what `stem.toy.evaluate` found.
+        training: Record of `stem.toy.train`.
+        evaluation: Figures of `stem.toy.evaluate`.
     """
     recipe, size, text = training["recipe"], evaluation["size"], evaluation["text"]
     stages = "\n".join(

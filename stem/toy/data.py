@@ -26,7 +26,7 @@ def world_frames(count: int, size: int, *, first_seed: int) -> tuple[torch.Tenso
 
     Args:
         count: scenes of the seeds `first_seed`, `first_seed` + 1, ...
-        size: of the frames in pixels.
+        size: Height and width of the frames in pixels.
         first_seed: training and test take ranges that do not meet.
 
     Returns:
@@ -48,8 +48,8 @@ def natural_frames(count: int, size: int, *, seed: int) -> torch.Tensor:
 
     Args:
         count: crops, half of the photographs of scikit-image and half of TRAINING_CLIP.
-        size: of the crops in pixels; they are cut from squares of this side or more.
-        seed: of the places and scales.
+        size: Side of the crops in pixels; they are cut from squares of this side or more.
+        seed: Seed of the places and scales.
 
     Returns:
         uint8 [count, size, size, 3].

@@ -43,7 +43,7 @@ class Size:
         frames: unseen world frames through the autoencoder, and captions to sample from.
         natural: frames of each unseen natural clip through the autoencoder.
         videos: unseen world videos, of `video_frames` frames, through DDIM inversion and back.
-        steps: of the inversion, and of the way back.
+        steps: Number of steps of the inversion, and of the way back.
     """
 
     frames: int = 200
@@ -57,7 +57,7 @@ def evaluate(pipeline: Any, size: Size = Size()) -> dict[str, Any]:
     """All figures of the model card, as JSON types.
 
     Args:
-        pipeline: of the world, at RESOLUTION.
+        pipeline: Pipeline of the world, at RESOLUTION.
         size: how much to measure on.
     """
     scenes = [sample_scene(FIRST_SEED + index, num_things=1) for index in range(size.frames)]

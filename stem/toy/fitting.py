@@ -25,7 +25,7 @@ class Schedule:
     Args:
         steps: optimiser steps.
         learning_rate: AdamW's, after WARM_UP steps; it falls to 0 along a cosine.
-        average_decay: of the exponential moving average of the weights.
+        average_decay: Decay of the exponential moving average of the weights.
         checkpoint_every: steps between checkpoints.
     """
 
@@ -59,12 +59,12 @@ def fit(
     killed and resumed sees what an uninterrupted one sees.
 
     Args:
-        name: of the checkpoint, `folder`/`name`.pt.
+        name: Name of the checkpoint, `folder`/`name`.pt.
         model: trained in place.
         loss_at: the loss of one step, from the step's number and its generator.
-        schedule: of the whole training.
-        folder: of the checkpoint.
-        seed: of every step's generator.
+        schedule: Schedule of the whole training.
+        folder: Folder of the checkpoint.
+        seed: Seed of every step's generator.
         until: stop after so many steps, keeping the checkpoint; None: at the end.
 
     Returns:

@@ -35,7 +35,7 @@ class Background:
         pattern: one of PATTERNS; two tones of the colour, one only if "plain".
         colour: one of BACKGROUND_COLOURS, a muted tone of an object's colour of that name.
         angle: radians, of the pattern.
-        seed: of the clouds; other patterns ignore it.
+        seed: Seed of the clouds; other patterns ignore it.
     """
 
     pattern: str

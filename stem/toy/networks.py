@@ -154,10 +154,10 @@ def sample_frames(
     """Pictures sampled from captions.
 
     Args:
-        pipeline: of the world, at RESOLUTION.
+        pipeline: Pipeline of the world, at RESOLUTION.
         captions: n of them.
         num_steps, guidance: of the sampling.
-        seed: of the first noise.
+        seed: Seed of the first noise.
         per_caption: pictures of each caption, next to each other.
 
     Returns:

@@ -51,7 +51,7 @@ def render(
     """Draw a scene. Equal arguments give equal bits, and any size shows the same picture.
 
     Args:
-        scene: what to draw.
+        scene: Scene to draw.
         num_frames: N >= 1, at equal distances in time; the clip's whole motion, whatever N is.
         size: H = W in pixels, at least 8.
         span: the times of the first and the last frame, 0 being the motion's beginning and 1 its

@@ -61,8 +61,9 @@ class Recipe:
         natural: crops of photographs and of a clip, for the autoencoder alone.
         autoencoder_steps, autoencoder_batch: of the autoencoder.
         diffusion_steps, diffusion_batch: of the UNet and the text encoder, on its latents.
-        refinement_steps: of both once more, where noise leaves the layout and the text alone.
-        seed: of the networks' first weights and of every step.
+        refinement_steps: Number of steps of both once more, where noise leaves the layout and the
+            text alone.
+        seed: Seed of the networks' first weights and of every step.
     """
 
     scenes: int = 30_000
