@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, grid_sample
-
-from ..attention import Hook
-from ..attention.hooks import Site
-from .masks import layer_size
 
 _TINY = 1e-6
 
@@ -81,53 +76,26 @@ def in_consensus(
     return clean + share * (back - clean)
 
 
-class ObjectMaps(Hook):
-    """Sums up the text maps of an object's words, of the source and of the target.
+def offset_between(source: torch.Tensor, target: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """How far the target's object is from the source's, on average over the frames.
 
     Args:
-        source: Token positions of the words in the source prompt.
-        target: Token positions of the words in the prompt.
-        size: Height and width of the latents; the layers of the finest grid are summed up.
+        source: Text maps of the source's words, float32 [N, h, w].
+        target: Text maps of the target's words, likewise.
+        masks: Where the object is, bool [N, H, W]; cells of theirs make up one of the maps'.
 
-    Attributes:
-        active: Whether anything is kept.
+    Returns:
+        Offset (x, y), float32 [2], in the coordinates of `grid_sample`.
     """
+    share = adaptive_avg_pool2d(
+        masks.float().unsqueeze(1), (source.shape[1], source.shape[2])
+    ).squeeze(1)
 
-    def __init__(self, source: Sequence[int], target: Sequence[int], size: tuple[int, int]) -> None:
-        self.active = False
-        self._words = (list(source), list(target))
-        self._size = size
-        self._maps: dict[int, dict[int, torch.Tensor]] = {}
+    def centres(maps: torch.Tensor) -> torch.Tensor:
+        median = maps.flatten(1).median(1).values[:, None, None]
+        return _centres((maps - median).clamp(min=0).square() * share + _TINY**2)[0]
 
-    def text_maps(self, site: Site, maps: torch.Tensor) -> torch.Tensor:
-        if self.active:
-            ends = (maps[0, ..., self._words[0]], maps[-1, ..., self._words[1]])
-            found = torch.stack([end.sum(-1).mean(1) for end in ends], 1)  # [frames, 2, S]
-            of_size = self._maps.setdefault(found.shape[-1], {})
-            for place, frame in enumerate(site.frames):
-                of_size[frame] = of_size[frame] + found[place] if frame in of_size else found[place]
-        return maps
-
-    def offset(self, masks: torch.Tensor) -> torch.Tensor:
-        """How far the target's object is from the source's, on average over the frames.
-
-        Args:
-            masks: Where the object is, bool [N, h, w].
-
-        Returns:
-            Offset (x, y), float32 [2]; the maps are kept no longer.
-        """
-        finest = max(self._maps)
-        by_frame, self._maps = self._maps[finest], {}
-        height, width = layer_size(finest, *self._size)
-        maps = torch.stack([by_frame[frame] for frame in sorted(by_frame)])
-        share = adaptive_avg_pool2d(masks.float().unsqueeze(1), (height, width)).squeeze(1)
-        centres = []
-        for found in maps.unflatten(2, (height, width)).unbind(1):
-            median = found.flatten(1).median(1).values[:, None, None]
-            weights = (found - median).clamp(min=0).square() * share
-            centres.append(_centres(weights + _TINY**2)[0])
-        return (centres[1] - centres[0]).mean(0)
+    return (centres(target) - centres(source)).mean(0)
 
 
 def _grid(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

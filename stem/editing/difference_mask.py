@@ -15,7 +15,7 @@ from ..attention.hooks import Site
 from ..config import StemConfig
 from ..diffusion.loop import NonFiniteError
 from .job import Job, steps_of
-from .masks import layer_size
+from .masks import halvings, layer_size
 
 _MOST_LEVELS = 6  # more add passes of the UNet and hardly change the mean
 _FRAMES = 8  # frames whose attention to bases is computed at once
@@ -25,7 +25,7 @@ class TokenRecording(Hook):
     """Keeps the source's normalised tokens of some self-attentions.
 
     Args:
-        names: Names of the self-attentions; None: all, of which only the numbers of tokens stay.
+        names: Names of the self-attentions.
 
     Attributes:
         tokens: Tokens [S, C] by layer and frame.
@@ -151,33 +151,20 @@ def pooled_on_bases(
 def finest_layers(job: Job) -> tuple[str, ...]:
     """The first self-attention of the encoder and of the decoder on the finest grid that both
     have, by name."""
-    shapes = _levels(job)
-    down = {name: size for name, size in shapes.items() if name.startswith("down_blocks.")}
-    up = {name: size for name, size in shapes.items() if name.startswith("up_blocks.")}
+    unet = unet_of(job.pipeline)
+    levels = {name: halvings(unet, name) for name in self_attentions(unet)}
+    down = {name: level for name, level in levels.items() if name.startswith("down_blocks.")}
+    up = {name: level for name, level in levels.items() if name.startswith("up_blocks.")}
     common = set(down.values()) & set(up.values())
     if not common:
         raise ValueError(
             "the encoder and the decoder of this UNet have no self-attentions on a common grid; "
             "edit without masks (mask=False)"
         )
-    finest = min(common)
+    finest = min(level for level in common if level is not None)
     return tuple(
         next(name for name, level in side.items() if level == finest) for side in (down, up)
     )
-
-
-def _levels(job: Job) -> dict[str, int]:
-    """How often the grid of each self-attention in the encoder and decoder is halved."""
-    unet = unet_of(job.pipeline)
-    blocks = len(unet.down_blocks)
-    found = {}
-    for name in self_attentions(unet):
-        side, _, rest = name.partition(".")
-        if side == "down_blocks":
-            found[name] = int(rest.split(".")[0])
-        elif side == "up_blocks":
-            found[name] = blocks - 1 - int(rest.split(".")[0])
-    return found
 
 
 def _absent(mass: torch.Tensor) -> torch.Tensor:

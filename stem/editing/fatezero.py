@@ -11,7 +11,6 @@ import torch
 from ..attention.handle import unet_of
 from ..config import StemConfig
 from ..diffusion.loop import with_guidance
-from ..diffusion.pipeline import vae_factor
 from .fatezero_options import FateZeroOptions
 from .job import Job, Method, steps_of
 from .map_fusion import MapFusion, Size
@@ -40,8 +39,7 @@ class FateZero(Method):
         super().__init__(job, options)
         source = prompt_tokens(job.pipeline, job.source_prompt)
         target = prompt_tokens(job.pipeline, job.prompt)
-        video, factor = job.inversion.settings["video"], vae_factor(job.pipeline)
-        self.size: Size = (video["height"] // factor, video["width"] // factor)
+        self.size: Size = job.latent_size
         self.cross = _cross_shares(options, target, job.num_steps)
         self.words: tuple[list[int], list[int]] | None = None
         if options.blend_words is not None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from ..attention.handle import unet_of
 from ..diffusion.loop import with_guidance
 from ..diffusion.schedule import clean_of, prediction_of, sampling_scheduler
 from ..inversion import InversionFolder
-from .consensus import Motion, ObjectMaps, in_consensus
+from .consensus import Motion, in_consensus, offset_between
 from .difference_mask import TokenRecording, difference_map, finest_layers
 from .job import Job, Method, Options, check_choice, check_flag, check_share, steps_of
 from .map_fusion import MapFusion
@@ -25,6 +26,7 @@ from .prompts import (
     replaced_columns,
     words_of,
 )
+from .text_masks import TextMaps, finest_text_layers
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "colour": {"cross_maps": 1.0, "self_maps": 1.0},
@@ -137,18 +139,21 @@ class Fusion(Method):
     def __init__(self, job: Job, options: FusionOptions) -> None:
         super().__init__(job, options)
         self.scheduler = sampling_scheduler(job.pipeline, job.num_steps)
-        self.objects: ObjectMaps | None = None
-        height, width = job.level(0).shape[2:]
+        self.maps: TextMaps | None = None
         source, target = (
             prompt_tokens(job.pipeline, text) for text in (job.source_prompt, job.prompt)
         )
         columns = _columns(source, target, options.mapping).to(job.device)
-        self.fusion = MapFusion(columns, (height, width))
+        self.fusion = MapFusion(columns, job.latent_size)
         before, after = changed_words(job.source_prompt, job.prompt)
         if options.consensus and before and after:
-            words = source.positions(before), target.positions(after)
-            self.objects = ObjectMaps(*words, (height, width))
-            self.hooks.add("objects", self.objects)
+            self.words = {
+                "source": (0, source.positions(before)),
+                "target": (-1, target.positions(after)),
+            }
+            layers = finest_text_layers(unet_of(job.pipeline))
+            self.maps = TextMaps(layers, job.num_frames, job.latent_size)
+            self.hooks.add("words", self.maps)
         self.hooks.add("fusion", self.fusion)
 
     def begin(self) -> torch.Tensor:
@@ -178,8 +183,8 @@ class Fusion(Method):
         self.fusion.self_on = step < steps_of(options.self_maps or 0.0, total)
         self.fusion.mask = self.kept["masks"].float() if options.self_outside else None
         placed = [steps_of(share, total) for share in options.placement]
-        if self.objects is not None:
-            self.objects.active = placed[0] <= step < placed[1]
+        if self.maps is not None:
+            self.maps.looked_at = self.words if placed[0] <= step < placed[1] else {}
         source = job.level(total - step - 1)
         guided = job.guidance != 1.0 and step < steps_of(options.guided_until, total)
         if guided:
@@ -198,8 +203,8 @@ class Fusion(Method):
     ) -> torch.Tensor:
         masks = self.kept["masks"]
         offset = torch.zeros(2, device=latents.device)
-        if self.objects is not None and self.objects.active:
-            offset = self.objects.offset(masks)
+        if self.maps is not None and self.maps.looked_at:
+            offset = offset_between(self.maps.take("source"), self.maps.take("target"), masks)
         motion = Motion(self.kept["centres"], self.kept["radii"])
         clean = clean_of(self.scheduler, prediction, timestep, latents)
         agreed = in_consensus(clean, masks, motion, offset)

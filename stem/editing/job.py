@@ -7,14 +7,14 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 from ..attention import Hooks
 from ..config import AttentionConfig, StemConfig
-from ..diffusion.pipeline import Conditioning, predict
+from ..diffusion.pipeline import Conditioning, predict, vae_factor
 from ..inversion import InversionFolder
 from ..inversion.methods import attention_on, inversion_attention
 
@@ -47,6 +47,7 @@ class Job:
     guidance: float
     seed: int
     device: torch.device
+    _last: tuple[int, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
     def source_prompt(self) -> str:
@@ -66,6 +67,12 @@ class Job:
         return frames
 
     @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        video, factor = self.inversion.settings["video"], vae_factor(self.pipeline)
+        return video["height"] // factor, video["width"] // factor
+
+    @property
     def attention(self) -> AttentionConfig:
         """The attention that the inversion was made with, in its chunks.
 
@@ -79,9 +86,14 @@ class Job:
         return found if found.chunk else dataclasses.replace(found, chunk=self.num_frames)
 
     def level(self, level: int) -> torch.Tensor:
-        """The source's latents at a level, float32 [N, c, h, w], on the device."""
-        found = self.inversion.latents(level - 1) if level else self.inversion.x0()
-        return found.to(self.device)
+        """The source's latents at a level, float32 [N, c, h, w], on the device; not to be changed.
+
+        The level asked for last is held: a step asks for one several times.
+        """
+        if self._last is None or self._last[0] != level:
+            found = self.inversion.latents(level - 1) if level else self.inversion.x0()
+            self._last = level, found.to(self.device)
+        return self._last[1]
 
     def timestep(self, level: int) -> torch.Tensor:
         """The timestep of a level from 1 to T, an integer tensor of one element."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch.nn.functional import max_pool2d
@@ -33,6 +34,14 @@ def layer_size(num_tokens: int, height: int, width: int) -> tuple[int, int]:
             f"{height}x{width} has; this UNet's layers cannot be masked"
         )
     return size
+
+
+def halvings(unet: Any, name: str) -> int | None:
+    """How often the grid of an attention, by its name, is halved; None in the UNet's middle."""
+    side, index, *_ = name.split(".")
+    if side == "down_blocks":
+        return int(index)
+    return len(unet.up_blocks) - 1 - int(index) if side == "up_blocks" else None
 
 
 def dilated(mask: torch.Tensor, cells: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ..attention import Hook
 from ..attention.handle import text_attentions
 from ..attention.hooks import Site
 from .map_fusion import Size
-from .masks import layer_size
+from .masks import halvings, layer_size
 
 _COARSE = 2
 
@@ -65,13 +65,9 @@ def mask_layers(unet: Any) -> list[str]:
     Raises:
         ValueError: no resolution has two.
     """
-    levels = len(unet.config.block_out_channels)
-    of_level: dict[int, list[str]] = {}
+    of_level: dict[int | None, list[str]] = {}
     for name in text_attentions(unet):
-        side, index, *_ = name.split(".")
-        if side in ("down_blocks", "up_blocks"):
-            level = int(index) if side == "down_blocks" else levels - 1 - int(index)
-            of_level.setdefault(level, []).append(name)
+        of_level.setdefault(halvings(unet, name), []).append(name)
     for level in range(_COARSE, -1, -1):
         if len(of_level.get(level, ())) >= 2:
             return of_level[level]
@@ -79,6 +75,13 @@ def mask_layers(unet: Any) -> list[str]:
         "this UNet has no two cross-attentions of one resolution, at a quarter of the latents' or "
         "finer, to make masks of; edit without blend_words"
     )
+
+
+def finest_text_layers(unet: Any) -> list[str]:
+    """The cross-attentions on the finest grid that has any, the UNet's middle not among them."""
+    levels = {name: halvings(unet, name) for name in text_attentions(unet)}
+    finest = min(level for level in levels.values() if level is not None)
+    return [name for name, level in levels.items() if level == finest]
 
 
 def word_mask(maps: torch.Tensor, size: Size, threshold: float) -> torch.Tensor:
