@@ -96,8 +96,9 @@ def editing(monkeypatch: pytest.MonkeyPatch) -> Editing:
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The models that `stem edit` loaded; none can be."""
+def loads(inversion: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that `stem edit` loaded; none can be, once there is the inversion, which loads
+    one and is made by whichever test comes first."""
     loaded: list[str] = []
 
     def record(model: str, **_: Any) -> None:
