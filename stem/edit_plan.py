@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from .editing import check_edit, edit_options
+from .editing.run import check_numbers
 from .inversion import InversionFolder
 from .storage import check_output, tensor_bytes
 
@@ -65,10 +65,7 @@ class EditPlan:
         for method in self.options:
             if method not in self.methods:
                 raise ValueError(f"there are options for {method}, which is not among the methods")
-        if self.guidance is not None and not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance is {self.guidance}; it must be a finite number, 0 or more")
-        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed!r}; it must be a whole number of 64 bits")
+        check_numbers(self.guidance, self.seed)
 
     @property
     def count(self) -> int:

@@ -295,13 +295,18 @@ def check_edit(
             raise TypeError(f"{name} is a {type(text).__name__}; it must be one text")
     if not prompt.strip():
         raise ValueError("the prompt is empty; describe the video as it is to be")
+    check_numbers(guidance, seed)
+    check_startable(inversion)
+    chosen.check(inversion, prompt)
+
+
+def check_numbers(guidance: float | None, seed: int) -> None:
+    """Raise ValueError where a guidance scale or a seed cannot be used."""
     number = isinstance(guidance, (int, float)) and not isinstance(guidance, bool)
     if guidance is not None and not (number and 0.0 <= guidance < float("inf")):
         raise ValueError(f"guidance is {guidance!r}; it must be a finite number of at least 0")
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed is {seed!r}; it must be a whole number of 64 bits")
-    check_startable(inversion)
-    chosen.check(inversion, prompt)
 
 
 def edit_settings(
