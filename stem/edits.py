@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,11 +20,13 @@ from .diffusion.pipeline import VAE_FRAMES, decode_latents, decoded_parts, execu
 from .edit_plan import EditPlan
 from .editing import Edit, run_edit
 from .inversion import InversionFolder, reconstruct_latents
-from .metrics import psnr
 from .report.edit_files import EditFiles, EditsFiles, mask_pictures
+from .report.files import psnr_by_frame
 from .report.pictures import shown_frames
 from .storage import remove_stale
 from .video import Video, VideoFile
+
+_THROUGH_VAE, _EXACT, _BACK = "source, through the VAE", "exact answer", "reconstruction"  # labels
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def write_edits(
             result.files.write(
                 decoded_parts(pipeline, edit.latents),
                 beside.fps,
+                beside.videos(edit, result.method),
                 own,
                 beside.numbers,
                 {**_document(inversion, result, edit, clock, note), **beside.figures(edit)},
@@ -173,20 +177,51 @@ class _Beside:
             lines = {"source": _picked(self._video.parts(VAE_FRAMES), self.numbers)}
         else:
             x0 = self._inversion.x0()[self.numbers]
-            lines = {"source, through the VAE": decode_latents(self._pipeline, x0)}
+            lines = {_THROUGH_VAE: decode_latents(self._pipeline, x0)}
         if self._exact is not None:
-            lines["exact answer"] = self._exact[self.numbers].cpu()
+            lines[_EXACT] = self._exact[self.numbers].cpu()
         else:
-            latents = reconstruct_latents(self._pipeline, self._inversion, progress=self._progress)
-            lines["reconstruction"] = decode_latents(self._pipeline, latents[self.numbers])
+            lines[_BACK] = decode_latents(self._pipeline, self._reconstruction[self.numbers])
         return lines
 
-    def figures(self, edit: Edit) -> dict[str, float]:
-        """PSNR in dB of an edit's frames to the exact answer, where that is known."""
-        if self._exact is None:
-            return {}
-        frames = decode_latents(self._pipeline, edit.latents)
-        return {"psnr_to_exact": psnr(frames, self._exact.cpu())}
+    def videos(self, edit: Edit, method: str) -> dict[str, Iterable[torch.Tensor]]:
+        """All frames of what an edit's sheet shows some of, by label, uint8 [H, W, 3]."""
+        videos: dict[str, Iterable[torch.Tensor]] = {}
+        if self._video is not None:
+            videos["source"] = _frames(self._video.parts(VAE_FRAMES))
+        else:
+            videos[_THROUGH_VAE] = self._decoded(self._inversion.x0())
+        if self._exact is not None:
+            videos[_EXACT] = self._exact.cpu()
+        else:
+            videos[_BACK] = self._decoded(self._reconstruction)
+        videos[method] = self._decoded(edit.latents)
+        if edit.masks is not None:
+            cores = edit.masks if edit.cores is None else edit.cores
+            parts = zip(edit.masks.split(VAE_FRAMES), cores.split(VAE_FRAMES), strict=True)
+            videos["mask"] = _frames(mask_pictures(*part, *self._size) for part in parts)
+        return videos
+
+    def _decoded(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        # Each part by itself: several videos take turns, and a VAE is of one dtype at a time.
+        return _frames(decode_latents(self._pipeline, part) for part in latents.split(VAE_FRAMES))
+
+    @functools.cached_property
+    def _reconstruction(self) -> torch.Tensor:
+        return reconstruct_latents(self._pipeline, self._inversion, progress=self._progress)
+
+    def figures(self, edit: Edit) -> dict[str, Any]:
+        """Figures of an edit by frame, and PSNR in dB to the exact answer, where that is known."""
+        found: dict[str, Any] = {}
+        if edit.masks is not None:
+            found["share_by_frame"] = edit.masks.float().mean((1, 2)).tolist()
+        if self._exact is not None:
+            by_frame = psnr_by_frame(
+                decode_latents(self._pipeline, edit.latents), self._exact.cpu()
+            )
+            found["psnr_to_exact"] = sum(by_frame) / len(by_frame)
+            found["psnr_to_exact_by_frame"] = by_frame
+        return found
 
     def masks(self, edit: Edit) -> dict[str, torch.Tensor]:
         """The line of an edit's masks; none where it has none."""
@@ -195,6 +230,10 @@ class _Beside:
         cores = None if edit.cores is None else edit.cores[self.numbers]
         pictures = mask_pictures(edit.masks[self.numbers], cores, *self._size)
         return {"where it may change the video": pictures}
+
+
+def _frames(parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    return itertools.chain.from_iterable(parts)
 
 
 def _picked(parts: Iterable[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:

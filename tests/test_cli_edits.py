@@ -153,6 +153,14 @@ def test_a_folder_is_edited_by_every_prompt_and_method(
     assert together["edits"] == [str(folders[i] / "edit.json") for i in (1, 3, 2, 4)]
     video = read_video(folders[1] / "edit.mp4")
     assert (video.frames.shape, video.fps) == ((3, 32, 32, 3), 10)
+    assert fusion["share_by_frame"] == [16 / 64] * 3
+    assert fusion["beside"] == ["source, through the VAE", "reconstruction", "fusion", "mask"]
+    beside = read_video(folders[1] / "beside.mp4", multiple_of=1)
+    assert (beside.frames.shape, beside.fps) == ((3, 2 * 152, 2 * 128, 3), 10)
+    gray = beside.frames[2, 152 + 24 + 40, 128 + 8 :: 16, 0].float()
+    expected = torch.tensor([0.0, 128, 255, 255, 128, 0, 0, 0])
+    assert (gray - expected).abs().max() < 16  # H.264
+    assert pnp["beside"] == ["source, through the VAE", "reconstruction", "pnp"]
 
 
 def test_a_finished_edit_is_reused_and_a_damaged_one_written_again(
@@ -369,7 +377,7 @@ def test_a_real_edit_that_is_killed_goes_on_bit_for_bit(
     assert run("edit", str(copy), *arguments, "--out", str(tmp_path / "killed")) == 0
     assert "edit goes on after step 1" in capfd.readouterr().err
     (whole,), (killed,) = ((tmp_path / name).iterdir() for name in ("whole", "killed"))
-    for file in ("edit.mp4", "sheet.png"):
+    for file in ("edit.mp4", "beside.mp4", "sheet.png"):
         assert (whole / file).read_bytes() == (killed / file).read_bytes()
     documents = [json.loads((folder / "edit.json").read_text()) for folder in (whole, killed)]
     assert [found["durations"]["steps_done_in_them"] for found in documents] == [2, 1]

@@ -9,8 +9,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pipelines import make_pipeline
 from test_inversion import clip
 
@@ -18,7 +20,7 @@ import stem
 from stem.comparison import result_name
 from stem.measuring import measure
 from stem.report.files import write_json
-from stem.report.pictures import contact_sheet
+from stem.report.pictures import Grid, contact_sheet, side_by_side
 from stem.video import Video
 
 
@@ -64,8 +66,11 @@ def test_a_damaged_file_is_written_again(tmp_path: Path) -> None:
         file.write_bytes(b"")
         assert compared(tmp_path, clip()) == figures
         assert [file.read_bytes() for file in pictures] == before
-        rows = json.loads(figures.read_text())["rows"]
-        assert [row["method"] for row in rows] == ["vae", "ddim"]
+        document = json.loads(figures.read_text())
+        assert [row["method"] for row in document["rows"]] == ["vae", "ddim"]
+        for row in document["rows"]:
+            by_frame = document["psnr_by_frame"][row["method"]]
+            assert sum(by_frame) / len(by_frame) == pytest.approx(row["psnr"])
 
 
 def test_results_are_named_after_the_video() -> None:
@@ -129,3 +134,14 @@ def test_a_contact_sheet_shows_the_first_and_the_last_frame() -> None:
     sheet = contact_sheet({"a": frames, "b": frames}, columns=3)
     assert sheet.size == (3 * 210, 2 * (140 + 24))  # magnified by 7
     assert [sheet.getpixel((210 * column + 105, 100))[0] for column in range(3)] == [50, 0, 200]
+
+
+@pytest.mark.parametrize("size", [(20, 30), (150, 140), (16, 40)])
+def test_videos_side_by_side_are_cut_out_again(size: tuple[int, int]) -> None:
+    frames = torch.randint(0, 256, (5, 2, *size, 3), dtype=torch.uint8)
+    wholes = list(side_by_side({str(index): video for index, video in enumerate(frames)}))
+    grid = Grid(5, size[1], size[0])
+    for number, whole in enumerate(wholes):
+        pictures = grid.cut(Image.fromarray(whole.numpy()))
+        for video, picture in zip(frames, pictures, strict=True):
+            assert torch.equal(torch.from_numpy(np.array(picture)), video[number])

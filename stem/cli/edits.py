@@ -60,8 +60,8 @@ def edit_command(
 ) -> None:
     """Edit a video, or an inversion, by prompts; an interrupted edit goes on where it stopped.
 
-    Each prompt and method gets a folder below --out with edit.mp4, sheet.png (source,
-    reconstruction, edit, masks) and edit.json; several get a sheet together, too.
+    Each prompt and method gets a folder below --out with edit.mp4, beside.mp4 and sheet.png
+    (source, reconstruction, edit, masks) and edit.json; several get a sheet together, too.
     """
     one_process("edit")
     methods = chosen_edit_methods(method)
@@ -122,7 +122,8 @@ def _edit_inversion(
 def _print(found: Edits) -> None:
     for result in found.results:
         say(f"{result.method}, {result.prompt!r}{': reused' if result.reused else ''}")
-        for path in (result.files.sheet, result.files.video, result.files.json):
+        files = result.files
+        for path in (files.sheet, files.beside, files.video, files.json):
             say(path)
     if found.files is not None:
         say("all of them")

@@ -12,7 +12,7 @@ import torch
 
 from ..video import write_video
 from .files import are_whole, write_picture, write_with_hashes
-from .pictures import labelled_lines
+from .pictures import labelled_lines, side_by_side
 
 _RIM, _CORE = 128, 255  # gray values
 
@@ -33,8 +33,13 @@ class EditFiles:
         return self.folder / "edit.mp4"
 
     @property
+    def beside(self) -> Path:
+        """Path of the video that shows the source, what is beside it, the edit, its masks."""
+        return self.folder / "beside.mp4"
+
+    @property
     def sheet(self) -> Path:
-        """Path of the contact sheet: the source, what is beside it, the edit, its masks."""
+        """Path of the contact sheet of the same."""
         return self.folder / "sheet.png"
 
     @property
@@ -45,12 +50,17 @@ class EditFiles:
     @property
     def whole(self) -> bool:
         """Whether the files are there, and are those that were written together."""
-        return are_whole(self.json, (self.video, self.sheet))
+        return are_whole(self.json, self._documented)
+
+    @property
+    def _documented(self) -> tuple[Path, ...]:
+        return self.video, self.beside, self.sheet
 
     def write(
         self,
         frames: Iterable[torch.Tensor],
         fps: Fraction,
+        videos: Mapping[str, Iterable[torch.Tensor]],
         lines: Mapping[str, torch.Tensor],
         numbers: Sequence[int],
         document: Mapping[str, Any],
@@ -60,14 +70,16 @@ class EditFiles:
         Args:
             frames: Frames of the edit, a few at a time, uint8 [n, H, W, 3].
             fps: Frames per second.
+            videos: Frames of the videos to show at once, by label, as for `side_by_side`.
             lines: Lines of the sheet by label, uint8 [k, H, W, 3].
             numbers: Numbers of the k frames shown.
-            document: Document, as JSON types.
+            document: Document, as JSON types; the videos' labels are added as "beside".
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         write_video(self.video, frames, fps)
+        write_video(self.beside, (frame[None] for frame in side_by_side(videos)), fps)
         write_picture(self.sheet, labelled_lines(lines, numbers))
-        write_with_hashes(self.json, document, (self.video, self.sheet))
+        write_with_hashes(self.json, {**document, "beside": list(videos)}, self._documented)
 
 
 @dataclass(frozen=True)

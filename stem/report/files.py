@@ -17,7 +17,7 @@ from PIL import Image
 from stem_kernels.info import provenance
 
 from ..measuring import Measured
-from ..metrics.fidelity import SSIM_VARIANT
+from ..metrics.fidelity import SSIM_VARIANT, psnr
 from ..storage import write_atomically
 from ..video import Video, write_video
 from .pictures import contact_sheet, side_by_side
@@ -54,7 +54,7 @@ def write_comparison(
         videos[shown_name(method) + suffix] = frames
     figures, sheet, clip = comparison_files(folder)
     write_picture(sheet, contact_sheet(videos))
-    write_video(clip, torch.stack(list(side_by_side(videos))), video.fps)
+    write_video(clip, (frame[None] for frame in side_by_side(videos)), video.fps)
     write_with_hashes(figures, _document(measured, video, settings), (sheet, clip))
 
 
@@ -91,6 +91,17 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     write_atomically(path, f"{text}\n".encode())
 
 
+def psnr_by_frame(video: torch.Tensor, original: torch.Tensor) -> list[float]:
+    """PSNR in dB of every frame.
+
+    Args:
+        video: Frames, uint8 [N, H, W, 3].
+        original: Frames to compare with, uint8 [N, H, W, 3].
+    """
+    pairs = zip(video.split(1), original.split(1), strict=True)
+    return [psnr(ours, theirs) for ours, theirs in pairs]
+
+
 def shown_name(method: str) -> str:
     """A method's name in tables and pictures."""
     return "vae alone" if method == "vae" else method
@@ -116,6 +127,10 @@ def _document(measured: Measured, video: Video, settings: Mapping[str, Any]) -> 
         "device": measured.device,
         "provenance": provenance("diffusers"),
         "rows": [dataclasses.asdict(row) for row in measured.rows],
+        "psnr_by_frame": {
+            method: psnr_by_frame(frames, video.frames)
+            for method, frames in measured.reconstructions.items()
+        },
     }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -63,34 +64,83 @@ def labelled_lines(lines: Mapping[str, torch.Tensor], numbers: Sequence[int] | N
     return sheet
 
 
-def side_by_side(videos: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+@dataclass(frozen=True)
+class Grid:
+    """Where several videos of one shape lie in the video that shows all of them at once.
+
+    Args:
+        count: Number of the videos.
+        width: Width of their frames in pixels, before they are magnified.
+        height: Height of their frames, likewise.
+    """
+
+    count: int
+    width: int
+    height: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole in pixels."""
+        width, height = self._shown
+        lines = math.ceil(self.count / self._columns)
+        return self._columns * width, lines * (height + _LABEL_HEIGHT)
+
+    def corner(self, index: int) -> tuple[int, int]:
+        """Left and top of a video's label in pixels; its pictures lie below."""
+        width, height = self._shown
+        column, line = index % self._columns, index // self._columns
+        return column * width, line * (height + _LABEL_HEIGHT)
+
+    def cut(self, whole: Image.Image) -> list[Image.Image]:
+        """The videos' own frames out of one frame of the whole, at the size before."""
+        width, height = self._shown
+        found = []
+        for index in range(self.count):
+            left, top = self.corner(index)
+            top += _LABEL_HEIGHT
+            box = (left, top, left + width, top + height)
+            found.append(whole.reduce(_scale(self.width, self.height), box))
+        return found
+
+    @property
+    def _shown(self) -> tuple[int, int]:
+        scale = _scale(self.width, self.height)
+        return scale * self.width, scale * self.height
+
+    @property
+    def _columns(self) -> int:
+        return math.ceil(math.sqrt(self.count)) if self.width < 2 * self.height else 1
+
+
+def side_by_side(videos: Mapping[str, Iterable[torch.Tensor]]) -> Iterator[torch.Tensor]:
     """The frames of all videos at once, labelled: uint8 [H, W, 3], frame after frame.
 
     Args:
-        videos: Videos by label, uint8 [N, H, W, 3], all of one shape.
+        videos: Frames of each video by label, uint8 [H, W, 3], all of one shape; a tensor of
+            frames [N, H, W, 3] is one, too.
     """
-    first = next(iter(videos.values()))
-    width, height = _shown_size(first)
-    columns = math.ceil(math.sqrt(len(videos))) if width < 2 * height else 1
-    lines = math.ceil(len(videos) / columns)
-    size = (columns * width, lines * (height + _LABEL_HEIGHT))
-    for frame in range(first.shape[0]):
-        canvas = Image.new("RGB", size, "white")
+    font = ImageFont.load_default(14)
+    for frames in zip(*videos.values(), strict=True):
+        height, width = frames[0].shape[:2]
+        grid = Grid(len(videos), width, height)
+        canvas = Image.new("RGB", grid.size, "white")
         draw = ImageDraw.Draw(canvas)
-        for index, (label, video) in enumerate(videos.items()):
-            left = (index % columns) * width
-            top = (index // columns) * (height + _LABEL_HEIGHT)
-            draw.text((left + 4, top + 4), label, "black", ImageFont.load_default(14))
-            canvas.paste(_picture(video[frame], (width, height)), (left, top + _LABEL_HEIGHT))
-        yield torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(
-            size[1], size[0], 3
-        )
+        for index, (label, frame) in enumerate(zip(videos, frames, strict=True)):
+            left, top = grid.corner(index)
+            draw.text((left + 4, top + 4), label, "black", font)
+            canvas.paste(_picture(frame, grid._shown), (left, top + _LABEL_HEIGHT))
+        pixels = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8)
+        yield pixels.view(canvas.height, canvas.width, 3)
+
+
+def _scale(width: int, height: int) -> int:
+    return math.ceil(MIN_SIDE / min(height, width))
 
 
 def _shown_size(frames: torch.Tensor) -> tuple[int, int]:
     """Width and height at which frames [N, H, W, 3] are shown."""
     height, width = frames.shape[1:3]
-    scale = math.ceil(MIN_SIDE / min(height, width))
+    scale = _scale(width, height)
     return scale * width, scale * height
 
 
