@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .comparison import compare
     from .config import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
     from .editing import edit, edit_latents
+    from .evaluation import evaluate
     from .inversion import InversionFolder, invert, reconstruct
     from .models import load_pipeline, random_pipeline
     from .video import Video, VideoFile, open_video, read_video, write_video
@@ -31,6 +32,7 @@ __all__ = [
     "edit_latents",
     "enable",
     "enabled",
+    "evaluate",
     "invert",
     "load_pipeline",
     "open_video",
@@ -41,12 +43,14 @@ __all__ = [
 ]
 
 # Each is loaded when it is first asked for, with what it needs: attention, inversions and models
-# torch and diffusers; video PyAV; comparisons also Pillow, SciPy and torchmetrics.
+# torch and diffusers; video PyAV; comparisons and evaluations also Pillow,
+# SciPy and torchmetrics.
 _MODULES = {
     "attention": ("Handle", "disable", "enable", "enabled"),
     "comparison": ("compare",),
     "config": ("InflatedConfig", "PerFrameConfig", "SparseCausalConfig", "StemConfig"),
     "editing": ("edit", "edit_latents"),
+    "evaluation": ("evaluate",),
     "inversion": ("InversionFolder", "invert", "reconstruct"),
     "models": ("load_pipeline", "random_pipeline"),
     "video": ("Video", "VideoFile", "open_video", "read_video", "write_video"),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 
 import torch
-from torch.nn.functional import cosine_similarity, grid_sample
+from torch.nn.functional import cosine_similarity
+
+from .fidelity import pictures_ssim
+from .warp import fetch
 
 
 def warped_similarity(features: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor) -> float:
@@ -60,11 +63,7 @@ def pair_warp_errors(
         ValueError: the shapes do not belong together, another dtype, or a pair without a pixel
             that is seen in both frames.
     """
-    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-        raise ValueError(
-            f"frames must be uint8 [N, H, W, 3], not {frames.dtype} {list(frames.shape)}"
-        )
-    pictures = frames.permute(0, 3, 1, 2).float() / 255
+    pictures = _pictures(frames)
     squared = (pictures[:-1] - _fetched(pictures, flow, occlusion)).square().mean(dim=1)
     for pair, hidden in enumerate(occlusion):
         if hidden.all():
@@ -73,6 +72,46 @@ def pair_warp_errors(
         1000 * float(error[~hidden].mean())
         for error, hidden in zip(squared, occlusion, strict=True)
     ]
+
+
+def warped_ssim(frames: torch.Tensor, backward: torch.Tensor) -> float:
+    """WarpSSIM: structural similarity of each frame, warped by a flow, with the next frame.
+
+    Each pixel of frame t + 1 is fetched (bilinearly) from where the backward flow leads, in frame
+    t. All pixels count, occluded ones, too; SSIM is the variant SSIM_VARIANT.
+
+    Args:
+        frames: Frames, uint8 [N, H, W, 3], N >= 2, at least SSIM_WINDOW pixels high and wide.
+        backward: Flow [N-1, H, W, 2], floating point, (dx, dy) in pixels, from each frame but the
+            first to the one before.
+
+    Returns:
+        Mean over the N-1 pairs, at most 1.
+
+    Raises:
+        ValueError: the shapes do not belong together, another dtype, or smaller frames.
+
+    Source: Kara et al., RAVE, CVPR 2024, WarpSSIM.
+    """
+    pictures = _pictures(frames)
+    count, height, width, _ = frames.shape
+    if backward.shape != (count - 1, height, width, 2) or count < 2:
+        raise ValueError(
+            f"{count} frames of {height}x{width}, at least 2, need a backward flow of "
+            f"{[count - 1, height, width, 2]}, not {list(backward.shape)}"
+        )
+    warped = fetch(pictures[:-1], backward)
+    pairs = zip(warped[:, None], pictures[1:, None], strict=True)
+    return statistics.fmean(pictures_ssim(ours, theirs) for ours, theirs in pairs)
+
+
+def _pictures(frames: torch.Tensor) -> torch.Tensor:
+    """Frames uint8 [N, H, W, 3] as float32 [N, 3, H, W] in 0 ... 1."""
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        raise ValueError(
+            f"frames must be uint8 [N, H, W, 3], not {frames.dtype} {list(frames.shape)}"
+        )
+    return frames.permute(0, 3, 1, 2).float() / 255
 
 
 def _fetched(maps: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor) -> torch.Tensor:
@@ -84,11 +123,4 @@ def _fetched(maps: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor) ->
             f"{frames} frames of {height}x{width}, at least 2, need a flow of {[*expected, 2]} and "
             f"an occlusion of {list(expected)}, not {list(flow.shape)} and {list(occlusion.shape)}"
         )
-    rows = torch.arange(height, device=flow.device)
-    columns = torch.arange(width, device=flow.device)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    targets = torch.stack([x, y], dim=-1) + flow
-    size = flow.new_tensor([width, height])
-    return grid_sample(
-        maps[1:], (2 * targets + 1) / size - 1, padding_mode="border", align_corners=False
-    )
+    return fetch(maps[1:], flow)

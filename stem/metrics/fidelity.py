@@ -30,7 +30,7 @@ def psnr(video: torch.Tensor, original: torch.Tensor) -> float:
     """
     values = [
         float(peak_signal_noise_ratio(ours, theirs, data_range=1.0))
-        for ours, theirs in _frame_pairs(video, original)
+        for ours, theirs in frame_pairs(video, original)
     ]
     return sum(values) / len(values)
 
@@ -53,7 +53,7 @@ def pooled_psnr(
     Raises:
         ValueError: another shape or dtype, no frames, or a mask without a pixel.
     """
-    pairs = _frame_pairs(video, original)
+    pairs = frame_pairs(video, original)
     squared = torch.cat([(ours - theirs).square().mean(dim=1) for ours, theirs in pairs])
     if mask is not None:
         if mask.dtype != torch.bool or mask.shape != squared.shape:
@@ -82,23 +82,29 @@ def ssim(video: torch.Tensor, original: torch.Tensor) -> float:
 
     Source: torchmetrics, `structural_similarity_index_measure`.
     """
-    pairs = _frame_pairs(video, original)
-    if min(video.shape[1:3]) < SSIM_WINDOW:
-        raise ValueError(
-            f"SSIM's window is {SSIM_WINDOW}x{SSIM_WINDOW}; frames of {list(video.shape[1:3])} are "
-            "smaller"
-        )
-    values: list[float] = []
-    for ours, theirs in pairs:
-        value = structural_similarity_index_measure(
-            ours, theirs, gaussian_kernel=True, sigma=1.5, kernel_size=SSIM_WINDOW, data_range=1.0
-        )
-        assert isinstance(value, torch.Tensor)
-        values.append(float(value))
+    values = [pictures_ssim(ours, theirs) for ours, theirs in frame_pairs(video, original)]
     return sum(values) / len(values)
 
 
-def _frame_pairs(
+def pictures_ssim(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Structural similarity (SSIM_VARIANT) of two pictures, float [1, 3, H, W] in 0 ... 1.
+
+    Raises:
+        ValueError: they are smaller than SSIM_WINDOW pixels a side.
+    """
+    if min(ours.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(
+            f"SSIM's window is {SSIM_WINDOW}x{SSIM_WINDOW}; frames of {list(ours.shape[2:])} are "
+            "smaller"
+        )
+    value = structural_similarity_index_measure(
+        ours, theirs, gaussian_kernel=True, sigma=1.5, kernel_size=SSIM_WINDOW, data_range=1.0
+    )
+    assert isinstance(value, torch.Tensor)
+    return float(value)
+
+
+def frame_pairs(
     video: torch.Tensor, original: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if video.shape != original.shape:

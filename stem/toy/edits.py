@@ -21,6 +21,7 @@ class WorldEdit:
 
     Args:
         kind: Property that is edited, one of EDIT_KINDS.
+        scene: Scene before the edit.
         source: Clip before the edit; its caption is the source prompt.
         exact: Clip after the edit, rendered: its caption is the target prompt, its frames are the
             exact answer, its flow and occlusion are those of the edited scene.
@@ -31,6 +32,7 @@ class WorldEdit:
     """
 
     kind: str
+    scene: Scene
     source: Clip
     exact: Clip
     words: tuple[tuple[str, ...], tuple[str, ...]]
@@ -76,6 +78,7 @@ def world_edit(seed: int, kind: str, num_frames: int, size: int = 64) -> WorldEd
     after = _edited(scene, kind, old, new)
     return WorldEdit(
         kind=kind,
+        scene=scene,
         source=render(scene, num_frames, size),
         exact=render(after, num_frames, size),
         words=(_said(old), _said(new)),

@@ -1,0 +1,264 @@
+"""An edit judged: every metric of one edited video, each beside what it was measured by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from .metrics import (
+    CLIP_MODEL,
+    Clip,
+    Embedder,
+    Flow,
+    UnmeasuredError,
+    estimate_flow,
+    frame_accuracy,
+    lpips,
+    psnr,
+    ssim,
+    temporal_consistency,
+    text_alignment,
+    warp_error,
+    warped_ssim,
+)
+from .metrics.fidelity import SSIM_VARIANT
+from .metrics.perceptual import LPIPS_VARIANT
+from .models import check_device
+from .video import Video
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of one edit.
+
+    Args:
+        metric: Name of the metric, with its factor or unit.
+        value: Value; None where it could not be measured.
+        measured_by: Variant, model or flow that it depends on. Figures of the same metric belong
+            in one column only where this is the same.
+        higher_is_better: Whether more is better.
+        missing: Why there is no value, such as weights that are not here; empty where there is.
+        remedy: Command or advice that gets the value; empty where there is one.
+    """
+
+    metric: str
+    value: float | None
+    measured_by: str
+    higher_is_better: bool
+    missing: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one edit.
+
+    Args:
+        source: Name of the source video.
+        edit: Name of the edited video.
+        source_prompt: Prompt that describes the source.
+        prompt: Prompt of the edit.
+        num_frames: Number of frames of both videos.
+        height: Height of both in pixels.
+        width: Width of both in pixels.
+        figures: Figures, always of the same metrics in the same order.
+    """
+
+    source: str
+    edit: str
+    source_prompt: str
+    prompt: str
+    num_frames: int
+    height: int
+    width: int
+    figures: tuple[Figure, ...]
+
+    def __getitem__(self, metric: str) -> Figure:
+        """The figure of a metric, by its name.
+
+        Raises:
+            KeyError: there is no such metric.
+        """
+        for figure in self.figures:
+            if figure.metric == metric:
+                return figure
+        raise KeyError(f"{metric!r}; there are {', '.join(f.metric for f in self.figures)}")
+
+
+def evaluate(
+    source: Video,
+    edit: Video,
+    source_prompt: str,
+    prompt: str,
+    *,
+    flow: str | Flow | None = None,
+    clip: str | Embedder = CLIP_MODEL,
+    device: str | torch.device | None = None,
+) -> Evaluation:
+    """Measure an edit, of any tool, against its source and its prompts.
+
+    PSNR, SSIM and LPIPS compare the edit with the source; CLIP-text, Tem-Con and Frame-Acc judge
+    it by CLIP; Warp-Err and WarpSSIM carry its frames along the source's flow; Q_edit combines
+    them in both published forms. A metric whose package or weights are not here is among the
+    figures, without a value, with what gets it; nothing is downloaded.
+
+    Args:
+        source: Source video, uint8 frames [N, H, W, 3].
+        edit: Edited video of the same number of frames and size.
+        source_prompt: Prompt that describes the source; "": not known, and no Frame-Acc.
+        prompt: Prompt of the edit.
+        flow: Flow of the source, "dis" or "raft" to estimate it (`estimate_flow`), or one that is
+            known, such as `world_flow`; None: RAFT where its weights are here, else DIS.
+        clip: CLIP model, a hub id or a local folder, or another embedder, such as `WorldJudge`.
+        device: Device of the networks; None: "cuda" if there is a GPU, else "cpu".
+
+    Raises:
+        ValueError: the videos differ in their number of frames or their size, the frames are
+            smaller than SSIM's window, the prompt is empty, or a flow, model or device that does
+            not exist.
+
+    Source: metric by metric, the functions of `stem.metrics`.
+    """
+    _check_comparable(source, edit)
+    if not prompt.strip():
+        raise ValueError("prompt is empty; give the prompt of the edit")
+    where = check_device(device)
+    frames, original = edit.frames.cpu(), source.frames.cpu()
+    moved = _attempt(
+        lambda: flow if isinstance(flow, Flow) else estimate_flow(original, flow, where)
+    )
+    judge = _attempt(lambda: Clip(clip, where) if isinstance(clip, str) else clip)
+    seen = _attempt(lambda: _given(judge).embed_frames(frames))
+    target = _attempt(lambda: _given(judge).embed_texts([prompt])[0])
+    before = _attempt(lambda: _given(judge).embed_texts([_known(source_prompt)])[0])
+    by_clip = f"CLIP {clip}" if isinstance(clip, str) else clip.name
+    by_flow = f"flow of the source: {_flow_name(moved, flow)}"
+    by_ssim = f"SSIM: {SSIM_VARIANT}"
+
+    sheet = _Sheet()
+    sheet.add("PSNR dB", "mean of frames, to the source", lambda: psnr(frames, original))
+    sheet.add("SSIM", f"to the source; {by_ssim}", lambda: ssim(frames, original))
+    sheet.add(
+        "LPIPS",
+        f"to the source; {LPIPS_VARIANT}",
+        lambda: lpips(frames, original, where),
+        higher_is_better=False,
+    )
+    text = sheet.add(
+        "CLIP-text x100", by_clip, lambda: text_alignment(_given(seen), _given(target))
+    )
+    sheet.add("Tem-Con", by_clip, lambda: temporal_consistency(_given(seen)))
+    sheet.add(
+        "Frame-Acc",
+        by_clip,
+        lambda: frame_accuracy(_given(seen), _given(before), _given(target)),
+    )
+    error = sheet.add(
+        "Warp-Err x1000",
+        by_flow,
+        lambda: _warp_error(frames, _given(moved)),
+        higher_is_better=False,
+    )
+    warped = sheet.add(
+        "WarpSSIM", f"{by_flow}; {by_ssim}", lambda: warped_ssim(frames, _given(moved).backward)
+    )
+    sheet.add(
+        "Q_edit = WarpSSIM x CLIP-text",
+        f"{by_flow}; {by_ssim}; {by_clip}",
+        lambda: _given(warped) * _given(text),
+    )
+    sheet.add(
+        "Q_edit = CLIP-text / Warp-Err",
+        f"{by_flow}; {by_clip}",
+        lambda: _given(text) / _given(error) if _given(error) else math.inf,
+    )
+    return Evaluation(
+        source.name,
+        edit.name,
+        source_prompt,
+        prompt,
+        edit.num_frames,
+        edit.height,
+        edit.width,
+        tuple(sheet.figures),
+    )
+
+
+def _attempt(compute: Callable[[], T]) -> T | UnmeasuredError:
+    """What several figures share, or why they have none."""
+    try:
+        return compute()
+    except UnmeasuredError as error:
+        return error
+
+
+def _given(found: T | UnmeasuredError) -> T:
+    if isinstance(found, UnmeasuredError):
+        raise found
+    return found
+
+
+@dataclass
+class _Sheet:
+    """The figures so far."""
+
+    figures: list[Figure] = field(default_factory=list)
+
+    def add(
+        self,
+        metric: str,
+        measured_by: str,
+        compute: Callable[[], float],
+        higher_is_better: bool = True,
+    ) -> float | UnmeasuredError:
+        """Add a figure, with or without a value; gives what `_given` takes."""
+        found = _attempt(compute)
+        if isinstance(found, UnmeasuredError):
+            figure = Figure(metric, None, measured_by, higher_is_better, found.reason, found.remedy)
+        else:
+            figure = Figure(metric, found, measured_by, higher_is_better)
+        self.figures.append(figure)
+        return found
+
+
+def _flow_name(moved: Flow | UnmeasuredError, asked: str | Flow | None) -> str:
+    if isinstance(moved, Flow):
+        return moved.name
+    return asked if isinstance(asked, str) else "none"
+
+
+def _known(source_prompt: str) -> str:
+    if not source_prompt.strip():
+        raise UnmeasuredError("the source prompt is not known", "give --source-prompt")
+    return source_prompt
+
+
+def _warp_error(frames: torch.Tensor, flow: Flow) -> float:
+    blind = flow.occlusion.flatten(1).all(1).nonzero().flatten().tolist()
+    if blind:
+        raise UnmeasuredError(
+            f"under that flow no pixel of frame {blind[0]} is seen in the next one, as at a cut",
+            "evaluate each shot by itself",
+        )
+    return warp_error(frames, flow.forward, flow.occlusion)
+
+
+def _check_comparable(source: Video, edit: Video) -> None:
+    counts = (source.num_frames, edit.num_frames)
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"the source has {counts[0]} frames and the edit {counts[1]}; compare the frames that "
+            f"the edit was made of, such as the source's first {counts[1]}: --frames {counts[1]}"
+        )
+    sizes = [f"{video.width}x{video.height}" for video in (source, edit)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the source is {sizes[0]} pixels and the edit {sizes[1]}; scale the source as the "
+            f"edit's was: --size {sizes[1]}"
+        )

@@ -1,0 +1,164 @@
+"""Optical flow of a video in both directions, by name, and what of it is seen twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from .unmeasured import UnmeasuredError, check_weights, torchvision_module
+from .warp import fetch, landing
+
+FLOWS = ("dis", "raft")
+DIS_MIN_SIDE = 12
+RAFT_MIN_SIDE = 128
+_RAFT_MULTIPLE = 8  # RAFT's features are of an eighth of the size
+_OPTICAL_FLOW = "torchvision.models.optical_flow"
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Where the pixels of N frames of a video go, from each to the next and back.
+
+    Args:
+        name: Name of what gave the flow, to stand beside every figure that it shapes.
+        forward: Flow [N-1, H, W, 2], float32, (dx, dy) in pixels, from each frame to the next.
+        backward: Flow [N-1, H, W, 2], float32, from each of the next frames to the one before.
+        occlusion: Mask [N-1, H, W], bool, True where a pixel is not seen in the next frame.
+    """
+
+    name: str
+    forward: torch.Tensor
+    backward: torch.Tensor
+    occlusion: torch.Tensor
+
+
+def estimate_flow(
+    frames: torch.Tensor, model: str | None = None, device: torch.device | str = "cpu"
+) -> Flow:
+    """The flow of a video by a model, occluded where its two directions do not agree.
+
+    Args:
+        frames: Frames, uint8 [N, H, W, 3], N >= 2.
+        model: "dis" (OpenCV's dense inverse search, preset medium) or "raft" (torchvision's large
+            RAFT); None: RAFT where its weights are on this machine, else DIS.
+        device: Device that RAFT runs on; DIS runs on the CPU.
+
+    Returns:
+        Flow on the CPU.
+
+    Raises:
+        UnmeasuredError: fewer than two frames, frames too small for the model, or a package or
+            weights that are not here; nothing is downloaded.
+        ValueError: another model, or frames of another shape or dtype.
+
+    Source: Kroeger et al., ECCV 2016 (DIS); Teed and Deng, ECCV 2020 (RAFT).
+    """
+    if model not in (None, *FLOWS):
+        raise ValueError(f"flow is {model!r}; it must be one of {', '.join(FLOWS)}")
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        raise ValueError(
+            f"frames must be uint8 [N, H, W, 3], not {frames.dtype} {list(frames.shape)}"
+        )
+    if frames.shape[0] < 2:
+        raise UnmeasuredError("one frame has no flow", "give videos of at least 2 frames")
+    name, pair_flow = _model(model, min(frames.shape[1:3]), device)
+    pictures = frames.cpu()
+    forward = torch.stack([pair_flow(one, two) for one, two in pairwise(pictures)])
+    backward = torch.stack([pair_flow(two, one) for one, two in pairwise(pictures)])
+    return Flow(name, forward, backward, occluded(forward, backward))
+
+
+def occluded(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
+    r"""Where a pixel is not seen in the next frame, by the forward/backward check.
+
+    A pixel x is lost where $x + f(x)$ is out of the picture, or where the way there and back
+    does not end near x: $|f + b|^2 > 0.01 (|f|^2 + |b|^2) + 0.5$, b being the backward flow at
+    $x + f(x)$.
+
+    Args:
+        forward: Flow [n, H, W, 2], floating point, (dx, dy) in pixels, to the next frame.
+        backward: Flow [n, H, W, 2], floating point, from the next frame back.
+
+    Returns:
+        Mask, bool [n, H, W].
+
+    Source: Sundaram, Brox and Keutzer, ECCV 2010, equation 5.
+    """
+    back = fetch(backward.permute(0, 3, 1, 2), forward).permute(0, 2, 3, 1)
+    squares = forward.square().sum(-1) + back.square().sum(-1)
+    astray = (forward + back).square().sum(-1) > 0.01 * squares + 0.5
+    height, width = forward.shape[1:3]
+    x, y = landing(forward).unbind(-1)
+    outside = (x < -0.5) | (x > width - 0.5) | (y < -0.5) | (y > height - 0.5)
+    return astray | outside
+
+
+_PairFlow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Two frames, uint8 [H, W, 3], to the flow from one to the other, [H, W, 2]."""
+
+
+def _model(name: str | None, side: int, device: torch.device | str) -> tuple[str, _PairFlow]:
+    """A model's full name, and what runs it."""
+    if name == "dis":
+        return _dis(side)
+    try:
+        return _raft(side, device)
+    except UnmeasuredError:
+        if name == "raft":
+            raise
+        return _dis(side)
+
+
+def _dis(side: int) -> tuple[str, _PairFlow]:
+    try:
+        import cv2
+    except ImportError as error:
+        raise UnmeasuredError(
+            "OpenCV is not installed", "pip install opencv-python-headless"
+        ) from error
+    if side < DIS_MIN_SIDE:
+        raise UnmeasuredError(
+            f"DIS takes frames of at least {DIS_MIN_SIDE} pixels a side, not {side}",
+            "give larger videos",
+        )
+    search: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+
+    def pair_flow(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        grays = [cv2.cvtColor(frame.numpy(), cv2.COLOR_RGB2GRAY) for frame in (one, two)]
+        return torch.from_numpy(search.calc(grays[0], grays[1], None))
+
+    return "OpenCV DIS, preset medium", pair_flow
+
+
+def _raft(side: int, device: torch.device | str) -> tuple[str, _PairFlow]:
+    models = torchvision_module(_OPTICAL_FLOW)
+    weights = models.Raft_Large_Weights.DEFAULT
+    check_weights(weights, f"{_OPTICAL_FLOW}.Raft_Large_Weights")
+    if side < RAFT_MIN_SIDE:
+        raise UnmeasuredError(
+            f"RAFT takes frames of at least {RAFT_MIN_SIDE} pixels a side, not {side}",
+            "give larger videos, or take the flow dis",
+        )
+    network = models.raft_large(weights=weights, progress=False).eval().to(device)
+
+    @torch.inference_mode()
+    def pair_flow(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        height, width = one.shape[:2]
+        pictures = list(_padded(one, two))
+        flow = network(*(picture.to(device) for picture in pictures))[-1]
+        return flow[0, :, :height, :width].permute(1, 2, 0).float().cpu()
+
+    return f"torchvision RAFT large, {weights.name}", pair_flow
+
+
+def _padded(*frames: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Frames as RAFT takes them: float32 [1, 3, h, w] in -1 ... 1, sides multiples of 8."""
+    for frame in frames:
+        bottom, right = (-side % _RAFT_MULTIPLE for side in frame.shape[:2])
+        picture = frame.permute(2, 0, 1)[None].float() / 127.5 - 1
+        yield pad(picture, (0, right, 0, bottom), mode="replicate")
