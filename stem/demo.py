@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,8 +15,9 @@ from .clips import shipped_clip
 from .comparison import INVERSIONS, Comparison, compare, result_name
 from .edit_plan import EditPlan
 from .edits import EditResult, write_edits
+from .evaluation import Evaluation, evaluate
 from .inversion import invert
-from .metrics import Interval, mean_interval
+from .metrics import Interval, WorldJudge, mean_interval, world_flow
 from .report.files import write_json
 from .toy import render, sample_scene
 from .toy.edits import WorldEdit, world_edit
@@ -39,6 +41,7 @@ class Demo:
         psnr: PSNR in dB over the world videos, by method, "vae" first.
         ssim: SSIM over the world videos, likewise.
         edit: Edit of one more world video, beside its exact answer.
+        evaluation: Edit judged under the world's exact flow, by the world's judge.
         json: Path of the figures' file.
     """
 
@@ -46,6 +49,7 @@ class Demo:
     psnr: dict[str, Interval]
     ssim: dict[str, Interval]
     edit: EditResult
+    evaluation: Evaluation
     json: Path
 
 
@@ -118,6 +122,7 @@ def demo(
         for video, prompt in videos
     }
     edit = _edited(pipeline, edited, out, options.get("stem"), num_steps, model, note)
+    evaluation = _evaluated(edited, edit)
     psnrs, ssims = (_over_world(comparisons, figure) for figure in ("psnr", "ssim"))
     document = {
         **settings,
@@ -129,12 +134,13 @@ def demo(
         "ssim": ssims,
         "comparisons": {name: str(found.json) for name, found in comparisons.items()},
         "edit": str(edit.files.json),
+        "evaluation": dataclasses.asdict(evaluation),
         "provenance": provenance("diffusers"),
     }
     name = result_name("demo", [found.json.parent.name for found in comparisons.values()])
     path = out / f"{name}.json"
     write_json(path, document)
-    return Demo(comparisons, psnrs, ssims, edit, path)
+    return Demo(comparisons, psnrs, ssims, edit, evaluation, path)
 
 
 def _edited(
@@ -160,6 +166,18 @@ def _edited(
     exact = edited.exact.frames
     found = write_edits(pipeline, inversion, plan, out, video=video, exact=exact, note=note)
     return found.results[0]
+
+
+def _evaluated(edited: WorldEdit, edit: EditResult) -> Evaluation:
+    frames, size = edited.source.frames.shape[:2]
+    return evaluate(
+        edited_video(edited),
+        read_video(edit.files.video, multiple_of=1),
+        edited.source.caption,
+        edit.prompt,
+        flow=world_flow(edited.scene, frames, size),
+        clip=WorldJudge(),
+    )
 
 
 def _over_world(comparisons: Mapping[str, Comparison], figure: str) -> dict[str, Interval]:

@@ -439,7 +439,7 @@ def test_python_dash_m() -> None:
         [sys.executable, "-m", "stem", "--help"], capture_output=True, text=True, check=True
     )
     commands = ("demo", "compare", "invert", "reconstruct", "edit", "info", "list", "verify")
-    commands += ("clean",)
+    commands += ("clean", "evaluate")
     for command in commands:
         assert command in done.stdout
 
@@ -465,6 +465,10 @@ def test_the_demo_compares_world_videos_and_a_real_clip_and_gives_intervals(
     assert 0 < edit["psnr_to_exact"] < 100
     assert f"edited: {edit['source_prompt']!r} -> {edit['prompt']!r}\n" in printed
     assert str(Path(document["edit"]).with_name("sheet.png")) in printed
+    figures = {figure["metric"]: figure for figure in document["evaluation"]["figures"]}
+    assert 0 < figures["Warp-Err x1000"]["value"] < 1000
+    assert figures["Warp-Err x1000"]["measured_by"].endswith("exact flow of the world")
+    assert f"{figures['WarpSSIM']['value']:.4g}" in printed
     both = []
     for name in ("world-1", "world-2", "carphone_pristine"):
         path = Path(document["comparisons"][name])

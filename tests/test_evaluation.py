@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib
 import json
 import math
 import sys
@@ -36,6 +37,7 @@ from stem.metrics import (
     warped_ssim,
     world_flow,
 )
+from stem.metrics.unmeasured import install_torchvision, torchvision_module
 from stem.toy import WorldEdit, sample_scene, world_edit
 
 METRICS = [
@@ -125,7 +127,7 @@ def test_flows_that_cannot_be_had(no_torchvision: None, monkeypatch: pytest.Monk
         estimate_flow(drifting(), "farneback")
     with pytest.raises(UnmeasuredError, match="one frame has no flow"):
         estimate_flow(drifting(1))
-    with pytest.raises(UnmeasuredError, match="torchvision is not installed; pip install torchv"):
+    with pytest.raises(UnmeasuredError, match="torchvision is not installed; pip install torch=="):
         estimate_flow(drifting(), "raft")
     with pytest.raises(UnmeasuredError, match="at least 12 pixels a side, not 11"):
         estimate_flow(drifting(side=32)[:, :11], "dis")
@@ -134,6 +136,26 @@ def test_flows_that_cannot_be_had(no_torchvision: None, monkeypatch: pytest.Monk
         UnmeasuredError, match="OpenCV is not installed; pip install opencv-python-headless"
     ):
         estimate_flow(drifting())
+
+
+def test_torchvision_is_asked_for_in_the_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    command = (
+        "pip install torch==2.13.0+cpu torchvision --index-url https://download.pytorch.org/whl/cpu"
+    )
+    assert install_torchvision() == command
+
+    def fail(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(
+        UnmeasuredError, match=r"does not load beside torch 2\.13\.0.*::nms"
+    ) as caught:
+        torchvision_module("torchvision.models")
+    assert caught.value.remedy == f"pip uninstall torchvision && {command}"
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    assert install_torchvision() == "pip install torch==2.13.0 torchvision"
 
 
 class Weights(enum.Enum):
@@ -369,7 +391,7 @@ def test_an_edit_of_the_world_under_its_exact_flow(world: WorldEdit, no_torchvis
     )
     assert list(values(found)) == METRICS
     assert found["LPIPS"].value is None
-    assert found["LPIPS"].remedy == "pip install torchvision"
+    assert found["LPIPS"].remedy == install_torchvision()
     for metric in METRICS:
         by = found[metric].measured_by
         of_flow = "Warp" in metric
@@ -411,13 +433,13 @@ def test_what_is_missing_is_said(world: WorldEdit, no_torchvision: None, clip_fo
     measured = {name for name, value in values(found).items() if value is not None}
     assert measured == {"PSNR dB", "SSIM"}
     assert {f.remedy for f in found.figures if f.value is None} == {
-        "pip install torchvision",
+        install_torchvision(),
         NO_CLIP,
     }
     assert all(f.missing for f in found.figures if f.value is None)
     found = evaluate(source, edit, "", "b", clip=clip_folder)
     absent = {figure.metric: figure.remedy for figure in found.figures if figure.value is None}
-    assert absent == {"LPIPS": "pip install torchvision", "Frame-Acc": "give --source-prompt"}
+    assert absent == {"LPIPS": install_torchvision(), "Frame-Acc": "give --source-prompt"}
     assert found["Warp-Err x1000"].measured_by == "flow of the source: OpenCV DIS, preset medium"
     still = Video(source.frames[:1], source.fps)
     one = evaluate(still, still, "a", "b", clip=clip_folder)
@@ -471,7 +493,7 @@ def test_the_command(
     assert run("evaluate", *paths, *arguments) == 0
     printed = capfd.readouterr().out
     assert "68x64 was centre-cropped to 64x64" in printed
-    assert "missing: LPIPS: torchvision is not installed; pip install torchvision" in printed
+    assert f"missing: LPIPS: torchvision is not installed; {install_torchvision()}" in printed
     document = json.loads(figures.read_text())
     assert [figure["metric"] for figure in document["figures"]] == METRICS
     for figure in document["figures"]:

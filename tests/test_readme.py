@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the files that commands name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out/edit/inversions/stem-0123456789ab").mkdir(parents=True)
-    for name in ("video.mp4", "long.mp4"):
+    for name in ("video.mp4", "long.mp4", "edit.mp4"):
         stem.write_video(tmp_path / name, torch.zeros(2, 16, 16, 3, dtype=torch.uint8), 8)
     return tmp_path
 

@@ -42,6 +42,7 @@ from .arguments import (
     chunk_of,
     one_of,
 )
+from .evaluate import print_evaluation
 from .ranks import rank_device, ranks
 from .request import Request
 
@@ -91,6 +92,7 @@ def demo_command(
         "first, the source, everywhere but in the object (a fourth: where the edit may change it)"
     )
     say(found.edit.files.sheet)
+    print_evaluation(found.evaluation)
     print_note(request.note)
 
 

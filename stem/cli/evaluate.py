@@ -72,13 +72,18 @@ def evaluate_command(
             say(f"{path.name}: {note}")
     judge = WorldJudge() if clip == JUDGE else clip
     found = evaluate(before, after, source_prompt, prompt, flow=flow, clip=judge, device=device)
-    console.print(evaluation_table(found))
-    for line in missing_lines(found):
-        say(line)
+    print_evaluation(found)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         write_json(json, {**dataclasses.asdict(found), "provenance": _provenance()})
         say(json)
+
+
+def print_evaluation(found: Evaluation) -> None:
+    """Print the figures, and what is missing with what gets it."""
+    console.print(evaluation_table(found))
+    for line in missing_lines(found):
+        say(line)
 
 
 def evaluation_table(found: Evaluation) -> Table:

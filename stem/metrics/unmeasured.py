@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -36,12 +37,22 @@ def torchvision_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UnmeasuredError("torchvision is not installed", "pip install torchvision") from error
+        raise UnmeasuredError("torchvision is not installed", install_torchvision()) from error
     except (ImportError, OSError, RuntimeError) as error:  # its operators do not load
         raise UnmeasuredError(
-            f"torchvision does not load: {error}",
-            f"install the build of it that belongs to torch {torch.__version__}",
+            f"torchvision does not load beside torch {torch.__version__}: {error}",
+            f"pip uninstall torchvision && {install_torchvision()}",
         ) from error
+
+
+def install_torchvision() -> str:
+    """The command that installs the torchvision that belongs to the torch that is here.
+
+    Another version takes another torch along, and another build does not load.
+    """
+    build = re.fullmatch(r".*\+(cpu|cu\d+|rocm[\d.]+|xpu)", torch.__version__)
+    index = f" --index-url https://download.pytorch.org/whl/{build[1]}" if build else ""
+    return f"pip install torch=={torch.__version__} torchvision{index}"
 
 
 def check_weights(weights: Any, get: str) -> None:
