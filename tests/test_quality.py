@@ -5,27 +5,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import quality, quality_measure, records
+from benchmarks import quality, quality_measure, quality_variants, records
 from benchmarks.quality_report import draw, table, values
-from stem import InflatedConfig, load_pipeline
+from stem import InflatedConfig, StemConfig, load_pipeline
 from stem.attention.handle import self_attentions
 from stem.diffusion.pipeline import encode_frames
 from stem.inversion import round_trip
 from stem.toy import render, sample_scene
 
 ROWS = ("inflated", "stem", "16 frames: global bases", "16 frames: bases of 8")
+FRAMES, LONG_FRAMES = 2, 4
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(quality_measure, "WORLD_VIDEOS", 2)
-    monkeypatch.setattr(quality_measure, "NATURAL", {"bikes.mp4": "0:16"})
+    monkeypatch.setattr(quality_measure, "NATURAL", {"bikes.mp4": f"0:{LONG_FRAMES}"})
+    monkeypatch.setattr(quality, "FRAMES", FRAMES)
+    for module in (quality, quality_variants):
+        monkeypatch.setattr(module, "LONG_FRAMES", LONG_FRAMES)
+    for name, frames in zip(ROWS, (FRAMES, FRAMES, LONG_FRAMES, LONG_FRAMES), strict=True):
+        shorter = replace(quality_variants.VARIANTS[name], frames=frames)
+        monkeypatch.setitem(quality_variants.VARIANTS, name, shorter)
+    chunks = quality_variants.Variant(StemConfig(num_frames=FRAMES), LONG_FRAMES)
+    monkeypatch.setitem(quality_variants.VARIANTS, ROWS[3], chunks)
     monkeypatch.setattr(quality, "STEPS", 2)
     threads = torch.get_num_threads()
     yield

@@ -34,7 +34,10 @@ assert not any(name.split(".")[0] in ("stem", "stem_kernels") for name in sys.mo
 """
 
 
-def test_twenty_steps_resume_and_load_without_this_package(tmp_path: Path) -> None:
+def test_twenty_steps_resume_and_load_without_this_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stem.toy.train.GRID_CAPTIONS", 1)
     recipe = Recipe(**SMALL)
     for steps in (7, 20, 33, 40, 45):
         assert train(recipe, tmp_path / "resumed", until=steps) is None
