@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from .distributed import Ranks
+from .inversion import InversionFolder
 from .measuring import Row, measure
 from .report.files import comparison_files, comparison_is_whole, write_comparison
 from .storage import check_output, remove_stale
@@ -112,6 +113,11 @@ def compare(
             "prompt": prompt,
             "num_steps": num_steps,
             "options": {method: dict(options.get(method, {})) for method in methods},
+            "inversions": {
+                row.method: InversionFolder.open(row.inversion).settings
+                for row in measured.rows
+                if row.inversion
+            },
         }
         write_comparison(folder, measured, video, settings)
     return Comparison(measured.rows, *files)

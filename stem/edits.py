@@ -273,6 +273,7 @@ def _document(
         "prompt": result.prompt,
         "inversion": str(inversion.path),
         "source_prompt": inversion.settings["prompt"],
+        "inversion_settings": inversion.settings,
         "settings": edit.settings,
         "pivots": None if edit.pivots is None else edit.pivots.tolist(),
         "share_that_may_change": None if edit.masks is None else float(edit.masks.float().mean()),

@@ -10,25 +10,32 @@ from ..measuring import Row
 from ..video import Video
 from .files import shown_name
 
+COMPARISON_HEADINGS = ("PSNR dB", "SSIM", "latent error", "invert s", "sample s", "extra MiB")
+"""Headings of a comparison's figures, without the methods' own."""
+
 
 def comparison_table(found: Comparison, clip: Video) -> Table:
     """A row for each method, and for the autoencoder alone."""
     count, height, width, _ = clip.frames.shape
     table = Table(title=f"{count} frames, {width}x{height}")
     table.add_column("method")
-    for heading in ("PSNR dB", "SSIM", "latent error", "invert s", "sample s", "extra MiB"):
+    for heading in COMPARISON_HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in found.rows:
-        table.add_row(
-            shown_name(row.method),
-            f"{row.psnr:.2f}",
-            f"{row.ssim:.3f}",
-            f"{row.latent_error:.4f}",
-            _seconds(row.invert_seconds, row),
-            _seconds(row.reconstruct_seconds, row),
-            _number(None if row.peak_bytes is None else row.peak_bytes / 2**20),
-        )
+        table.add_row(shown_name(row.method), *comparison_cells(row))
     return table
+
+
+def comparison_cells(row: Row) -> list[str]:
+    """A method's figures as texts, one for each of COMPARISON_HEADINGS."""
+    return [
+        f"{row.psnr:.2f}",
+        f"{row.ssim:.3f}",
+        f"{row.latent_error:.4f}",
+        _seconds(row.invert_seconds, row),
+        _seconds(row.reconstruct_seconds, row),
+        _number(None if row.peak_bytes is None else row.peak_bytes / 2**20),
+    ]
 
 
 def demo_table(found: Demo, size: int) -> Table:

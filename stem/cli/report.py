@@ -1,0 +1,37 @@
+"""The command that shows results, `stem report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..report.contents import read_report
+from ..report.page import write_report
+from ..storage import check_output
+from .app import app, say
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[
+        Path, typer.Argument(help="A folder that `stem compare`, `edit` or `demo` wrote.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="An HTML file. Default: report.html in the folder.")
+    ] = None,
+) -> None:
+    """One HTML page of a comparison, an edit or a demo: videos in step, figures, settings.
+
+    It needs no other file and no network; nothing is computed again.
+    """
+    path = out or (folder.parent if folder.is_file() else folder) / "report.html"
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder; name a file in it, such as {path / 'report.html'}"
+        )
+    found = read_report(folder)
+    check_output(path)
+    write_report(found, path)
+    say(f"{path}, {path.stat().st_size / 2**20:.1f} MiB")

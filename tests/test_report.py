@@ -1,0 +1,246 @@
+"""`stem report`: what its page shows of results, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import run
+
+from stem.measuring import Measured, Row
+from stem.report import panes
+from stem.report.contents import read_report
+from stem.report.curves import Curve
+from stem.report.documents import ReportError
+from stem.report.edit_files import EditFiles, EditsFiles
+from stem.report.files import write_comparison, write_json
+from stem.report.page import page
+from stem.video import Video
+
+FRAMES, WIDTH, HEIGHT = 6, 24, 16
+PROMPT = "</script><img src='http://example.com/a.png'> & \"a duck\""
+VIDEO = {
+    "fps": "6",
+    "num_frames": FRAMES,
+    "width": WIDTH,
+    "height": HEIGHT,
+    "frames_sha256": "f" * 64,
+}
+INVERSION = {
+    "attention": {"num_bases": 8, "seed": 0},
+    "backend": "torch",
+    "device": "cpu",
+    "dtype": "float32",
+    "keep_bases": False,
+    "method": "stem",
+    "model": {"name": "embedded", "weights_sha256": "a" * 64, "config_sha256": "b" * 64},
+    "num_steps": 2,
+    "prompt": PROMPT,
+    "video": VIDEO,
+}
+
+
+def grays(offset: int = 0) -> torch.Tensor:
+    """A video whose frames are of one gray each, 30 more in each: uint8 [N, H, W, 3]."""
+    levels = torch.arange(FRAMES, dtype=torch.uint8) * 30 + 40 + offset
+    return levels[:, None, None, None].expand(-1, HEIGHT, WIDTH, 3).contiguous()
+
+
+def write_compared(folder: Path, note: str = "") -> Path:
+    rows = [
+        Row("vae", math.inf, 1.0, 0.0),
+        Row("stem", 30.0, 0.9, 0.1, 1.5, None, 2**20, "x/stem-0"),
+    ]
+    measured = Measured(rows, {"vae": grays(), "stem": grays(10)}, "cpu", "resident set", True)
+    settings = {
+        "note": note,
+        "model": "embedded",
+        "prompt": PROMPT,
+        "num_steps": 2,
+        "options": {},
+        "inversions": {"stem": INVERSION},
+    }
+    notes = ("16x16 was centre-cropped",)
+    write_comparison(folder, measured, Video(grays(), Fraction(6), notes, "ducks"), settings)
+    return folder
+
+
+def write_edit(folder: Path, prompt: str, *, exact: bool = True) -> Path:
+    masks = torch.zeros(FRAMES, HEIGHT, WIDTH, 3, dtype=torch.uint8)
+    second = "exact answer" if exact else "reconstruction"
+    videos = {"source": grays(), second: grays(20), "fusion": grays(10), "mask": masks}
+    figures = {"psnr_to_exact": 28.0, "psnr_to_exact_by_frame": [28.0] * FRAMES} if exact else {}
+    document = {
+        "note": "",
+        "method": "fusion",
+        "prompt": prompt,
+        "inversion": "x/stem-0",
+        "source_prompt": PROMPT,
+        "inversion_settings": INVERSION,
+        "settings": {"seed": 3, "options": {"preset": "colour", "mask_levels": [0.4, 1.0]}},
+        "share_that_may_change": 0.25,
+        "share_by_frame": [0.25] * FRAMES,
+        "durations": {"edit_seconds": 4.0, "steps_done_in_them": 2},
+        "provenance": {"cpu": "a CPU", "threads": 1, "gpu": None, "python": "3", "versions": {}},
+        **figures,
+    }
+    EditFiles(folder).write(
+        [grays(10)], Fraction(6), videos, {"source": grays()[:1]}, [0], document
+    )
+    return folder
+
+
+def test_a_comparison_shows_figures_settings_and_where_it_comes_from(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_compared(tmp_path / "ducks-0")
+    assert run("report", str(folder)) == 0
+    html = (folder / "report.html").read_text()
+    assert capfd.readouterr().out.startswith(f"{folder / 'report.html'}, 0.")
+    (player,) = [section.player for section in read_report(folder).sections]
+    assert player is not None
+    assert [pane.label for pane in player.panes] == ["source", "vae alone", "stem"]
+    assert [len(pane.frames) for pane in player.panes] == [FRAMES] * 3
+    assert (player.fps, player.every, player.width, player.height) == (6.0, 1, WIDTH, HEIGHT)
+    for text in (
+        "30.00",
+        "0.900",
+        "reused",
+        "1.5",
+        "a" * 64,
+        "b" * 64,
+        "num bases",
+        "centre-cropped",
+    ):
+        assert text in html
+    # what a prompt says is text, and no part of the page
+    assert "&lt;/script&gt;&lt;img src=" in html
+    assert html.count("</script>") == 2
+    assert html.count("<img") == 0
+    assert html.replace("http://example.com", "").count("http:") == 0
+
+
+def test_a_note_of_random_weights_is_shown(tmp_path: Path) -> None:
+    html = page(read_report(write_compared(tmp_path / "a", note="random <b>numbers</b>")))
+    assert "random &lt;b&gt;numbers&lt;/b&gt;" in html
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_edit_shows_its_mask_and_how_far_it_is_off_where_that_is_known(
+    tmp_path: Path, exact: bool
+) -> None:
+    folder = write_edit(tmp_path / "fusion-0", "a goose", exact=exact)
+    report = read_report(folder / "edit.json")
+    (section,) = report.sections
+    player = section.player
+    assert player is not None
+    assert (report.kind, report.title) == ("Edit", "a goose")
+    second = "exact answer" if exact else "reconstruction"
+    labels = [pane.label for pane in player.panes]
+    assert labels == ["source", second, "fusion", "where it may change the video"]
+    assert (player.panes[3].figures, player.panes[3].compared) == ([25.0] * FRAMES, False)
+    assert player.reference == int(exact)
+    assert (player.curve is not None) == exact
+    ((name, psnr, share, *_),) = section.tables[0].rows
+    assert (name, psnr, share) == ("fusion", "28.00" if exact else "–", "25.0%")
+    assert ("options: mask levels", "0.4, 1.0") in section.details["Settings"]["fusion"]
+
+
+def test_several_edits_play_together_wherever_their_folders_have_gone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    names = [write_edit(out / f"fusion-{index}", f"goose {index}") for index in range(2)]
+    document = {"note": "", "edits": [str(name / "edit.json") for name in names]}
+    EditsFiles(out / "edits-0").write({"source": grays()[:1]}, [0], document)
+    moved = tmp_path / "moved"
+    out.rename(moved)
+    (section,) = read_report(moved / "edits-0").sections
+    assert section.player is not None
+    mask = "where it may change the video, fusion"
+    expected = ["source", "exact answer", "fusion 1", f"{mask} 1", "fusion 2", f"{mask} 2"]
+    assert [pane.label for pane in section.player.panes] == expected
+    assert section.lines[1:] == [("fusion 1", "goose 0"), ("fusion 2", "goose 1")]
+    shutil.rmtree(moved / "fusion-1")
+    with pytest.raises(ReportError, match=r"fusion-1/edit.json is missing; run the command again"):
+        read_report(moved / "edits-0")
+
+
+def test_of_a_long_video_some_frames_are_shown_and_the_page_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_compared(tmp_path / "a")
+    monkeypatch.setattr(panes, "MOST_PIXELS", 3 * FRAMES * WIDTH * HEIGHT // 2)
+    report = read_report(folder)
+    player = report.sections[0].player
+    assert player is not None
+    assert (player.every, player.count, player.fps, player.num_frames) == (2, 3, 3.0, FRAMES)
+    assert player.panes[2].figures is not None
+    assert len(player.panes[2].figures) == 3
+    assert "Every 2nd frame is shown" in page(report)
+
+
+def test_a_curve_has_round_ticks_and_gaps_where_there_is_no_figure() -> None:
+    curve = Curve("PSNR", {"a": [31.2, math.inf, 33.9], "b": [30.1] * 3}, {"a": 1, "b": 2})
+    assert curve.tick_texts == ["30", "31", "32", "33", "34"]
+    assert (curve.y(34.0), curve.y(30.0), curve.x(2)) == (0.0, 1000.0, 1000.0)
+    ((colour, broken), (_, line)) = curve.paths()
+    assert (colour, broken) == (1, "M0.0 700.0h0M1000.0 25.0h0")
+    assert line == "M0.0 975.0h0L500.0 975.0L1000.0 975.0"
+    assert curve.spoken == "PSNR: a 31.20 to 33.90; b 30.10 to 30.10"
+    flat = Curve("PSNR", {"a": [34.0]}, {"a": 0})
+    assert flat.tick_texts == sorted(set(flat.tick_texts))
+    assert Curve("PSNR", {"a": [math.inf]}, {"a": 0}).paths() == [(0, "")]
+
+
+def spoil(folder: Path, what: str) -> None:
+    document = folder / "compare.json"
+    if what == "file":
+        (folder / "compare.mp4").unlink()
+    elif what == "hash":
+        (folder / "compare.png").write_bytes(b"")
+    elif what == "json":
+        document.write_text("{")
+    else:
+        content: dict[str, Any] = json.loads(document.read_text())
+        del content["psnr_by_frame"]
+        write_json(document, content)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("file", "holds compare.json, but not compare.mp4; run the command again"),
+        ("hash", "are not those that it was written with; run the command again"),
+        ("json", "compare.json is damaged; run the command again"),
+        ("version", "has no 'psnr_by_frame': another version wrote it; remove its folder"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_named(tmp_path: Path, what: str, message: str) -> None:
+    folder = write_compared(tmp_path / "a")
+    spoil(folder, what)
+    with pytest.raises(ReportError, match=message):
+        read_report(folder)
+
+
+def test_a_folder_of_something_else_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: object) -> str:
+        assert run("report", *map(str, arguments)) == 2
+        return " ".join(capfd.readouterr().err.split())
+
+    assert f"{tmp_path / 'a'} is no folder; name one that stem compare" in said(tmp_path / "a")
+    assert "holds no compare.json, edit.json, edits.json or demo-*.json; name a" in said(tmp_path)
+    folder = write_compared(tmp_path / "a")
+    assert f"name one of the folders in it, {folder}" in said(tmp_path)
+    for name in ("demo-0.json", "demo-1.json"):
+        (tmp_path / name).write_text("{}")
+    assert "holds several runs; name one of" in said(tmp_path)
+    assert "is none of compare.json" in said(folder / "compare.mp4")
+    assert "is a folder; name a file in it" in said(folder, "--out", tmp_path)
+    assert "is a file, not a folder" in said(folder, "--out", folder / "compare.json" / "a.html")
