@@ -14,6 +14,7 @@ import torch
 
 from stem import load_pipeline, read_video
 from stem.attention import Hooks
+from stem.attention.features import LastFeatures
 from stem.attention.frames import InflatedProcessor
 from stem.attention.handle import self_attentions
 from stem.attention.processor import RowLayout
@@ -112,19 +113,16 @@ class Probe:
         seconds: Time that the probe itself took.
     """
 
-    def __init__(
-        self, unet: torch.nn.Module, source: Source, map_size: Sequence[int], num_steps: int
-    ) -> None:
+    def __init__(self, unet: Any, source: Source, map_size: Sequence[int], num_steps: int) -> None:
         self.similarity: dict[str, float] = {}
         self.errors: list[float] = []
         self.seconds = 0.0
         self._source = source
-        self._map_size = tuple(map_size)
+        self._height, self._width = map_size
         self._num_steps = num_steps
-        self._features = torch.empty(0)
         self._steps = 0
-        last = last_self_attention(unet)
-        self._hooks = [last.register_forward_hook(self._keep)]
+        self._last = LastFeatures(unet)
+        self._hooks: list[Any] = [self._last]
         for name, layer in self_attentions(unet).items():
             dense = InflatedProcessor(name, RowLayout(len(source.frames)), Hooks())
             compare = partial(self._compare, dense)
@@ -135,16 +133,13 @@ class Probe:
         flow, occlusion = self._source.flow, self._source.occlusion
         if flow is not None and occlusion is not None:
             start = time.perf_counter()
-            maps = self._features.transpose(1, 2).unflatten(2, self._map_size)
+            maps = self._last.maps(len(self._source.frames), self._height, self._width)
             self.similarity[str(timestep)] = warped_similarity(maps, flow, occlusion)
             self.seconds += time.perf_counter() - start
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-
-    def _keep(self, module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> None:
-        self._features = output
 
     def _compare(
         self, inflated: InflatedProcessor, module: Any, arguments: Any, output: torch.Tensor
@@ -155,12 +150,6 @@ class Probe:
         dense = inflated(module, arguments[0])
         self.errors.append(float((output - dense).norm() / dense.norm()))
         self.seconds += time.perf_counter() - start
-
-
-def last_self_attention(unet: torch.nn.Module) -> torch.nn.Module:
-    """The one nearest the output; a UNet lists its middle block after those."""
-    layers = self_attentions(unet)
-    return next(layers[name] for name in reversed(layers) if name.startswith("up_blocks"))
 
 
 def vae_alone(source: Source) -> dict[str, Any]:

@@ -2,7 +2,13 @@
 
 from .alignment import Embedder, frame_accuracy, temporal_consistency, text_alignment
 from .clip import CLIP_MODEL, Clip
-from .consistency import pair_warp_errors, warp_error, warped_similarity, warped_ssim
+from .consistency import (
+    pair_warp_errors,
+    similarity_maps,
+    warp_error,
+    warped_similarity,
+    warped_ssim,
+)
 from .fidelity import pooled_psnr, psnr, ssim
 from .flow import FLOWS, Flow, estimate_flow, occluded
 from .interval import Interval, mean_interval
@@ -29,6 +35,7 @@ __all__ = [
     "pair_warp_errors",
     "pooled_psnr",
     "psnr",
+    "similarity_maps",
     "ssim",
     "temporal_consistency",
     "text_alignment",

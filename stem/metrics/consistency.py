@@ -30,11 +30,22 @@ def warped_similarity(features: torch.Tensor, flow: torch.Tensor, occlusion: tor
 
     Source: the feature analysis of arXiv 2312.05856 (its Figure 5), which warps forward.
     """
-    fetched = _fetched(features.float(), flow, occlusion)
+    similarity = similarity_maps(features, flow, occlusion)
     if occlusion.all():
         raise ValueError("no cell of any frame is seen in the next; there is nothing to compare")
-    similarity = cosine_similarity(features[:-1].float(), fetched, dim=1)
     return float(similarity[~occlusion].mean())
+
+
+def similarity_maps(
+    features: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor
+) -> torch.Tensor:
+    """What `warped_similarity` is the mean of, with the same arguments.
+
+    Returns:
+        float32 [N-1, h, w], cells that are not seen in the next frame included.
+    """
+    fetched = _fetched(features.float(), flow, occlusion)
+    return cosine_similarity(features[:-1].float(), fetched, dim=1)
 
 
 def warp_error(frames: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor) -> float:

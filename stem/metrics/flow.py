@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from .unmeasured import UnmeasuredError, check_weights, torchvision_module
 from .warp import fetch, landing
@@ -29,12 +29,54 @@ class Flow:
         forward: Flow [N-1, H, W, 2], float32, (dx, dy) in pixels, from each frame to the next.
         backward: Flow [N-1, H, W, 2], float32, from each of the next frames to the one before.
         occlusion: Mask [N-1, H, W], bool, True where a pixel is not seen in the next frame.
+        backward_occlusion: Mask [N-1, H, W], bool, True where a pixel of each of the next frames
+            is not seen in the one before.
     """
 
     name: str
     forward: torch.Tensor
     backward: torch.Tensor
     occlusion: torch.Tensor
+    backward_occlusion: torch.Tensor
+
+    def reversed(self) -> Flow:
+        """The flow of the video played backwards."""
+        return Flow(
+            self.name,
+            self.backward.flip(0),
+            self.forward.flip(0),
+            self.backward_occlusion.flip(0),
+            self.occlusion.flip(0),
+        )
+
+    def resized(self, height: int, width: int) -> Flow:
+        """The flow of smaller frames, in their pixels.
+
+        A flow is the mean over a cell's pixels, and a cell is occluded where half of them are.
+
+        Args:
+            height: Height of the smaller frames.
+            width: Width of the smaller frames.
+        """
+        if self.forward.shape[1:3] == (height, width):
+            return self
+        scale = self.forward.new_tensor(
+            [width / self.forward.shape[2], height / self.forward.shape[1]]
+        )
+
+        def vectors(flow: torch.Tensor) -> torch.Tensor:
+            return scale * _pooled(flow.permute(0, 3, 1, 2), height, width).permute(0, 2, 3, 1)
+
+        def masks(occlusion: torch.Tensor) -> torch.Tensor:
+            return _pooled(occlusion[:, None].float(), height, width)[:, 0] >= 0.5
+
+        return Flow(
+            self.name,
+            vectors(self.forward),
+            vectors(self.backward),
+            masks(self.occlusion),
+            masks(self.backward_occlusion),
+        )
 
 
 def estimate_flow(
@@ -70,7 +112,7 @@ def estimate_flow(
     pictures = frames.cpu()
     forward = torch.stack([pair_flow(one, two) for one, two in pairwise(pictures)])
     backward = torch.stack([pair_flow(two, one) for one, two in pairwise(pictures)])
-    return Flow(name, forward, backward, occluded(forward, backward))
+    return Flow(name, forward, backward, occluded(forward, backward), occluded(backward, forward))
 
 
 def occluded(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
@@ -96,6 +138,10 @@ def occluded(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
     x, y = landing(forward).unbind(-1)
     outside = (x < -0.5) | (x > width - 0.5) | (y < -0.5) | (y > height - 0.5)
     return astray | outside
+
+
+def _pooled(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return adaptive_avg_pool2d(maps, (height, width))
 
 
 _PairFlow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -20,7 +20,13 @@ def world_flow(scene: Scene, num_frames: int, size: int) -> Flow:
     """
     there = render(scene, num_frames, size)
     back = render(scene, num_frames, size, span=(1.0, 0.0))  # the same frames in reverse
-    return Flow("exact flow of the world", there.flow, back.flow.flip(0), there.occlusion)
+    return Flow(
+        "exact flow of the world",
+        there.flow,
+        back.flow.flip(0),
+        there.occlusion,
+        back.occlusion.flip(0),
+    )
 
 
 class WorldJudge:
