@@ -30,6 +30,8 @@ HERTZ = 1.755e9
 MULTIPROCESSORS = 132
 CEILINGS = Ceilings(flops=798e12, exponentials=MULTIPROCESSORS * 16 * 1.98e9, bytes=3.0e12)
 """Of an H100 80GB HBM3: a large product and a copy, measured; exponentials at its highest clock."""
+BESIDE_PRODUCTS = ("directions", "update")
+"""Kernels that multiply no matrices: what an EM pass does with K bases before and after."""
 REGISTERS, SHARED_BYTES, RESERVED_BYTES, THREADS, MOST_BLOCKS = 65536, 233472, 1024, 2048, 32
 """What the blocks of a multiprocessor share, and what the system takes of each."""
 LONGEST = 16  # passes of a loop that the model goes through; more are a multiple of the last half
@@ -159,7 +161,9 @@ def kinds(loop: Sequence[sass.Instruction]) -> dict[str, int]:
 def case(name: str, work: Work) -> dict[str, Any]:
     """The row of one case: its launches, their sums, and the floor."""
     (form,) = (form for form in forms(torch.float16) if form.name == name)
-    counted = [count(launch) for launch in launches(ARCH, form.call)]
+    counted = [
+        count(launch) for launch in launches(ARCH, form.call) if launch.name not in BESIDE_PRODUCTS
+    ]
     floor, limit = CEILINGS.floor(work)
     return {
         "floor_us": round(1e6 * floor, 1),

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 import stem_kernels.triton
 import stem_kernels.tuning
 from stem_kernels.backends import BACKENDS
+from stem_kernels.triton.program import forget_programs
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,33 @@ class _AbsentGPU:
 
 
 @contextmanager
+def absent_gpu(arch: int, stand_in: Any) -> Iterator[None]:
+    """Within it, tensors that are on no GPU are served by Triton, as on a GPU.
+
+    Args:
+        arch: Compute capability of that GPU, such as 90.
+        stand_in: Driver that Triton gets in place of CUDA's.
+    """
+
+    def capability(device: object) -> tuple[int, int]:
+        return divmod(arch, 10)
+
+    present = replace(BACKENDS["triton"], device=lambda device: [])
+    with ExitStack() as stack:
+        for patch in (
+            mock.patch.object(driver, "_active", stand_in),
+            mock.patch.object(stem_kernels.triton, "device_capability", capability),
+            mock.patch.object(stem_kernels.tuning, "device_capability", capability),
+            mock.patch.dict(BACKENDS, triton=present),
+        ):
+            stack.enter_context(patch)
+        # What was prepared for another GPU, or for none, is not for this one.
+        forget_programs()
+        stack.callback(forget_programs)
+        yield
+
+
+@contextmanager
 def recorded(arch: int) -> Iterator[list[Launch]]:
     """Within it, operators with `backend="triton"` compute nothing; their launches are listed."""
     found: list[Launch] = []
@@ -135,19 +163,7 @@ def recorded(arch: int) -> Iterator[list[Launch]]:
         with mock.patch.object(knobs.runtime, "jit_cache_hook", hook):
             return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 
-    def capability(device: object) -> tuple[int, int]:
-        return divmod(arch, 10)
-
-    present = replace(BACKENDS["triton"], device=lambda device: [])
-    with ExitStack() as stack:
-        for patch in (
-            mock.patch.object(driver, "_active", _AbsentGPU(arch)),
-            mock.patch.object(JITFunction, "run", noted),
-            mock.patch.object(stem_kernels.triton, "device_capability", capability),
-            mock.patch.object(stem_kernels.tuning, "device_capability", capability),
-            mock.patch.dict(BACKENDS, triton=present),
-        ):
-            stack.enter_context(patch)
+    with absent_gpu(arch, _AbsentGPU(arch)), mock.patch.object(JITFunction, "run", noted):
         yield found
 
 

@@ -108,7 +108,7 @@ def cases_of(
         name = f"em_fused d={width}" + (" with payload" if payload else "")
         yield name, _fused_kernel, {
             "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES, "WITH_SUMS": True,
-            "WITH_VALUES": payload, **both, **shared,
+            "WITH_VALUES": payload, "UNIT": 2.0**15, **both, **shared,
         }  # fmt: skip
     elif op == "em_general":
         for width in (320, 1280):
@@ -117,12 +117,12 @@ def cases_of(
                 "BLOCK_N": row["block_n"], "BLOCK_K": row["block_k"], "BLOCK_D": block_d, **shared
             }  # fmt: skip
             yield f"em_general logsumexp d={width}", _logsumexp_kernel, blocks
-            blocks = blocks | {"BLOCK_E": block_d, "WITH_MASS": True}
+            blocks = blocks | {"BLOCK_E": block_d, "WITH_MASS": True, "LOG_UNIT": 15.0}
             yield f"em_general sums d={width}", _sums_kernel, blocks
     elif op == "em_wide logits":
         yield "em_wide logits d=320", _responsibilities_kernel, {
             "D": 320, "BLOCK_N": row["block_n"], "BLOCK_K": LARGEST_BASES,
-            "BLOCK_D": row["block_d"], "FULL_K": True, **shared,
+            "BLOCK_D": row["block_d"], "FULL_K": True, "UNIT": 2.0**15, **shared,
         }  # fmt: skip
     elif op == "em_wide products":
         main, rest = two_tiles(row["block_e"])

@@ -16,6 +16,7 @@ import torch
 import typer
 
 from stem_kernels.triton import device_capability
+from stem_kernels.triton.program import forget_programs
 from stem_kernels.tuning import table
 
 from .attention_cases import attention_case
@@ -100,6 +101,7 @@ def tune(op: str, device: torch.device) -> dict[str, int]:
     try:
         for row in candidates(op, arch, multiprocessors):
             rows[op] = row
+            forget_programs()
             seconds = _seconds(trial, device)
             if seconds < least:
                 best, least = row, seconds
@@ -109,6 +111,7 @@ def tune(op: str, device: torch.device) -> dict[str, int]:
             rows.pop(op, None)
         else:
             rows[op] = used
+        forget_programs()
     if best is None:
         raise SystemExit(f"no tiles of {op} serve {torch.cuda.get_device_name(device)}")
     return best

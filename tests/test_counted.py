@@ -145,12 +145,14 @@ def test_blocks_of_a_multiprocessor(registers: int, shared: int, warps: int, blo
 
 
 def recorded(width: int, *, heads: int = 0) -> Launch:
-    """The first launch of EM on 4,096 tokens, one head after another or beside one another."""
+    """The pass of EM over 4,096 tokens, one head after another or beside one another."""
     shape = (2, 4096, heads, width) if heads else (2, 4096, width)
     features = torch.empty(shape, dtype=torch.float16)
     features = features.transpose(1, 2) if heads else features
     bases = torch.empty(*features.shape[:-2], 256, width, dtype=torch.float16)
-    return launches(90, lambda: em_statistics(features, bases, backend="triton"))[0]
+    found = launches(90, lambda: em_statistics(features, bases, backend="triton"))
+    assert [launch.name for launch in found] == ["directions", "fused", "update"]
+    return found[1]
 
 
 def test_a_launch_is_recorded_as_triton_specialises_it() -> None:

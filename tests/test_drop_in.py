@@ -85,7 +85,7 @@ def forbid_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_reached(*arguments: object, **options: object) -> None:
         raise AssertionError("a step ran")
 
-    for name in ("initial_bases", "soft_em", "exact_attention"):
+    for name in ("initial_bases", "attended_bases", "exact_attention"):
         monkeypatch.setattr(f"stem_kernels.ops.stem_attention.{name}", not_reached)
 
 

@@ -298,8 +298,8 @@ def test_opcheck(backend: str, op: str) -> None:
     elif op == "soft_em":
         features, bases, payload = tokens(2, 3, 30, 8), tokens(2, 3, 5, 8), tokens(2, 3, 30, 4)
         samples = [
-            (features, bases, payload, 2, 0.5, True, "mask"),
-            (features, bases, None, 2, 0.5, False, "reseed"),
+            (features, bases, payload, 5, 2, 0.5, True, "mask", "log"),
+            (features[0], None, None, 5, 2, 0.5, False, "reseed", "none"),
         ]
     else:
         query = tokens(2, 30, 3, 8).transpose(1, 2).requires_grad_(grad)

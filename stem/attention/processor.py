@@ -155,7 +155,9 @@ class VideoAttentionProcessor(ABC):
             hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        # Divided by 1, as in Stable Diffusion, the output would only be read and written again.
+        factor = attn.rescale_output_factor
+        return hidden_states if factor == 1 else hidden_states / factor
 
     def _attended(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
         """What takes the place of the tokens, after the output projection."""

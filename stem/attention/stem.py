@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from diffusers.models.attention_processor import Attention
 
-from stem_kernels import attention_bias, basis_attention, initial_bases, soft_em, standard_normals
+from stem_kernels import basis_attention, initial_bases, standard_normals
 from stem_kernels.ops.calibration import Calibration
-from stem_kernels.ops.soft_em import SoftEM
+from stem_kernels.ops.soft_em import AttendedBases, SoftEM, attended_bases
 
 from ..config import StemConfig
 from .calibrated import calibration_of
@@ -97,7 +97,7 @@ class StemState:
         features: torch.Tensor,
         payload: torch.Tensor | None,
         exchange: Lockstep | None = None,
-    ) -> SoftEM:
+    ) -> AttendedBases:
         """The bases of one layer for this forward pass.
 
         Args:
@@ -113,23 +113,33 @@ class StemState:
             videos = features.shape[0]
             bases, mass = (_placed(part, features, videos) for part in (given.bases, given.mass))
             riding = None if given.payload is None else _placed(given.payload, features, videos)
-            return SoftEM(bases, riding, mass)
+            return self.attended(SoftEM(bases, riding, mass), features.dtype)
         normals = self._normals[layer].to(features.device) if self._normals else None
         if exchange is None:
-            found = soft_em(
+            start: torch.Tensor | int = config.num_bases
+            if config.init != "tokens":
+                start = initial_bases(features, config.num_bases, init=config.init, normals=normals)
+            found = attended_bases(
                 features,
-                initial_bases(features, config.num_bases, init=config.init, normals=normals),
+                start,
                 num_iters=config.num_iters,
                 temperature=config.temperature,
                 payload=payload,
                 empty=config.empty,
+                proportional=config.proportional,
                 backend=config.backend,
             )
         else:
-            found = shared_em(exchange, config, features, payload, normals)
+            shared = shared_em(exchange, config, features, payload, normals)
+            found = self.attended(shared, features.dtype)
         for hook in self.hooks.having("converged"):
-            hook.converged(layer, found)
+            hook.converged(layer, found.found)
         return found
+
+    def attended(self, found: SoftEM, dtype: torch.dtype) -> AttendedBases:
+        """What attention in `dtype` takes of these bases."""
+        config = self.config
+        return AttendedBases.of(found, dtype, empty=config.empty, proportional=config.proportional)
 
 
 def _placed(recorded: torch.Tensor, like: torch.Tensor, videos: int) -> torch.Tensor:
@@ -167,15 +177,14 @@ class StemProcessor(VideoAttentionProcessor):
             return all_frame_operands(attn, tokens, exchange)
         projected = None
         if config.space == "feature":
-            bases, _, mass = self._converged(tokens.flatten(1, 2), None)
-            key, value = project_keys_and_values(attn, bases.to(tokens.dtype), videos)
-            mass = mass.unsqueeze(1)
+            bases = self._converged(tokens.flatten(1, 2), None)
+            key, value = project_keys_and_values(attn, bases.bases, videos)
+            bias = None if bases.bias is None else bases.bias.unsqueeze(1)
         else:
             projected = project_keys_and_values(attn, tokens, videos)
-            bases, payload, mass = self._converged(*projected)
-            assert payload is not None
-            key, value = (part.to(projected[0].dtype) for part in (bases, payload))
-        bias = attention_bias(mass, empty=config.empty, proportional=config.proportional)
+            bases = self._converged(*projected)
+            assert bases.payload is not None
+            key, value, bias = bases.bases, bases.payload, bases.bias
         correction = mean = None
         if config.calibration != "none":
             bases_of = (key, value, bias)
@@ -195,15 +204,15 @@ class StemProcessor(VideoAttentionProcessor):
             *optional,
         )
 
-    def _converged(self, features: torch.Tensor, payload: torch.Tensor | None) -> SoftEM:
-        """Bases, payload and mass of every video of the batch."""
+    def _converged(self, features: torch.Tensor, payload: torch.Tensor | None) -> AttendedBases:
+        """The bases of every video of the batch."""
         state, exchange = self.state, self.layout.exchange
         if not state.hooks.joint_bases or features.shape[0] == 1:
             return state.converge(self.layer, features, payload, exchange)
         carried = [*features[1:], *([] if payload is None else payload)]
         joint = state.converge(
             self.layer, features[:1], torch.cat(carried, dim=-1).unsqueeze(0), exchange
-        )
+        ).found
         assert joint.payload is not None
         videos, width = features.shape[0], features.shape[-1]
         others, of_payload = joint.payload[0].split(
@@ -213,7 +222,8 @@ class StemProcessor(VideoAttentionProcessor):
         found = None
         if payload is not None:
             found = torch.stack(of_payload.split(payload.shape[-1], dim=-1))
-        return SoftEM(bases, found, joint.mass.expand(videos, *joint.mass.shape[1:]))
+        of_all = SoftEM(bases, found, joint.mass.expand(videos, *joint.mass.shape[1:]))
+        return state.attended(of_all, features.dtype)
 
     def attend(self, operands: Operands) -> torch.Tensor:
         if operands.key.shape[-2] > self.state.config.num_bases:  # tokens, see `dense_below`

@@ -76,16 +76,18 @@ def em_statistics(
     chosen = select(
         OP, backend, {"features": features, "bases": bases, "payload": payload}, bases.shape[-2]
     )
+    if chosen == "triton":
+        from ..triton.em_statistics import em_statistics_triton
+
+        found = em_statistics_triton(features, bases, payload, temperature, normalize)
+        sums, mass, payload_sums = found
+        return EMStatistics(sums, mass, None if payload is None else payload_sums)
     with_heads = features.ndim == 4
     if not with_heads:
         features, bases = features.unsqueeze(0), bases.unsqueeze(0)
         payload = None if payload is None else payload.unsqueeze(0)
     arguments = (features, bases, payload, temperature, normalize)
-    if chosen == "triton":
-        from ..triton.em_statistics import em_statistics_triton
-
-        sums, mass, payload_sums = em_statistics_triton(*arguments)
-    elif chosen == "cuda":
+    if chosen == "cuda":
         from ..cuda.em_statistics import em_statistics_cuda
 
         sums, mass, payload_sums = em_statistics_cuda(*arguments)
@@ -102,7 +104,7 @@ def em_statistics(
 def check_em_inputs(
     op: str,
     features: torch.Tensor,
-    bases: torch.Tensor,
+    bases: torch.Tensor | None,
     payload: torch.Tensor | None,
     temperature: float,
 ) -> None:
@@ -114,7 +116,7 @@ def check_em_inputs(
         raise ValueError(
             f"{op}: features must be [B, n, D] or [B, h, n, D], not {list(features.shape)}"
         )
-    if (
+    if bases is not None and (
         bases.ndim != features.ndim
         or bases.shape[:-2] != features.shape[:-2]
         or bases.shape[-1] != features.shape[-1]
@@ -124,7 +126,7 @@ def check_em_inputs(
             f"{op}: features are {list(features.shape)}, so bases must be "
             f"[{', '.join(map(str, wanted))}], not {list(bases.shape)}"
         )
-    if bases.shape[-2] == 0 or bases.shape[-1] == 0:
+    if bases is not None and 0 in bases.shape[-2:]:
         raise ValueError(f"{op}: bases are {list(bases.shape)}; K and D must be at least 1")
     if payload is not None and payload.shape[:-1] != features.shape[:-1]:
         raise ValueError(

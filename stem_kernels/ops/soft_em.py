@@ -9,6 +9,7 @@ import torch
 from ..backends import select
 from .checks import check_choice, check_count
 from .em_statistics import check_em_inputs
+from .initialization import initial_bases
 
 OP = "soft_em"
 
@@ -26,9 +27,37 @@ class SoftEM(NamedTuple):
     mass: torch.Tensor
 
 
+class AttendedBases(NamedTuple):
+    """What `soft_em` found, and what attention to it takes.
+
+    Args:
+        found: Result of `soft_em`.
+        bases: Bases [..., K, D] of the features' dtype.
+        payload: Payload bases [..., K, E] of that dtype, or None.
+        bias: Bias [..., K] of the logits (see `attention_bias`), or None.
+    """
+
+    found: SoftEM
+    bases: torch.Tensor
+    payload: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls, found: SoftEM, dtype: torch.dtype, *, empty: str, proportional: bool
+    ) -> AttendedBases:
+        """What attention in `dtype` takes of bases that were found under the policy `empty`."""
+        return cls(
+            found,
+            found.bases.to(dtype),
+            None if found.payload is None else found.payload.to(dtype),
+            attention_bias(found.mass, empty=empty, proportional=proportional),
+        )
+
+
 def soft_em(
     features: torch.Tensor,
-    bases: torch.Tensor,
+    bases: torch.Tensor | int,
     *,
     num_iters: int = 5,
     temperature: float = 0.01,
@@ -50,7 +79,8 @@ def soft_em(
 
     Args:
         features: Tokens [B, n, D] or [B, h, n, D], n >= 1, any strides.
-        bases: Initial bases [B, K, D] or [B, h, K, D] (see `initial_bases`).
+        bases: Initial bases [B, K, D] or [B, h, K, D] (see `initial_bases`), or a number K of them:
+            then EM starts from as many tokens, as `initial_bases` by default.
         num_iters: Number R of iterations, at least 1. The paper has 5; from tokens (see
             `initial_bases`) 2 come as far.
         temperature: Temperature tau > 0 of the responsibilities.
@@ -72,33 +102,119 @@ def soft_em(
 
     Source: arXiv 2312.05856; `empty="mask"` and `"reseed"` are this package's.
     """
-    check_em_inputs(OP, features, bases, payload, temperature)
-    check_choice(OP, "empty", empty, EMPTY_POLICIES)
-    check_count(OP, "num_iters", num_iters)
-    if features.shape[-2] == 0:
-        raise ValueError(f"{OP}: features are {list(features.shape)}; there must be a token")
-    tensors = {"features": features, "bases": bases, "payload": payload}
-    chosen = select(OP, backend, tensors, bases.shape[-2])
-    with_heads = features.ndim == 4
-    if not with_heads:
-        features, bases = features.unsqueeze(0), bases.unsqueeze(0)
-        payload = None if payload is None else payload.unsqueeze(0)
-    arguments = (features, bases, payload, num_iters, temperature, normalize, empty)
+    call = _Call(features, bases, payload, num_iters, temperature, normalize, empty)
+    chosen = call.checked(backend)
+    return call.on_triton("none").found if chosen == "triton" else call.on(chosen)
+
+
+def attended_bases(
+    features: torch.Tensor,
+    bases: torch.Tensor | int,
+    *,
+    num_iters: int = 5,
+    temperature: float = 0.01,
+    payload: torch.Tensor | None = None,
+    empty: str = "mask",
+    proportional: bool = False,
+    backend: str = "auto",
+) -> AttendedBases:
+    """`soft_em`, and what attention to its bases takes, made by the last iteration's kernel.
+
+    Args:
+        features: Tokens, as for `soft_em`, as all arguments are but this one:
+        bases: Initial bases, or their number.
+        num_iters: Number of iterations.
+        temperature: Temperature.
+        payload: Values that ride along, or None.
+        empty: Policy for empty bases.
+        proportional: Whether a base weighs as much as its mass, see `attention_bias`.
+        backend: Name of the backend.
+
+    Returns:
+        AttendedBases; those of bases of mass 0 have the bias -inf, except under "zero" if not
+        `proportional`.
+
+    Raises:
+        ValueError, TypeError, BackendError: as `soft_em`.
+    """
+    call = _Call(features, bases, payload, num_iters, temperature, True, empty)
+    chosen = call.checked(backend)
     if chosen == "triton":
+        return call.on_triton("log" if proportional else "none" if empty == "zero" else "mask")
+    found = call.on(chosen)
+    return AttendedBases.of(found, features.dtype, empty=empty, proportional=proportional)
+
+
+class _Call(NamedTuple):
+    """The arguments of `soft_em`, in the order in which the backends take them."""
+
+    features: torch.Tensor
+    bases: torch.Tensor | int
+    payload: torch.Tensor | None
+    num_iters: int
+    temperature: float
+    normalize: bool
+    empty: str
+
+    def checked(self, backend: str) -> str:
+        """The backend that runs it; raises the error that a caller should see, if any."""
+        features, bases, payload, num_iters, temperature, _, empty = self
+        given = None if isinstance(bases, int) else bases
+        check_em_inputs(OP, features, given, payload, temperature)
+        check_choice(OP, "empty", empty, EMPTY_POLICIES)
+        check_count(OP, "num_iters", num_iters)
+        if isinstance(bases, int):
+            check_count(OP, "bases", bases)
+        if 0 in features.shape[-2:]:
+            raise ValueError(
+                f"{OP}: features are {list(features.shape)}; there must be a token and a channel"
+            )
+        tensors = {"features": features, "bases": given, "payload": payload}
+        return select(OP, backend, tensors, self.num_bases)
+
+    @property
+    def num_bases(self) -> int:
+        return self.bases if isinstance(self.bases, int) else self.bases.shape[-2]
+
+    def on_triton(self, bias: str) -> AttendedBases:
+        """The result, with the bias "none", "log" or "mask" (see `attention_bias`)."""
         from ..triton.soft_em import soft_em_triton
 
-        found = soft_em_triton(*arguments)
-    elif chosen == "cuda":
-        from ..cuda.soft_em import soft_em_cuda
+        features, bases, payload, *settings = self
+        given = None if isinstance(bases, int) else bases
+        found, values, mass, rounded, rounded_values, of_mass = soft_em_triton(
+            features, given, payload, self.num_bases, *settings, bias
+        )
+        if payload is None:
+            values = rounded_values = None
+        return AttendedBases(
+            SoftEM(found, values, mass),
+            rounded,
+            rounded_values,
+            None if bias == "none" else of_mass,
+        )
 
-        found = soft_em_cuda(*arguments)
-    else:
-        assert chosen == "torch"
-        from ..reference.soft_em import soft_em_torch
+    def on(self, chosen: str) -> SoftEM:
+        """The result of another backend."""
+        features, bases, payload, num_iters, temperature, normalize, empty = self
+        if isinstance(bases, int):
+            bases = initial_bases(features, bases)
+        with_heads = features.ndim == 4
+        if not with_heads:
+            features, bases = features.unsqueeze(0), bases.unsqueeze(0)
+            payload = None if payload is None else payload.unsqueeze(0)
+        arguments = (features, bases, payload, num_iters, temperature, normalize, empty)
+        if chosen == "cuda":
+            from ..cuda.soft_em import soft_em_cuda
 
-        found = soft_em_torch(*arguments)
-    bases, payload_bases, mass = found if with_heads else (part[0] for part in found)
-    return SoftEM(bases, None if payload is None else payload_bases, mass)
+            found = soft_em_cuda(*arguments)
+        else:
+            assert chosen == "torch"
+            from ..reference.soft_em import soft_em_torch
+
+            found = soft_em_torch(*arguments)
+        bases, values, mass = found if with_heads else (part[0] for part in found)
+        return SoftEM(bases, None if payload is None else values, mass)
 
 
 def attention_bias(

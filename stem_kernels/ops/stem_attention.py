@@ -16,7 +16,7 @@ from .checks import (
     check_seed,
 )
 from .initialization import initial_bases, standard_normals
-from .soft_em import EMPTY_POLICIES, attention_bias, soft_em
+from .soft_em import EMPTY_POLICIES, attended_bases
 
 OP = "stem_attention"
 INITIALIZATIONS = ("tokens", "gaussian")
@@ -108,29 +108,26 @@ def stem_attention(
     # Both steps are asked before the first one runs.
     select("soft_em", backend, {"features": key, "payload": value}, num_bases)
     select("basis_attention", backend, {"query": query, "key": key, "value": value}, num_bases)
-    normals = None
+    start: torch.Tensor | int = num_bases
     if init == "gaussian":
         shape = (key.shape[1], num_bases, key.shape[3])
         timestep = torch.zeros((), dtype=torch.int64)
         normals = standard_normals(timestep, [shape[0] * shape[1] * shape[2]], seed=seed)
         normals = normals.view(shape).to(key.device)
-    found = soft_em(
+        start = initial_bases(key, num_bases, init=init, normals=normals)
+    bases = attended_bases(
         key,
-        initial_bases(key, num_bases, init=init, normals=normals),
+        start,
         num_iters=num_iters,
         temperature=temperature,
         payload=value,
         empty=empty,
+        proportional=proportional,
         backend=backend,
     )
-    assert found.payload is not None
+    assert bases.payload is not None
     return basis_attention(
-        query,
-        found.bases.to(query.dtype),
-        found.payload.to(query.dtype),
-        scale=scale,
-        bias=attention_bias(found.mass, empty=empty, proportional=proportional),
-        backend=backend,
+        query, bases.bases, bases.payload, scale=scale, bias=bases.bias, backend=backend
     )
 
 

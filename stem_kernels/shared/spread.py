@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_GOLDEN = 2654435769  # 2^32 / golden ratio, rounded to odd: its multiples fill 0 ... 2^32 evenly
+GOLDEN = 2654435769  # 2^32 / golden ratio, rounded to odd: its multiples fill 0 ... 2^32 evenly
 
 
 def spread_tokens(num_tokens: int, count: int, device: torch.device) -> torch.Tensor:
@@ -23,5 +23,5 @@ def spread_tokens(num_tokens: int, count: int, device: torch.device) -> torch.Te
     """
     stretch = torch.arange(count + 1, device=device)
     edges = stretch * num_tokens // count
-    offset = ((stretch[:-1] * _GOLDEN) % 2**32 * edges.diff()) >> 32
+    offset = ((stretch[:-1] * GOLDEN) % 2**32 * edges.diff()) >> 32
     return edges[:-1] + offset

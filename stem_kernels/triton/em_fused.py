@@ -6,18 +6,20 @@ the tokens wants its left operand: [K, BLOCK_N] x [BLOCK_N, D].
 
 Per (token, base): 4 D FLOPs of matrix work, one exp2, and about five other operations. Floor on an
 H100 at D = 40: the exponentials, 16 a clock and SM.
-
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from ..tuning import tile_for, tiles, token_ranges, two_tiles
-from . import on_device_of
-from .precision import dot_options
+from .em_update import Parts
+from .precision import dot_options, weight_unit
+from .program import Buffer, Program
 from .tiles import aligned, load_rows, store_rows
 
 LARGEST_BASES = 256
@@ -33,7 +35,7 @@ def _fused_kernel(
     D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     D_MAIN: tl.constexpr, D_REST: tl.constexpr, E_MAIN: tl.constexpr, E_REST: tl.constexpr,
     WITH_SUMS: tl.constexpr, WITH_VALUES: tl.constexpr, FULL_K: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ALIGNED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # Triton itself only notices multiples of 16, which 40 channels are not.
     if ALIGNED:
@@ -81,7 +83,7 @@ def _fused_kernel(
         b_shift = tl.max(b_s, axis=0) * scale
         b_z = tl.exp2(b_s * scale - b_shift[None, :])
         # Tokens past the end have zeros for logits; a share of 0 keeps them out of the mass.
-        b_share = tl.where(m_n, 1.0 / tl.sum(b_z, axis=0), 0.0)
+        b_share = tl.where(m_n, UNIT / tl.sum(b_z, axis=0), 0.0)
         b_z = b_z * b_share[None, :]
         b_mass += tl.sum(b_z, axis=1)
         b_w = b_z.to(p_features.dtype.element_ty)
@@ -115,66 +117,70 @@ def _fused_kernel(
 
 
 def fused_pass(
-    features: torch.Tensor,
-    directions: torch.Tensor,
-    payload: torch.Tensor | None,
+    program: Program,
+    features: Buffer,
+    directions: Buffer,
+    payload: Buffer | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Partial sums over S ranges of tokens; S depends on the shapes alone.
+) -> Parts:
+    """Add a pass to a program; how many parts it leaves depends on the shapes alone.
 
     Args:
+        program: Program to add it to.
         features: Tokens [B, h, n, D], n >= 1, half precision, any strides that `offsets_fit`.
         directions: Directions [B, h, K, D], contiguous, of the features' dtype.
         payload: Values [B, h, n, E] like the features, or None.
         scale: Factor of the logits, log2(e) / temperature.
-
-    Returns:
-        float32 sums [S, B, h, K, D], mass [S, B, h, K] and payload sums [S, B, h, K, E] or None.
     """
-    width = features.shape[-1] if payload is None else max(features.shape[-1], payload.shape[-1])
-    if payload is not None and width > LARGEST_TOGETHER:
+    arguments = (program, features, directions, payload, scale)
+    widths = [values.layout.shape[-1] for values in (features, payload) if values is not None]
+    if payload is not None and max(widths) > LARGEST_TOGETHER:
         # Two sums of [K, D] do not fit, so the responsibilities are made again for the payload.
-        sums, mass, _ = _launch(features, directions, None, scale, "sums")
-        return sums, mass, _launch(features, directions, payload, scale, "payload")[2]
-    return _launch(features, directions, payload, scale, "both" if payload is not None else "sums")
+        alone = _add(program, features, directions, None, scale, "sums")
+        return replace(alone, payload=_add(*arguments, "payload").payload)
+    return _add(*arguments, "sums" if payload is None else "both")
 
 
-def _launch(
-    features: torch.Tensor,
-    directions: torch.Tensor,
-    payload: torch.Tensor | None,
+def _add(
+    program: Program,
+    features: Buffer,
+    directions: Buffer,
+    payload: Buffer | None,
     scale: float,
     wanted: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    batch, heads, n, dim = features.shape
-    num_bases = directions.shape[-2]
+) -> Parts:
+    tokens, num_bases = features.layout, directions.layout.shape[-2]
+    batch, heads, n, dim = tokens.shape
     values = features if payload is None else payload
-    width = values.shape[-1]
+    width = values.layout.shape[-1]
     padded = next(bound for bound in WIDTHS if max(dim, width) <= bound)
     both = wanted == "both"
-    options = tiles(f"em_fused {padded}" + (" payload" if both else ""), features.device)
+    options = tiles(f"em_fused {padded}" + (" payload" if both else ""), tokens.device)
     block_n = options.pop("block_n")
     programs = options.pop("programs") // (batch * heads)
     splits, tokens_per_split = token_ranges(n, block_n, programs)
     lead = (splits, batch, heads, num_bases)
-
-    def empty(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.float32, device=features.device)
-
-    mass = empty(*lead)
-    sums = mass if wanted == "payload" else empty(*lead, dim)
-    value_sums = None if wanted == "sums" else empty(*lead, width)
+    mass = program.memory("mass parts", lead, torch.float32)
+    sums = value_sums = mass
+    if wanted != "payload":
+        sums = program.memory("parts", (*lead, dim), torch.float32)
+    if wanted != "sums":
+        value_sums = program.memory("payload parts", (*lead, width), torch.float32)
     block_k = tile_for(num_bases, LARGEST_BASES)
     d_main, d_rest = two_tiles(dim)
     e_main, e_rest = two_tiles(width)
-    with on_device_of(features):
-        _fused_kernel[(batch * heads, splits)](
-            features, directions, values, sums, sums if value_sums is None else value_sums, mass,
-            n, num_bases, heads, tokens_per_split, *features.stride(), *values.stride(), scale,
-            D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k,
-            D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
-            WITH_SUMS=wanted != "payload", WITH_VALUES=wanted != "sums",
-            FULL_K=block_k == num_bases, ALIGNED=aligned(features, values),
-            **dot_options(features.dtype), **options,
-        )  # fmt: skip
-    return sums, mass, value_sums
+    program.launch(
+        _fused_kernel,
+        (batch * heads, splits),
+        (features, directions, values, sums, value_sums, mass),
+        (
+            n, num_bases, heads, tokens_per_split,
+            *tokens.strides, *values.layout.strides, scale,
+        ),
+        D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k,
+        D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
+        WITH_SUMS=wanted != "payload", WITH_VALUES=wanted != "sums",
+        FULL_K=block_k == num_bases, ALIGNED=aligned(tokens, values.layout),
+        UNIT=weight_unit(tokens.dtype), **dot_options(tokens.dtype), **options,
+    )  # fmt: skip
+    return Parts(sums, mass, None if wanted == "sums" else value_sums)

@@ -7,13 +7,17 @@ responsibilities with the stored log-sum-exp, and adds up their products.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
 from ..tuning import tile_for, tiles, token_ranges
-from . import on_device_of
-from .precision import dot_options
+from .em_update import Parts
+from .precision import dot_options, weight_unit
+from .program import Buffer, Program
 
 
 @triton.jit
@@ -75,7 +79,8 @@ def _sums_kernel(
     n, K, D, E, H, tokens_per_split,
     stride_xb, stride_xh, stride_xn, stride_xd, stride_vb, stride_vh, stride_vn, stride_vd, scale,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    WITH_MASS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WITH_MASS: tl.constexpr, LOG_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     e_tiles = tl.cdiv(E, BLOCK_E)
     e_tile = tl.program_id(1) % e_tiles
@@ -101,7 +106,7 @@ def _sums_kernel(
             BLOCK_K, BLOCK_N, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         b_lse = tl.load(p_logsumexp + lead * n + o_n, mask=m_n, other=float("inf"))
-        b_z = tl.exp2(b_s - b_lse[None, :])
+        b_z = tl.exp2(b_s - (b_lse - LOG_UNIT)[None, :])
         # [BLOCK_N, BLOCK_E]
         b_v = tl.load(
             p_value + (o_n * stride_vn)[:, None] + (o_e * stride_vd)[None, :],
@@ -120,44 +125,50 @@ def _sums_kernel(
 
 
 def general_pass(
-    features: torch.Tensor,
-    directions: torch.Tensor,
-    payload: torch.Tensor | None,
+    program: Program,
+    features: Buffer,
+    directions: Buffer,
+    payload: Buffer | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Partial sums over S ranges of tokens, as `em_fused.fused_pass` gives them."""
-    batch, heads, n, dim = features.shape
-    num_bases = directions.shape[-2]
-    options = tiles("em_general", features.device)
+) -> Parts:
+    """Add a pass to a program, as `em_fused.fused_pass` does."""
+    tokens, num_bases = features.layout, directions.layout.shape[-2]
+    batch, heads, n, dim = tokens.shape
+    options = tiles("em_general", tokens.device)
     block_n = options.pop("block_n")
     block_k = tile_for(num_bases, options.pop("block_k"))
     block_d = tile_for(dim, options.pop("block_d"))
     del options["programs"]
-    logsumexp = torch.empty((batch, heads, n), dtype=torch.float32, device=features.device)
-    with on_device_of(features):
-        _logsumexp_kernel[(triton.cdiv(n, block_n) * batch * heads,)](
-            features, directions, logsumexp, n, num_bases, dim, heads, *features.stride(), scale,
-            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d,
-            **dot_options(features.dtype), **options,
-        )  # fmt: skip
-    sums, mass = _accumulate(features, directions, logsumexp, features, scale, with_mass=True)
+    logsumexp = program.memory("log-sum-exp", (batch, heads, n), torch.float32)
+    program.launch(
+        _logsumexp_kernel,
+        (triton.cdiv(n, block_n) * batch * heads,),
+        (features, directions, logsumexp),
+        (n, num_bases, dim, heads, *tokens.strides, scale),
+        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d,
+        **dot_options(tokens.dtype), **options,
+    )  # fmt: skip
+    arguments = (program, features, directions, logsumexp)
+    parts = _accumulate(*arguments, None, scale)
     if payload is None:
-        return sums, mass, None
-    payload_sums, _ = _accumulate(features, directions, logsumexp, payload, scale, with_mass=False)
-    return sums, mass, payload_sums
+        return parts
+    return replace(parts, payload=_accumulate(*arguments, payload, scale).payload)
 
 
 def _accumulate(
-    features: torch.Tensor,
-    directions: torch.Tensor,
-    logsumexp: torch.Tensor,
-    values: torch.Tensor,
+    program: Program,
+    features: Buffer,
+    directions: Buffer,
+    logsumexp: Buffer,
+    payload: Buffer | None,
     scale: float,
-    with_mass: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, n, dim = features.shape
-    num_bases, width = directions.shape[-2], values.shape[-1]
-    options = tiles("em_general", features.device)
+) -> Parts:
+    """The sums of the features with the mass, or those of a payload without."""
+    tokens, num_bases = features.layout, directions.layout.shape[-2]
+    values = features if payload is None else payload
+    batch, heads, n, dim = tokens.shape
+    width = values.layout.shape[-1]
+    options = tiles("em_general", tokens.device)
     block_n = options.pop("block_n")
     block_k = tile_for(num_bases, options.pop("block_k"))
     block_d = tile_for(dim, options["block_d"])
@@ -166,14 +177,19 @@ def _accumulate(
     programs = options.pop("programs") // (slices * batch * heads)
     splits, tokens_per_split = token_ranges(n, block_n, programs)
     lead = (splits, batch, heads, num_bases)
-    sums = torch.empty((*lead, width), dtype=torch.float32, device=features.device)
-    mass = torch.empty(lead, dtype=torch.float32, device=features.device)
-    with on_device_of(features):
-        _sums_kernel[(batch * heads, slices, splits)](
-            features, directions, logsumexp, values, sums, mass,
+    name = "parts" if payload is None else "payload parts"
+    sums = program.memory(name, (*lead, width), torch.float32)
+    mass = sums if payload is not None else program.memory("mass parts", lead, torch.float32)
+    program.launch(
+        _sums_kernel,
+        (batch * heads, slices, splits),
+        (features, directions, logsumexp, values, sums, mass),
+        (
             n, num_bases, dim, width, heads, tokens_per_split,
-            *features.stride(), *values.stride(), scale,
-            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e, WITH_MASS=with_mass,
-            **dot_options(features.dtype), **options,
-        )  # fmt: skip
-    return sums, mass
+            *tokens.strides, *values.layout.strides, scale,
+        ),
+        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
+        WITH_MASS=payload is None, LOG_UNIT=math.log2(weight_unit(tokens.dtype)),
+        **dot_options(tokens.dtype), **options,
+    )  # fmt: skip
+    return Parts(sums, mass, None if payload is None else sums)

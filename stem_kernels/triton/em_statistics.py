@@ -9,34 +9,51 @@ import math
 
 import torch
 
-from ..shared.bases import directions_of
 from . import em_fused, em_general, em_wide
+from .em_update import Bases, Parts, start, update
+from .program import Buffer, Layout, Program, programs
+from .registration import operator
 from .tiles import offsets_fit
 
 
 def em_pass(
-    features: torch.Tensor,
-    directions: torch.Tensor,
-    payload: torch.Tensor | None,
+    program: Program,
+    features: Buffer,
+    directions: Buffer,
+    payload: Buffer | None,
     temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Sums, mass and payload sums in parts, to be added up over their first axis in order.
+) -> Parts:
+    """Add a pass to a program; arguments as for `em_fused.fused_pass`, but for the temperature.
 
-    How many parts depends on the shapes alone, so equal calls give equal bits. Arguments as for
-    `em_fused.fused_pass`, but for the temperature.
+    How many parts it leaves depends on the shapes alone, so equal calls give equal bits.
     """
     scale = math.log2(math.e) / temperature
-    num_bases = directions.shape[-2]
-    tensors = [features] if payload is None else [features, payload]
-    half = all(tensor.element_size() == 2 and offsets_fit(tensor) for tensor in tensors)
-    if half and num_bases <= em_fused.LARGEST_BASES:
-        if max(tensor.shape[-1] for tensor in tensors) <= em_fused.WIDTHS[-1]:
-            return em_fused.fused_pass(features, directions, payload, scale)
-        return em_wide.wide_pass(features, directions, payload, scale)
-    return em_general.general_pass(features, directions, payload, scale)
+    layouts = [tokens.layout for tokens in (features, payload) if tokens is not None]
+    half = all(layout.element_size() == 2 and offsets_fit(layout) for layout in layouts)
+    arguments = (program, features, directions, payload, scale)
+    if half and directions.layout.shape[-2] <= em_fused.LARGEST_BASES:
+        if max(layout.shape[-1] for layout in layouts) <= em_fused.WIDTHS[-1]:
+            return em_fused.fused_pass(*arguments)
+        return em_wide.wide_pass(*arguments)
+    return em_general.general_pass(*arguments)
 
 
-@torch.library.custom_op("stem_kernels::em_statistics_triton", mutates_args=())
+@programs
+def _program(
+    features: Layout, bases: Layout, payload: Layout | None, temperature: float, normalize: bool
+) -> tuple[Program, int, int, int]:
+    """The program, and where its outputs are."""
+    program = Program(features.device)
+    tokens, source = (program.input(layout).with_heads() for layout in (features, bases))
+    values = None if payload is None else program.input(payload).with_heads()
+    found = Bases.memory(program, bases.shape, features.dtype)
+    start(program, found, source, spread=False, normalize=normalize)
+    parts = em_pass(program, tokens, found.directions, values, temperature)
+    payload_sums, _, _ = update(program, found, parts, num_tokens=features.shape[-2], divide=False)
+    return program, found.bases.place, found.mass.place, payload_sums.place
+
+
+@operator
 def em_statistics_triton(
     features: torch.Tensor,
     bases: torch.Tensor,
@@ -44,22 +61,24 @@ def em_statistics_triton(
     temperature: float,
     normalize: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """features [B, h, n, D], bases [B, h, K, D], payload [B, h, n, E] or None, any strides.
+    """features [B, (h,) n, D], bases [B, (h,) K, D], payload [B, (h,) n, E] or None, any strides.
 
     Returns float32 sums, mass and payload sums (E = 0 without a payload).
     """
     width = 0 if payload is None else payload.shape[-1]
-    outputs = _outputs(features, bases.shape[-2], width)
     if features.numel() == 0:
-        return outputs
-    directions = directions_of(bases.float(), normalize).to(features.dtype).contiguous()
-    sums, mass, payload_sums = em_pass(
-        features, directions, payload if width else None, temperature
+        sums, mass, payload_sums = _outputs(features, bases.shape[-2], width)
+        return sums.zero_(), mass.zero_(), payload_sums.zero_()
+    payload = payload if width else None
+    program, *outputs = _program(
+        Layout.of(features), Layout.of(bases), Layout.of_any(payload), temperature, normalize
     )
-    return sums.sum(0), mass.sum(0), outputs[2] if payload_sums is None else payload_sums.sum(0)
+    tensors = program(features, bases, payload)
+    sums, mass, payload_sums = (tensors[place] for place in outputs)
+    return sums, mass, payload_sums if width else mass.new_empty((*mass.shape, 0))
 
 
-@em_statistics_triton.register_fake
+@torch.library.register_fake("stem_kernels::em_statistics_triton")
 def _(
     features: torch.Tensor,
     bases: torch.Tensor,
@@ -73,9 +92,9 @@ def _(
 def _outputs(
     features: torch.Tensor, num_bases: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    lead = (*features.shape[:2], num_bases)
+    lead = (*features.shape[:-2], num_bases)
     return (
-        features.new_zeros((*lead, features.shape[-1]), dtype=torch.float32),
-        features.new_zeros(lead, dtype=torch.float32),
-        features.new_zeros((*lead, width), dtype=torch.float32),
+        features.new_empty((*lead, features.shape[-1]), dtype=torch.float32),
+        features.new_empty(lead, dtype=torch.float32),
+        features.new_empty((*lead, width), dtype=torch.float32),
     )

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from ..tuning import tile_for, tiles, token_ranges, two_tiles
-from . import on_device_of
 from .em_fused import LARGEST_BASES
-from .precision import dot_options
+from .em_update import Parts
+from .precision import dot_options, weight_unit
+from .program import Buffer, Program
 from .tiles import load_rows, store_rows
 
 LARGEST_CHUNK_BYTES = 2**25  # of responsibilities
@@ -29,7 +30,7 @@ def _responsibilities_kernel(
     p_features, p_directions, p_z, p_mass,
     n, first, chunk, K, H, stride_xb, stride_xh, stride_xn, stride_xd, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    FULL_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FULL_K: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
     tiles = tl.cdiv(tl.minimum(chunk, n - first), BLOCK_N)
@@ -59,11 +60,12 @@ def _responsibilities_kernel(
     # [BLOCK_N]
     b_shift = tl.max(b_s, axis=1) * scale
     b_z = tl.exp2(b_s * scale - b_shift[:, None])
-    b_share = tl.where(m_n, 1.0 / tl.sum(b_z, axis=1), 0.0)
+    b_share = tl.where(m_n, UNIT / tl.sum(b_z, axis=1), 0.0)
     b_z = b_z * b_share[:, None]
     p_row = p_z + (lead * chunk + start) * K
     store_rows(p_row, o_n * K, o_n < chunk - start, K, b_z, 0, BLOCK_K)
-    row = (lead * tiles + tile) * K
+    # The parts of all chunks, one after the other: [tiles of n, leads, K].
+    row = ((first // BLOCK_N + tile) * (tl.num_programs(0) // tiles) + lead) * K
     tl.store(p_mass + row + o_k, tl.sum(b_z, axis=0), mask=m_k)
 
 
@@ -114,65 +116,70 @@ def _products_kernel(
 
 
 def wide_pass(
-    features: torch.Tensor,
-    directions: torch.Tensor,
-    payload: torch.Tensor | None,
+    program: Program,
+    features: Buffer,
+    directions: Buffer,
+    payload: Buffer | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Partial sums, as `em_fused.fused_pass` gives them, in as many parts as suits each."""
-    batch, heads, n, dim = features.shape
-    num_bases, leads = directions.shape[-2], batch * heads
-    options = tiles("em_wide logits", features.device)
+) -> Parts:
+    """Add a pass to a program, as `em_fused.fused_pass` does, in as many parts as suits each."""
+    tokens, num_bases = features.layout, directions.layout.shape[-2]
+    batch, heads, n, dim = tokens.shape
+    leads = batch * heads
+    options = tiles("em_wide logits", tokens.device)
     block_n = options.pop("block_n")
     block_d = tile_for(dim, options.pop("block_d"))
-    chunk = triton.cdiv(n, block_n) * block_n
-    chunk = min(chunk, max(1, LARGEST_CHUNK_BYTES // (2 * num_bases * leads * block_n)) * block_n)
-    z = torch.empty((leads, chunk, num_bases), dtype=features.dtype, device=features.device)
-    masses = []
-    products = [_Products(features, num_bases, chunk)]
+    count = triton.cdiv(n, block_n)
+    chunk = max(1, LARGEST_CHUNK_BYTES // (2 * num_bases * leads * block_n))
+    chunk = min(count, chunk) * block_n
+    z = program.memory("responsibilities", (leads, chunk, num_bases), tokens.dtype)
+    mass = program.memory("mass parts", (count, batch, heads, num_bases), torch.float32)
+    products = [_Products(program, "parts", features, z)]
     if payload is not None:
-        products.append(_Products(payload, num_bases, chunk))
+        products.append(_Products(program, "payload parts", payload, z))
     block_k = tile_for(num_bases, LARGEST_BASES)
-    with on_device_of(features):
-        for first in range(0, n, chunk):
-            count = triton.cdiv(min(chunk, n - first), block_n)
-            mass = features.new_empty((leads, count, num_bases), dtype=torch.float32)
-            _responsibilities_kernel[(count * leads,)](
-                features, directions, z, mass, n, first, chunk, num_bases, heads,
-                *features.stride(), scale,
-                D=dim, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d,
-                FULL_K=block_k == num_bases, **dot_options(features.dtype), **options,
-            )  # fmt: skip
-            masses.append(mass)
-            for product in products:
-                product.add(z, first)
-    mass = torch.cat(masses, dim=1).transpose(0, 1).unflatten(1, (batch, heads))
-    sums, *payload_sums = (product.sums for product in products)
-    return sums, mass, payload_sums[0] if payload_sums else None
+    for first in range(0, n, chunk):
+        program.launch(
+            _responsibilities_kernel,
+            (triton.cdiv(min(chunk, n - first), block_n) * leads,),
+            (features, directions, z, mass),
+            (n, first, chunk, num_bases, heads, *tokens.strides, scale),
+            D=dim, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d,
+            FULL_K=block_k == num_bases, UNIT=weight_unit(tokens.dtype),
+            **dot_options(tokens.dtype), **options,
+        )  # fmt: skip
+        for product in products:
+            product.add(first)
+    return Parts(products[0].sums, mass, None if payload is None else products[1].sums)
 
 
 class _Products:
     """The sums of one kind of values, chunk after chunk."""
 
-    def __init__(self, values: torch.Tensor, num_bases: int, chunk: int) -> None:
-        batch, heads, _, width = values.shape
-        self.values, self.chunk = values, chunk
-        self.options = tiles("em_wide products", values.device)
+    def __init__(self, program: Program, name: str, values: Buffer, z: Buffer) -> None:
+        batch, heads, _, width = values.layout.shape
+        self.program, self.values, self.z = program, values, z
+        self.options = tiles("em_wide products", values.layout.device)
         self.block_n = self.options.pop("block_n")
         self.main, self.rest = two_tiles(min(width, self.options.pop("block_e")))
         self.slices = triton.cdiv(width, self.main + self.rest)
         programs = self.options.pop("programs") // (self.slices * batch * heads)
+        _, chunk, num_bases = z.layout.shape
         splits, self.tokens_per_split = token_ranges(chunk, self.block_n, programs)
         size = (splits, batch, heads, num_bases, width)
-        self.sums = torch.empty(size, dtype=torch.float32, device=values.device)
+        self.sums = program.memory(name, size, torch.float32)
 
-    def add(self, z: torch.Tensor, first: int) -> None:
+    def add(self, first: int) -> None:
         """Add the products with the responsibilities of the chunk that starts at token `first`."""
-        values, num_bases = self.values, z.shape[-1]
+        values = self.values.layout
         batch, heads, n, width = values.shape
-        _products_kernel[(batch * heads, self.slices, self.sums.shape[0])](
-            z, values, self.sums, n, first, self.chunk, num_bases, heads, self.tokens_per_split,
-            *values.stride(), E=width, BLOCK_N=self.block_n,
-            BLOCK_K=tile_for(num_bases, LARGEST_BASES), E_MAIN=self.main, E_REST=self.rest,
-            ADD=first > 0, **dot_options(values.dtype), **self.options,
+        _, chunk, num_bases = self.z.layout.shape
+        self.program.launch(
+            _products_kernel,
+            (batch * heads, self.slices, self.sums.layout.shape[0]),
+            (self.z, self.values, self.sums),
+            (n, first, chunk, num_bases, heads, self.tokens_per_split, *values.strides),
+            E=width, BLOCK_N=self.block_n, BLOCK_K=tile_for(num_bases, LARGEST_BASES),
+            E_MAIN=self.main, E_REST=self.rest, ADD=first > 0,
+            **dot_options(values.dtype), **self.options,
         )  # fmt: skip

@@ -14,14 +14,25 @@ def dot_options(dtype: torch.dtype) -> dict[str, str | bool]:
     for bfloat16 in triton 3.7's interpreter, whose dot multiplies the bits of bfloat16 as integers.
     """
     return {
-        "PRECISION": "tf32" if dtype == torch.float32 and _tf32_asked_for() else "ieee",
+        "PRECISION": "tf32" if dtype == torch.float32 and tf32_asked_for() else "ieee",
         "UPCAST": dtype == torch.bfloat16 and interpreted(),
     }
 
 
-def _tf32_asked_for() -> bool:
+def tf32_asked_for() -> bool:
+    """Whether torch was asked to multiply float32 in TF32."""
     # torch >= 2.9 has a setting of its own for this, and the older question then raises.
     setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     if setting is not None:
         return setting == "tf32"
     return torch.get_float32_matmul_precision() != "highest"
+
+
+def weight_unit(dtype: torch.dtype) -> float:
+    """What responsibilities are multiplied by before they are rounded to `dtype` for a product.
+
+    In float16 those below 2^-25 would be 0 in the sums and count in the mass; times 2^15, a power
+    of two that 1 is far from overflowing with, only those below 2^-40 are. Sums and mass are both
+    in this unit until the bases' update.
+    """
+    return 2.0**15 if dtype == torch.float16 else 1.0

@@ -1,72 +1,128 @@
-"""`soft_em` in Triton: two launches an iteration, or three, and no wait for the device."""
+"""`soft_em` in Triton: two launches an iteration, or three, and no wait for the device.
+
+One launch before them takes tokens for bases and makes their directions; the last update also
+rounds the bases and turns their mass into a bias, for the attention that follows.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from ..shared.bases import MASS_EPS, candidates_of, directions_of, least_mass, reseeded
+from ..shared.bases import candidates_of, least_mass, reseeded
 from .em_statistics import em_pass
-from .em_update import update
+from .em_update import Bases, start, update
+from .program import Layout, Program, programs
+from .registration import operator
 
 
-@torch.library.custom_op("stem_kernels::soft_em_triton", mutates_args=())
-def soft_em_triton(
-    features: torch.Tensor,
-    bases: torch.Tensor,
-    payload: torch.Tensor | None,
+@programs
+def _program(
+    features: Layout,
+    bases: Layout | None,
+    payload: Layout | None,
+    num_bases: int,
     num_iters: int,
     temperature: float,
     normalize: bool,
-    empty: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """features [B, h, n, D], bases [B, h, K, D], payload [B, h, n, E] or None, any strides.
-
-    Returns float32 bases, payload bases (E = 0 without a payload) and mass.
-    """
-    width = 0 if payload is None else payload.shape[-1]
-    bases = bases.float().contiguous()
-    directions = directions_of(bases, normalize).to(features.dtype)
-    least = least_mass(features.shape[-2], bases.shape[-2])
-    candidates = candidates_of(features, bases.shape[-2]) if empty == "reseed" else None
+    keep_empty: bool,
+    bias: str,
+) -> tuple[Program, tuple[int, ...]]:
+    """The program, and where the outputs of `soft_em_triton` are."""
+    program = Program(features.device)
+    tokens = program.input(features).with_heads()
+    source = tokens if bases is None else program.input(bases).with_heads()
+    values = None if payload is None else program.input(payload).with_heads()
+    *lead, n, dim = features.shape
+    found = Bases.memory(program, (*lead, num_bases, dim), features.dtype)
+    start(program, found, source, spread=bases is None, normalize=normalize)
     for iteration in range(num_iters):
         last = iteration == num_iters - 1
-        sums, part_mass, payload_sums = em_pass(
-            features, directions, payload if last and width else None, temperature
+        parts = em_pass(program, tokens, found.directions, values if last else None, temperature)
+        carried = update(
+            program,
+            found,
+            parts,
+            num_tokens=n,
+            keep_empty=keep_empty,
+            normalize=normalize and not last,
+            bias=bias if last else "none",
         )
-        reseed = candidates is not None and not last
-        bases, mass, directions = update(
-            sums,
-            part_mass,
-            bases,
-            least,
-            keep_empty=empty != "zero" and not reseed,
-            normalize=normalize,
-            dtype=features.dtype,
-        )
-        if candidates is not None and not last:
-            bases = reseeded(bases, mass < least, candidates)
-            directions = directions_of(bases, normalize).to(features.dtype)
-    if payload_sums is None:
-        return bases, bases.new_empty((*bases.shape[:-1], 0)), mass
-    share = (part_mass.sum(0) + MASS_EPS).unsqueeze(-1)
-    return bases, payload_sums.sum(0) / share, mass
+    payload_bases, rounded_payload, with_bias = carried
+    outputs = (
+        found.bases, payload_bases, found.mass, found.directions, rounded_payload, with_bias
+    )  # fmt: skip
+    return program, tuple(output.place for output in outputs)
 
 
-@soft_em_triton.register_fake
-def _(
+@operator
+def soft_em_triton(
     features: torch.Tensor,
-    bases: torch.Tensor,
+    bases: torch.Tensor | None,
     payload: torch.Tensor | None,
+    num_bases: int,
     num_iters: int,
     temperature: float,
     normalize: bool,
     empty: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    lead = bases.shape[:-1]
+    bias: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """features [B, (h,) n, D], bases [B, (h,) K, D], payload [B, (h,) n, E] or None, any strides.
+
+    Without bases EM starts from `num_bases` tokens. Returns float32 bases, payload bases (E = 0
+    without a payload) and mass; bases and payload bases rounded to the features' dtype; and the
+    bias "log" or "mask", [B, h, K] (0 elements where it is "none").
+    """
+    width = 0 if payload is None else payload.shape[-1]
+    payload = payload if width else None
+    layout = Layout.of(features)
+    rest = (temperature, normalize, empty != "zero")
+    if empty == "reseed" and num_iters > 1:
+        # Each iteration but the last is a program of its own, and empty bases are put elsewhere.
+        least = least_mass(features.shape[-2], num_bases)
+        candidates = candidates_of(features, num_bases)
+        for _ in range(num_iters - 1):
+            given = None if bases is None else Layout.of(bases)
+            program, at = _program(
+                layout, given, None, num_bases, 1, temperature, normalize, False, "none"
+            )
+            tensors = program(features, bases)
+            bases = reseeded(tensors[at[0]], tensors[at[2]] < least, candidates)
+        num_iters = 1
+    program, at = _program(
+        layout, Layout.of_any(bases), Layout.of_any(payload), num_bases, num_iters, *rest, bias
+    )
+    tensors = program(features, bases, payload)
+    found, payload_bases, mass, rounded, rounded_payload, with_bias = (
+        tensors[place] for place in at
+    )
+    if not width:
+        payload_bases = mass.new_empty((*mass.shape, 0))
+        rounded_payload = features.new_empty((*mass.shape, 0))
+    if bias == "none":
+        with_bias = mass.new_empty(0)
+    return found, payload_bases, mass, rounded, rounded_payload, with_bias
+
+
+@torch.library.register_fake("stem_kernels::soft_em_triton")
+def _(
+    features: torch.Tensor,
+    bases: torch.Tensor | None,
+    payload: torch.Tensor | None,
+    num_bases: int,
+    num_iters: int,
+    temperature: float,
+    normalize: bool,
+    empty: str,
+    bias: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    lead = (*features.shape[:-2], num_bases)
+    width = 0 if payload is None else payload.shape[-1]
+    single = torch.float32
     return (
-        features.new_empty(bases.shape, dtype=torch.float32),
-        features.new_empty(
-            (*lead, 0 if payload is None else payload.shape[-1]), dtype=torch.float32
-        ),
-        features.new_empty(lead, dtype=torch.float32),
+        features.new_empty((*lead, features.shape[-1]), dtype=single),
+        features.new_empty((*lead, width), dtype=single),
+        features.new_empty(lead, dtype=single),
+        features.new_empty((*lead, features.shape[-1])),
+        features.new_empty((*lead, width)),
+        features.new_empty(0 if bias == "none" else lead, dtype=single),
     )

@@ -6,15 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
+from .program import Layout
+
 LARGEST_ROWS = 256
 
 
-def offsets_fit(tensor: torch.Tensor) -> bool:
+def offsets_fit(tensor: torch.Tensor | Layout) -> bool:
     """Whether offsets inside a tile of up to LARGEST_ROWS of its rows have 32 bits."""
     return LARGEST_ROWS * tensor.stride(-2) + tensor.shape[-1] * tensor.stride(-1) < 2**31
 
 
-def aligned(*tensors: torch.Tensor) -> bool:
+def aligned(*tensors: torch.Tensor | Layout) -> bool:
     """Whether rows are contiguous, and begin at multiples of 8 elements from the first."""
     return all(
         tensor.stride(-1) == 1 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])

@@ -1,0 +1,97 @@
+"""What the operators launch on a GPU, counted without one; that launches are repeated rightly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE, INTERPRETED
+
+from stem.config import StemConfig
+from stem_kernels import em_statistics, initial_bases, soft_em
+from stem_kernels.ops.soft_em import AttendedBases, attended_bases
+from stem_kernels.testing import clustered_tokens, max_error
+
+STEM = StemConfig(backend="triton")
+
+
+@pytest.fixture(scope="module")
+def counts():  # type: ignore[no-untyped-def]
+    pytest.importorskip("triton", "3.6", reason="launches are recorded by a hook of triton 3.6")
+    if INTERPRETED:
+        pytest.skip("the interpreter launches nothing")
+    from benchmarks import launch_counts
+
+    return launch_counts
+
+
+@pytest.mark.parametrize(("num_iters", "frames", "kernels"), [(1, 32, 7), (2, 32, 12), (2, 8, 8)])
+def test_kernels_of_a_layer(counts: Any, num_iters: int, frames: int, kernels: int) -> None:
+    found = counts.kernels(replace(STEM, num_iters=num_iters), frames, 64, 320)
+    projections = {name: found.pop(name) for name in counts.PROJECTIONS}
+    assert projections == {"mm": 3, "addmm": 1}
+    assert found["triton update"] == num_iters
+    assert found["triton responsibilities"] == num_iters * (2 if frames == 32 else 1)
+    # None is torch's.
+    assert {name for name in found if "triton" not in name} == set()
+    assert found.total() == kernels
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 100, 24), torch.float16), ((1, 2, 70, 40), torch.float32)]
+)
+def test_a_number_of_bases_is_as_many_tokens(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    features = clustered_tokens(shape).to(DEVICE, dtype)
+    payload = features[..., :5]
+    settings = {"num_iters": 2, "payload": payload, "temperature": 0.5, "backend": backend}
+    start = initial_bases(features, 7)
+    given = soft_em(features, start, **settings)  # type: ignore[arg-type]
+    for empty, proportional in (("mask", True), ("mask", False), ("zero", False)):
+        found = attended_bases(
+            features,
+            7,
+            empty=empty,
+            proportional=proportional,
+            **settings,  # type: ignore[arg-type]
+        )
+        for one, other in zip(found.found, given, strict=True):
+            assert torch.equal(one, other)
+        expected = AttendedBases.of(given, dtype, empty=empty, proportional=proportional)
+        assert torch.equal(found.bases, expected.bases)
+        assert torch.equal(found.payload, expected.payload)
+        assert (found.bias is None) == (expected.bias is None)
+        if found.bias is not None and expected.bias is not None:
+            assert max_error(found.bias, expected.bias) < 1e-6
+    with pytest.raises(ValueError, match="bases is 0; it must be a whole number"):
+        soft_em(features, 0, backend=backend)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("width", "num_bases"),
+    [(16, 2), (176, 2), (16, 300)],
+    ids=["one kernel", "two products", "any number of bases"],
+)
+def test_a_base_of_faint_tokens_has_their_mean(backend: str, width: int, num_bases: int) -> None:
+    # Every token gives the last base exp(-20) = 2e-9, which float16 has no number for.
+    features = torch.zeros(1, 512, width)
+    features[..., 0] = 1.0
+    bases = torch.zeros(1, num_bases, width)
+    bases[:, 0, 0] = 20.0
+    bases[:, 1:-1, 1] = 1.0
+    bases[:, 1:-1, 0] = -20.0
+    sums, mass, _ = em_statistics(
+        features.to(DEVICE, torch.float16),
+        bases.to(DEVICE),
+        temperature=1.0,
+        normalize=False,
+        backend=backend,
+    )
+    assert float(mass[0, -1]) == pytest.approx(512 * 2.06e-9, rel=1e-2)
+    assert float(sums[0, -1, 0] / mass[0, -1]) == pytest.approx(1.0, rel=1e-2)
