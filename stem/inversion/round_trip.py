@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 
 from ..attention import Recording
 from ..attention.hooks import LayerBases
-from ..config import AttentionConfig, StemConfig
+from ..config import AttentionConfig, PerFrameConfig, StemConfig
 from ..diffusion.loop import denoise, guided
+from ..diffusion.memory import chunk_that_fits
 from ..diffusion.pipeline import encode_prompt, vae_factor
 from ..diffusion.schedule import inverse_scheduler
+from .invert import check_chunk
 from .methods import attention_on
 from .reconstruct import sample
 
@@ -44,9 +47,7 @@ def round_trip(
     """
     if cached and not isinstance(config, StemConfig):
         raise ValueError(f"cached is True and config is {config!r}; only StemConfig has bases")
-    factor = vae_factor(pipeline)
-    height, width = latents.shape[2] * factor, latents.shape[3] * factor
-    prediction = guided(pipeline, encode_prompt(pipeline, prompt, height, width))
+    prediction = guided(pipeline, encode_prompt(pipeline, prompt, *pixels(pipeline, latents)))
     kept: list[dict[int, LayerBases]] = []
     scheduler = inverse_scheduler(pipeline, num_steps)
     with attention_on(pipeline, config) as handle:
@@ -64,3 +65,40 @@ def round_trip(
         latents = denoise(latents, scheduler, prediction, after_step=keep, name="invert")
     bases_at = kept.__getitem__ if cached else None
     return sample(pipeline, latents, prediction, num_steps, config, bases_at=bases_at)
+
+
+def pixels(pipeline: Any, latents: torch.Tensor) -> tuple[int, int]:
+    """Height and width in pixels of the frames of latents [N, c, h, w]."""
+    factor = vae_factor(pipeline)
+    return latents.shape[2] * factor, latents.shape[3] * factor
+
+
+def chunked(
+    pipeline: Any, config: AttentionConfig, latents: torch.Tensor, chunk: int | str | None
+) -> AttentionConfig:
+    """The configuration for one video, whose frames go through the UNet in chunks.
+
+    Args:
+        pipeline: Pipeline whose UNet is called.
+        config: Configuration of the attention.
+        latents: Latents of the frames, [N, c, h, w].
+        chunk: Number of frames that go through the UNet at once; "auto": as many as fit into free
+            memory; None: all.
+
+    Raises:
+        ValueError: another `chunk`.
+        MemoryError: not even a chunk of one frame fits.
+    """
+    check_chunk(chunk)
+    frames = latents.shape[0]
+    if isinstance(chunk, str):
+        fits_frames = isinstance(config, StemConfig) and config.fit_frames is not None
+        chunk = chunk_that_fits(
+            pipeline,
+            frames,
+            *pixels(pipeline, latents),
+            branches=1,
+            meets=not isinstance(config, PerFrameConfig) and not fits_frames,
+        )
+    whole = chunk is None or chunk >= frames
+    return dataclasses.replace(config, num_frames=frames, chunk=None if whole else chunk)

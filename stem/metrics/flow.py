@@ -49,6 +49,11 @@ class Flow:
             self.occlusion.flip(0),
         )
 
+    def to(self, device: torch.device | str) -> Flow:
+        """The flow with its tensors on a device."""
+        tensors = (self.forward, self.backward, self.occlusion, self.backward_occlusion)
+        return Flow(self.name, *(tensor.to(device) for tensor in tensors))
+
     def resized(self, height: int, width: int) -> Flow:
         """The flow of smaller frames, in their pixels.
 

@@ -1,0 +1,250 @@
+"""How steady the features of inversions are along a video's flow: the paper's Figure 5."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .attention.features import LastFeatures
+from .attention.handle import unet_of
+from .comparison import result_name
+from .diffusion.fingerprint import fingerprint
+from .diffusion.loop import denoise, guided
+from .diffusion.pipeline import check_pipeline, encode_frames, encode_prompt
+from .diffusion.schedule import inverse_scheduler
+from .inversion.methods import attention_config, attention_on
+from .inversion.round_trip import chunked, pixels
+from .metrics import Flow, estimate_flow, warped_similarity
+from .report.analysis_files import Shown, analysis_files, write_analysis
+from .storage import check_output, tensor_bytes
+from .video import Video
+
+
+@dataclass(frozen=True)
+class FeatureCurve:
+    """The features of one inversion along the flow.
+
+    Args:
+        similarity: Mean cosine similarity of each frame's features with the former frame's, warped
+            onto it by the flow, over the cells seen in both, by timestep.
+        features: Features at the timestep shown, float32 [N, C, h, w], on the CPU.
+        layer: Name of the self-attention that they come out of.
+    """
+
+    similarity: dict[int, float]
+    features: torch.Tensor
+    layer: str
+
+    @property
+    def mean(self) -> float:
+        """The mean over all timesteps."""
+        return statistics.fmean(self.similarity.values())
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `analyse` found, and the files it wrote.
+
+    Args:
+        curves: Features of each inversion, by method.
+        flow: Flow of the video.
+        timestep: Timestep that the picture shows.
+        json: Path of the figures' file.
+        sheet: Path of the picture.
+        plot: Path of the plot over the timesteps.
+    """
+
+    curves: dict[str, FeatureCurve]
+    flow: Flow
+    timestep: int
+    json: Path
+    sheet: Path
+    plot: Path
+
+
+def analyse(
+    pipeline: Any,
+    video: Video,
+    prompt: str,
+    out: str | Path,
+    methods: Sequence[str] = ("ddim", "stem"),
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    flow: str | Flow | None = None,
+    timestep: int | None = None,
+    num_steps: int = 50,
+    chunk: int | str | None = "auto",
+    model: str = "",
+    note: str = "",
+    progress: bool = True,
+) -> Analysis:
+    """Measure how steady an inversion's features are; write analysis.json, .png and -plot.png.
+
+    The features are the output of the decoder's last self-attention at every step of the
+    inversion. The former frame's are warped by the optical flow of the input frames onto the
+    current frame, and compared with its own by their cosine. Nothing is kept from run to run.
+
+    Args:
+        pipeline: Pipeline, as for `invert`.
+        video: Video to invert, at least 2 frames.
+        prompt: Prompt that describes it.
+        out: Folder below which the three files get one of their own, named by the video and by
+            all that shaped them.
+        methods: Names of METHODS.
+        options: Fields of the methods' configurations, by method.
+        flow: Flow of the video, "dis" or "raft" to estimate it (`estimate_flow`), or one that is
+            known, such as `world_flow`, of the frames' size; None: RAFT where its weights are
+            here, else DIS.
+        timestep: Timestep to show in the picture, the nearest that there is; None: the middle one.
+        num_steps: Number of steps of each inversion.
+        chunk: Number of frames that go through the UNet at once, as for `invert`.
+        model: Name of the pipeline, for the record.
+        note: Note for analysis.json, such as that the weights are random.
+        progress: Whether to show progress.
+
+    Raises:
+        UnmeasuredError: the flow cannot be estimated here.
+        ValueError: unknown methods or options, bases of some frames only (`fit_frames`), or a
+            pipeline or number of steps that cannot be inverted; before anything is inverted.
+        OSError: `out` cannot be written.
+
+    Source: arXiv 2312.05856, Figure 5.
+    """
+    out, options = Path(out), options or {}
+    check_output(out)
+    check_pipeline(pipeline)
+    check_analysable(video, methods, options)
+    timesteps = [int(step) for step in inverse_scheduler(pipeline, num_steps).timesteps]
+    middle = timesteps[len(timesteps) // 2]
+    shown = middle if timestep is None else min(timesteps, key=lambda t: abs(t - timestep))
+    found_flow = flow if isinstance(flow, Flow) else estimate_flow(video.frames, flow)
+    latents = encode_frames(pipeline, video.frames)
+    curves = {
+        method: feature_curve(
+            pipeline,
+            latents,
+            prompt,
+            method,
+            found_flow,
+            options=options.get(method),
+            timestep=shown,
+            num_steps=num_steps,
+            chunk=chunk,
+            progress=progress,
+        )
+        for method in methods
+    }
+    settings = {
+        "note": note,
+        "model": model,
+        "prompt": prompt,
+        "num_steps": num_steps,
+        "options": {method: dict(options.get(method, {})) for method in methods},
+        "flow": found_flow.name,
+        "timestep_shown": shown,
+    }
+    hashes = [_digest(tensor) for tensor in (video.frames, found_flow.forward)]
+    parts = [repr(settings), repr(fingerprint(pipeline)), *hashes]
+    folder = out / result_name(video.name, parts)
+    maps = {method: curve.features for method, curve in curves.items()}
+    write_analysis(
+        folder,
+        video,
+        Shown(maps, found_flow, shown),
+        {method: curve.similarity for method, curve in curves.items()},
+        {**settings, "layer": next(iter(curves.values())).layer},
+    )
+    return Analysis(curves, found_flow, shown, *analysis_files(folder))
+
+
+def check_analysable(
+    video: Video, methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise before any work if `analyse` could not take these methods of this video.
+
+    Args:
+        video: Video to invert.
+        methods: Names of the methods.
+        options: Fields of the methods' configurations, by method.
+
+    Raises:
+        ValueError: no method, an unknown one, options that do not fit, or a single frame.
+    """
+    if isinstance(methods, str) or not methods:
+        raise ValueError(f"methods is {methods!r}; pass a list of at least one name")
+    for method in methods:
+        attention_config(method, options.get(method, {}), video.num_frames)
+        if options.get(method, {}).get("fit_frames") is not None:
+            raise ValueError("fit_frames is set; the analysis takes bases of all frames")
+    if video.num_frames < 2:
+        raise ValueError("one frame has no flow; give videos of at least 2 frames")
+
+
+def feature_curve(
+    pipeline: Any,
+    latents: torch.Tensor,
+    prompt: str,
+    method: str,
+    flow: Flow,
+    *,
+    timestep: int,
+    options: Mapping[str, Any] | None = None,
+    num_steps: int = 50,
+    chunk: int | str | None = None,
+    progress: bool = False,
+) -> FeatureCurve:
+    """Invert latents in memory, and follow the last self-attention's features along a flow.
+
+    Args:
+        pipeline: Pipeline, as for `invert`.
+        latents: Latents of the frames, float32 [N, c, h, w], from `encode_frames`.
+        prompt: Prompt that describes the video.
+        method: Name of METHODS.
+        flow: Flow of the video, of the frames' size or of the features'.
+        timestep: Timestep whose features are kept, one of the inversion's.
+        options: Fields of the method's configuration.
+        num_steps: Number of steps of the inversion.
+        chunk: Number of frames that go through the UNet at once, as for `invert`.
+        progress: Whether to show progress.
+    """
+    frames, _, height, width = latents.shape
+    config = chunked(pipeline, attention_config(method, options or {}, frames), latents, chunk)
+    scheduler = inverse_scheduler(pipeline, num_steps)
+    conditioning = encode_prompt(pipeline, prompt, *pixels(pipeline, latents))
+    backwards = flow.reversed()  # from each frame to the former one
+    similarity: dict[int, float] = {}
+    kept: list[torch.Tensor] = []
+    last = LastFeatures(unet_of(pipeline))
+
+    def follow(step: int, _: torch.Tensor) -> None:
+        maps = last.maps(frames, height, width).float()
+        moved = backwards.resized(*maps.shape[2:]).to(maps.device)
+        now = int(scheduler.timesteps[step])
+        similarity[now] = warped_similarity(maps.flip(0), moved.forward, moved.occlusion)
+        if now == timestep:
+            kept.append(maps.cpu())
+
+    try:
+        with attention_on(pipeline, config):
+            denoise(
+                latents,
+                scheduler,
+                guided(pipeline, conditioning),
+                after_step=follow,
+                name=f"analyse {method}",
+                progress=progress,
+            )
+    finally:
+        last.remove()
+    (features,) = kept
+    return FeatureCurve(similarity, features, last.layer)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor.cpu().contiguous())).hexdigest()
