@@ -119,7 +119,7 @@ def eager_calibrate_bases(
             for part in (weights, regressors)
         )
         per_query = per_query * 10**0.5
-        both = ridge(torch.cat([per_weight * weights, per_query * regressors], dim=-1), 0.1)
+        both = ridge(torch.cat([per_weight * weights, per_query * regressors], dim=-1), 0.03)
         of_values, of_query = both.split([weights.shape[-1], regressors.shape[-1]], dim=-2)
         value, fitted = value + per_weight * of_values, per_query * of_query
     fitted = torch.cat([fitted[..., :-1, :] * scale, fitted[..., -1:, :]], dim=-2)

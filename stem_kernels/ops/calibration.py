@@ -15,7 +15,7 @@ OP = "calibrate_bases"
 CALIBRATIONS = ("linear", "joint")
 
 LINEAR_RIDGE = 1e-2
-JOINT_RIDGE = 0.1
+JOINT_RIDGE = 0.03
 QUERY_WEIGHT = 10.0
 """Weight of the term that is linear in the query beside the weights of the bases."""
 
@@ -48,7 +48,7 @@ def calibrate_bases(
 
     - "linear": ridge regression $E = (D^T D + 10^{-2} s I)^{-1} D^T R$, s the mean diagonal of
       $D^T D$; $v' = v$. One (d + 1) x (d + 1) system a head.
-    - "joint": values too. $A = P P^T / p + 10\, D D^T / s + 0.1\, I$, p and s the mean diagonals
+    - "joint": values too. $A = P P^T / p + 10\, D D^T / s + 0.03\, I$, p and s the mean diagonals
       of $P P^T$ and $D D^T$; $\alpha = A^{-1} R$; $v' = v + P^T \alpha / p$ and
       $E = 10\, D^T \alpha / s$. One m x m system a head.
 
