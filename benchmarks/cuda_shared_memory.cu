@@ -5,8 +5,10 @@
 #include <cstdlib>
 
 #include "stem/attention.cuh"
+#include "stem/correction.cuh"
 #include "stem/em.cuh"
 #include "stem/nearest.cuh"
+#include "stem/partial.cuh"
 
 template <int STEPS>
 void print_attention(int limit) {
@@ -35,6 +37,12 @@ int main(int count, char** arguments) {
               static_cast<long long>(stem::WideShape<8>::shared(warps)));
   std::printf("em_products_kernel 0 %d\n", stem::ProductsShape::SHARED);
   std::printf("nearest_kernel 0 %d\n", stem::NearestShape::SHARED);
+  std::printf("correction_kernel 0 %lld\n",
+              static_cast<long long>(stem::CorrectionShape::shared(stem::ATTENTION_WIDTH)));
+  for (int count : {8, 20})
+    std::printf("partial_kernel %d %lld\n", count,
+                static_cast<long long>(stem::PartialShape::shared(
+                    stem::PARTIAL_WIDTH, count * stem::PartialShape::SIDE)));
   std::printf("float32_product_kernel 0 %d\n", stem::ProductShape::SHARED);
   std::printf("em_update_kernel 0 %lld\n", static_cast<long long>(stem::update_shared(1280)));
 }

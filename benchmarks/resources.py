@@ -26,6 +26,7 @@ from stem_kernels.triton.em_fused import LARGEST_BASES, _fused_kernel
 from stem_kernels.triton.em_general import _logsumexp_kernel, _sums_kernel
 from stem_kernels.triton.em_wide import _products_kernel, _responsibilities_kernel
 from stem_kernels.triton.nearest_token import _nearest_token_kernel
+from stem_kernels.triton.partial_attention import _partial_attention_kernel
 from stem_kernels.triton.resident_attention import LARGEST_PART, _resident_kernel
 from stem_kernels.tuning import rows_for, table, tile_for, two_tiles
 
@@ -36,7 +37,16 @@ OUT = Path(__file__).parent / "results" / "triton-resources.md"
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
 """What one block may ask for, by compute capability."""
 MATRIX_INSTRUCTIONS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-FLOAT32 = ("p_logsumexp", "p_sums", "p_value_sums", "p_mass", "p_bias", "p_mask", "p_share")
+FLOAT32 = (
+    "p_logsumexp",
+    "p_sums",
+    "p_value_sums",
+    "p_mass",
+    "p_bias",
+    "p_mask",
+    "p_share",
+    "p_largest",
+)
 INT32 = ("p_found",)
 HALF_ONLY = ("em_fused", "em_wide", "resident_attention")
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -141,6 +151,14 @@ def cases_of(
             "BLOCK_N": row["block_n"], "BLOCK_M": row["block_m"],
             "BLOCK_D": tile_for(320, 2 * row["block_d"] // itemsize), **shared,
         }  # fmt: skip
+    elif op == "partial_attention":
+        for width in (40, 64, 80, 160):
+            padded = tile_for(width, 512)
+            yield f"{op} d={width}", _partial_attention_kernel, {
+                "BLOCK_M": rows_for(itemsize * padded, row["query_bytes"]),
+                "BLOCK_N": rows_for(itemsize * padded, row["key_bytes"]),
+                "BLOCK_D": padded, "BLOCK_E": padded, **shared,
+            }  # fmt: skip
     elif op in ("basis_attention", "blended_attention"):
         both = {"basis": _basis_attention_kernel, "blended": _blended_attention_kernel}
         kernel = both[op.removesuffix("_attention")]

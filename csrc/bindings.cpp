@@ -10,11 +10,13 @@ STABLE_TORCH_LIBRARY(stem_kernels_ext, library) {
       "soft_em(Tensor features, Tensor bases, Tensor? payload, int num_iters, float temperature, "
       "bool normalize, bool keep_empty, float least_mass) -> (Tensor, Tensor, Tensor)");
   library.def(
-      "basis_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale) "
-      "-> Tensor");
+      "basis_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, "
+      "Tensor? correction, Tensor? query_mean, float scale) -> Tensor");
   library.def(
       "blended_attention(Tensor query_target, Tensor key_target, Tensor query_source, "
       "Tensor key_source, Tensor value, Tensor mask, Tensor? bias, float scale) -> Tensor");
+  library.def(
+      "partial_attention(Tensor query, Tensor key, Tensor value, float scale) -> (Tensor, Tensor)");
   library.def("nearest_token(Tensor query, Tensor keys, Tensor inverse_norms) -> Tensor");
   library.def("cpu_instructions() -> str");
 }

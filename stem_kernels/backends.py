@@ -55,7 +55,8 @@ class Backend:
     def reasons(self, tensors: Tensors, num_bases: int | None) -> list[str]:
         """Why this backend cannot run a call on `tensors`; empty if it can.
 
-        An operator without bases has the `num_bases` None; no backend limits its sizes.
+        An operator without bases has the `num_bases` None, and no backend limits its sizes, or 0,
+        and only its widths are limited.
         """
         return self.machine() or self.call_reasons(tensors, num_bases)
 
@@ -146,7 +147,8 @@ def select(op: str, backend: str, tensors: Tensors, num_bases: int | None) -> st
         backend: Argument `backend` of the caller. `"auto"` asks the environment variable
             STEM_KERNELS_BACKEND, and where that is not set takes the first that can.
         tensors: Tensors of the call by argument name; None entries are ignored.
-        num_bases: Number K of bases of the call; None for an operator without them.
+        num_bases: Number K of bases of the call; for an operator without them None, or 0 where
+            backends limit its widths.
 
     Raises:
         ValueError: `backend` is not a backend's name.

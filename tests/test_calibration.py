@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from stem_kernels import attention_bias, basis_attention
+from stem_kernels import attention_bias, basis_attention, cuda
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
 from stem_kernels.ops.calibration import CALIBRATIONS, calibrate_bases
 from stem_kernels.ops.partial_attention import ROUNDING_ATOL as PARTIAL_ATOL
@@ -26,17 +26,21 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return clustered_tokens(shape, seed=seed).to(DEVICE)
 
 
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 1000), (100, 5000)])
-def test_partial_attention(dtype: torch.dtype, queries: int, keys: int) -> None:
+def test_partial_attention(backend: str, dtype: torch.dtype, queries: int, keys: int) -> None:
     # [B, h, n, d] views of head-interleaved memory, of another width than the values
     query = tokens(2, queries, 3, 24).transpose(1, 2).to(dtype)
     key = (4 * tokens(2, keys, 3, 24, seed=1)).transpose(1, 2).to(dtype)
     value = tokens(2, keys, 3, 17, seed=2).transpose(1, 2).to(dtype)
     exact = eager_basis_attention(query.double(), key.double(), value.double())
-    plain = eager_basis_attention(query.float(), key.float(), value.float())
+    # Triton rounds weights to the dtype as plain torch does; the others do not.
+    wide = dtype if backend == "triton" else torch.float32
+    plain = eager_basis_attention(query.to(wide), key.to(wide), value.to(wide))
     logits = query.double() @ key.double().mT / 24**0.5
-    found = partial_attention(query, key, value)
+    found = partial_attention(query, key, value, backend=backend)
     assert found.output.dtype == found.logsumexp.dtype == torch.float32
     largest_logit = float(logits.abs().max())
     assert max_error(found.output, exact) <= parity_bound(exact, plain, PARTIAL_ATOL, largest_logit)
@@ -197,6 +201,12 @@ def test_calibrated_attention_is_nearer_to_exact(form: str) -> None:
 def test_it_compiles_whole() -> None:
     query, key, value, key_bases, value_bases, _ = (part.float() for part in smooth_case())
     torch.library.opcheck(partial_attention_torch, (query[:, :, :9], key, value, 0.3))
+    if cuda.load_error("cpu") is None:
+        extension = torch.ops.stem_kernels_ext
+        torch.library.opcheck(extension.partial_attention, (query[:, :, :9], key, value, 0.3))
+        correction = torch.zeros(1, 2, 13, 12)
+        given = (query, key_bases, value_bases, None, correction, correction[:, :, 0], 0.3)
+        torch.library.opcheck(extension.basis_attention, given)
 
     def calibrated(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         chosen = query[:, :, ::16]

@@ -15,6 +15,7 @@ from cuda_emulator import DTYPES, NAN, Kernels
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
 from stem_kernels.ops.em_statistics import ROUNDING_ATOL as EM_ATOL
 from stem_kernels.ops.nearest_token import ROUNDING_ATOL as NEAREST_ATOL
+from stem_kernels.ops.partial_attention import ROUNDING_ATOL as PARTIAL_ATOL
 from stem_kernels.reference.soft_em import soft_em_torch
 from stem_kernels.shared.bases import least_mass
 from stem_kernels.testing import (
@@ -250,6 +251,58 @@ def test_a_head_whose_bases_are_all_excluded(kernels: Kernels, dtype: torch.dtyp
     found = kernels.basis_attention(query, key, value, bias, 1.0)
     assert bool(found[:, :, 0].isfinite().all())
     assert bool(found[:, :, 1].isnan().all())
+
+
+@pytest.mark.parametrize("sizes", [(70, 16, 40, 24, 0), (33, 5, 37, 45, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_with_a_correction(
+    kernels: Kernels, dtype: torch.dtype, sizes: tuple[int, int, int, int, int]
+) -> None:
+    query, key, value, _ = attention_case(*sizes, dtype)
+    correction = clustered_tokens((1, 2, sizes[2] + 1, sizes[3]), seed=4) / 6
+    mean = 1 + clustered_tokens((2, 2, sizes[2]), seed=5)
+    correction = correction.expand(2, -1, -1, -1)
+
+    def eager(dtype: torch.dtype) -> torch.Tensor:
+        matrix, constant = correction.to(dtype).split([sizes[2], 1], dim=-2)
+        centred = query.to(dtype) - mean.to(dtype).unsqueeze(-2)
+        attended = eager_basis_attention(query.to(dtype), key.to(dtype), value.to(dtype))
+        return attended + centred @ matrix + constant
+
+    found = kernels.basis_attention(query, key, value, None, sizes[2] ** -0.5, correction, mean)
+    exact = eager(torch.float64)
+    error = max_error(found.transpose(1, 2), exact)
+    assert error <= parity_bound(exact, eager(dtype), ATTENTION_ATOL)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "width", "value_width", "padding"),
+    [(1, 1, 8, 8, 0), (33, 700, 40, 24, 3), (5, 300, 80, 80, 0), (40, 290, 160, 137, 8)],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_partial_attention(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    width: int,
+    value_width: int,
+    padding: int,
+) -> None:
+    query, key, value = (
+        interleaved(
+            (factor * clustered_tokens((2, 2, rows, channels), seed=rows)).to(dtype), padding
+        )
+        for rows, channels, factor in ((m, width, 1), (n, width, 4), (n, value_width, 1))
+    )
+    wide = [tensor.double() for tensor in (query, key, value)]
+    logits = wide[0] @ wide[1].mT * width**-0.5
+    exact, sums = eager_basis_attention(*wide), logits.logsumexp(-1)
+    plain = eager_basis_attention(query.float(), key.float(), value.float())
+    out, logsumexp = kernels.partial_attention(query, key, value, width**-0.5)
+    bound = parity_bound(exact, plain, PARTIAL_ATOL, float(logits.abs().max()))
+    assert max_error(out, exact) <= bound
+    assert max_error(logsumexp, sums) <= 1e-6 * float(sums.abs().max())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from stem_kernels import basis_attention, cuda, soft_em
+from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.testing import clustered_tokens
 
 ROOT = Path(__file__).parent.parent
@@ -259,9 +260,11 @@ def test_the_gpu_part_needs_a_torch_with_cuda(
 @built
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_the_other_instructions(capability: str) -> None:
-    chosen = "cuda and (iterations or excluded or repeat or (attention and 255))"
+    chosen = "cuda and (iterations or excluded or repeat or correction or (attention and 255) "
+    chosen += "or (partial and 100))"
+    files = ("tests/test_parity.py", "tests/test_calibration.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", chosen, "tests/test_parity.py"],
+        [sys.executable, "-m", "pytest", "-q", "-k", chosen, *files],
         cwd=ROOT,
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
@@ -276,15 +279,17 @@ def test_the_other_instructions(capability: str) -> None:
 def test_threads_do_not_change_a_bit() -> None:
     features = clustered_tokens((2, 3000, 40))
     bases, payload = features[:, ::50].clone(), clustered_tokens((2, 3000, 24))
+    heads = features.view(2, 1, 3000, 40)
     results = []
     threads = torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         try:
             found = soft_em(features, bases, payload=payload, backend="cuda")
+            attended = partial_attention(heads[:, :, ::50], heads, heads, backend="cuda")
         finally:
             torch.set_num_threads(threads)
-        results.append(found)
+        results.append((*found, *attended))
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert torch.equal(one, two)
@@ -314,14 +319,26 @@ def test_halves_are_read_and_rounded_as_torch_does(dtype: torch.dtype) -> None:
 def test_the_operators_check_what_they_are_given() -> None:
     operators = torch.ops.stem_kernels_ext
     x, m = torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 3, 4)
+
+    def attention(*tensors: torch.Tensor | None) -> torch.Tensor:
+        given = [*tensors, *[None] * (6 - len(tensors))]
+        found: torch.Tensor = operators.basis_attention(*given, 1.0)
+        return found
+
     for call, message in (
         (lambda: operators.em_statistics(x, m[..., :3], None, 1.0, True), r"must be \[1, 1, any"),
         (lambda: operators.em_statistics(x.double(), m, None, 1.0, True), "must be float32, float"),
         (lambda: operators.em_statistics(x, m.half(), None, 1.0, True), "contiguous and float32"),
         (lambda: operators.em_statistics(x.mT, x.mT, None, 1.0, True), "contiguous in its last"),
         (lambda: operators.em_statistics(x, m, x[:, :, 1:], 1.0, True), r"must be \[1, 1, 5, any"),
-        (lambda: operators.basis_attention(x, m, m.half(), None, 1.0), "must have one dtype"),
-        (lambda: operators.basis_attention(x, m, m, m[0], 1.0), r"bias must be \[B, h, K\]"),
+        (lambda: attention(x, m, m.half()), "must have one dtype"),
+        (lambda: attention(x, m, m, m[0]), r"bias must be \[B, h, K\]"),
+        (lambda: attention(x, m, m, None, m), "go together"),
+        (lambda: attention(x, m, m, None, m, m[:, :, 0]), r"correction must be \[1, 1, 5, 4\]"),
+        (lambda: attention(x, m, m, None, x, m[0]), r"query_mean must be \[1, 1, 4\]"),
+        (lambda: operators.partial_attention(x, m, x, 1.0), r"value must be \[1, 1, 3, any\]"),
+        (lambda: operators.partial_attention(x, m.half(), m, 1.0), "must have one dtype"),
+        (lambda: operators.partial_attention(x, x[:, :, :0], x[:, :, :0], 1.0), "one key"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()

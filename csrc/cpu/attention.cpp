@@ -65,14 +65,34 @@ struct Call {
   }
 };
 
+// `tensor` is float32 of these sizes, contiguous in its last dimension.
+void check_floats(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+  check(tensor, name, sizes);
+  STD_TORCH_CHECK(dtype_of(tensor, name) == DType::kFloat, name, " must be float32");
+}
+
 Tensor basis_attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                       const std::optional<Tensor>& bias, double scale) {
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& correction,
+                       const std::optional<Tensor>& query_mean, double scale) {
   const Call call(query, key, value, bias);
+  STD_TORCH_CHECK(correction.has_value() == query_mean.has_value(),
+                  "correction and query_mean go together");
+  if (correction) {
+    check_floats(*correction, "correction",
+                 {call.batch, call.heads, call.sizes.width + 1, call.sizes.value_width});
+    check_floats(*query_mean, "query_mean", {call.batch, call.heads, call.sizes.width});
+  }
   return call.each_part(query, 1, [&](int64_t b, int64_t head, const float* shift,
                                       int64_t shift_stride, int64_t first, int64_t last, void* out,
                                       int64_t out_stride, float* scratch) {
+    Correction added{};
+    if (correction)
+      added = {static_cast<const float*>(rows_of(*correction, DType::kFloat, b, head).data),
+               correction->stride(2),
+               query_mean->const_data_ptr<float>() + b * query_mean->stride(0) +
+                   head * query_mean->stride(1)};
     kernels().attention(call.sizes, call.map(query, key, b, head),
-                        rows_of(value, call.dtype, b, head), shift, shift_stride,
+                        rows_of(value, call.dtype, b, head), shift, shift_stride, added,
                         static_cast<float>(scale), first, last, out, out_stride, scratch);
   });
 }

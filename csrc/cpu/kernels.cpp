@@ -2,6 +2,7 @@
 #include "stem/cpu/attention.h"
 #include "stem/cpu/em.h"
 #include "stem/cpu/nearest.h"
+#include "stem/cpu/partial.h"
 
 #define STEM_TEXT_OF(x) #x
 #define STEM_TEXT(x) STEM_TEXT_OF(x)
@@ -13,6 +14,7 @@ const Kernels kKernels = {
     STEM_TEXT(STEM_ISA), kPanel, kTile,
     em_scratch, em_pass, load_panel, store_panel, directions, add_parts, update,
     attention_scratch, attention, blended_attention,
+    partial_scratch, partial_attention,
     pack_keys, nearest_scratch, nearest,
 };
 

@@ -3,11 +3,13 @@
 #include <optional>
 
 #include "stem/attention.cuh"
+#include "stem/correction.cuh"
 #include "tensors.h"
 
 namespace stem {
 
 #define STEM_ELSEWHERE(T)                                                                 \
+  extern template void add_correction(const Context&, const CorrectionCall<T>&);          \
   extern template void basis_attention(const Context&, const AttentionCall<T>&);          \
   extern template void blended_attention(                                                 \
       const Context&, AttentionCall<T>, const View<T>&, const View<T>&, const float*, int64_t);
@@ -62,10 +64,35 @@ Tensor attention_operator(
 
 Tensor basis_attention_cuda(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& correction, const std::optional<Tensor>& query_mean,
     double scale) {
+  STD_TORCH_CHECK(correction.has_value() == query_mean.has_value(),
+                  "correction and query_mean go together");
+  if (correction) {
+    STD_TORCH_CHECK(query.dim() == 4 && value.dim() == 4 && query_mean->dim() == 3,
+                    "query and value must be [B, h, rows, channels], query_mean [B, h, channels]");
+    const auto sizes = query.sizes();
+    check("correction", *correction, query, ScalarType::Float,
+          {sizes[0], sizes[1], sizes[3] + 1, value.size(3)});
+    check("query_mean", *query_mean, query, ScalarType::Float, {sizes[0], sizes[1], sizes[3]});
+    STD_TORCH_CHECK(sizes[3] <= 1 || query_mean->stride(2) == 1,
+                    "query_mean has a stride of ", query_mean->stride(2),
+                    " between its numbers; call .contiguous() on it");
+  }
   return attention_operator(
-      query, key, value, bias, scale,
-      [](const Context& context, const auto& call) { basis_attention(context, call); });
+      query, key, value, bias, scale, [&](const Context& context, const auto& call) {
+        basis_attention(context, call);
+        if (!correction) return;
+        using T = std::remove_pointer_t<decltype(call.p_out)>;
+        const int heads = call.query.heads;
+        add_correction(
+            context,
+            CorrectionCall<T>{
+                call.query, view_of<float>("correction", *correction),
+                view(floats(*query_mean), query_mean->stride(0), query_mean->stride(1), 0, heads,
+                     call.query.width),
+                call.p_out, call.leads, call.n});
+      });
 }
 
 Tensor blended_attention_cuda(

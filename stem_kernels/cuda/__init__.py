@@ -16,7 +16,10 @@ import torch
 
 FOLDER = Path(__file__).parent.parent
 BUILD_COMMAND = "pip install --no-deps ."
-OPERATORS = ("basis_attention", "blended_attention", "em_statistics", "nearest_token", "soft_em")
+OPERATORS = (
+    "basis_attention", "blended_attention", "em_statistics", "nearest_token", "partial_attention",
+    "soft_em",
+)  # fmt: skip
 MIN_CAPABILITY = (8, 0)
 GPU_WIDTHS = {
     "features": 1280, "payload": 1280,

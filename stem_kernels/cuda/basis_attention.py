@@ -12,9 +12,13 @@ def basis_attention_cuda(
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
+    correction: torch.Tensor | None,
+    query_mean: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     """query [B, h, n, d], key [B or 1, h, K, d], value [B or 1, h, K, e], bias [.., .., K].
+
+    correction [B or 1, h, d + 1, e] and query_mean [B or 1, h, d], or None.
 
     Returns contiguous [B, n, h, e] of the query's dtype.
     """
@@ -24,9 +28,17 @@ def basis_attention_cuda(
         contiguous_rows(key).expand(*lead, key.shape[-1]),
         contiguous_rows(value).expand(*lead, value.shape[-1]),
         None if bias is None else bias.float().expand(lead),
+        _expanded_floats(correction, query),
+        _expanded_floats(query_mean, query),
         scale,
     )
     return found
+
+
+def _expanded_floats(tensor: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    return contiguous_rows(tensor.float()).expand(query.shape[0], *tensor.shape[1:])
 
 
 @torch.library.register_fake("stem_kernels_ext::basis_attention")
@@ -35,6 +47,8 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
+    correction: torch.Tensor | None,
+    query_mean: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     batch, heads, num_queries, _ = query.shape

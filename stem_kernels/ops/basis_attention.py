@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backends import select
-from ..reference.chunks import compute_dtype, token_chunks
+from ..reference.basis_attention import add_correction, basis_attention_torch
 from .checks import check_floating, check_same_dtype
 
 OP = "basis_attention"
@@ -33,8 +33,7 @@ def basis_attention(
         return weights @ value
 
     and, where the bases are calibrated (see `ops.calibration`), $[q_n - \bar q, 1]\, E$ is added to
-    it. That is done in torch after any backend's kernel, a piece of the tokens at a time: 2 d e
-    FLOPs a token beside the attention's 2 K (d + e), and the output is read and written once more.
+    it before it is rounded and written: 2 d e FLOPs a token beside the attention's 2 K (d + e).
 
     Args:
         query: Queries [B, h, n, d], any strides (a head-interleaved view costs no
@@ -65,25 +64,27 @@ def basis_attention(
     num_bases, dim = key.shape[-2:]
     bias = fitting_bias(OP, bias, query, num_bases)
     _check_correction(query, value, correction, query_mean)
-    tensors = {"query": query, "key": key, "value": value, "bias": bias}
+    tensors = {
+        "query": query, "key": key, "value": value, "bias": bias,
+        "correction": correction, "query_mean": query_mean,
+    }  # fmt: skip
     chosen = select(OP, backend, tensors, num_bases)
     scale = dim**-0.5 if scale is None else float(scale)
-    arguments = (query, key, value, bias, scale)
     if chosen == "triton":
         from ..triton.basis_attention import basis_attention_triton
 
-        out = basis_attention_triton(*arguments)
+        out = basis_attention_triton(query, key, value, bias, scale)
+        if correction is not None and query_mean is not None:
+            add_correction(out, query, correction, query_mean)
     elif chosen == "cuda":
         from ..cuda.basis_attention import basis_attention_cuda
 
-        out = basis_attention_cuda(*arguments)
+        out = basis_attention_cuda(query, key, value, bias, correction, query_mean, scale)
     else:
         assert chosen == "torch"
-        from ..reference.basis_attention import basis_attention_torch
-
-        out = basis_attention_torch(*arguments)
-    if correction is not None and query_mean is not None:
-        _add_correction(out, query, correction, query_mean)
+        out = basis_attention_torch(query, key, value, bias, scale)
+        if correction is not None and query_mean is not None:
+            add_correction(out, query, correction, query_mean)
     return out.transpose(1, 2)
 
 
@@ -110,20 +111,6 @@ def _check_correction(
                 f"{OP}: {name} is {list(tensor.shape)}; it must be "
                 f"[{batch} or 1, {', '.join(map(str, shape))}]"
             )
-
-
-def _add_correction(
-    out: torch.Tensor, query: torch.Tensor, correction: torch.Tensor, query_mean: torch.Tensor
-) -> None:
-    """Add it in place to `out` [B, n, h, e], in float32 (float64 for float64 queries)."""
-    compute = compute_dtype(query)
-    matrix, constant = correction.to(compute).split([query.shape[-1], 1], dim=-2)
-    mean = query_mean.to(compute).unsqueeze(-2)
-    with torch.autocast(query.device.type, enabled=False):
-        for part in token_chunks(query, sum(correction.shape[-2:])):
-            # Subtracted first: in half precision the mean times E may hide what differs from it.
-            added = (query[..., part, :].to(compute) - mean) @ matrix + constant
-            out[:, part].add_(added.transpose(1, 2))
 
 
 def check_bases(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends import select
 from ..reference.partial_attention import partial_attention_torch
 from .checks import check_floating, check_same_dtype
 
@@ -31,6 +32,7 @@ def partial_attention(
     value: torch.Tensor,
     *,
     scale: float | None = None,
+    backend: str = "auto",
 ) -> PartialAttention:
     r"""Exact attention of a few queries to many keys, and the log of its denominator.
 
@@ -54,13 +56,16 @@ def partial_attention(
         key: Keys [B, h, n, d] of the same dtype, n >= 1.
         value: Values [B, h, n, e] of the same dtype.
         scale: Factor of the logits; 1 / sqrt(d) if None.
+        backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
         `PartialAttention`, in float32 (float64 for float64 input): not rounded to the input's
-        dtype, because parts are yet to be merged. Differentiable; runs in torch on every device.
+        dtype, because parts are yet to be merged. Keys are cut into parts, each on a core of its
+        own, by the shapes alone and merged in their order: equal calls give equal bits.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit.
+        BackendError: the backend asked for cannot run this call.
 
     Source: the split over keys is that of flash-decoding (Dao and others, 2023).
     """
@@ -80,6 +85,16 @@ def partial_attention(
             f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    chosen = select(OP, backend, {"query": query, "key": key, "value": value}, 0)
+    if chosen == "triton":
+        from ..triton.partial_attention import partial_attention_triton
+
+        return PartialAttention(*partial_attention_triton(query, key, value, scale))
+    if chosen == "cuda":
+        from ..cuda.partial_attention import partial_attention_cuda
+
+        return PartialAttention(*partial_attention_cuda(query, key, value, scale))
+    assert chosen == "torch"
     return PartialAttention(*partial_attention_torch(query, key, value, scale))
 
 

@@ -104,3 +104,17 @@ def _backward(ctx, grad_out):  # type: ignore[no-untyped-def]
 
 
 basis_attention_torch.register_autograd(_backward, setup_context=_setup_context)
+
+
+def add_correction(
+    out: torch.Tensor, query: torch.Tensor, correction: torch.Tensor, query_mean: torch.Tensor
+) -> None:
+    """Add it in place to `out` [B, n, h, e], in float32 (float64 for float64 queries)."""
+    compute = compute_dtype(query)
+    matrix, constant = correction.to(compute).split([query.shape[-1], 1], dim=-2)
+    mean = query_mean.to(compute).unsqueeze(-2)
+    with torch.autocast(query.device.type, enabled=False):
+        for part in token_chunks(query, sum(correction.shape[-2:])):
+            # Subtracted first: in half precision the mean times E may hide what differs from it.
+            added = (query[..., part, :].to(compute) - mean) @ matrix + constant
+            out[:, part].add_(added.transpose(1, 2))

@@ -15,7 +15,10 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # as driver.cpp numbers them
 NAN = float("nan")
-OPERATORS = ("em_statistics", "soft_em", "basis_attention", "blended_attention", "nearest_token")
+OPERATORS = (
+    "em_statistics", "soft_em", "basis_attention", "blended_attention", "nearest_token",
+    "partial_attention",
+)  # fmt: skip
 MARGIN = 64  # numbers of a tensor's dtype
 
 
@@ -132,6 +135,8 @@ class Kernels:
         value: torch.Tensor,
         bias: torch.Tensor | None,
         scale: float,
+        correction: torch.Tensor | None = None,
+        query_mean: torch.Tensor | None = None,
     ) -> torch.Tensor:
         batch, heads, n, _ = query.shape
         output = Output(batch, n, heads, value.shape[3], dtype=query.dtype)
@@ -139,6 +144,8 @@ class Kernels:
             ctypes.byref(self._sizes(query, key)),
             *(ctypes.byref(rows(tensor)) for tensor in (query, key, value)),
             ctypes.byref(rows(None if bias is None else bias.unsqueeze(-1))),
+            ctypes.byref(rows(correction)),
+            ctypes.byref(rows(None if query_mean is None else query_mean.unsqueeze(2))),
             ctypes.c_float(scale),
             output.pointer,
         )
@@ -180,6 +187,19 @@ class Kernels:
         )
         assert extra >= 0
         return output.result()
+
+    def partial_attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = Output(*query.shape[:3], value.shape[3]), Output(*query.shape[:3])
+        extra = self.library.partial_attention(
+            ctypes.byref(self._sizes(query, key)),
+            *(ctypes.byref(rows(tensor)) for tensor in (query, key, value)),
+            ctypes.c_float(scale),
+            *(output.pointer for output in outputs),
+        )
+        assert extra >= 0
+        return outputs[0].result(), outputs[1].result()
 
     def _inputs(
         self, features: torch.Tensor, bases: torch.Tensor, payload: torch.Tensor | None

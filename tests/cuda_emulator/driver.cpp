@@ -6,8 +6,10 @@
 #include <vector>
 
 #include "stem/attention.cuh"
+#include "stem/correction.cuh"
 #include "stem/em.cuh"
 #include "stem/nearest.cuh"
+#include "stem/partial.cuh"
 
 namespace {
 
@@ -117,10 +119,17 @@ int64_t soft_em(
 
 int64_t basis_attention(
     const Sizes* sizes, const Rows* query, const Rows* key, const Rows* value, const Rows* bias,
-    float scale, void* p_out) {
+    const Rows* correction, const Rows* query_mean, float scale, void* p_out) {
   return run(*sizes, [&](const stem::Context& context, auto type) {
-    stem::basis_attention(context, attention_call<decltype(type)>(
-                                       *sizes, *query, *key, *value, *bias, scale, p_out));
+    using T = decltype(type);
+    const auto call = attention_call<T>(*sizes, *query, *key, *value, *bias, scale, p_out);
+    stem::basis_attention(context, call);
+    if (correction->p == nullptr) return;
+    const int heads = static_cast<int>(sizes->heads);
+    stem::add_correction(
+        context, stem::CorrectionCall<T>{call.query, correction->as<float>(heads),
+                                         query_mean->as<float>(heads), call.p_out, call.leads,
+                                         call.n});
   });
 }
 
@@ -147,6 +156,19 @@ int64_t nearest_token(
         context, stem::NearestCall<T>{query->as<T>(heads), keys->as<T>(heads), p_inverse, p_found,
                                       sizes->batch * sizes->heads, sizes->n,
                                       static_cast<int>(sizes->bases)});
+  });
+}
+
+int64_t partial_attention(
+    const Sizes* sizes, const Rows* query, const Rows* key, const Rows* value, float scale,
+    float* p_out, float* p_logsumexp) {
+  return run(*sizes, [&](const stem::Context& context, auto type) {
+    using T = decltype(type);
+    const int heads = static_cast<int>(sizes->heads);
+    stem::partial_attention(
+        context, stem::PartialCall<T>{query->as<T>(heads), key->as<T>(heads), value->as<T>(heads),
+                                      p_out, p_logsumexp, sizes->batch * sizes->heads,
+                                      sizes->bases, static_cast<int>(sizes->n), scale});
   });
 }
 }

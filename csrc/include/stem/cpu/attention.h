@@ -59,7 +59,8 @@ struct AttentionScratch {
   float* packed_value;  // [blocks of channels, bases, rows]
   float* shifts;        // [bases]: the bias, in base 2
   float* by_token;      // [kPanel, widest]
-  float* by_channel;    // [widest, kPanel]
+  float* by_channel;    // [width, kPanel]
+  float* outputs;       // [value_width, kPanel]
   float* rows;          // [bases, widest]
   float* packed_key[2];  // [blocks of bases, width, rows]
   float* logits[2];      // [bases, kPanel]
@@ -70,7 +71,8 @@ struct AttentionScratch {
     packed_value = take(bases * sizes.value_width);
     shifts = take(bases);
     by_token = take(kPanel * wide);
-    by_channel = take(kPanel * wide);
+    by_channel = take(kPanel * sizes.width);
+    outputs = take(kPanel * sizes.value_width);
     rows = take(bases * wide);
     for (int map = 0; map < maps; ++map) {
       packed_key[map] = take(bases * sizes.width);
@@ -81,8 +83,8 @@ struct AttentionScratch {
 
 static int64_t attention_scratch(const AttentionSizes& sizes, int maps) {
   const int64_t bases = sizes.bases, wide = widest(sizes);
-  return bases * (sizes.value_width + 1 + wide) + 2 * kPanel * wide +
-         maps * bases * (sizes.width + kPanel);
+  return bases * (sizes.value_width + 1 + wide) +
+         kPanel * (wide + sizes.width + sizes.value_width) + maps * bases * (sizes.width + kPanel);
 }
 
 // logits [bases, kPanel] -> 2^(logit + bias - the query's largest), in place; inverse [kPanel]:
@@ -150,27 +152,44 @@ static void weigh_queries(const AttentionSizes& sizes, const Rows& query, int64_
   weigh_columns(sizes.bases, with_bias ? scratch.shifts : nullptr, scratch.logits[map], inverse);
 }
 
-// The first map's weights times the values -> rows of out. Each query's factor comes last, or is
-// in the weights already: null.
-static void store_outputs(const AttentionSizes& sizes, const float* factors, DType dtype,
-                          int64_t begin, int64_t count, void* out, int64_t out_stride,
-                          const AttentionScratch& scratch) {
-  const int64_t width = sizes.value_width;
-  multiply_packed(width, sizes.bases, scratch.packed_value, scratch.logits[0], scratch.by_channel,
-                  false);
-  for (int64_t channel = 0; factors && channel < width; ++channel)
+// The first map's weights times the values, and each query's factor where the weights lack it.
+static void weigh_values(const AttentionSizes& sizes, const float* factors,
+                         const AttentionScratch& scratch) {
+  multiply_packed(sizes.value_width, sizes.bases, scratch.packed_value, scratch.logits[0],
+                  scratch.outputs, false);
+  for (int64_t channel = 0; factors && channel < sizes.value_width; ++channel)
     for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-      float* p = scratch.by_channel + channel * kPanel + lane;
+      float* p = scratch.outputs + channel * kPanel + lane;
       store(p, load(p) * load(factors + lane));
     }
-  transpose(scratch.by_channel, kPanel, width, count, scratch.by_token, width);
+}
+
+// What a correction adds to the outputs of the queries in by_channel, which lose their mean.
+static void correct_outputs(const AttentionSizes& sizes, const Correction& correction,
+                            const AttentionScratch& scratch) {
+  const float* constant = correction.matrix + sizes.width * correction.stride;
+  for (int64_t i = 0; i < sizes.width; ++i)
+    for (int64_t lane = 0; lane < kPanel; ++lane)
+      scratch.by_channel[i * kPanel + lane] -= correction.mean[i];
+  for (int64_t i = 0; i < sizes.value_width; ++i)
+    for (int64_t lane = 0; lane < kPanel; ++lane)
+      scratch.outputs[i * kPanel + lane] += constant[i];
+  multiply_transposed(sizes.value_width, sizes.width, correction.matrix, correction.stride,
+                      scratch.by_channel, scratch.outputs, true);
+}
+
+static void store_outputs(const AttentionSizes& sizes, DType dtype, int64_t begin, int64_t count,
+                          void* out, int64_t out_stride, const AttentionScratch& scratch) {
+  const int64_t width = sizes.value_width;
+  transpose(scratch.outputs, kPanel, width, count, scratch.by_token, width);
   for (int64_t i = 0; i < count; ++i)
     store_row(scratch.by_token + i * width, width, dtype, out, (begin + i) * out_stride);
 }
 
 static void attention(const AttentionSizes& sizes, const AttentionMap& map, const Rows& value,
-                      const float* bias, int64_t bias_stride, float scale, int64_t first,
-                      int64_t last, void* out, int64_t out_stride, float* memory) {
+                      const float* bias, int64_t bias_stride, const Correction& correction,
+                      float scale, int64_t first, int64_t last, void* out, int64_t out_stride,
+                      float* memory) {
   constexpr float kLog2E = 1.44269504f;
   const AttentionScratch scratch(sizes, 1, memory);
   pack_key(sizes, map.key, scale * kLog2E, scratch.rows, scratch.packed_key[0]);
@@ -179,7 +198,9 @@ static void attention(const AttentionSizes& sizes, const AttentionMap& map, cons
     const int64_t count = smaller(kPanel, last - begin);
     float inverse[kPanel];
     weigh_queries(sizes, map.query, begin, count, bias != nullptr, 0, scratch, inverse);
-    store_outputs(sizes, inverse, map.query.dtype, begin, count, out, out_stride, scratch);
+    weigh_values(sizes, inverse, scratch);
+    if (correction.matrix) correct_outputs(sizes, correction, scratch);
+    store_outputs(sizes, map.query.dtype, begin, count, out, out_stride, scratch);
   }
 }
 
@@ -226,7 +247,8 @@ static void blended_attention(const AttentionSizes& sizes, const AttentionMap (&
         weigh_queries(sizes, maps[map].query, begin, count, bias != nullptr, map, scratch,
                       inverse[map]);
     blend_columns(sizes.bases, share, inverse, scratch.logits[0], scratch.logits[1]);
-    store_outputs(sizes, nullptr, maps[0].query.dtype, begin, count, out, out_stride, scratch);
+    weigh_values(sizes, nullptr, scratch);
+    store_outputs(sizes, maps[0].query.dtype, begin, count, out, out_stride, scratch);
   }
 }
 

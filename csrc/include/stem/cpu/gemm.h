@@ -9,11 +9,12 @@ namespace stem::cpu::STEM_ISA {
 // sum: the error of logits in the hundreds shows. It also keeps a panel's part in the first cache.
 constexpr int64_t kChunk = 48;
 
-// kPacked: a is [depth, Rows]; else row i of a starts at a + i * a_stride.
+// kByStep: the Rows numbers of a step lie side by side, steps a_stride apart; else row i of a starts
+// at a + i * a_stride.
 // All 2 * Rows accumulators stay in registers: each step of depth costs 2 + Rows loads for
 // 2 * Rows multiply-adds, under the two loads a cycle that x86 has for its two multiply-adds.
 // The sum over depth is complete before c is added, so that cutting depth in parts loses nothing.
-template <int Rows, bool kPacked>
+template <int Rows, bool kByStep>
 static void multiply_block(int64_t depth, const float* a, int64_t a_stride, const float* b,
                            float* c, bool add) {
   Vec left[Rows], right[Rows];
@@ -26,11 +27,11 @@ static void multiply_block(int64_t depth, const float* a, int64_t a_stride, cons
     const Vec b_left = load(b), b_right = load(b + kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const Vec factor = broadcast(kPacked ? a[i] : a[i * a_stride]);
+      const Vec factor = broadcast(kByStep ? a[i] : a[i * a_stride]);
       left[i] += factor * b_left;
       right[i] += factor * b_right;
     }
-    a += kPacked ? Rows : 1;
+    a += kByStep ? a_stride : 1;
     b += kPanel;
   }
 #pragma GCC unroll 16
@@ -41,14 +42,14 @@ static void multiply_block(int64_t depth, const float* a, int64_t a_stride, cons
   }
 }
 
-template <int Rows, bool kPacked>
+template <int Rows, bool kByStep>
 static void multiply_rows(int64_t rows, int64_t depth, const float* a, int64_t a_stride,
                           const float* b, float* c, bool add) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      multiply_block<Rows, kPacked>(depth, a, a_stride, b, c, add);
+      multiply_block<Rows, kByStep>(depth, a, a_stride, b, c, add);
     else
-      multiply_rows<Rows - 1, kPacked>(rows, depth, a, a_stride, b, c, add);
+      multiply_rows<Rows - 1, kByStep>(rows, depth, a, a_stride, b, c, add);
   }
 }
 
@@ -73,8 +74,18 @@ static void multiply_packed(int64_t rows, int64_t depth, const float* a, const f
                             bool add) {
   for (int64_t block = 0; block < num_blocks(rows); ++block) {
     const int64_t first = block_start(rows, block);
-    multiply_rows<kRows, true>(block_start(rows, block + 1) - first, depth, a + first * depth, 0,
-                               b, c + first * kPanel, add);
+    const int64_t count = block_start(rows, block + 1) - first;
+    multiply_rows<kRows, true>(count, depth, a + first * depth, count, b, c + first * kPanel, add);
+  }
+}
+
+// a: [depth, rows], its steps a_stride apart.
+static void multiply_transposed(int64_t rows, int64_t depth, const float* a, int64_t a_stride,
+                                const float* b, float* c, bool add) {
+  for (int64_t block = 0; block < num_blocks(rows); ++block) {
+    const int64_t first = block_start(rows, block);
+    multiply_rows<kRows, true>(block_start(rows, block + 1) - first, depth, a + first, a_stride, b,
+                               c + first * kPanel, add);
   }
 }
 

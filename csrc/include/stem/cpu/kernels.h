@@ -34,6 +34,22 @@ struct AttentionMap {
   Rows query, key;
 };
 
+// What is added to the attention of calibrated bases: (query - mean) matrix + the matrix's last row.
+struct Correction {
+  const float* matrix;  // [width + 1, value_width], rows `stride` apart; or null
+  int64_t stride;
+  const float* mean;  // [width]
+};
+
+// A few queries of one head, in panels. A panel's state is [2 + value_width, panel]: each query's
+// largest logit in base 2, sum of weights, sums of weighted values.
+struct PartialSizes {
+  int64_t queries;
+  int64_t width;
+  int64_t value_width;
+  int64_t rows() const { return 2 + value_width; }
+};
+
 struct Kernels {
   const char* name;
   int64_t panel;
@@ -63,13 +79,21 @@ struct Kernels {
   // Queries first ... last - 1 -> rows of out, `out_stride` elements apart, of the query's dtype.
   // bias [bases] float, bias_stride apart, or null.
   void (*attention)(const AttentionSizes&, const AttentionMap&, const Rows& value,
-                    const float* bias, int64_t bias_stride, float scale, int64_t first,
-                    int64_t last, void* out, int64_t out_stride, float* scratch);
+                    const float* bias, int64_t bias_stride, const Correction&, float scale,
+                    int64_t first, int64_t last, void* out, int64_t out_stride, float* scratch);
   // The same by a target's and a source's map; mask [queries]: share of the target.
   void (*blended_attention)(const AttentionSizes&, const AttentionMap (&maps)[2],
                             const Rows& value, const float* mask, const float* bias,
                             int64_t bias_stride, float scale, int64_t first, int64_t last,
                             void* out, int64_t out_stride, float* scratch);
+
+  // Floats of scratch memory that partial_attention needs.
+  int64_t (*partial_scratch)(const PartialSizes&);
+  // All queries, and keys first ... last - 1, at least one -> states [panels, rows, panel], which
+  // are written and not read.
+  void (*partial_attention)(const PartialSizes&, const AttentionMap&, const Rows& value,
+                            float scale, int64_t first, int64_t last, float* states,
+                            float* scratch);
 
   // One panel of keys, each times its factor -> packed [width, panel]; scratch [width].
   void (*pack_keys)(const Rows& keys, const float* factors, int64_t num_keys, int64_t width,

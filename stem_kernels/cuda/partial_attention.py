@@ -1,0 +1,31 @@
+"""`partial_attention` in the C++ extension."""
+
+from __future__ import annotations
+
+import torch
+
+from . import contiguous_rows
+
+
+def partial_attention_cuda(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query [B, h, m, d], key [B, h, n, d], value [B, h, n, e], any strides.
+
+    Returns the float32 output [B, h, m, e] and logsumexp [B, h, m].
+    """
+    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.stem_kernels_ext.partial_attention(
+        contiguous_rows(query), contiguous_rows(key), contiguous_rows(value), scale
+    )
+    return found
+
+
+@torch.library.register_fake("stem_kernels_ext::partial_attention")
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = query.shape[:-1]
+    return (
+        query.new_empty((*shape, value.shape[-1]), dtype=torch.float32),
+        query.new_empty(shape, dtype=torch.float32),
+    )

@@ -1,0 +1,140 @@
+"""`partial_attention` in Triton: a few queries, the keys split over the chip.
+
+A program has a tile of queries and one range of keys; what it finds of each range is merged by
+torch, in which no sum depends on which program was first. In half precision weights are rounded to
+the input's dtype before they meet the values, as in `basis_attention`; sums are float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..tuning import rows_for, tile_for, tiles, token_ranges
+from . import on_device_of
+from .basis_attention import LARGEST_HEAD
+from .precision import dot_options
+
+
+@triton.jit
+def _partial_attention_kernel(
+    p_query, p_key, p_value, p_sums, p_mass, p_largest,
+    m, n, D, E, H, tokens_per_split,
+    stride_qb, stride_qh, stride_qn, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(m, BLOCK_M)
+    lead = tl.program_id(0) // tiles
+    leads = tl.num_programs(0) // tiles
+    batch = (lead // H).to(tl.int64)
+    head = (lead % H).to(tl.int64)
+    p_key += batch * stride_kb + head * stride_kh
+    p_value += batch * stride_vb + head * stride_vh
+    o_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    o_e = tl.arange(0, BLOCK_E).to(tl.int64)
+    m_m = o_m < m
+    m_d = o_d < D
+    m_e = o_e < E
+    # [BLOCK_M, BLOCK_D]
+    b_q = tl.load(
+        p_query + batch * stride_qb + head * stride_qh
+        + (o_m.to(tl.int64) * stride_qn)[:, None] + (o_d * stride_qd)[None, :],
+        mask=m_m[:, None] & m_d[None, :], other=0.0,
+    )  # fmt: skip
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+    # [BLOCK_M]
+    b_largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    b_mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    # [BLOCK_M, BLOCK_E]
+    b_sums = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
+    begin = tl.program_id(1) * tokens_per_split
+    end = tl.minimum(begin + tokens_per_split, n)
+    for start in range(begin, end, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        m_n = o_n < end
+        # [BLOCK_D, BLOCK_N]
+        b_k = tl.load(
+            p_key + (o_n * stride_kn)[None, :] + (o_d * stride_kd)[:, None],
+            mask=m_n[None, :] & m_d[:, None], other=0.0,
+        )  # fmt: skip
+        if UPCAST:
+            b_k = b_k.to(tl.float32)
+        # [BLOCK_M, BLOCK_N]
+        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        # Every range has a key, so that this is -inf only where a logit is.
+        b_new = tl.maximum(b_largest, tl.max(b_s, axis=1))
+        b_w = tl.exp2(b_s - b_new[:, None])
+        b_rescale = tl.exp2(b_largest - b_new)
+        b_mass = b_mass * b_rescale + tl.sum(b_w, axis=1)
+        # [BLOCK_N, BLOCK_E]
+        b_v = tl.load(
+            p_value + (o_n * stride_vn)[:, None] + (o_e * stride_vd)[None, :],
+            mask=m_n[:, None] & m_e[None, :], other=0.0,
+        )  # fmt: skip
+        b_w = b_w.to(b_v.dtype)
+        if UPCAST:
+            b_w, b_v = b_w.to(tl.float32), b_v.to(tl.float32)
+        b_sums = tl.dot(b_w, b_v, b_sums * b_rescale[:, None], input_precision=PRECISION)
+        b_largest = b_new
+    o_row = (tl.program_id(1) * leads + lead).to(tl.int64) * m + o_m
+    tl.store(p_largest + o_row, b_largest, mask=m_m)
+    tl.store(p_mass + o_row, b_mass, mask=m_m)
+    tl.store(p_sums + (o_row * E)[:, None] + o_e[None, :], b_sums, mask=m_m[:, None] & m_e[None, :])
+
+
+@torch.library.custom_op("stem_kernels::partial_attention_triton", mutates_args=())
+def partial_attention_triton(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query [B, h, m, d], key [B, h, n, d], value [B, h, n, e], any strides.
+
+    Returns the float32 output [B, h, m, e] and logsumexp [B, h, m].
+    """
+    batch, heads, num_queries, dim = query.shape
+    n, width = value.shape[-2:]
+    if num_queries == 0:
+        return _empty_output(query, value)
+    block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
+    row_bytes = max(block_d, block_e) * query.element_size()
+    options = tiles("partial_attention", query.device)
+    block_m = tile_for(num_queries, rows_for(row_bytes, options.pop("query_bytes")))
+    block_n = rows_for(row_bytes, options.pop("key_bytes"))
+    programs = batch * heads * triton.cdiv(num_queries, block_m)
+    splits, tokens = token_ranges(n, block_n, max(1, options.pop("programs") // programs))
+    rows = (splits, batch, heads, num_queries)
+    sums = query.new_empty((*rows, width), dtype=torch.float32)
+    mass, largest = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    with on_device_of(query):
+        _partial_attention_kernel[(programs, splits)](
+            query, key, value, sums, mass, largest,
+            num_queries, n, dim, width, heads, tokens,
+            *query.stride(), *key.stride(), *value.stride(), scale * math.log2(math.e),
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e,
+            **dot_options(query.dtype), **options,
+        )  # fmt: skip
+    peak = largest.amax(0)
+    share = (largest - peak).exp2_()
+    total = (mass * share).sum(0)
+    output = sums.mul_(share.unsqueeze(-1)).sum(0) / total.unsqueeze(-1)
+    return output, (peak + total.log2()) * math.log(2)
+
+
+def _empty_output(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
+    return output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@partial_attention_triton.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_output(query, value)
