@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .ablation import ablate
+    from .analysis import analyse
     from .attention import Handle, disable, enable, enabled
     from .comparison import compare
     from .config import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
@@ -26,6 +28,8 @@ __all__ = [
     "StemConfig",
     "Video",
     "VideoFile",
+    "ablate",
+    "analyse",
     "compare",
     "disable",
     "edit",
@@ -43,9 +47,11 @@ __all__ = [
 ]
 
 # Each is loaded when it is first asked for, with what it needs: attention, inversions and models
-# torch and diffusers; video PyAV; comparisons and evaluations also Pillow,
-# SciPy and torchmetrics.
+# torch and diffusers; video PyAV; comparisons and evaluations also Pillow, SciPy and torchmetrics;
+# analyses and ablations matplotlib, too.
 _MODULES = {
+    "ablation": ("ablate",),
+    "analysis": ("analyse",),
     "attention": ("Handle", "disable", "enable", "enabled"),
     "comparison": ("compare",),
     "config": ("InflatedConfig", "PerFrameConfig", "SparseCausalConfig", "StemConfig"),

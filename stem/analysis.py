@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from .diffusion.fingerprint import fingerprint
 from .diffusion.loop import denoise, guided
 from .diffusion.pipeline import check_pipeline, encode_frames, encode_prompt
 from .diffusion.schedule import inverse_scheduler
+from .inversion.invert import check_chunk
 from .inversion.methods import attention_config, attention_on
 from .inversion.round_trip import chunked, pixels
 from .metrics import Flow, estimate_flow, warped_similarity
 from .report.analysis_files import Shown, analysis_files, write_analysis
-from .storage import check_output, tensor_bytes
+from .storage import check_output, tensor_hash
 from .video import Video
 
 
@@ -120,6 +120,7 @@ def analyse(
     check_output(out)
     check_pipeline(pipeline)
     check_analysable(video, methods, options)
+    check_chunk(chunk)
     timesteps = [int(step) for step in inverse_scheduler(pipeline, num_steps).timesteps]
     middle = timesteps[len(timesteps) // 2]
     shown = middle if timestep is None else min(timesteps, key=lambda t: abs(t - timestep))
@@ -149,7 +150,7 @@ def analyse(
         "flow": found_flow.name,
         "timestep_shown": shown,
     }
-    hashes = [_digest(tensor) for tensor in (video.frames, found_flow.forward)]
+    hashes = [tensor_hash(tensor) for tensor in (video.frames, found_flow.forward)]
     parts = [repr(settings), repr(fingerprint(pipeline)), *hashes]
     folder = out / result_name(video.name, parts)
     maps = {method: curve.features for method, curve in curves.items()}
@@ -244,7 +245,3 @@ def feature_curve(
         last.remove()
     (features,) = kept
     return FeatureCurve(similarity, features, last.layer)
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor_bytes(tensor.cpu().contiguous())).hexdigest()

@@ -140,7 +140,7 @@ def measure(
     check_measurable(video, methods, options)
     check_pipeline(pipeline)
     inverse_scheduler(pipeline, num_steps)
-    _warm_up(pipeline)
+    warm_up(pipeline)
     device = execution_device(pipeline)
     rows: list[Row] = []
     reconstructions: dict[str, torch.Tensor] = {}
@@ -213,8 +213,8 @@ class _Stopwatch:
             self.seconds = time.perf_counter() - self._start
 
 
-def _warm_up(pipeline: Any) -> None:
-    """One small call of the UNet, so that the first method does not pay for one-time set-up."""
+def warm_up(pipeline: Any) -> None:
+    """One small call of the UNet, so that what is measured first pays for no one-time set-up."""
     unet, size = pipeline.unet, 16
     latents = torch.zeros(1, unet.config.in_channels, size, size, device=execution_device(pipeline))
     conditioning = encode_prompt(pipeline, "", size, size)

@@ -136,6 +136,11 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's values, as hexadecimal digits."""
+    return hashlib.sha256(tensor_bytes(tensor.cpu().contiguous())).hexdigest()
+
+
 def check_output(path: Path, needed_bytes: int = 0) -> None:
     """Raise before any work if `path`, a file or a folder to come, could not be written.
 

@@ -13,7 +13,7 @@ import diffusers
 import diffusers.models.attention_processor  # diffusers itself needs Pillow
 from diffusers import DDIMInverseScheduler, DDIMScheduler, UNet2DConditionModel
 
-for name in ("av", "scipy", "PIL", "torchmetrics", "rich", "typer", "yaml"):
+for name in ("av", "matplotlib", "scipy", "PIL", "torchmetrics", "rich", "typer", "yaml"):
     sys.modules[name] = None  # importing it fails
 import stem
 

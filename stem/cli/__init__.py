@@ -1,6 +1,16 @@
 """The command line, `stem`; `stem --help` lists its commands."""
 
-from . import commands, edits, evaluate, inversions, report
+from . import ablate, analyse, commands, edits, evaluate, inversions, report
 from .app import app, run
 
-__all__ = ["app", "commands", "edits", "evaluate", "inversions", "report", "run"]
+__all__ = [
+    "ablate",
+    "analyse",
+    "app",
+    "commands",
+    "edits",
+    "evaluate",
+    "inversions",
+    "report",
+    "run",
+]

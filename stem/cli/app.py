@@ -27,7 +27,7 @@ from stem_kernels import BackendError
 from .. import __version__
 from ..diffusion.loop import NonFiniteError
 
-RESUMABLE = ("compare", "demo", "edit", "invert", "reconstruct")
+RESUMABLE = ("ablate", "compare", "demo", "edit", "invert", "reconstruct")
 KEPT = "; finished steps are kept: run the same command again and it goes on after the last of them"
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 

@@ -1,0 +1,250 @@
+"""STEM's options changed one at a time on a video of one's own: what each of them is worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stem_kernels.info import provenance
+from stem_kernels.measure import PeakMemory
+
+from .ablation_plan import OPTIONS, base_config, fields_of, in_order, variants_of
+from .comparison import result_name
+from .config import StemConfig
+from .diffusion.fingerprint import fingerprint
+from .diffusion.pipeline import check_pipeline, decode_latents, encode_frames, execution_device
+from .diffusion.schedule import inverse_scheduler
+from .inversion.invert import check_chunk
+from .inversion.round_trip import chunked, round_trip
+from .measuring import check_measurable, warm_up
+from .metrics import psnr, ssim
+from .metrics.fidelity import SSIM_VARIANT
+from .progress import steps
+from .report.ablation_files import ablation_files, write_plot
+from .report.files import write_json
+from .storage import check_output, remove_stale, tensor_hash
+from .video import Video
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """One option's one value: the video inverted and reconstructed with it.
+
+    Args:
+        option: Name of the option, a key of OPTIONS.
+        value: Name of the value.
+        config: Fields of the whole configuration.
+        is_base: Whether this is the configuration that the others are changes of.
+        psnr: PSNR in dB against the source frames.
+        ssim: SSIM against the source frames.
+        latent_error: Relative error |x - x0| / |x0| of the reconstructed latents.
+        seconds: Seconds of the inversion and the way back.
+        peak_bytes: Memory above the start; None where it is not measured.
+    """
+
+    option: str
+    value: str
+    config: dict[str, Any]
+    is_base: bool
+    psnr: float
+    ssim: float
+    latent_error: float
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What `ablate` found, and the files it wrote.
+
+    Args:
+        rows: Figures of the options asked for, in the order of OPTIONS.
+        memory: Name of the quantity in `peak_bytes`.
+        json: Path of the figures' file, which holds those of earlier runs, too.
+        plot: Path of the plot.
+    """
+
+    rows: list[AblationRow]
+    memory: str
+    json: Path
+    plot: Path
+
+
+def ablate(
+    pipeline: Any,
+    video: Video,
+    prompt: str,
+    out: str | Path,
+    only: Sequence[str] = tuple(OPTIONS),
+    *,
+    form: str = "defaults",
+    options: Mapping[str, Any] | None = None,
+    num_steps: int = 50,
+    chunk: int | str | None = "auto",
+    model: str = "",
+    note: str = "",
+    progress: bool = True,
+) -> Ablation:
+    """Invert and reconstruct a video with STEM's options changed one at a time.
+
+    It writes ablation.json after every configuration, so that an interrupted run goes on after
+    the last of them, and ablation.png. Equal configurations are measured once. Each is measured
+    once in time: let nothing else run beside it.
+
+    Args:
+        pipeline: Pipeline, as for `invert`.
+        video: Video to invert.
+        prompt: Prompt that describes it.
+        out: Folder below which the two files get one of their own, named by the video, the
+            machine and by all that shapes the figures.
+        only: Names of OPTIONS to change.
+        form: Configuration that they are changed from, a key of FORMS. With "defaults" no base is
+            ever empty, so that "empty" tells apart nothing; take "paper" for it.
+        options: Fields of StemConfig that differ from that form's wherever a value does not set
+            them itself.
+        num_steps: Number of steps of each inversion, and of the way back.
+        chunk: Number of frames that go through the UNet at once, as for `invert`.
+        model: Name of the pipeline, for the record.
+        note: Note for ablation.json, such as that the weights are random.
+        progress: Whether to show progress.
+
+    Raises:
+        ValueError: an option or form that does not exist, frames too small for SSIM, a file of an
+            earlier run that cannot be read, or a pipeline or number of steps that cannot be
+            inverted; before anything is computed.
+        OSError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_output(out)
+    check_measurable(video, ["stem"], {})
+    check_pipeline(pipeline)
+    inverse_scheduler(pipeline, num_steps)
+    check_chunk(chunk)
+    base = base_config(form, options or {}, video.num_frames)
+    variants = variants_of(base, only)
+    device = execution_device(pipeline)
+    memory = PeakMemory(device).what
+    settings = {
+        "note": note,
+        "model": model,
+        "prompt": prompt,
+        "num_steps": num_steps,
+        "chunk": chunk,
+        "base": fields_of(base),
+        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "device": device.type,
+        "ssim_variant": SSIM_VARIANT,
+        "peak_memory": memory,
+        "provenance": provenance("diffusers"),
+    }
+    parts = [json.dumps(settings), repr(fingerprint(pipeline)), tensor_hash(video.frames)]
+    folder = out / result_name(video.name, parts)
+    figures, plot = ablation_files(folder)
+    rows = read_rows(figures)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder)
+    latents = encode_frames(pipeline, video.frames)
+    warm_up(pipeline)
+    with steps(len(variants), name="ablate", show=progress) as shown:
+        for (option, value), config in variants.items():
+            if (option, value) not in rows:
+                figures_of_config = _figures(rows, config) or measure_config(
+                    pipeline, video, latents, prompt, config, num_steps, chunk
+                )
+                is_base = fields_of(config) == fields_of(base)
+                rows[option, value] = AblationRow(
+                    option, value, fields_of(config), is_base, **figures_of_config
+                )
+                _write(figures, settings, video, rows)
+            shown.update()
+    write_plot(plot, [dataclasses.asdict(rows[key]) for key in in_order(rows)])
+    return Ablation([rows[key] for key in variants], memory, figures, plot)
+
+
+def measure_config(
+    pipeline: Any,
+    video: Video,
+    latents: torch.Tensor,
+    prompt: str,
+    config: StemConfig,
+    num_steps: int,
+    chunk: int | str | None,
+) -> dict[str, Any]:
+    """The figures of one configuration: a video there and back, by name as in `AblationRow`.
+
+    Args:
+        pipeline: Pipeline, as for `invert`.
+        video: Video to invert.
+        latents: Latents of its frames, float32 [N, c, h, w], from `encode_frames`.
+        prompt: Prompt that describes it.
+        config: Configuration of the attention.
+        num_steps: Number of steps of the inversion, and of the way back.
+        chunk: Number of frames that go through the UNet at once, as for `invert`.
+    """
+    config_of_video = chunked(pipeline, config, latents, chunk)
+    with PeakMemory(latents.device) as memory:
+        start = time.perf_counter()
+        back = round_trip(pipeline, latents, prompt, num_steps, config_of_video)
+        if back.device.type == "cuda":
+            torch.cuda.synchronize(back.device)
+        seconds = time.perf_counter() - start
+    decoded = decode_latents(pipeline, back)
+    return {
+        "psnr": psnr(decoded, video.frames),
+        "ssim": ssim(decoded, video.frames),
+        "latent_error": float((back - latents).norm() / latents.norm()),
+        "seconds": seconds,
+        "peak_bytes": memory.extra_bytes,
+    }
+
+
+def read_rows(path: Path) -> dict[tuple[str, str], AblationRow]:
+    """The rows of an earlier run by option and value; none where there is no file.
+
+    Raises:
+        ValueError: the file is not what `ablate` writes.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        rows = [AblationRow(**row) for row in json.loads(path.read_text())["rows"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to measure again") from error
+    # JSON has no infinity; `write_json` writes the text "inf".
+    rows = [dataclasses.replace(row, psnr=float(row.psnr)) for row in rows]
+    return {(row.option, row.value): row for row in rows}
+
+
+def _figures(
+    rows: Mapping[tuple[str, str], AblationRow], config: StemConfig
+) -> dict[str, Any] | None:
+    """The figures of a configuration that is measured already."""
+    for row in rows.values():
+        if row.config == fields_of(config):
+            found = dataclasses.asdict(row)
+            return {
+                name: found[name]
+                for name in ("psnr", "ssim", "latent_error", "seconds", "peak_bytes")
+            }
+    return None
+
+
+def _write(
+    path: Path,
+    settings: Mapping[str, Any],
+    video: Video,
+    rows: Mapping[tuple[str, str], AblationRow],
+) -> None:
+    document = {
+        **settings,
+        "video": {"name": video.name, "frames": list(video.frames.shape)},
+        "rows": [dataclasses.asdict(rows[key]) for key in in_order(rows)],
+    }
+    write_json(path, document)

@@ -1,0 +1,117 @@
+"""The command that changes STEM's options one at a time, `stem ablate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..ablation import Ablation, ablate
+from ..ablation_plan import FORMS, OPTIONS, base_config, variants_of
+from ..measuring import check_measurable
+from ..models import EMBEDDED_MODEL
+from ..video import read_video
+from .app import app, console, print_note, say
+from .arguments import (
+    Chunk,
+    Config,
+    Device,
+    Dtype,
+    Frames,
+    Model,
+    Options,
+    Out,
+    Prompt,
+    Seed,
+    Size,
+    Steps,
+    VideoPath,
+    chunk_of,
+    one_of,
+)
+from .ranks import one_process
+from .request import Request
+
+
+@app.command("ablate")
+def ablate_command(
+    video: VideoPath,
+    model: Model = EMBEDDED_MODEL,
+    prompt: Prompt = "",
+    only: Annotated[str, typer.Option(help="Options to change, comma-separated.")] = ",".join(
+        OPTIONS
+    ),
+    form: Annotated[
+        str,
+        typer.Option(
+            help=f"What they are changed from: {', '.join(FORMS)}. --option changes it further.",
+            callback=one_of(FORMS),
+        ),
+    ] = "defaults",
+    frames: Frames = None,
+    size: Size = None,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    option: Options = None,
+    chunk: Chunk = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
+    out: Out = Path("out/ablate"),
+) -> None:
+    """What each of STEM's options is worth on a video: table, ablation.json and .png.
+
+    Run it again after an interruption and it goes on with the next configuration.
+    """
+    one_process("ablate")
+    request = Request.checked(model, "stem", option, seed, steps, device, dtype, out)
+    options = {"seed": seed, **request.options.get("stem", {})}
+    chosen = [part.strip() for part in only.split(",") if part.strip()]
+    clip = read_video(video, frames=frames, size=size, multiple_of=1)
+    check_measurable(clip, ["stem"], {})
+    variants_of(base_config(form, options, clip.num_frames), chosen)
+    pipeline, clip = request.load_for(clip, video)
+    found = ablate(
+        pipeline,
+        clip,
+        prompt,
+        out,
+        chosen,
+        form=form,
+        options=options,
+        num_steps=steps,
+        chunk=chunk_of(chunk),
+        model=request.model,
+        note=request.note,
+    )
+    console.print(ablation_table(found))
+    say("*: what the others are changes of; seconds: there and back, measured once")
+    for path in (found.plot, found.json):
+        say(path)
+    print_note(request.note)
+
+
+def ablation_table(found: Ablation) -> Table:
+    """A row for each value of each option."""
+    table = Table(title=f"extra MiB: {found.memory}")
+    table.add_column("option")
+    table.add_column("value", no_wrap=True)
+    for heading in ("PSNR dB", "SSIM", "latent error", "seconds", "extra MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = ""
+    for row in found.rows:
+        if previous and row.option != previous:
+            table.add_section()
+        table.add_row(
+            "" if row.option == previous else row.option,
+            f"{row.value} *" if row.is_base else row.value,
+            f"{row.psnr:.2f}",
+            f"{row.ssim:.4f}",
+            f"{row.latent_error:.4f}",
+            f"{row.seconds:.1f}",
+            "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
+        )
+        previous = row.option
+    return table

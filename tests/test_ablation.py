@@ -1,0 +1,141 @@
+"""Ablations: each option's values, measured once, and gone on with after an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from pipelines import make_pipeline
+from test_cli import run
+from test_inversion import clip
+
+import stem
+from stem import StemConfig, ablation
+from stem.ablation_plan import FORMS, OPTIONS, base_config, variants_of
+from stem.diffusion.pipeline import decode_latents, encode_frames
+from stem.inversion import round_trip
+from stem.metrics import psnr, ssim
+from stem.toy import render, sample_scene
+
+
+def ablated(out: Path, *only: str, **settings: Any) -> ablation.Ablation:
+    settings = {"num_steps": 2, "progress": False, "options": {"num_bases": 8}, **settings}
+    return stem.ablate(make_pipeline(), clip(), "a duck", out, only, **settings)
+
+
+def test_every_option_of_the_specification_is_changed_alone() -> None:
+    base = StemConfig(num_frames=3)
+    assert list(OPTIONS["K"]) == ["16", "32", "64", "128", "256", "512"]
+    assert list(OPTIONS["R"]) == ["1", "2", "3", "5", "8"]
+    fields = {
+        **{"K": "num_bases", "R": "num_iters", "space": "space", "init": "init"},
+        **{"empty": "empty", "proportional": "proportional", "calibration": "calibration"},
+    }
+    found = variants_of(base, list(OPTIONS))
+    for option, field in fields.items():
+        configs = [config for (name, _), config in found.items() if name == option]
+        assert len({getattr(config, field) for config in configs}) == len(OPTIONS[option])
+        for config in configs:
+            assert dataclasses.replace(config, **{field: getattr(base, field)}) == base
+        assert base in configs
+    for form, make in FORMS.items():
+        assert found["form", form] == make(num_frames=3)
+    paper = base_config("paper", {"num_bases": 32}, 3)
+    assert paper == StemConfig.paper(num_bases=32, num_frames=3)
+
+
+def test_the_figures_are_those_of_the_round_trip(tmp_path: Path) -> None:
+    found = ablated(tmp_path, "space")
+    latents = encode_frames(make_pipeline(), clip().frames)
+    for row in found.rows:
+        config = StemConfig(num_bases=8, space=row.value, num_frames=3)
+        back = round_trip(make_pipeline(), latents, "a duck", 2, config)
+        decoded = decode_latents(make_pipeline(), back)
+        assert row.psnr == pytest.approx(psnr(decoded, clip().frames))
+        assert row.ssim == pytest.approx(ssim(decoded, clip().frames))
+        assert row.latent_error == pytest.approx(float((back - latents).norm() / latents.norm()))
+        assert row.seconds > 0
+        assert row.is_base == (row.value == "feature")
+        assert row.config["space"] == row.value
+        assert row.config["num_bases"] == 8
+
+
+def test_an_interrupted_ablation_goes_on_and_measures_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[StemConfig] = []
+    measure = ablation.measure_config
+
+    def counting(
+        pipeline: Any, video: Any, latents: Any, prompt: str, config: Any, *rest: Any
+    ) -> Any:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(config)
+        return measure(pipeline, video, latents, prompt, config, *rest)
+
+    monkeypatch.setattr(ablation, "measure_config", counting)
+    with pytest.raises(KeyboardInterrupt):
+        ablated(tmp_path, "calibration")
+    (file,) = tmp_path.glob("*/ablation.json")
+    assert [row["value"] for row in json.loads(file.read_text())["rows"]] == ["none", "linear"]
+    measured.clear()
+    found = ablated(tmp_path, "calibration", "proportional")
+    # "on" is what "none" is, and "linear" is there already.
+    assert [config.calibration for config in measured] == ["none", "joint"]
+    assert [config.proportional for config in measured] == [False, True]
+    assert [row.value for row in found.rows] == ["on", "off", "none", "linear", "joint"]
+    by_value = {row.value: row for row in found.rows}
+    assert by_value["on"].seconds == by_value["none"].seconds
+    assert found.json == file
+    before = file.read_bytes()
+    measured[:] = [StemConfig()] * 2  # any other is an interruption
+    assert ablated(tmp_path, "calibration").rows == found.rows[2:]
+    assert file.read_bytes() == before
+    assert Image.open(found.plot).size[0] > 1000
+    with pytest.raises(KeyboardInterrupt):
+        ablated(tmp_path, "calibration", num_steps=4)  # not those of two steps
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"ablation\.json is damaged .*; remove it"):
+        ablated(tmp_path, "calibration")
+
+
+def test_what_cannot_be_ablated_is_said_before_any_work(tmp_path: Path) -> None:
+    for only, settings, reason in (
+        (("depth",), {}, "options to change: depth; take one or more of K, R"),
+        ((), {}, "options to change: none"),
+        (("K",), {"form": "mine"}, "form is 'mine'; it must be one of defaults"),
+        (("K",), {"options": {"num_iters": 0}}, "num_iters is 0"),
+        (("K",), {"num_steps": 3}, "do not divide"),
+        (("K",), {"chunk": "some"}, "chunk is 'some'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            ablated(tmp_path, *only, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_prints_a_table_and_writes_figures_and_plot(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    video = tmp_path / "clip.mp4"
+    stem.write_video(video, render(sample_scene(1), 2, 32).frames, 8)
+    arguments = [
+        *("ablate", str(video), "--steps", "2", "--only", "init,proportional"),
+        *("--form", "paper", "--option", "stem.num_bases=8", "--out", str(tmp_path / "out")),
+    ]
+    assert run(*arguments) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    printed = capfd.readouterr().out
+    for part in ("gaussian *", "tokens", "on", "off *", "PSNR dB", f"{folder}/ablation.png\n"):
+        assert part in printed
+    document = json.loads((folder / "ablation.json").read_text())
+    assert document["base"]["init"] == "gaussian"
+    assert document["base"]["num_bases"] == 8
+    assert document["model"] == "embedded"
+    assert {row["option"] for row in document["rows"]} == {"init", "proportional"}
+    assert run(*arguments, "--only", "init,depth") == 2
+    assert "options to change: depth" in capfd.readouterr().err
