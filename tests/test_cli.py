@@ -483,3 +483,9 @@ def test_the_demo_compares_world_videos_and_a_real_clip_and_gives_intervals(
     # Student's t for 95 % and one degree of freedom
     assert half_width == pytest.approx(12.706 * abs(both[0] - both[1]) / 2, rel=1e-3)
     assert f"{mean:.2f} ± {half_width:.2f}" in printed
+    # the page of all of it is made of what the folder holds, wherever that has gone
+    assert f"stem report {file}\n" in printed
+    assert run("report", str(out.rename(tmp_path / "moved"))) == 0
+    html = (tmp_path / "moved" / "report.html").read_text()
+    for text in (f"{mean:.2f} ± {half_width:.2f}", edit["prompt"], "exact flow of the world"):
+        assert text in html

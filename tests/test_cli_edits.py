@@ -151,6 +151,10 @@ def test_a_folder_is_edited_by_every_prompt_and_method(
     assert Image.open(folders[0] / "edits.png").size == (3 * 128, 6 * 152)
     together = json.loads((folders[0] / "edits.json").read_text())
     assert together["edits"] == [str(folders[i] / "edit.json") for i in (1, 3, 2, 4)]
+    assert run("report", str(folders[0])) == 0
+    html = (folders[0] / "report.html").read_text()
+    for text in ("fusion 1", "pnp 2", "fusion 3", "pnp 4", "a green ball", "25.0%"):
+        assert text in html
     video = read_video(folders[1] / "edit.mp4")
     assert (video.frames.shape, video.fps) == ((3, 32, 32, 3), 10)
     assert fusion["share_by_frame"] == [16 / 64] * 3

@@ -152,6 +152,26 @@ def test_an_edit_shows_its_mask_and_how_far_it_is_off_where_that_is_known(
     assert ("options: mask levels", "0.4, 1.0") in section.details["Settings"]["fusion"]
 
 
+def test_an_evaluation_beside_an_edit_is_shown_with_what_it_lacks(tmp_path: Path) -> None:
+    folder = write_edit(tmp_path / "fusion-0", "a goose")
+    figure = {"metric": "LPIPS", "value": None, "measured_by": "", "higher_is_better": False}
+    figures = [
+        {**figure, "missing": "its weights are not here", "remedy": "get them"},
+        {**figure, "metric": "SSIM", "value": 0.98765, "measured_by": "SSIM: 11x11"},
+    ]
+    evaluation = {"prompt": "a goose", "figures": figures}
+    write_json(folder / "evaluation.json", evaluation)
+    table = read_report(folder).sections[0].tables[1]
+    assert table.rows == [("LPIPS ↓", "missing", ""), ("SSIM ↓", "0.9877", "SSIM: 11x11")]
+    assert table.notes[1] == "Missing: LPIPS: its weights are not here; get them."
+    write_json(folder / "evaluation.json", {**evaluation, "prompt": "a swan"})
+    with pytest.raises(ReportError, match="judges an edit to 'a swan', and the one beside it"):
+        read_report(folder)
+    (folder / "evaluation.json").write_text("{")
+    with pytest.raises(ReportError, match=r"evaluation\.json is damaged; run stem evaluate"):
+        read_report(folder)
+
+
 def test_several_edits_play_together_wherever_their_folders_have_gone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     names = [write_edit(out / f"fusion-{index}", f"goose {index}") for index in range(2)]

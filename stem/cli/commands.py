@@ -93,6 +93,7 @@ def demo_command(
     )
     say(found.edit.files.sheet)
     print_evaluation(found.evaluation)
+    say(f"all of it on one page: stem report {found.json}")
     print_note(request.note)
 
 

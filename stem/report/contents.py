@@ -23,6 +23,7 @@ from .documents import (
     read_document,
 )
 from .edit_files import EditFiles
+from .evaluations import evaluation_beside, evaluation_table
 from .files import comparison_files, shown_name
 from .page import Pane, Player, Report, Section, Table
 from .panes import read_panes
@@ -81,7 +82,7 @@ def _demo_report(document: Document) -> Report:
     sections = [
         _demo_summary(document, comparisons),
         *(_comparison(found, name, "") for name, found in comparisons.items()),
-        _edits([edit], "Edit"),
+        _edits([edit], "Edit", [document["evaluation"]]),
     ]
     facts = [
         f"{len(names)} videos of {document['frames']} frames, "
@@ -105,7 +106,7 @@ def _edits_report(document: Document, edits: Sequence[Document]) -> Report:
         f"model {inverted['model']['name'] or 'not named'}",
     ]
     kind = "Edit" if len(edits) == 1 else "Edits"
-    section = _edits(edits, "Side by side")
+    section = _edits(edits, "Side by side", [evaluation_beside(edit) for edit in edits])
     return Report(kind, title, facts, document["note"], [section], __version__)
 
 
@@ -125,7 +126,7 @@ def _comparison(document: Document, title: str, note: str) -> Section:
         "Reconstructions against the source",
         ["method", *COMPARISON_HEADINGS],
         [(shown_name(row.method), *comparison_cells(row)) for row in rows],
-        note,
+        [note] if note else [],
     )
     inversions = document["inversions"]
     model = next(iter(inversions.values()))
@@ -160,18 +161,20 @@ def _demo_summary(document: Document, comparisons: Mapping[str, Document]) -> Se
     note = f"Over {counted}, drawn on the spot, and one natural clip, {natural}."
     if len(world) > 1:
         note += " ±: 95 % interval of the mean over the world videos."
-    note += f" {_comparison_note(comparisons[natural])}"
-    table = Table("Reconstructions against the source", headings, rows, note)
+    notes = [note, _comparison_note(comparisons[natural])]
+    table = Table("Reconstructions against the source", headings, rows, notes)
     details = {"Provenance": {"": provenance_of(document["provenance"], None)}}
     return Section("All videos", tables=[table], details=details)
 
 
-def _edits(edits: Sequence[Document], title: str) -> Section:
+def _edits(
+    edits: Sequence[Document], title: str, evaluations: Sequence[Mapping[str, Any] | None]
+) -> Section:
     several = len(edits) > 1
     lines = [("source", edits[0]["source_prompt"] or "no prompt")]
     panes: list[Pane] = []
-    rows, settings, provenance = [], {}, {}
-    for index, edit in enumerate(edits):
+    rows, judged, settings, provenance = [], [], {}, {}
+    for index, (edit, evaluation) in enumerate(zip(edits, evaluations, strict=True)):
         inverted = edit["inversion_settings"]
         video, labels = inverted["video"], edit["beside"]
         shape = (video["num_frames"], video["width"], video["height"])
@@ -189,6 +192,8 @@ def _edits(edits: Sequence[Document], title: str) -> Section:
             shown.append(Pane(label, frames[3], shares, "%", compared=False))
         panes += shown if index == 0 else shown[2:]
         rows.append((name, *_edit_cells(edit)))
+        if evaluation is not None:
+            judged.append(evaluation_table(evaluation, f"{name}, judged"))
         settings[name] = settings_of(edit["settings"])
         provenance[name if several else ""] = provenance_of(edit["provenance"], inverted)
     inversion = [("method", inverted["method"]), *run_settings(inverted, ())]
@@ -208,7 +213,8 @@ def _edits(edits: Sequence[Document], title: str) -> Section:
     note = "May change: the share of the video within the mask."
     if curve is None:
         note += " No exact answer is known, so there is no PSNR."
-    return Section(title, lines, player, [Table("Figures", headings, rows, note)], details)
+    tables = [Table("Figures", headings, rows, [note]), *judged]
+    return Section(title, lines, player, tables, details)
 
 
 def _edit_cells(edit: Document) -> list[str]:

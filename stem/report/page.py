@@ -120,13 +120,15 @@ class Table:
         caption: Caption above it.
         headings: Headings, of the rows' names first.
         rows: Cells of each row, its name first.
-        note: Sentence below it, or "".
+        notes: Paragraphs below it.
+        texts: Number of the last columns that hold texts and no figures.
     """
 
     caption: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
-    note: str = ""
+    notes: Sequence[str] = ()
+    texts: int = 0
 
 
 @dataclass(frozen=True)
