@@ -143,7 +143,7 @@ def test_an_edit_shows_its_mask_and_how_far_it_is_off_where_that_is_known(
     assert (report.kind, report.title) == ("Edit", "a goose")
     second = "exact answer" if exact else "reconstruction"
     labels = [pane.label for pane in player.panes]
-    assert labels == ["source", second, "fusion", "where it may change the video"]
+    assert labels == ["source", second, "fusion", "may change"]
     assert (player.panes[3].figures, player.panes[3].compared) == ([25.0] * FRAMES, False)
     assert player.reference == int(exact)
     assert (player.curve is not None) == exact
@@ -163,7 +163,7 @@ def test_an_evaluation_beside_an_edit_is_shown_with_what_it_lacks(tmp_path: Path
     write_json(folder / "evaluation.json", evaluation)
     table = read_report(folder).sections[0].tables[1]
     assert table.rows == [("LPIPS ↓", "missing", ""), ("SSIM ↓", "0.9877", "SSIM: 11x11")]
-    assert table.notes[1] == "Missing: LPIPS: its weights are not here; get them."
+    assert table.notes[1] == "Missing: LPIPS: its weights are not here; get them"
     write_json(folder / "evaluation.json", {**evaluation, "prompt": "a swan"})
     with pytest.raises(ReportError, match="judges an edit to 'a swan', and the one beside it"):
         read_report(folder)
@@ -181,7 +181,7 @@ def test_several_edits_play_together_wherever_their_folders_have_gone(tmp_path: 
     out.rename(moved)
     (section,) = read_report(moved / "edits-0").sections
     assert section.player is not None
-    mask = "where it may change the video, fusion"
+    mask = "may change, fusion"
     expected = ["source", "exact answer", "fusion 1", f"{mask} 1", "fusion 2", f"{mask} 2"]
     assert [pane.label for pane in section.player.panes] == expected
     assert section.lines[1:] == [("fusion 1", "goose 0"), ("fusion 2", "goose 1")]

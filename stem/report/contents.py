@@ -30,7 +30,7 @@ from .panes import read_panes
 from .tables import COMPARISON_HEADINGS, comparison_cells
 
 _WORLD_FIGURES = (("psnr", 2), ("ssim", 3))  # and their decimals
-_MASK = "where it may change the video"
+_MASK = "may change"
 
 
 def read_report(folder: Path) -> Report:
@@ -210,7 +210,10 @@ def _edits(
         curve=curve,
     )
     headings = ["edit", "PSNR to exact dB", "may change", "seconds", "steps in them"]
-    note = "May change: the share of the video within the mask."
+    note = (
+        "May change: the share of the video within the edit's mask, white; gray is the rim by "
+        "which it was widened."
+    )
     if curve is None:
         note += " No exact answer is known, so there is no PSNR."
     tables = [Table("Figures", headings, rows, [note]), *judged]

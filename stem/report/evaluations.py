@@ -49,6 +49,6 @@ def evaluation_table(content: Mapping[str, Any], caption: str) -> Table:
         if figure["value"] is None:
             reason = f"{figure['missing']}; {figure['remedy']}"
             missing.setdefault(reason, []).append(figure["metric"])
-    notes = [f"Missing: {', '.join(names)}: {reason}." for reason, names in missing.items()]
+    notes = [f"Missing: {', '.join(names)}: {reason}" for reason, names in missing.items()]
     notes.insert(0, "↑: more is better; ↓: less is better.")
     return Table(caption, ["metric", "value", "measured by"], rows, notes, texts=1)

