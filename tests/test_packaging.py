@@ -30,6 +30,14 @@ def test_every_module_that_is_imported_is_installed() -> None:
     assert not missing
 
 
+def test_the_report_s_templates_are_installed_too() -> None:
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = document["tool"]["setuptools"]["package-data"]["stem"]
+    brought = {path for pattern in patterns for path in ROOT.glob(f"stem/{pattern}")}
+    templates = {path.name for path in brought if path.parent.name == "templates"}
+    assert templates == {"report.html", "report.css", "report.js"}
+
+
 def pins(name: str) -> dict[str, str]:
     """Versions of a constraints file, by name."""
     lines = (ROOT / name).read_text().splitlines()
