@@ -19,6 +19,7 @@ from .floors import Ceilings
 from .timing import Timing
 
 MEASURED, UNAVAILABLE, WRONG, FAILED = "measured", "unavailable", "wrong", "failed"
+SKIPPED = "not measured"
 LONGEST_NOTE = 300
 
 
@@ -34,7 +35,8 @@ class Row:
         backend: Argument `backend` of the call, or "".
         dtype: Type of the inputs, such as "float16".
         outcome: MEASURED; UNAVAILABLE: this machine cannot run it; WRONG: the check failed, and
-            nothing was measured; FAILED: it raised an error.
+            nothing was measured; FAILED: it raised an error, or its process ended; SKIPPED: the
+            part's time was over.
         note: Reason why figures are missing.
         seconds, p20, p80, rounds: Times of a call, see `timing.Timing`.
         error: Error of the answer over the error allowed; above 1 it is wrong.
@@ -89,9 +91,7 @@ class Bench:
 
     def examine(self, part: str, case: AnyCase, name: str, examine: Examination) -> Row:
         """Examine the contender `name` of a case, if its answer is right; its row."""
-        dtype = str(case.dtype).removeprefix("torch.")
-        backend = case.contenders[name].backend
-        row = Row(part, case.name, case.shape, name, backend, dtype)
+        row = blank(part, case, name)
         with Survived(name) as survived:
             row = replace(row, **self._examined(case, name, examine))
         if survived.outcome:
@@ -116,6 +116,12 @@ class Bench:
                 torch.cuda.empty_cache()
             self._trial = Trial(case)
         return self._trial
+
+
+def blank(part: str, case: AnyCase, name: str) -> Row:
+    """The row of the contender `name` of a case, without a figure."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return Row(part, case.name, case.shape, name, case.contenders[name].backend, dtype)
 
 
 class Survived:
@@ -145,7 +151,7 @@ class Survived:
         if isinstance(error, (BackendError, UnavailableError)):
             self.outcome, self.note = UNAVAILABLE, reason(self._contender, error)
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            self.outcome, self.note = UNAVAILABLE, short(f"out of memory: {error}")
+            self.outcome, self.note = UNAVAILABLE, short(f"{type(error).__name__}: {error}")
         elif isinstance(error, Exception):
             self.outcome, self.note = FAILED, short(f"{type(error).__name__}: {error}")
             traceback.print_exception(error, file=sys.stderr)

@@ -106,6 +106,11 @@ def ready(call: Callable[[Inputs], Outputs]) -> Contender[Inputs]:
     return Contender(lambda inputs: lambda: call(inputs))
 
 
+def finite(inputs: object, answer: Outputs) -> float:
+    """A contender's check that wants finite numbers only: 0, or inf."""
+    return 0.0 if all(bool(part.isfinite().all()) for part in answer) else float("inf")
+
+
 def parity(
     exact: Outputs, same: Outputs, rounding: dict[torch.dtype, float], largest_logit: float = 0.0
 ) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,22 +16,22 @@ from .bench import WRONG, Examination
 from .cases import AnyCase, Call, Outputs
 from .editing_cases import blended_case, nearest_case
 from .em_cases import em_case
+from .operators import HEAD_WIDTHS, targeted
 
-DTYPES = (torch.float16, torch.float32, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDTHS = (40, 64, 80, 160, 320, 640, 1280)
-HEAD_WIDTHS = (40, 64, 80, 160)
 OTHER_BASES = ((255, 16), (1000, 300))  # tokens and K of the odd shapes
 
 
 def cases(device: torch.device, *, small: bool) -> Iterator[AnyCase]:
-    """Shapes of every kernel's kind, those that the targets use first; every backend."""
-    for dtype in DTYPES:
-        for case in _cases(device, dtype, small=small):
-            backends = {name: case.contenders[name] for name in BACKENDS}
-            yield replace(case, contenders=backends)
+    """The shapes that targets are about in half precision, then those of every kernel's kind."""
+    few = (of_kinds(device, dtype, small=small) for dtype in DTYPES)
+    for case in itertools.chain(targeted(device, DTYPES[0], small=small), *few):
+        yield replace(case, contenders={name: case.contenders[name] for name in BACKENDS})
 
 
-def _cases(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[AnyCase]:
+def of_kinds(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[AnyCase]:
+    """Few tokens, odd numbers of them, of every width and operator."""
     tokens = 300 if small else 4097
     for width in (40, 320) if small else WIDTHS:
         yield em_case((2, tokens, width), device, dtype)

@@ -1,88 +1,94 @@
 """Everything that is to be known of a GPU: `python -m benchmarks.gpu_suite --out FOLDER`.
 
-Checks every operator against float64, then measures operators, layers, a whole UNet and memory,
-and fills in the targets. Writes results.json, rows.csv, report.md, times.png and memory.png, and
-again after every part. Parts run alone with `--only`; their figures take the place of the same
-parts' in FOLDER. The operators' parts need stem_kernels alone. `--device cpu --small` tries it all
-out without a GPU.
+Checks every operator against float64, then measures operators, layers, memory and a whole UNet,
+and fills in the targets: results.json (after every contender), rows.csv, report.md, times.png and
+memory.png (after every part). What results.json already holds is not measured again, so parts may
+run in calls of their own, on one machine after another of the same kind, and a call that was cut
+short goes on. `--device cpu --small` tries it all out without a GPU.
+
+The measuring is done by a process of its own, which another follows when a contender's error took
+the device from it, when it died, or when it said nothing for SILENCE seconds.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from . import correctness, operators, records, suite_report
-from .bench import FAILED, WRONG, Bench, Row, timed
-from .floors import Ceilings
-from .timing import time_call
-
-PARTS = ("correctness", "operators", "layer", "unet", "memory")
-
-
-def measure(part: str, device: torch.device, ceilings: Ceilings, *, small: bool) -> list[Row]:
-    """The rows of a part; diffusers is imported for those that need it."""
-    bench, dtype = Bench(), suite_dtype(device)
-    clock = timed(
-        device, ceilings, partial(time_call, device=device, budget=0.02 if small else 0.5)
-    )
-    if part == "correctness":
-        check = correctness.repeatable(device)
-        return bench.run(part, correctness.cases(device, small=small), check)
-    if part == "operators":
-        return bench.run(part, operators.cases(device, dtype, small=small), clock)
-    if part == "layer":
-        from .layers import layer_cases
-
-        return bench.run(part, layer_cases(device, dtype, small=small), clock)
-    if part == "unet":
-        from .unets import unet_cases
-
-        return bench.run(part, unet_cases(device, dtype, small=small), clock)
-    from . import memory
-
-    return bench.run(part, memory.cases(device, dtype, small=small), memory.peak(device))
-
-
-def suite_dtype(device: torch.device) -> torch.dtype:
-    """What all but the checks is measured in."""
-    return torch.float16 if device.type == "cuda" else torch.float32
+PARTS = {"correctness": 150.0, "operators": 240.0, "layer": 150.0, "memory": 150.0, "unet": 400.0}
+"""Seconds that each may take; what is left then is for another call."""
+LOST = 75
+"""Exit status of a process whose device answers no more."""
+SILENCE = 120.0
+MEASURING = (sys.executable, "-m", "benchmarks.suite_parts")
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the results.")],
-    only: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(PARTS)}.")] = "",
+    parts: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(PARTS),
     device: Annotated[str, typer.Option(help="cuda, or cpu with --small.")] = "cuda",
     small: Annotated[bool, typer.Option(help="Toy sizes: a trial, not a measurement.")] = False,
 ) -> None:
     """Measure this machine's GPU."""
-    parts = [part.strip() for part in only.split(",")] if only else list(PARTS)
-    for part in parts:
-        if part not in PARTS:
-            raise typer.BadParameter(f"{part!r} is none of {', '.join(PARTS)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA GPU; --device cpu --small tries the suite out")
-    if device == "cpu" and not small:
-        raise typer.BadParameter("on a CPU the suite runs with --small only")
-    out.mkdir(parents=True, exist_ok=True)
-    place, path = torch.device(device), out / "results.json"
-    results = records.begun(path, place, suite_dtype(place), small=small)
-    for part in parts:
-        rows = measure(part, place, Ceilings(**results["ceilings"]), small=small)
-        others = [row for row in results["rows"] if row["part"] != part]
-        merged = others + [dataclasses.asdict(row) for row in rows]
-        results["rows"] = sorted(merged, key=lambda row: PARTS.index(row["part"]))
-        suite_report.write(results, out)
-    print(suite_report.report(results))
-    bad = [row for row in results["rows"] if row["outcome"] in (WRONG, FAILED)]
-    if bad:
-        names = ", ".join(f"{row['contender']} in {row['case']}" for row in bad)
-        raise SystemExit(f"{len(bad)} rows are wrong or failed: {names}")
+    options = ["--out", str(out), "--parts", parts, "--device", device]
+    options += ["--small"] if small else []
+    died = ""
+    while True:
+        status, died = watched([*MEASURING, *options, "--died", died], out / "results.json")
+        if not died:
+            raise SystemExit(status)
+        print(f"the measuring process {died}; another goes on", file=sys.stderr, flush=True)
+
+
+def watched(command: Sequence[str], results: Path) -> tuple[int, str]:
+    """Run a measuring process to its end.
+
+    It is killed when it has not written its results for SILENCE seconds.
+
+    Args:
+        command: Command that starts it.
+        results: File that it writes before and after every contender.
+
+    Returns:
+        Its exit status, and why another shall go on; "" where none shall, as it came to its end or
+        failed outside of any contender.
+    """
+    begin = time.time()
+
+    def silence() -> float:
+        written = results.stat().st_mtime if results.is_file() else begin
+        return time.time() - max(begin, written)
+
+    with subprocess.Popen(command) as process:
+        try:
+            while True:
+                try:
+                    status = process.wait(timeout=0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    if silence() > SILENCE:
+                        process.kill()
+                        return process.wait(), f"gave no answer for {SILENCE:.0f} s"
+        except BaseException:
+            process.kill()
+            raise
+    if status == LOST:
+        return status, "lost the device"
+    if status != 0 and silence() < time.time() - begin and _examining(results):
+        return status, f"died with status {status}"
+    return status, ""
+
+
+def _examining(results: Path) -> bool:
+    """Whether the results end in the middle of a contender."""
+    return json.loads(results.read_text())["running"] is not None
 
 
 if __name__ == "__main__":

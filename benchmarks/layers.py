@@ -23,16 +23,17 @@ from .em_cases import NUM_BASES
 
 HEADS = 8
 CHECKED = 64
+ALL_FRAME = "all-frame"
 KINDS: dict[str, AttentionConfig | None] = {
     "per-frame": None,
     "sparse-causal": SparseCausalConfig(),
-    "all-frame": InflatedConfig(),
+    ALL_FRAME: InflatedConfig(),
     "stem": StemConfig(),
     "stem R=5": StemConfig(num_iters=5),
     "stem R=1": StemConfig(num_iters=1),
 }
 """Attentions by the names of their contenders."""
-LAYER_KINDS = ("per-frame", "all-frame", "stem", "stem R=5", "stem R=1")
+LAYER_KINDS = ("per-frame", ALL_FRAME, "stem", "stem R=5", "stem R=1")
 
 
 class LayerInputs(NamedTuple):
@@ -63,9 +64,11 @@ def layer_case(
     """One layer on tokens [frames, side * side, channels], with the attentions `kinds`."""
 
     def inputs() -> LayerInputs:
-        generator = torch.Generator().manual_seed(1)
-        tokens = torch.randn(frames, side * side, channels, generator=generator)
-        return LayerInputs(layer(channels, device, dtype), tokens.to(device, dtype))
+        generator = torch.Generator(device).manual_seed(1)
+        tokens = torch.randn(
+            frames, side * side, channels, generator=generator, device=device, dtype=dtype
+        )
+        return LayerInputs(layer(channels, device, dtype), tokens)
 
     def contender(kind: str) -> Contender[LayerInputs]:
         config = of_frames(KINDS[kind], frames)

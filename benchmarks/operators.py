@@ -13,29 +13,41 @@ from .em_cases import COMPILED, EAGER, LEAN_EAGER, em_case, soft_em_case
 
 TOKENS = 131072  # of 32 frames of 64x64
 CPU_TOKENS = 16384  # of 4
+HEAD_WIDTHS = (40, 64, 80, 160)
 
 
-def cases(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[AnyCase]:
-    """Every operator at N = 32 frames; `small`: of toys."""
+def targeted(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[AnyCase]:
+    """The shapes that targets are about, at N = 32 frames; `small`: toys of their kinds."""
     if small:
         yield em_case((2, 512, 40), device, dtype, compiled=True)
         yield em_case((1, 512, 320), device, dtype)
-        yield soft_em_case((2, 512, 40), device, dtype, rivals=(EAGER,), payload=True)
         yield attention_case(2, 512, 40, device, dtype)
+        return
+    yield em_case((8, TOKENS, 40), device, dtype, compiled=True)
+    yield em_case((1, TOKENS, 320), device, dtype, compiled=True)
+    for width in HEAD_WIDTHS:
+        yield attention_case(8, TOKENS, width, device, dtype)
+    yield em_case((8, TOKENS, 64), device, dtype)
+
+
+def cases(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[AnyCase]:
+    """Every operator, the targets' shapes first; `small`: of toys."""
+    yield from targeted(device, dtype, small=small)
+    if small:
+        yield soft_em_case((2, 512, 40), device, dtype, rivals=(EAGER,), payload=True)
         yield nearest_case(512, 256, 40, device, dtype)
         yield blended_case(2, 512, 40, device, dtype)
         return
-    for width in (40, 64, 80, 160):
-        yield em_case((8, TOKENS, width), device, dtype, compiled=width == 40)
-    for width, share in ((320, 1), (640, 4), (1280, 16)):
-        yield em_case((1, TOKENS // share, width), device, dtype, compiled=width == 320)
     yield soft_em_case((8, TOKENS, 40), device, dtype, rivals=(EAGER, COMPILED), payload=True)
-    for width in (40, 64, 80, 160):
-        yield attention_case(8, TOKENS, width, device, dtype)
+    for width in HEAD_WIDTHS:
         yield blended_case(8, TOKENS, width, device, dtype)
     # A chunk of 8 frames against its pivot and the one before.
     yield nearest_case(TOKENS // 4, 8192, 320, device, dtype)
     yield nearest_case(TOKENS // 16, 2048, 640, device, dtype)
+    for width in (80, 160):
+        yield em_case((8, TOKENS, width), device, dtype)
+    for width, share in ((640, 4), (1280, 16)):
+        yield em_case((1, TOKENS // share, width), device, dtype)
 
 
 def cpu_cases() -> Iterator[AnyCase]:

@@ -21,19 +21,6 @@ def fresh(device: torch.device, dtype: torch.dtype, *, small: bool) -> dict[str,
     return {**origin(device, small=small), "ceilings": ceilings, "rows": []}
 
 
-def begun(path: Path, device: torch.device, dtype: torch.dtype, *, small: bool) -> dict[str, Any]:
-    """The results that a file holds, or fresh ones where there is no file.
-
-    Raises:
-        SystemExit: the file is of another device, size, version or commit.
-    """
-    if not path.is_file():
-        return fresh(device, dtype, small=small)
-    earlier, now = read(path), origin(device, small=small)
-    require_same(earlier, now, now, path)
-    return earlier
-
-
 def origin(device: torch.device, *, small: bool) -> dict[str, Any]:
     """What figures must have in common to stand in one file."""
     return {

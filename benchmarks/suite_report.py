@@ -1,4 +1,7 @@
-"""The GPU suite's files: results.json, rows.csv, report.md, and the plots."""
+"""The GPU suite's files: results.json, rows.csv, report.md, and the plots.
+
+`python -m benchmarks.suite_report FOLDER` writes the others from a results.json.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from . import records, targets
-from .bench import MEASURED, UNAVAILABLE, Row
+import typer
+
+from . import memory_report, records, targets
+from .bench import MEASURED, SKIPPED, UNAVAILABLE, Row, Survived
 from .floors import Ceilings
 
 
@@ -34,18 +39,18 @@ def write(results: dict[str, Any], out: Path) -> None:
         print("no plots are drawn: matplotlib is not installed", flush=True)
         return
     timed = [row for row in rows if row.seconds is not None]
-    if timed:
-        draw(timed, out / "times.png")
-    peaks = [row for row in rows if row.part == "memory"]
-    if any(row.extra_bytes for row in peaks):
-        from . import memory
-
-        memory.draw(peaks, out / "memory.png")
+    peaks = [row for row in rows if row.part == "memory" and row.case]
+    with Survived("plots"):  # what fails here must not end the parts that follow
+        if timed:
+            draw(timed, out / "times.png")
+        if any(row.extra_bytes for row in peaks):
+            memory_report.draw(peaks, out / "memory.png")
 
 
 def report(results: dict[str, Any]) -> str:
     """Markdown: the targets, then every row."""
-    rows = [Row(**row) for row in results["rows"]]
+    every = [Row(**row) for row in results["rows"]]
+    rows = [row for row in every if row.case]
     ceilings = Ceilings(**results["ceilings"])
     where = results["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
@@ -58,20 +63,33 @@ def report(results: dict[str, Any]) -> str:
         f"{ceilings.exponentials / 1e12:.3g}e12 exponentials/s, "
         f"{ceilings.bytes / 1e12:.3g} TB/s of a copy, read and written.",
         "",
+        *(
+            f"Measured on {call['cpu']}, {call['threads']} threads: {', '.join(call['parts'])}."
+            for call in results["calls"]
+        ),
+        "",
+        "Seconds: "
+        + ", ".join(f"{part} {spent:.0f}" for part, spent in results["seconds"].items())
+        + ".",
+        "",
+        *(f"**{row.part} ended early**: {row.note}\n" for row in every if not row.case),
         "## Targets",
         "",
         # They are of a GPU: toys on a CPU meet none and miss none.
         targets.table([] if results["device"] == "cpu" else rows, goals),
     ]
-    checks = [row for row in rows if row.part == "correctness" and row.outcome != UNAVAILABLE]
+    asked = [row for row in rows if row.part == "correctness" and row.outcome != UNAVAILABLE]
+    checks = [row for row in asked if row.outcome != SKIPPED]
     if checks:
         bad = [row for row in checks if row.outcome != MEASURED]
+        late = len(asked) - len(checks)
         lines += [
             "## Correctness",
             "",
             f"{len(checks)} checks against float64, of equal bits in a second call and, on a GPU, "
             f"in a captured graph: {len(bad)} failed. The largest error is "
-            f"{max(row.error or 0 for row in checks):.2f} of the error allowed.",
+            f"{max(row.error or 0 for row in checks):.2f} of the error allowed."
+            + (f" {late} more were not made: the part's time was over." if late else ""),
             "",
             *(
                 f"- {row.contender} in {row.case}, {row.shape}, {row.dtype}: {row.note}"
@@ -91,9 +109,7 @@ def report(results: dict[str, Any]) -> str:
         ]
     peaks = [row for row in rows if row.part == "memory"]
     if peaks:
-        from . import memory
-
-        lines += ["## Memory", "", memory.table(peaks)]
+        lines += ["## Memory", "", memory_report.table(peaks)]
     return "\n".join(lines)
 
 
@@ -127,3 +143,14 @@ def draw(timed: Sequence[Row], path: Path) -> None:
         axes.invert_yaxis()
         axes.set(title=name, xlabel="ms, logarithmic; dots: floor", xscale="log")
     figure.savefig(path, dpi=90)
+
+
+def main(folder: Annotated[Path, typer.Argument(help="Folder that holds results.json.")]) -> None:
+    """Write the report, the table and the plots of a run."""
+    results = records.read(folder / "results.json")
+    write(results, folder)
+    print(report(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -11,7 +11,7 @@ import torch
 
 MIN_ROUNDS = 5
 MAX_ROUNDS = 200
-LONG_SECONDS = 1.0  # a call as long as this is made three times, and needs no more warming up
+LONG_SECONDS = 1.0  # a call as long as this needs no more warming up, and no cold cache
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def time_call(
     work: Callable[[], object], graph: bool = False, *, device: torch.device, budget: float = 0.5
 ) -> Timing:
     """Time `work`, called over and over for about `budget` seconds, MIN_ROUNDS times or
-    more (three, where it takes longer than LONG_SECONDS).
+    more; where it takes LONG_SECONDS or longer three times in all, by the host's clock.
 
     Before each call on a GPU a buffer of twice its L2 cache is written, which puts the inputs out
     of that cache and, being a launch itself, lets the host run ahead of the device.
@@ -40,15 +40,14 @@ def time_call(
         graph: Whether a CUDA graph of one call is captured and its replays are timed: launch gaps
             count no more. Ignored on a CPU.
     """
+    first = _synchronised(work, device)
+    if first >= LONG_SECONDS:
+        return summary([first, *(_synchronised(work, device) for _ in range(2))])
     if device.type != "cuda":
-        return _host_timing(work, budget)
-    rounds = _rounds(budget, _synchronised(work, device))
-    run = work
-    if graph:
-        run = _captured(work)
-    if rounds >= MIN_ROUNDS:
-        _synchronised(run, device)
-        rounds = _rounds(budget, _synchronised(run, device))
+        return summary([_synchronised(work, device) for _ in range(_rounds(budget, first))])
+    run = _captured(work) if graph else work
+    _synchronised(run, device)
+    rounds = _rounds(budget, _synchronised(run, device))
     flush = torch.empty(
         2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device
     )
@@ -66,10 +65,13 @@ def time_call(
 
 
 def _synchronised(work: Callable[[], object], device: torch.device) -> float:
-    torch.cuda.synchronize(device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
     begin = time.perf_counter()
     work()
-    torch.cuda.synchronize(device)
+    if on_gpu:
+        torch.cuda.synchronize(device)
     return time.perf_counter() - begin
 
 
@@ -80,21 +82,7 @@ def _captured(work: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def _host_timing(work: Callable[[], object], budget: float) -> Timing:
-    begin = time.perf_counter()
-    work()
-    rounds = _rounds(budget, time.perf_counter() - begin)
-    taken = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - begin)
-    return summary(taken)
-
-
 def _rounds(budget: float, seconds: float) -> int:
-    if seconds >= LONG_SECONDS:
-        return 3
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(seconds, 1e-9))))
 
 

@@ -1,9 +1,9 @@
-"""The GPU suite: it runs without a GPU, in parts, and survives what its contenders raise."""
+"""The GPU suite: in parts, without a GPU; it survives its contenders, its process and its call."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,38 +11,53 @@ from typing import Any
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from benchmarks import (
     correctness,
     gpu_suite,
-    memory,
     operators,
     records,
+    suite_parts,
+    suite_report,
     targets,
     tune,
-    unets,
 )
 from benchmarks.attention_cases import attention_case
-from benchmarks.bench import FAILED, MEASURED, UNAVAILABLE
+from benchmarks.bench import FAILED, MEASURED, SKIPPED, UNAVAILABLE
 from benchmarks.cases import AnyCase, Call, Trial
+from benchmarks.gpu_suite import PARTS
 from benchmarks.memory import holders_at_peak
 from stem_kernels.tuning import table
 
-ON_CPU = ("--device", "cpu", "--small")
-BARE = """
-import sys
-sys.modules.update(dict.fromkeys(("av", "diffusers", "matplotlib", "stem"), None))
-import typer
-from benchmarks import gpu_suite
-typer.run(gpu_suite.main)
+CPU = torch.device("cpu")
+# On a machine that lacks these, with an operator that ends the process.
+DYING = """
+import os, sys
+sys.modules.update(dict.fromkeys(("av", "diffusers", "greenlet", "matplotlib", "stem"), None))
+import torch, typer
+from benchmarks import correctness, operators, suite_parts
+from benchmarks.attention_cases import attention_case
+from benchmarks.cases import Trial
+
+def one(device, dtype, *, small):
+    yield attention_case(2, 64, 40, device, dtype)
+
+operators.cases = correctness.targeted = one
+correctness.DTYPES, correctness.of_kinds = (torch.float32,), lambda *_, small: ()
+started = Trial.start
+def start(trial, name):
+    if name == "sdpa math":
+        os._exit(9)
+    return started(trial, name)
+Trial.start = start
+typer.run(suite_parts.main)
 """
 
 
-def suite(*arguments: str) -> Result:
-    made = typer.Typer()
-    made.command()(gpu_suite.main)
-    return CliRunner().invoke(made, arguments)
+def run(folder: Path, parts: str) -> None:
+    """A call of its own for some parts."""
+    suite_parts.run(folder, parts.split(","), CPU, small=True)
 
 
 def outcomes(folder: Path) -> dict[tuple[str, str, str], str]:
@@ -50,42 +65,31 @@ def outcomes(folder: Path) -> dict[tuple[str, str, str], str]:
     return {(row["part"], row["case"], row["contender"]): row["outcome"] for row in rows}
 
 
-def test_the_suite_runs_in_parts_without_a_gpu(tmp_path: Path) -> None:
-    out = ("--out", str(tmp_path))
-    bare = subprocess.run(
-        [sys.executable, "-c", BARE, *out, *ON_CPU, "--only", "correctness"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert bare.returncode == 0, bare.stderr
-    assert "no plots are drawn" in bare.stdout
-    first = records.read(tmp_path / "results.json")
-    assert {row["part"] for row in first["rows"]} == {"correctness"}
-    done = suite(*out, *ON_CPU, "--only", "unet,memory,layer,operators")
-    assert done.exit_code == 0, done.output
-    results = records.read(tmp_path / "results.json")
-    assert list(dict.fromkeys(row["part"] for row in results["rows"])) == list(gpu_suite.PARTS)
-    assert results["rows"][: len(first["rows"])] == first["rows"]
-    assert results["ceilings"] == first["ceilings"]
+def test_another_process_goes_on_when_one_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_suite, "MEASURING", (sys.executable, "-c", DYING))
+    with pytest.raises(SystemExit, match="1"):
+        gpu_suite.main(tmp_path, "correctness,operators", "cpu", True)
+    said = capfd.readouterr()
+    assert "the measuring process died with status 9; another goes on" in said.err
+    assert "1 rows are wrong or failed: sdpa math in basis attention d=40" in said.err
+    assert "no plots are drawn" in said.out
     found = outcomes(tmp_path)
-    for row in (
-        ("operators", "em key d=40", "torch"),
-        ("operators", "em key d=40", "eager, torch.compile"),
-        ("operators", "basis attention d=40", "sdpa math"),
-        ("layer", "layer 8x8 N=2", "stem R=5"),
-        ("memory", "memory N=16", "sparse-causal"),
-        ("unet", "unet 64x64 N=2", "stem R=1"),
-    ):
-        assert found[row] == MEASURED
-    assert found["operators", "em key d=40", "flash-kmeans"] == UNAVAILABLE
-    for name in ("rows.csv", "times.png", "memory.png"):
-        assert (tmp_path / name).stat().st_size > 0
-    report = (tmp_path / "report.md").read_text()
-    assert report.count("| not measured: ") == len(targets.gpu_targets(1.0))
-    records.write({**results, "device": "another"}, tmp_path / "results.json")
-    with pytest.raises(SystemExit, match=r"results.json is of another device: another, now cpu"):
-        gpu_suite.main(tmp_path, "memory", "cpu", True)
+    assert found["operators", "basis attention d=40", "sdpa math"] == FAILED
+    for name in ("torch", "sdpa flash"):
+        assert found["operators", "basis attention d=40", name] == MEASURED
+    assert found["correctness", "basis attention d=40", "torch"] == MEASURED
+    assert len(records.read(tmp_path / "results.json")["calls"]) == 1
+    assert "died with status 9" in (tmp_path / "report.md").read_text()
+
+
+def test_a_silent_process_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite, "SILENCE", 0.5)
+    begin = time.monotonic()
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert gpu_suite.watched(command, tmp_path / "results.json") == (-9, "gave no answer for 0 s")
+    assert time.monotonic() - begin < 30
 
 
 class LaunchError(Exception):
@@ -102,69 +106,155 @@ BROKEN = {
 
 
 @pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One contender in each part of a suite with little in it."""
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suite with little in it."""
 
     def one(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[AnyCase]:
         yield attention_case(2, 64, 40, device, dtype)
 
     monkeypatch.setattr(operators, "cases", one)
+    monkeypatch.setattr(correctness, "targeted", one)
     monkeypatch.setattr(correctness, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(correctness, "_cases", one)
-    monkeypatch.setattr(memory, "FRAMES", (8,))
-    monkeypatch.setattr(unets, "unet_error", lambda *_: 0.0)
+    monkeypatch.setattr(correctness, "of_kinds", lambda *_, small: ())
+
+
+def raise_in(monkeypatch: pytest.MonkeyPatch, error: BaseException, where: Any) -> None:
     started = Trial.start
 
     def start(trial: Trial[Any], name: str) -> Call:
-        if (trial.case.name, name) in BROKEN:
-            raise LaunchError("out of resource:\nshared memory")
+        if (trial.case.name, name) in where:
+            raise error
         return started(trial, name)
 
     monkeypatch.setattr(Trial, "start", start)
 
 
-@pytest.mark.usefixtures("broken")
-def test_the_suite_survives_what_a_contender_raises(tmp_path: Path) -> None:
-    done = suite("--out", str(tmp_path), *ON_CPU)
-    assert done.exit_code == 1
-    assert "5 rows are wrong or failed: torch in basis attention d=40" in str(done.exception)
-    found = outcomes(tmp_path)
-    for (case, name), parts in BROKEN.items():
-        for part in parts:
-            assert found.pop((part, case, name)) == FAILED
-            assert MEASURED in {outcome for key, outcome in found.items() if key[0] == part}
-    assert FAILED not in found.values()
-    report = (tmp_path / "report.md").read_text()
-    assert report.count("LaunchError: out of resource: shared memory") == 5
-
-
-@pytest.mark.usefixtures("broken")
-def test_an_interrupted_suite_keeps_the_parts_before(
+def test_three_calls_survive_what_contenders_raise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
+    raise_in(monkeypatch, LaunchError("out of resource:\nshared memory"), BROKEN)
+    failed = "rows are wrong or failed: torch in basis attention d=40"
+    with pytest.raises(SystemExit, match=failed):
+        run(tmp_path, "correctness,operators")
+    first = records.read(tmp_path / "results.json")
+    assert {row["part"] for row in first["rows"]} == {"correctness", "operators"}
+    for parts in ("layer,memory", "unet"):
+        with pytest.raises(SystemExit, match=failed):
+            run(tmp_path, parts)
+    results = records.read(tmp_path / "results.json")
+    assert list(dict.fromkeys(row["part"] for row in results["rows"])) == list(PARTS)
+    assert [call["parts"] for call in results["calls"]] == [
+        ["correctness", "operators"],
+        ["layer", "memory"],
+        ["unet"],
+    ]
+    assert results["seconds"].keys() == PARTS.keys()
+    assert results["rows"][: len(first["rows"])] == first["rows"]
+    assert results["ceilings"] == first["ceilings"]
+    found = outcomes(tmp_path)
+    for row in (
+        ("correctness", "em feature d=320", "torch"),
+        ("correctness", "basis attention d=80", "torch"),
+        ("operators", "em key d=40", "torch"),
+        ("operators", "em key d=40", "eager, torch.compile"),
+        ("operators", "basis attention d=40", "sdpa math"),
+        ("layer", "layer 8x8 N=2", "stem R=5"),
+        ("memory", "memory N=16", "sparse-causal"),
+        ("unet", "unet 64x64 N=2", "stem R=5"),
+    ):
+        assert found[row] == MEASURED
+    assert found["operators", "em key d=40", "flash-kmeans"] == UNAVAILABLE
+    for (case, name), where in BROKEN.items():
+        for part in where:
+            assert found.pop((part, case, name)) == FAILED
+    assert set(found.values()) == {MEASURED, UNAVAILABLE}
+    for name in ("rows.csv", "times.png", "memory.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    report = (tmp_path / "report.md").read_text()
+    assert report.count("| not measured: ") == len(targets.gpu_targets(1.0))
+    assert report.count("LaunchError: out of resource: shared memory") == 8
+    (tmp_path / "report.md").unlink()
+    suite_report.main(tmp_path)
+    assert (tmp_path / "report.md").read_text() == report
 
-    monkeypatch.setattr(memory, "cases", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        gpu_suite.main(tmp_path, "operators,memory", "cpu", True)
-    assert {part for part, _, _ in outcomes(tmp_path)} == {"operators"}
+
+@pytest.mark.usefixtures("few")
+def test_a_part_that_cannot_begin_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "benchmarks.unets", None)
+        with pytest.raises(SystemExit, match="1 rows are wrong or failed: every contender left"):
+            run(tmp_path, "unet,operators")
+    assert outcomes(tmp_path)["operators", "basis attention d=40", "torch"] == MEASURED
+    assert "**unet ended early**: ModuleNotFoundError" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("few")
+def test_an_interrupted_suite_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as stopped:
+        raise_in(stopped, KeyboardInterrupt(), {("basis attention d=40", "sdpa flash")})
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "operators")
+    assert list(outcomes(tmp_path)) == [
+        ("operators", "basis attention d=40", name) for name in ("triton", "cuda", "torch")
+    ]
+    raise_in(monkeypatch, LaunchError("measured twice"), {("basis attention d=40", "torch")})
+    run(tmp_path, "operators")
+    assert outcomes(tmp_path)["operators", "basis attention d=40", "sdpa flash"] == MEASURED
+
+
+@pytest.mark.usefixtures("few")
+def test_what_no_time_is_left_for_is_measured_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as hurried:
+        hurried.setitem(PARTS, "correctness", 0.0)
+        run(tmp_path, "correctness")
+    assert set(outcomes(tmp_path).values()) == {SKIPPED}
+    (row, *_) = records.read(tmp_path / "results.json")["rows"]
+    assert (row["outcome"], row["note"]) == ("not measured", "time: the part's 0 s were over")
+    run(tmp_path, "correctness")
+    assert outcomes(tmp_path)["correctness", "basis attention d=40", "torch"] == MEASURED
+    assert SKIPPED not in outcomes(tmp_path).values()
+
+
+@pytest.mark.usefixtures("few")
+def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
+    run(tmp_path, "correctness")
+    path = tmp_path / "results.json"
+    results = records.read(path)
+    versions = results["provenance"]["versions"]
+    absent = {**versions, "diffusers": "not installed"}
+    records.write({**results, "provenance": {**results["provenance"], "versions": absent}}, path)
+    run(tmp_path, "correctness")
+    assert records.read(path)["provenance"]["versions"] == versions
+    other = {**versions, "triton": "3.0"}
+    provenance = {**results["provenance"], "versions": other}
+    records.write({**results, "device": "another", "provenance": provenance}, path)
+    differing = (
+        rf"results.json differs in device another, now cpu; triton 3.0, now {versions['triton']}"
+    )
+    with pytest.raises(SystemExit, match=differing):
+        run(tmp_path, "correctness")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "speed", *ON_CPU], "'speed' is none of correctness"),
-        (["--device", "cpu"], "with --small only"),
+        (["--parts", "speed", "--device", "cpu", "--small"], "'speed' is none of correctness"),
+        (["--parts", "unet", "--device", "cpu"], "with --small only"),
         pytest.param(
-            [],
+            ["--parts", "unet", "--device", "cuda"],
             "torch sees no CUDA GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = suite("--out", str(tmp_path), *arguments)
+    made = typer.Typer()
+    made.command()(suite_parts.main)
+    done = CliRunner().invoke(made, ["--out", str(tmp_path), *arguments])
     assert done.exit_code != 0
     assert message in " ".join(done.output.replace("│", " ").split())
 
