@@ -59,6 +59,40 @@ def test_it_is_exact_where_that_is_no_dearer() -> None:
         assert torch.equal(stem_attention(*few, **settings), dense)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_calibration_brings_it_nearer(backend: str, shared: bool) -> None:
+    coarse = torch.randn((2, 24, 4, 4), generator=torch.Generator().manual_seed(0))
+    grid = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").flatten(2).mT
+    weights = torch.randn((3, 24, 24), generator=torch.Generator().manual_seed(1)) / 24**0.5
+    query, key, value = (
+        (2 * grid @ weight).unflatten(-1, (2, 12)).transpose(1, 2).to(DEVICE) for weight in weights
+    )
+    if shared:  # the keys of one row of the batch serve both
+        key, value = key[:1], value[:1]
+    errors = {
+        form: attention_error(
+            query, key, value, num_bases=16, calibration=form, num_queries=128, backend=backend
+        ).overall
+        for form in ("none", "linear", "joint")
+    }
+    assert errors["linear"] < 0.6 * errors["none"]
+    assert errors["joint"] < 0.4 * errors["none"]
+    nothing = stem_attention(
+        query[:, :, :0], key, value, num_bases=16, calibration="joint", allow_exact=False
+    )
+    assert nothing.shape == query[:, :, :0].shape
+
+
+def test_a_calibration_counts_where_it_is_asked_whether_to_be_exact() -> None:
+    def exact(n: int, calibrating: int) -> bool:
+        return exact_is_cheaper(n, n, 40, 40, num_bases=256, num_iters=2, calibrating=calibrating)
+
+    assert exact(896, 0)
+    assert not exact(897, 0)
+    assert exact(1172, 256)
+    assert not exact(1173, 256)
+
+
 def test_attention_error_is_that_of_stem_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = (tokens(2, 3, 400, 16, seed=seed) for seed in (0, 1, 2))
     value[0, 0] = 0.0
@@ -117,6 +151,8 @@ def forbid_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: stem_attention(Q, Q, Q, temperature=0.0), ValueError, "temperature is 0.0; it"),
         (lambda: stem_attention(Q, Q, Q, init="previous"), ValueError, 'init is "previous"'),
         (lambda: stem_attention(Q, Q, Q, seed=2**63), ValueError, "seed is 9223372036854775808"),
+        (lambda: stem_attention(Q, Q, Q, calibration="both"), ValueError, 'calibration is "both"'),
+        (lambda: stem_attention(Q, Q, Q, num_queries=0), ValueError, "num_queries is 0; it must"),
         (lambda: stem_attention(Q, Q, Q, empty="drop"), ValueError, 'empty is "drop"'),
         (lambda: stem_attention(Q, Q, Q, backend="tirton"), ValueError, 'backend is "tirton"'),
     ],

@@ -6,7 +6,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..backends import BACKENDS, select
+from ..shared.spread import spread_tokens
 from .basis_attention import basis_attention
+from .calibration import CALIBRATIONS, calibrate_bases
 from .checks import (
     check_choice,
     check_count,
@@ -16,6 +18,7 @@ from .checks import (
     check_seed,
 )
 from .initialization import initial_bases, standard_normals
+from .partial_attention import partial_attention
 from .soft_em import EMPTY_POLICIES, attended_bases
 
 OP = "stem_attention"
@@ -39,6 +42,8 @@ def stem_attention(
     seed: int = 0,
     empty: str = "mask",
     proportional: bool = True,
+    calibration: str = "none",
+    num_queries: int = 256,
     allow_exact: bool = True,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -67,6 +72,9 @@ def stem_attention(
         empty: Policy for empty bases, "zero", "mask" or "reseed", see `soft_em`.
         proportional: Whether bases weigh as much as their mass, see `attention_bias`; without it
             bases that stand for few tokens weigh as much as those that stand for many.
+        calibration: Form of the correction that brings the output nearer, "none", "linear" or
+            "joint", see `ops.calibration`: fitted to the exact attention of some queries.
+        num_queries: Number of these queries at most, at least 1.
         allow_exact: Whether SDPA itself is called where it takes no more FLOPs, see below.
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
@@ -86,7 +94,8 @@ def stem_attention(
 
     SDPA is called, and the result is exact, wherever that takes no more FLOPs
     (`exact_is_cheaper`): always with K >= m, and in self-attention with d = e wherever
-    n <= (R + 1.5) K, which is 896 tokens by default.
+    n <= (R + 1.5) K, which is 896 tokens by default; with a calibration about as many tokens more
+    as it has queries.
 
     Source: arXiv 2312.05856; the key-space form is the authors' released code's, which has
     num_iters=5, init="gaussian", empty="zero" and proportional=False. The defaults here are those
@@ -99,15 +108,23 @@ def stem_attention(
     check_positive(OP, "temperature", temperature)
     check_choice(OP, "init", init, INITIALIZATIONS)
     check_seed(OP, seed)
+    check_choice(OP, "calibration", calibration, ("none", *CALIBRATIONS))
+    check_count(OP, "num_queries", num_queries)
     check_choice(OP, "empty", empty, EMPTY_POLICIES)
     check_choice(OP, "backend", backend, ("auto", *BACKENDS))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    count = 0 if calibration == "none" else min(num_queries, query.shape[-2])
     sizes = (query.shape[-2], *key.shape[-2:], value.shape[-1])
-    if allow_exact and exact_is_cheaper(*sizes, num_bases=num_bases, num_iters=num_iters):
+    if allow_exact and exact_is_cheaper(
+        *sizes, num_bases=num_bases, num_iters=num_iters, calibrating=count
+    ):
         return exact_attention(query, key, value, scale)
-    # Both steps are asked before the first one runs.
+    # All steps are asked before the first one runs.
+    tensors = {"query": query, "key": key, "value": value}
     select("soft_em", backend, {"features": key, "payload": value}, num_bases)
-    select("basis_attention", backend, {"query": query, "key": key, "value": value}, num_bases)
+    select("basis_attention", backend, tensors, num_bases)
+    if count > 0:
+        select("partial_attention", backend, tensors, 0)
     start: torch.Tensor | int = num_bases
     if init == "gaussian":
         shape = (key.shape[1], num_bases, key.shape[3])
@@ -126,8 +143,35 @@ def stem_attention(
         backend=backend,
     )
     assert bases.payload is not None
+    if count == 0:
+        return basis_attention(
+            query, bases.bases, bases.payload, scale=scale, bias=bases.bias, backend=backend
+        )
+    chosen = query.index_select(-2, spread_tokens(query.shape[-2], count, query.device))
+    attended = partial_attention(
+        chosen,
+        *(part.expand(query.shape[0], *part.shape[1:]) for part in (key, value)),
+        scale=scale,
+        backend=backend,
+    ).output
+    fitted = calibrate_bases(
+        chosen,
+        attended,
+        bases.bases,
+        bases.payload,
+        scale=scale,
+        bias=bases.bias,
+        form=calibration,
+    )
     return basis_attention(
-        query, bases.bases, bases.payload, scale=scale, bias=bases.bias, backend=backend
+        query,
+        bases.bases.expand(query.shape[0], *bases.bases.shape[1:]),
+        fitted.value.to(value.dtype),
+        scale=scale,
+        bias=bases.bias,
+        correction=fitted.correction,
+        query_mean=fitted.query_mean,
+        backend=backend,
     )
 
 
@@ -139,6 +183,7 @@ def exact_is_cheaper(
     *,
     num_bases: int,
     num_iters: int,
+    calibrating: int = 0,
 ) -> bool:
     r"""Whether SDPA takes no more FLOPs than attention through bases.
 
@@ -146,12 +191,16 @@ def exact_is_cheaper(
 
     - exact: $2 n m (d + e)$, the logits and the sum of the values;
     - through bases: $4 R m K d$ for R passes over the keys, $2 m K e$ for the values' sums in the
-      last, and $2 n K (d + e)$ for the queries.
+      last, and $2 n K (d + e)$ for the queries; with a calibration by q of them $2 q m (d + e)$
+      for their exact attention and $2 n d e$ for the correction.
     """
     both = key_width + value_width
     exact = 2 * num_queries * num_keys * both
     passes = num_keys * num_bases * (4 * num_iters * key_width + 2 * value_width)
-    return exact <= passes + 2 * num_queries * num_bases * both
+    bases = passes + 2 * num_queries * num_bases * both
+    if calibrating > 0:
+        bases += 2 * calibrating * num_keys * both + 2 * num_queries * key_width * value_width
+    return exact <= bases
 
 
 def exact_attention(
