@@ -21,6 +21,8 @@ from .editing_report import values as editing_values
 from .editing_variants import BASELINE, OURS, UNEDITED, series_of
 from .editing_variants import CEILING as EXACT
 from .em_cases import EAGER, LEAN_EAGER
+from .features import CLIP, SEEDS
+from .features import table as features_table
 from .layers import LAYER_KINDS
 from .quality_report import is_world, values
 from .quality_report import table as study_table
@@ -31,10 +33,12 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 KERNELS = ROOT / "docs/kernels.md"
 STUDY = ROOT / "docs/study.md"
+ANALYSIS = ROOT / "docs/analysis.md"
 EDITS = ROOT / "docs/editing.md"
 RESULTS = Path("benchmarks/results/cpu-2-cores.json")
 QUALITY = Path("benchmarks/results/quality.json")
 EDITING = Path("benchmarks/results/editing.json")
+FEATURES = Path("benchmarks/results/features.json")
 EDITED = {
     "the exact answer, through the VAE": EXACT,
     "the source, through the VAE": UNEDITED,
@@ -159,6 +163,31 @@ def fidelity_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def flow_table(results: dict[str, Any]) -> str:
+    """The Markdown of the features along the flow, with their pictures."""
+    where = results["provenance"]
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(results["commits"].values()))
+    flows = ", ".join(dict.fromkeys(results["flows"].values()))
+    plot, picture = FEATURES.with_suffix(".png"), FEATURES.with_name("features-pca.png")
+    lines = [
+        f"![Similarity over the timesteps]({plot})",
+        "",
+        "Means over all timesteps:",
+        "",
+        features_table(results),
+        f"Source: [{FEATURES}]({FEATURES}) ({where['cpu']}, torch {where['versions']['torch']}, "
+        f"commit {commits}): the embedded model, {results['steps']} steps, {results['frames']} "
+        f"frames of {results['pixels']}x{results['pixels']} pixels; {len(SEEDS)} world videos that "
+        f"no training saw, and {CLIP}. Flows: {flows}. "
+        "The paper's are read off its plot: another model, other videos, another flow.",
+        "",
+        f"![Frames, features, the former frame's warped, their similarity]({picture})",
+        "",
+        f"{results['pictured']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def editing_table(results: dict[str, Any]) -> str:
     """The Markdown of the editing study's means, for the page on editing."""
     heads = [f"{kind}: dB | Warp-Err" for kind in EDIT_KINDS]
@@ -206,6 +235,7 @@ TABLES = {
     "measured": Table(KERNELS, RESULTS, table),
     "drop-in": Table(KERNELS, DROP_IN, drop_in_table),
     "quality": Table(STUDY, QUALITY, quality_table),
+    "features": Table(ANALYSIS, FEATURES, flow_table),
     "editing": Table(EDITS, EDITING, editing_table),
 }
 """By the name of their place in the page."""

@@ -87,7 +87,10 @@ def ablate_command(
         note=request.note,
     )
     console.print(ablation_table(found))
-    say("*: what the others are changes of; seconds: there and back, measured once")
+    say(
+        "*: what the others are changes of; latents: |x - x0| / |x0|; seconds: there and back, "
+        f"measured once; MiB: {found.memory}, peak above the start"
+    )
     for path in (found.plot, found.json):
         say(path)
     print_note(request.note)
@@ -95,10 +98,10 @@ def ablate_command(
 
 def ablation_table(found: Ablation) -> Table:
     """A row for each value of each option."""
-    table = Table(title=f"extra MiB: {found.memory}")
-    table.add_column("option")
+    table = Table()
+    table.add_column("option", no_wrap=True)
     table.add_column("value", no_wrap=True)
-    for heading in ("PSNR dB", "SSIM", "latent error", "seconds", "extra MiB"):
+    for heading in ("PSNR dB", "SSIM", "latents", "seconds", "MiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     previous = ""
     for row in found.rows:

@@ -34,7 +34,8 @@ def write_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     options = list(dict.fromkeys(row["option"] for row in rows))
     size = (3.2 * len(_PANELS), 2.2 * len(options))
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(options), len(_PANELS), squeeze=False)
+    # One scale for all options, so that what makes no difference looks so.
+    grid = figure.subplots(len(options), len(_PANELS), squeeze=False, sharey="col")
     for line, option in zip(grid, options, strict=True):
         chosen = [row for row in rows if row["option"] == option]
         for axes, (heading, figure_of) in zip(line, _PANELS.items(), strict=True):
@@ -44,6 +45,7 @@ def write_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                     colour = "C1" if row["is_base"] else "C0"
                     axes.plot([row["value"]], [value], "o", color=colour)
             axes.set(title=heading, xlabel=option)
+            axes.ticklabel_format(axis="y", useOffset=False)
     data = io.BytesIO()
     figure.savefig(data, dpi=90)
     write_atomically(path, data.getvalue())
