@@ -64,7 +64,8 @@ class Backend:
         """The same for a machine on which it runs."""
         found: list[str] = []
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        for device in sorted({tensor.device for tensor in present.values()}, key=str):
+        devices = {tensor.device for tensor in present.values()}
+        for device in sorted(devices, key=str) if len(devices) > 1 else devices:
             found += self.device(device)
         for name, tensor in present.items():
             if tensor.dtype not in self.dtypes:

@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICE, INTERPRETED
 
 from stem.config import StemConfig
-from stem_kernels import em_statistics, initial_bases, soft_em
+from stem_kernels import basis_attention, em_statistics, initial_bases, soft_em
 from stem_kernels.ops.soft_em import AttendedBases, attended_bases
 from stem_kernels.testing import clustered_tokens, max_error
 
@@ -34,9 +34,42 @@ def test_kernels_of_a_layer(counts: Any, num_iters: int, frames: int, kernels: i
     assert projections == {"mm": 3, "addmm": 1}
     assert found["triton update"] == num_iters
     assert found["triton responsibilities"] == num_iters * (2 if frames == 32 else 1)
-    # None is torch's.
-    assert {name for name in found if "triton" not in name} == set()
+    assert all(name.startswith("triton") for name in found), found  # none of torch's
     assert found.total() == kernels
+
+
+def test_the_committed_table_is_of_the_committed_figures(counts: Any) -> None:
+    results = counts.records.read(counts.OUT)
+    assert counts.OUT.with_suffix(".md").read_text() == counts.text(results)
+
+
+def test_a_repeated_launch_gives_the_kernel_what_the_first_gave(
+    counts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.launches import absent_gpu
+
+    launched: list[tuple[Any, ...]] = []
+
+    class Driver(counts.SilentDriver):
+        @staticmethod
+        def launcher_cls(source: Any, metadata: Any) -> Any:
+            # The grid, the stream, the kernel and how it is compiled, and, past what profilers are
+            # told, the arguments.
+            return lambda *given: launched.append((*given[:6], *given[9:]))
+
+    query, key = torch.zeros(1, 1, 64, 16).half(), torch.zeros(1, 1, 16, 16).half()
+    fewer = key[..., :8, :]
+    with absent_gpu(counts.ARCH, Driver()):
+        outs = [basis_attention(query, key, key, backend="triton") for _ in range(3)]
+        basis_attention(query, fewer, fewer, backend="triton")
+    first, second, third, other = (
+        [part.data_ptr() if isinstance(part, torch.Tensor) else part for part in each]
+        for each in launched
+    )
+    place = first.index(outs[0].data_ptr())
+    for later, out in ((second, outs[1]), (third, outs[2])):
+        assert later == [*first[:place], out.data_ptr(), *first[place + 1 :]]
+    assert other[place + 1 :] != first[place + 1 :]
 
 
 @pytest.mark.interpreter

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from ..tuning import rows_for, tile_for, tiles
-from . import on_device_of
 from .precision import dot_options
+from .program import Layout, Program, programs
+from .registration import operator
 from .resident_attention import options_of, resident_attention
 
 LARGEST_HEAD = 512
@@ -114,7 +115,45 @@ def _basis_attention_kernel(
     )  # fmt: skip
 
 
-@torch.library.custom_op("stem_kernels::basis_attention_triton", mutates_args=())
+@programs
+def _program(
+    query: Layout, key: Layout, value: Layout, bias: Layout | None, scale: float
+) -> tuple[Program, int]:
+    """The program, and where its output is."""
+    batch, heads, n, dim = query.shape
+    num_bases, width = value.shape[-2:]
+    lead = (batch, heads, num_bases)
+    key, value = key.expanded(*lead, dim), value.expanded(*lead, width)
+    bias = None if bias is None else bias.expanded(*lead)
+    program = Program(query.device)
+    inputs = [program.input(layout) for layout in (query, key, value, bias) if layout is not None]
+    out = program.memory("out", (batch, n, heads, width), query.dtype)
+    options = options_of(query, key, value)
+    if options:
+        resident_attention(program, inputs, scale, out, options)
+        return program, out.place
+    block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
+    row_bytes = max(block_d, block_e) * query.element_size()
+    options = tiles("basis_attention", query.device)
+    block_n = rows_for(row_bytes, options.pop("query_bytes"))
+    block_k = tile_for(num_bases, rows_for(row_bytes, options.pop("basis_bytes")))
+    program.launch(
+        _basis_attention_kernel,
+        (triton.cdiv(n, block_n) * batch * heads,),
+        (*inputs, out) if len(inputs) == 4 else (*inputs, inputs[0], out),
+        (
+            n, num_bases, dim, width, heads,
+            *query.stride(), *key.stride(), *value.stride(),
+            *((0, 0, 0) if bias is None else bias.stride()),
+            scale * math.log2(math.e),
+        ),
+        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
+        WITH_BIAS=bias is not None, **dot_options(query.dtype), **options,
+    )  # fmt: skip
+    return program, out.place
+
+
+@operator
 def basis_attention_triton(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -126,37 +165,16 @@ def basis_attention_triton(
 
     Returns contiguous [B, n, h, e] of the query's dtype.
     """
-    batch, heads, n, dim = query.shape
-    num_bases, width = value.shape[-2:]
-    out = query.new_empty((batch, n, heads, width))
-    if out.numel() == 0:
-        return out
-    lead = (batch, heads, num_bases)
-    key, value = key.expand(*lead, dim), value.expand(*lead, width)
-    bias = None if bias is None else bias.expand(lead)
-    options = options_of(query, key, value)
-    if options:
-        resident_attention(query, key, value, bias, scale, out, options)
-        return out
-    block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
-    row_bytes = max(block_d, block_e) * query.element_size()
-    options = tiles("basis_attention", query.device)
-    block_n = rows_for(row_bytes, options.pop("query_bytes"))
-    block_k = tile_for(num_bases, rows_for(row_bytes, options.pop("basis_bytes")))
-    with on_device_of(query):
-        _basis_attention_kernel[(triton.cdiv(n, block_n) * batch * heads,)](
-            query, key, value, query if bias is None else bias, out,
-            n, num_bases, dim, width, heads,
-            *query.stride(), *key.stride(), *value.stride(),
-            *((0, 0, 0) if bias is None else bias.stride()),
-            scale * math.log2(math.e),
-            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
-            WITH_BIAS=bias is not None, **dot_options(query.dtype), **options,
-        )  # fmt: skip
-    return out
+    if query.numel() == 0 or value.shape[-1] == 0:
+        batch, heads, n, _ = query.shape
+        return query.new_empty((batch, n, heads, value.shape[-1]))
+    program, out = _program(
+        Layout.of(query), Layout.of(key), Layout.of(value), Layout.of_any(bias), scale
+    )
+    return program(query, key, value, bias)[out]
 
 
-@basis_attention_triton.register_fake
+@torch.library.register_fake("stem_kernels::basis_attention_triton")
 def _(
     query: torch.Tensor,
     key: torch.Tensor,

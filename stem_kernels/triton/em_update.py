@@ -233,7 +233,7 @@ def update(
 
     Returns:
         Payload bases (or sums) [B, h, K, E] in float32, the same rounded to the directions' dtype,
-        and the bias [B, h, K] in float32; memory of one element stands for what is not made.
+        and the bias [B, h, K] in float32; the mass stands for what is not made.
     """
     *lead, num_bases, dim = bases.bases.layout.shape
     width = 0 if parts.payload is None else parts.payload.layout.shape[-1]
@@ -241,8 +241,7 @@ def update(
     rows = bases.mass.layout.numel()
     block_r = _block_of_rows(rows)
     block_d, block_e = (tile_for(max(1, size), 1 << 30) for size in (dim, width))
-    absent = program.memory("absent", (1,), torch.float32)
-    payload = rounded = with_bias = absent
+    payload = rounded = with_bias = bases.mass
     if width:
         payload = program.memory("payload", (*lead, num_bases, width), torch.float32)
     if width and divide:

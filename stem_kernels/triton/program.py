@@ -104,7 +104,8 @@ def programs(build: Callable[..., Built]) -> Callable[..., Built]:
 
     @functools.wraps(build)
     def of(*arguments: Any) -> Built:
-        return kept(tf32_asked_for(), *arguments)
+        # The first argument is a layout; TF32 is a way to multiply float32.
+        return kept(arguments[0].dtype == torch.float32 and tf32_asked_for(), *arguments)
 
     _caches.append(kept)
     return of

@@ -10,14 +10,14 @@ Per (query, base): 4 d FLOPs, one exp2. Floor on an H100 at d = 40: the exponent
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 
 from ..tuning import tile_for, tiles, two_tiles
-from . import on_device_of
 from .precision import dot_options
+from .program import Buffer, Layout, Program
 from .tiles import aligned, load_rows, offsets_fit, store_rows
 
 LARGEST_PART = 128
@@ -143,7 +143,7 @@ def _resident_kernel(
             store_rows(p_row, o_n * (H * E), m_n, E, b_out_rest * b_share, E_MAIN, E_REST)
 
 
-def options_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[str, int]:
+def options_of(query: Layout, key: Layout, value: Layout) -> dict[str, int]:
     """Tiles and launch options where this kernel serves the call; else empty."""
     width = max(query.shape[-1], value.shape[-1])
     near = all(offsets_fit(tensor) for tensor in (query, key, value))
@@ -155,19 +155,23 @@ def options_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> d
 
 
 def resident_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
+    program: Program,
+    inputs: Sequence[Buffer],
     scale: float,
-    out: torch.Tensor,
+    out: Buffer,
     options: dict[str, int],
 ) -> None:
-    """Write into `out`, contiguous [B, n, h, e].
+    """Add the launch that writes into `out`, contiguous [B, n, h, e].
 
-    query [B, h, n, d], key [B, h, K, d], value [B, h, K, e], bias [B, h, K] or None, any strides;
-    `options` from `options_of`.
+    Args:
+        program: Program to add it to.
+        inputs: query [B, h, n, d], key [B, h, K, d], value [B, h, K, e] and maybe a bias
+            [B, h, K], any strides.
+        scale: Factor of the logits.
+        out: Output.
+        options: Tiles and launch options, from `options_of`.
     """
+    query, key, value, *biases = (tensor.layout for tensor in inputs)
     batch, heads, n, dim = query.shape
     num_bases, width = value.shape[-2:]
     block_n = options.pop("block_n")
@@ -175,14 +179,17 @@ def resident_attention(
     block_k = tile_for(num_bases, LARGEST_PART)
     d_main, d_rest = two_tiles(dim)
     e_main, e_rest = two_tiles(width)
-    with on_device_of(query):
-        _resident_kernel[(batch * heads, min(programs, triton.cdiv(n, block_n)))](
-            query, key, value, query if bias is None else bias, out,
+    program.launch(
+        _resident_kernel,
+        (batch * heads, min(programs, triton.cdiv(n, block_n))),
+        (*inputs, out) if biases else (*inputs, inputs[0], out),
+        (
             n, num_bases, heads, *query.stride(), *key.stride(), *value.stride(),
-            *((0, 0, 0) if bias is None else bias.stride()), scale * math.log2(math.e),
-            D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k,
-            D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
-            TWO_PARTS=num_bases > block_k, FULL_K=num_bases % block_k == 0,
-            WITH_BIAS=bias is not None, ALIGNED=aligned(query, key, value),
-            **dot_options(query.dtype), **options,
-        )  # fmt: skip
+            *(biases[0].stride() if biases else (0, 0, 0)), scale * math.log2(math.e),
+        ),
+        D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k,
+        D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
+        TWO_PARTS=num_bases > block_k, FULL_K=num_bases % block_k == 0,
+        WITH_BIAS=bool(biases), ALIGNED=aligned(query, key, value),
+        **dot_options(query.dtype), **options,
+    )  # fmt: skip
