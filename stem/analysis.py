@@ -15,7 +15,7 @@ from .attention.handle import unet_of
 from .comparison import result_name
 from .diffusion.fingerprint import fingerprint
 from .diffusion.loop import denoise, guided
-from .diffusion.pipeline import check_pipeline, encode_frames, encode_prompt
+from .diffusion.pipeline import check_pipeline, encode_frames, encode_prompt, execution_device
 from .diffusion.schedule import inverse_scheduler
 from .inversion.invert import check_chunk
 from .inversion.methods import attention_config, attention_on
@@ -99,8 +99,8 @@ def analyse(
         methods: Names of METHODS.
         options: Fields of the methods' configurations, by method.
         flow: Flow of the video, "dis" or "raft" to estimate it (`estimate_flow`), or one that is
-            known, such as `world_flow`, of the frames' size; None: RAFT where its weights are
-            here, else DIS.
+            known, such as `world_flow`, of the frames' size or of the features'; None: RAFT where
+            its weights are here, else DIS.
         timestep: Timestep to show in the picture, the nearest that there is; None: the middle one.
         num_steps: Number of steps of each inversion.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
@@ -124,7 +124,8 @@ def analyse(
     timesteps = [int(step) for step in inverse_scheduler(pipeline, num_steps).timesteps]
     middle = timesteps[len(timesteps) // 2]
     shown = middle if timestep is None else min(timesteps, key=lambda t: abs(t - timestep))
-    found_flow = flow if isinstance(flow, Flow) else estimate_flow(video.frames, flow)
+    device = execution_device(pipeline)
+    found_flow = flow if isinstance(flow, Flow) else estimate_flow(video.frames, flow, device)
     latents = encode_frames(pipeline, video.frames)
     curves = {
         method: feature_curve(

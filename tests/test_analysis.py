@@ -78,6 +78,23 @@ def test_features_are_what_the_layer_puts_out_in_the_latest_call() -> None:
     assert len(last._parts) == before
 
 
+def test_features_may_be_of_half_the_latents_size() -> None:
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+    ).eval()  # as Stable Diffusion XL, no attention at the finest level
+    last = LastFeatures(unet)
+    assert last.layer.startswith("up_blocks.0.")
+    with torch.no_grad():
+        unet(torch.randn(2, 4, 6, 10), torch.tensor(1), torch.zeros(2, 2, 16))
+    assert last.maps(2, 6, 10).shape == (2, 32, 3, 5)
+
+
 def test_features_that_move_with_the_flow_are_alike() -> None:
     wide = torch.randn(1, 5, 4, 9, generator=torch.Generator().manual_seed(0))
     maps = torch.cat([wide[..., 2:8], wide[..., 1:7], wide[..., :6]])  # moves to the right
@@ -232,6 +249,7 @@ def test_the_study_goes_on_with_the_next_video(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "FRAMES", 2)
+    monkeypatch.setattr(features, "METHODS", ("ddim", "stem"))
     monkeypatch.setattr(features, "SEEDS", range(features.FIRST_SEED, features.FIRST_SEED + 1))
     frames = render(sample_scene(features.FIRST_SEED), 2, features.SIZE)
     videos = {
@@ -255,5 +273,5 @@ def test_the_study_goes_on_with_the_next_video(
     }
     ddim = document["curves"][features.PICTURED]["ddim"].values()
     assert f"| ddim | {sum(ddim) / 2:.4f} |" in features.table(document)
-    assert Image.open(tmp_path / "features-pca.png").size == (128, 13 * (128 + 24))
+    assert Image.open(tmp_path / "features-pca.png").size == (128, 7 * (128 + 24))
     assert out.with_suffix(".png").is_file()
