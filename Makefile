@@ -4,7 +4,7 @@ PYTHON ?= python3
 RESULT ?= latest
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit interpreter bench lowest clean
+.PHONY: demo test lint unit interpreter bench profile lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stem demo
@@ -28,6 +28,14 @@ interpreter: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --results=benchmarks/results/$(RESULT).json
+
+# The extension against the torch backend for each dtype, with all that this CPU has, then with AVX2.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+PROFILE = $(BIN)/python -m pytest benchmarks -m profile --results=benchmarks/results/$(RESULT)
+
+profile: $(VENV)/.dev
+	$(PROFILE)-profile.json
+	$(AVX2) $(PROFILE)-avx2.json
 
 # The lowest versions that pyproject.toml admits. The extension needs a newer torch; what is built
 # for the other environment stays as it is.

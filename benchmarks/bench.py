@@ -14,7 +14,7 @@ import torch
 from stem_kernels.backends import BackendError
 from stem_kernels.measure import PeakMemory
 
-from .cases import AnyCase, Call, Trial, UnavailableError
+from .cases import AnyCase, Call, Trial, UnavailableError, dtype_name
 from .floors import Ceilings
 from .timing import Timing
 
@@ -120,8 +120,8 @@ class Bench:
 
 def blank(part: str, case: AnyCase, name: str) -> Row:
     """The row of the contender `name` of a case, without a figure."""
-    dtype = str(case.dtype).removeprefix("torch.")
-    return Row(part, case.name, case.shape, name, case.contenders[name].backend, dtype)
+    backend = case.contenders[name].backend
+    return Row(part, case.name, case.shape, name, backend, dtype_name(case.dtype))
 
 
 class Survived:

@@ -106,6 +106,11 @@ def ready(call: Callable[[Inputs], Outputs]) -> Contender[Inputs]:
     return Contender(lambda inputs: lambda: call(inputs))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a type without the package's, such as "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def finite(inputs: object, answer: Outputs) -> float:
     """A contender's check that wants finite numbers only: 0, or inf."""
     return 0.0 if all(bool(part.isfinite().all()) for part in answer) else float("inf")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from stem_kernels.cuda import instructions
+
 from . import records
 from .bench import Bench
 
@@ -20,7 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def results() -> dict[str, object]:
     """This machine's results, without a row yet."""
-    return records.fresh(torch.device("cpu"), torch.float32, small=False)
+    used = {"torch": torch.backends.cpu.get_cpu_capability(), "C++": instructions()}
+    return {**records.fresh(torch.device("cpu"), torch.float32, small=False), "instructions": used}
 
 
 @pytest.fixture(scope="session")

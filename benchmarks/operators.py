@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from .attention_cases import attention_case
-from .cases import AnyCase
+from .cases import AnyCase, dtype_name
 from .editing_cases import blended_case, nearest_case
 from .em_cases import COMPILED, EAGER, LEAN_EAGER, em_case, soft_em_case
 
 TOKENS = 131072  # of 32 frames of 64x64
 CPU_TOKENS = 16384  # of 4
 HEAD_WIDTHS = (40, 64, 80, 160)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def targeted(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterator[AnyCase]:
@@ -64,3 +66,19 @@ def cpu_cases() -> Iterator[AnyCase]:
         yield blended_case(8, CPU_TOKENS, width, cpu, single)
     for tokens in (4096, 8192):
         yield nearest_case(tokens, 2048, 320, cpu, single)
+    for dtype in HALVES:
+        yield from half_cases(dtype)
+
+
+def half_cases(dtype: torch.dtype) -> Iterator[AnyCase]:
+    """EM and attention in a half precision, the extension against the torch backend alone."""
+    cpu = torch.device("cpu")
+    several: list[AnyCase] = [
+        soft_em_case((8, 2 * CPU_TOKENS, 40), cpu, dtype),
+        soft_em_case((1, CPU_TOKENS, 320), cpu, dtype),
+        attention_case(8, CPU_TOKENS, 40, cpu, dtype),
+        attention_case(8, CPU_TOKENS, 80, cpu, dtype),
+    ]
+    for case in several:
+        both = {name: case.contenders[name] for name in ("cuda", "torch")}
+        yield replace(case, name=f"{case.name} {dtype_name(dtype)}", contenders=both)

@@ -15,6 +15,7 @@ from stem.toy import EDIT_KINDS
 
 from . import records
 from .bench import Row
+from .cases import dtype_name
 from .drop_in import OUT as DROP_IN
 from .drop_in import table as drop_in_table
 from .editing_report import values as editing_values
@@ -24,10 +25,11 @@ from .em_cases import EAGER, LEAN_EAGER
 from .features import CLIP, SEEDS
 from .features import table as features_table
 from .layers import LAYER_KINDS
+from .operators import HALVES
 from .quality_report import is_world, values
 from .quality_report import table as study_table
 from .quality_variants import CEILING
-from .targets import COMPARED, EM, Rows
+from .targets import COMPARED, EM, PROFILED, Rows
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -36,6 +38,7 @@ STUDY = ROOT / "docs/study.md"
 ANALYSIS = ROOT / "docs/analysis.md"
 EDITS = ROOT / "docs/editing.md"
 RESULTS = Path("benchmarks/results/cpu-2-cores.json")
+PROFILES = tuple(RESULTS.with_stem(f"cpu-2-cores-{name}") for name in ("profile", "avx2"))
 QUALITY = Path("benchmarks/results/quality.json")
 EDITING = Path("benchmarks/results/editing.json")
 FEATURES = Path("benchmarks/results/features.json")
@@ -84,6 +87,28 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_layers(rows, LAYER_KINDS)]) + "\n"
 
 
+def profile_table(path: Path, results: dict[str, Any]) -> str:
+    """The Markdown of how many times faster than the torch backend the extension is, by dtype."""
+    rows = _rows(results)
+    halves = [dtype_name(dtype) for dtype in HALVES]
+    suffixes = {"float32": "", **{name: f" {name}" for name in halves}}
+    used = results["instructions"]
+    lines = [
+        f"Torch with {used['torch']}, C++ with {used['C++']}: milliseconds of both, and their "
+        f"ratio. {_source(results, path)}",
+        "",
+        f"| | {' | '.join(suffixes)} |",
+        "|---" * (len(suffixes) + 1) + "|",
+    ]
+    for case in PROFILED:
+        cells = []
+        for suffix in suffixes.values():
+            torch, cuda = (rows.seconds(case + suffix, name) for name in ("torch", "cuda"))
+            cells.append(f"{1000 * torch:.1f} / {1000 * cuda:.1f} = {torch / cuda:.1f}")
+        lines.append(f"| {case}: {rows[case, 'cuda'].shape} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def speed_table(results: dict[str, Any]) -> str:
     """The Markdown of one layer's times, for the front page."""
     layers = _layers(_rows(results), LAYER_KINDS[:4])
@@ -109,10 +134,10 @@ def _rows(results: dict[str, Any]) -> Rows:
     return Rows([Row(**row) for row in results["rows"]])
 
 
-def _source(results: dict[str, Any]) -> str:
+def _source(results: dict[str, Any], path: Path = RESULTS) -> str:
     where = results["provenance"]
     return (
-        f"Source: [{RESULTS}]({RESULTS}) ({where['cpu']}, {where['threads']} cores, "
+        f"Source: [{path}]({path}) ({where['cpu']}, {where['threads']} cores, "
         f"torch {where['versions']['torch']}, commit `{where['commit']}`)."
     )
 
@@ -233,6 +258,8 @@ TABLES = {
     "speed": Table(README, RESULTS, speed_table),
     "fidelity": Table(README, QUALITY, fidelity_table),
     "measured": Table(KERNELS, RESULTS, table),
+    "profile": Table(KERNELS, PROFILES[0], partial(profile_table, PROFILES[0])),
+    "profile with AVX2": Table(KERNELS, PROFILES[1], partial(profile_table, PROFILES[1])),
     "drop-in": Table(KERNELS, DROP_IN, drop_in_table),
     "quality": Table(STUDY, QUALITY, quality_table),
     "features": Table(ANALYSIS, FEATURES, flow_table),
@@ -250,7 +277,10 @@ def updated(page: Path) -> str:
         if place.page == page:
             head, rest = text.split(BEGIN.format(name))
             _, tail = rest.split(END.format(name))
-            written = place.write(records.read(ROOT / place.results)).replace("](", f"]({up}")
+            written = "Not measured yet.\n"
+            if (ROOT / place.results).is_file():
+                written = place.write(records.read(ROOT / place.results))
+            written = written.replace("](", f"]({up}")
             text = f"{head}{BEGIN.format(name)}\n{written}\n{END.format(name)}{tail}"
     return text
 

@@ -23,6 +23,8 @@ COMPARED = (
     *(f"basis attention d={width}" for width in (40, 80, 160)),
 )
 """The CPU's cases in which the C++ extension has a target."""
+PROFILED = (EM, "soft_em d=320", "basis attention d=40", "basis attention d=80")
+"""Those of them that `make profile` measures for every dtype, by AVX-512 and by AVX2."""
 
 
 class MissingError(LookupError):

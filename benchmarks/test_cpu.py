@@ -9,10 +9,10 @@ import torch
 
 from . import operators
 from .bench import MEASURED, UNAVAILABLE, Bench, timed
-from .cases import AnyCase, Call, UnavailableError
+from .cases import AnyCase, Call, UnavailableError, dtype_name
 from .floors import Ceilings
 from .layers import layer_case
-from .targets import MissingError, Rows, Target, cpu_targets
+from .targets import PROFILED, MissingError, Rows, Target, cpu_targets
 from .timing import Timing, summary
 
 CPU = torch.device("cpu")
@@ -21,10 +21,22 @@ CASES = [("operators", case) for case in operators.cpu_cases()] + [
 ]
 
 
+def profiled(case: AnyCase, contender: str) -> bool:
+    """Whether `make profile` measures it."""
+    name = case.name.removesuffix(f" {dtype_name(case.dtype)}")
+    return name in PROFILED and contender in ("cuda", "torch")
+
+
 @pytest.mark.parametrize(
     ("part", "case", "contender"),
     [
-        pytest.param(part, case, name, id=f"{case.name}, {case.shape}, {name}")
+        pytest.param(
+            part,
+            case,
+            name,
+            id=f"{case.name}, {case.shape}, {name}",
+            marks=[pytest.mark.profile] if profiled(case, name) else [],
+        )
         for part, case in CASES
         for name in case.contenders
     ],

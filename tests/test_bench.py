@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import records, targets, test_cpu, timing
+from benchmarks import readme, records, targets, test_cpu, timing
 from benchmarks.bench import MEASURED, UNAVAILABLE, WRONG, Bench, Row, timed
 from benchmarks.cases import Call, Case, Contender, Outputs, UnavailableError
 from benchmarks.floors import Ceilings, Work
@@ -106,6 +107,25 @@ def test_the_targets_of_a_cpu() -> None:
     assert cells["soft_em d=40, times faster than eager"] == ["4.5", ">= 5", "**no** |"]
     assert cells["soft_em d=40, extra memory of eager over its own"][0] == "15"
     assert cells["C++ extension, soft_em d=40, times faster than torch's backend"][0] == "2"
+
+
+def test_the_profile_of_the_extension() -> None:
+    profiled = [
+        (case.name, name)
+        for _, case in test_cpu.CASES
+        for name in case.contenders
+        if test_cpu.profiled(case, name)
+    ]
+    assert len(set(profiled)) == len(profiled) == 2 * 3 * len(targets.PROFILED)
+    rows = [row(*names, 0.003 if names[1] == "torch" else 0.0015) for names in profiled]
+    results = {
+        "rows": [asdict(each) for each in rows],
+        "instructions": {"torch": "AVX2", "C++": "avx2"},
+        "provenance": {"cpu": "A", "threads": 2, "versions": {"torch": "3"}, "commit": "c"},
+    }
+    written = readme.profile_table(Path("x.json"), results)
+    assert "Torch with AVX2, C++ with avx2" in written
+    assert written.count("| 3.0 / 1.5 = 2.0 ") == 3 * len(targets.PROFILED)
 
 
 def by_target(table: str) -> dict[str, list[str]]:
