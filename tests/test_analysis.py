@@ -231,6 +231,28 @@ def test_the_command_writes_picture_plot_and_figures(
     assert "at least 2 frames" in capfd.readouterr().err
 
 
+def test_a_world_video_is_analysed_under_its_exact_flow(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        *("analyse", "world:3", "--size", "32", "--steps", "1", "--methods", "ddim"),
+        *("--out", str(tmp_path), "--frames"),
+    ]
+    assert run(*arguments, "2") == 0
+    (file,) = tmp_path.glob("world-3-*/analysis.json")
+    document = json.loads(file.read_text())
+    assert document["flow"] == "exact flow of the world"
+    assert document["prompt"] == render(sample_scene(3), 2, 32).caption
+    assert document["video"]["frames"] == 2
+    for frames, extra, reason in (
+        ("1:4", (), "a world video takes a seed"),
+        ("4", ("--size", "36"), "a multiple of 8"),
+        ("1", (), "at least 2"),
+    ):
+        assert run(*arguments, frames, *extra) == 2
+        assert reason in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
 def test_what_cannot_be_analysed_is_said_before_any_work(tmp_path: Path) -> None:
     for settings, reason in (
         ({"options": {"stem": {"fit_frames": 2}}}, "bases of all frames"),

@@ -21,7 +21,12 @@ from stem.cli import app
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 MARKDOWN = [README, *DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 # Sizes at which the pages' code is quick.
-SMALLER = {"size=512": "size=16", '"0:16"': '"0:2"', "num_frames=16": "num_frames=2"}
+SMALLER = {
+    "size=512": "size=16",
+    '"0:16"': '"0:2"',
+    "num_frames=16": "num_frames=2",
+    "num_steps=20": "num_steps=2",
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,10 @@ import typer
 from rich.table import Table
 
 from ..analysis import Analysis, analyse, check_analysable
-from ..metrics import FLOWS
+from ..metrics import FLOWS, Flow, world_flow
 from ..models import EMBEDDED_MODEL
-from ..video import read_video
+from ..toy import render, sample_scene
+from ..video import Video, read_video
 from .app import app, console, print_note, say
 from .arguments import (
     Chunk,
@@ -27,17 +29,25 @@ from .arguments import (
     Seed,
     Size,
     Steps,
-    VideoPath,
     chunk_of,
     one_of,
 )
 from .ranks import one_process
 from .request import Request
 
+WORLD = "world:"
+_WORLD_MULTIPLE = 8  # a side that every model's VAE takes as it is
+
 
 @app.command("analyse")
 def analyse_command(
-    video: VideoPath,
+    video: Annotated[
+        Path,
+        typer.Argument(
+            help=f"Any video file that FFmpeg reads, or {WORLD}SEED, a video of the package's own "
+            "world with its caption: 8 frames of 64x64 pixels without --frames and --size."
+        ),
+    ],
     model: Model = EMBEDDED_MODEL,
     prompt: Prompt = "",
     methods: Methods = "ddim,stem",
@@ -47,8 +57,8 @@ def analyse_command(
     flow: Annotated[
         str | None,
         typer.Option(
-            help=f"Of the video: {', '.join(FLOWS)}. Default: raft where its weights are on this "
-            "machine, else dis.",
+            help=f"Of the video: {', '.join(FLOWS)}. Default: a world video's exact flow, else "
+            "raft where its weights are on this machine, else dis.",
             callback=one_of(FLOWS),
         ),
     ] = None,
@@ -69,7 +79,12 @@ def analyse_command(
     """
     one_process("analyse")
     request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
-    clip = read_video(video, frames=frames, size=size, multiple_of=1)
+    known: str | Flow | None = flow
+    if str(video).startswith(WORLD):
+        clip, caption, exact = world_video(str(video), frames or "8", size or "64")
+        prompt, known = prompt or caption, flow or exact
+    else:
+        clip = read_video(video, frames=frames, size=size, multiple_of=1)
     check_analysable(clip, request.methods, request.options)
     pipeline, clip = request.load_for(clip, video)
     found = analyse(
@@ -79,7 +94,7 @@ def analyse_command(
         out,
         request.methods,
         options=request.options,
-        flow=flow,
+        flow=known,
         timestep=timestep,
         num_steps=steps,
         chunk=chunk_of(chunk),
@@ -91,6 +106,35 @@ def analyse_command(
     for path in (found.sheet, found.plot, found.json):
         say(path)
     print_note(request.note)
+
+
+def world_video(text: str, frames: str, size: str) -> tuple[Video, str, Flow]:
+    """A world video with its caption and its exact flow.
+
+    Args:
+        text: Text world:SEED.
+        frames: Number of frames.
+        size: Width and height in pixels.
+
+    Raises:
+        typer.BadParameter: one of them is no such number.
+    """
+    seed = text.removeprefix(WORLD)
+    if (
+        not all(number.isdecimal() for number in (seed, frames, size))
+        or int(size) % _WORLD_MULTIPLE
+    ):
+        raise typer.BadParameter(
+            f"{text!r} with --frames {frames} and --size {size}; a world video takes a seed, a "
+            f"number of frames, and one number of pixels, a multiple of {_WORLD_MULTIPLE}"
+        )
+    scene = sample_scene(int(seed))
+    count, side = int(frames), int(size)
+    if count < 2:
+        raise typer.BadParameter(f"--frames {frames}; one frame has no flow, take at least 2")
+    drawn = render(scene, count, side)
+    clip = Video(drawn.frames, Fraction(count), name=f"world-{seed}")
+    return clip, drawn.caption, world_flow(scene, count, side)
 
 
 def analysis_table(found: Analysis) -> Table:
