@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ class SuiteFile:
 
     Attributes:
         results: All that is written: the origin, the ceilings, the rows, `seconds` by part,
-            `calls` with the machines that they ran on, and `running`, the row whose contender is
-            being examined, or None.
+            `calls` with the machines that they ran on, and `running`: the row whose contender is
+            being examined and the time when that began, or None.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class SuiteFile:
         """
         running = self.results["running"]
         if died and running is not None:
-            self.add(Row(**{**running, "outcome": FAILED, "note": died}))
+            row = Row(**{**running["row"], "outcome": FAILED, "note": died})
+            self.add(row, self._seconds(row.part) + time.time() - running["since"])
         self.results["running"] = None
         if not died:
             for part in parts:
@@ -92,7 +94,7 @@ class SuiteFile:
             for row in self.results["rows"]
             if row["part"] != part or (row["outcome"] != SKIPPED and row["case"])
         ]
-        return self.results["seconds"].get(part, 0.0)
+        return self._seconds(part)
 
     def holds(self, row: Row) -> bool:
         """Whether there is a row of the same contender."""
@@ -100,16 +102,18 @@ class SuiteFile:
 
     def begin(self, row: Row) -> None:
         """Note that a contender is being examined, should the process end there."""
-        self.results["running"] = dataclasses.asdict(row)
+        self.results["running"] = {"row": dataclasses.asdict(row), "since": time.time()}
         self.write()
 
-    def add(self, row: Row, seconds: float | None = None) -> None:
+    def add(self, row: Row, seconds: float) -> None:
         """Put a row beside the others, and the seconds spent on its part so far."""
         self.results["rows"].append(dataclasses.asdict(row))
         self.results["running"] = None
-        if seconds is not None:
-            self.results["seconds"][row.part] = round(seconds, 1)
+        self.results["seconds"][row.part] = round(seconds, 1)
         self.write()
+
+    def _seconds(self, part: str) -> float:
+        return self.results["seconds"].get(part, 0.0)
 
     def write(self) -> None:
         """Write all of it."""

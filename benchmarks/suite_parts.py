@@ -70,7 +70,7 @@ def measure(file: SuiteFile, part: str, device: torch.device, *, small: bool) ->
                 spent = time.monotonic() - begin
                 if spent >= PARTS[part]:
                     note = f"time: the part's {PARTS[part]:.0f} s were over"
-                    file.add(replace(row, outcome=SKIPPED, note=note))
+                    file.add(replace(row, outcome=SKIPPED, note=note), spent)
                     continue
                 file.begin(row)
                 found = bench.examine(part, case, name, examine)
@@ -79,7 +79,8 @@ def measure(file: SuiteFile, part: str, device: torch.device, *, small: bool) ->
                     raise SystemExit(LOST)
     if survived.outcome:
         everything = Row(part, "", "", "every contender left", "", "")
-        file.add(replace(everything, outcome=survived.outcome, note=survived.note))
+        found = replace(everything, outcome=survived.outcome, note=survived.note)
+        file.add(found, time.monotonic() - begin)
 
 
 def answers(device: torch.device) -> bool:
