@@ -5,6 +5,7 @@ What only a GPU can show (speed, and what hardware does between barriers) is not
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 
@@ -125,6 +126,24 @@ def test_a_sharp_softmax_and_bases_as_they_are(
     bases = bases.to(dtype).float()
     found = kernels.em_statistics(features, bases, payload, 0.5, normalize=False)
     check_em(found, features, bases, payload, 0.5, normalize=False)
+
+
+@pytest.mark.parametrize(
+    ("width", "num_bases"),
+    [(16, 2), (176, 2), (16, 300)],
+    ids=["one kernel", "two products", "many bases"],
+)
+def test_a_base_of_faint_tokens_has_their_mean(
+    kernels: Kernels, width: int, num_bases: int
+) -> None:
+    # Every token gives the last base exp(-20) = 2e-9, which float16 has no number for.
+    features, bases = torch.zeros(1, 1, 60, width).half(), torch.zeros(1, 1, num_bases, width)
+    features[..., 0] = 1.0
+    bases[..., :-1, 0] = -20.0
+    bases[..., 0, 0] = 20.0
+    sums, mass, _ = kernels.em_statistics(features, bases, None, 1.0, normalize=False)
+    assert float(mass[..., -1]) == pytest.approx(60 * math.exp(-20), rel=1e-2)
+    assert float(sums[..., -1, 0] / mass[..., -1]) == pytest.approx(1.0, rel=1e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -112,7 +112,8 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, STEPS < 4 ? 2 : 1)
         }
       }
     }
-    softmax_over_bases(b_s, scratch, args.scale, args.bases - 32 * warp, count - start);
+    softmax_over_bases(
+        b_s, scratch, args.scale, args.bases - 32 * warp, count - start, WEIGHT_UNIT<T>);
     add_mass(b_mass, b_s);
     const T* b_v = b_values + stage * TILE;
 #pragma unroll

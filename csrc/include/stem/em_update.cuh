@@ -3,6 +3,7 @@
 #pragma once
 
 #include "mma.cuh"
+#include "softmax.cuh"
 
 namespace stem {
 
@@ -93,12 +94,13 @@ __global__ void __launch_bounds__(LARGEST_BLOCK) em_update_kernel(const UpdateAr
   float mass = 0.0f;
   for (int s = thread; s < args.mass_parts; s += LARGEST_BLOCK)
     mass += args.p_mass_parts[s * args.rows + row];
-  mass = sum_over_block(mass, b_mass);
+  mass = sum_over_block(mass, b_mass) / WEIGHT_UNIT<T>;
   const bool is_empty = args.p_old != nullptr && mass < args.least_mass;
   float square = 0.0f;
   for (int c = thread; c < args.width; c += LARGEST_BLOCK) {
     float value = 0.0f;
     for (int w = 0; w < WARPS; ++w) value += b_sums[w * args.width + c];
+    value /= WEIGHT_UNIT<T>;
     if (args.divide) value /= mass + MASS_EPS;
     if (is_empty) value = args.p_old[row * args.width + c];
     args.p_out[row * args.width + c] = value;

@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(LARGEST_BLOCK)
       }
     }
     const int first = 16 * M_TILES * warp;
-    softmax_over_bases(b_s, scratch, args.scale, args.bases - first, args.count - start);
+    softmax_over_bases(
+        b_s, scratch, args.scale, args.bases - first, args.count - start, WEIGHT_UNIT<T>);
     add_mass(b_mass, b_s);
     // From row to row, rather than each row's place: those would be kept in registers.
     T* p_z = args.p_z + (lead * args.bases + first + lane / 4) * args.chunk + start + lane % 4 * 2;

@@ -53,13 +53,19 @@ struct SoftmaxScratch {
   }
 };
 
+// What responsibilities are multiplied by before they are rounded to T. In float16 those below 2^-25
+// would be 0 in the sums and count in the mass; times 2^15 only those below 2^-40 are. Sums and mass
+// are both in this unit until em_update_kernel.
+template <typename T>
+constexpr float WEIGHT_UNIT = std::is_same_v<T, __half> ? 32768.0f : 1.0f;
+
 // b_s: C fragments of a warp's [16 M_TILES bases, 8 N_TILES tokens]; logits become
-// responsibilities. `bases` is how many of this and the following warps' bases there are, `tokens`
+// responsibilities in a unit. `bases` is how many of this and the following warps' bases there are, `tokens`
 // how many of the columns; the rest get 0. All warps of the block take part.
 template <int M_TILES, int N_TILES>
 __device__ inline void softmax_over_bases(
     float (&b_s)[M_TILES][N_TILES][4], const SoftmaxScratch<8 * N_TILES>& scratch, float scale,
-    int bases, int tokens) {
+    int bases, int tokens, float unit) {
   constexpr int TOKENS = 8 * N_TILES, COLUMNS = 2 * N_TILES, MINE = COLUMNS / 8;
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
   if (bases < 16 * M_TILES) {
@@ -118,7 +124,7 @@ __device__ inline void softmax_over_bases(
   for (int token = lane; token < TOKENS; token += WARP) {
     float total = 0.0f;
     for (int w = 0; w < warps; ++w) total += scratch.b_total[w * TOKENS + token];
-    scratch.b_mine[token] = token < tokens ? 1.0f / total : 0.0f;
+    scratch.b_mine[token] = token < tokens ? unit / total : 0.0f;
   }
   __syncwarp();
 #pragma unroll
