@@ -38,6 +38,17 @@ def test_kernels_of_a_layer(counts: Any, num_iters: int, frames: int, kernels: i
     assert found.total() == kernels
 
 
+def test_an_update_waits_for_memory_a_few_times(counts: Any) -> None:
+    from benchmarks.launches import launches
+
+    features = torch.empty(1, 131072, 320, dtype=torch.float16)
+    found = launches(counts.ARCH, lambda: soft_em(features, 256, num_iters=1, backend="triton"))
+    (update,) = (launch.arguments for launch in found if launch.name == "update")
+    # Parts are loaded so many at a time, and the next ones only then.
+    assert update["MASS_PARTS"] <= 2 * update["BLOCK_T"]
+    assert update["PARTS"] <= 4 * update["BLOCK_S"]
+
+
 def test_the_committed_table_is_of_the_committed_figures(counts: Any) -> None:
     results = counts.records.read(counts.OUT)
     assert counts.OUT.with_suffix(".md").read_text() == counts.text(results)
