@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from stem_kernels import basis_attention, blended_attention, em_statistics, nearest_token, soft_em
+from stem_kernels.ops.partial_attention import partial_attention
+from stem_kernels.ops.soft_em import attended_bases
 
 from .em_cases import NUM_BASES
 from .operators import TOKENS
 
-HEADS, FRAMES = 8, 32
+HEADS, FRAMES, CALIBRATED = 8, 32, 128
 HEAD_WIDTHS = (40, 64, 80, 160)
 FEATURE_WIDTHS = {320: TOKENS, 640: TOKENS // 4, 1280: TOKENS // 16}
 """Tokens of 32 frames by the channels of SD 1.5's layers."""
@@ -29,6 +31,11 @@ class Form:
     dtype: torch.dtype
     call: Callable[[], object]
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as people write it, such as "float16"."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def forms(dtype: torch.dtype) -> Iterator[Form]:
     """All of one dtype."""
@@ -38,10 +45,13 @@ def forms(dtype: torch.dtype) -> Iterator[Form]:
         yield Form(f"em key d={width} with payload", dtype, call)
     for width in FEATURE_WIDTHS:
         yield Form(f"em feature d={width}", dtype, functools.partial(em_feature, width, dtype))
-        call = functools.partial(iterations, width, dtype)
-        yield Form(f"soft_em d={width}", dtype, call)
+        call = functools.partial(bases_of_layer, width, dtype)
+        yield Form(f"bases of a layer d={width}", dtype, call)
     call = functools.partial(iterations_with_payload, dtype)
     yield Form("soft_em d=40 with payload", dtype, call)
+    for width in HEAD_WIDTHS:
+        call = functools.partial(bases_of_keys, width, dtype)
+        yield Form(f"bases of a layer's keys d={width}", dtype, call)
     for width in HEAD_WIDTHS:
         call = functools.partial(attention, width, dtype)
         yield Form(f"basis attention d={width}", dtype, call)
@@ -51,6 +61,8 @@ def forms(dtype: torch.dtype) -> Iterator[Form]:
         yield Form(f"blended attention d={width}", dtype, call)
         call = functools.partial(blended, width, dtype, with_bias=True)
         yield Form(f"blended attention d={width} with bias", dtype, call)
+        call = functools.partial(partial, width, dtype)
+        yield Form(f"partial attention d={width}", dtype, call)
     for share, width in ((4, 320), (16, 640)):
         call = functools.partial(nearest, TOKENS // share, width, dtype)
         yield Form(f"nearest token n={TOKENS // share}", dtype, call)
@@ -75,10 +87,18 @@ def em_feature(width: int, dtype: torch.dtype) -> object:
     return em_statistics(features, bases, backend="triton")
 
 
-def iterations(width: int, dtype: torch.dtype) -> object:
+def bases_of_layer(width: int, dtype: torch.dtype) -> object:
+    """A layer's features, from tokens to bases and their bias."""
     features = torch.empty(1, FEATURE_WIDTHS[width], width, dtype=dtype)
-    bases = torch.zeros(1, NUM_BASES, width)
-    return soft_em(features, bases, num_iters=2, empty="mask", backend="triton")
+    return attended_bases(features, NUM_BASES, num_iters=2, proportional=True, backend="triton")
+
+
+def bases_of_keys(width: int, dtype: torch.dtype) -> object:
+    """A layer's keys with its values, heads beside one another."""
+    keys, values = (heads_of(1, TOKENS, width, dtype) for _ in range(2))
+    return attended_bases(
+        keys, NUM_BASES, num_iters=2, payload=values, proportional=True, backend="triton"
+    )
 
 
 def iterations_with_payload(dtype: torch.dtype) -> object:
@@ -109,6 +129,13 @@ def blended(width: int, dtype: torch.dtype, *, with_bias: bool) -> object:
         queries[0], keys[0], queries[1], keys[1], keys[2], torch.zeros(1, TOKENS), bias=bias,
         backend="triton",
     )  # fmt: skip
+
+
+def partial(width: int, dtype: torch.dtype) -> object:
+    """A calibration's queries to all tokens."""
+    query = torch.empty(1, HEADS, CALIBRATED, width, dtype=dtype)
+    key, value = (heads_of(1, TOKENS, width, dtype) for _ in range(2))
+    return partial_attention(query, key, value, backend="triton")
 
 
 def nearest(tokens: int, width: int, dtype: torch.dtype) -> object:

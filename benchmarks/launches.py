@@ -8,6 +8,7 @@ multiples of 16, sizes that are 1, flags), and instead of compiling and launchin
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +76,7 @@ class Launch:
         return triton.compile(source, target=target, options=dict(self.options))
 
 
+@functools.cache
 def _source(kernel: Any) -> str:
     """The syntax of a kernel and of all that it calls, without comments and places."""
     found: dict[str, str] = {}

@@ -19,6 +19,7 @@ LABEL = re.compile(r"\s*(\.L\w+):")
 TARGET = re.compile(r"`\((\.L\w+)\)")
 NARROWEST = 8
 """Bytes that a thread should move at once, at least."""
+FEW = 4
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,12 @@ def spills(lines: Sequence[Instruction]) -> int:
 
 
 def narrow(lines: Sequence[Instruction]) -> int:
-    """How many loads from, and stores to, global memory move less than NARROWEST bytes."""
-    moves = ("LDG", "STG", "LDGSTS")
-    return sum(line.base in moves and line.bytes < NARROWEST for line in lines)
+    """How many loads from, and stores to, global memory move less than NARROWEST bytes a thread.
+
+    Up to FEW of 4 bytes do not count: a number a row, such as a bias, or a tile of which a thread
+    has no more than that.
+    """
+    sizes = [line.bytes for line in lines if line.base in ("LDG", "STG", "LDGSTS")]
+    small = [size for size in sizes if size < NARROWEST]
+    few = max(small, default=0) == min(small, default=0) == 4 and len(small) <= FEW
+    return 0 if few else len(small)

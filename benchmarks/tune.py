@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import typer
@@ -23,8 +24,10 @@ from .attention_cases import attention_case
 from .cases import AnyCase, Trial
 from .editing_cases import blended_case, nearest_case
 from .em_cases import em_case
+from .forms import DTYPES, Form, forms
+from .launches import launches
 from .operators import TOKENS
-from .resources import SHARED_KIB, cases_of, compiled
+from .resources import measure
 from .timing import time_call
 
 CONFIGS = Path(__file__).parent.parent / "stem_kernels" / "configs"
@@ -41,47 +44,67 @@ TILES: dict[str, dict[str, tuple[int, ...]]] = {
     "nearest_token": {"block_n": (64, 128), "block_m": (64, 128), "block_d": (32, 64)},
 }
 WITHOUT_PROGRAMS = ("em_wide logits", "basis_attention", "blended_attention", "nearest_token")
+MARK = 77  # a number of stages that no row has
 PROGRAMS_PER_MULTIPROCESSOR = (1, 2, 4)  # of the ops whose rows have "programs"
 
 
 def candidates(op: str, arch: int, multiprocessors: int) -> Iterator[dict[str, int]]:
-    """Rows for `op` that compile for sm_`arch` without a spill and fit its shared memory."""
+    """Rows for `op` that compile for sm_`arch` without a fault in any form that takes them."""
     (tiles,) = (found for prefix, found in TILES.items() if op.startswith(prefix))
-    dtype = "fp32" if op == "em_general" else "fp16"
-    limit = 1024 * SHARED_KIB.get(arch, min(SHARED_KIB.values()))
     choices = {**tiles, "num_warps": WARPS, "num_stages": STAGES}
+    programs = {} if op.startswith(WITHOUT_PROGRAMS) else {"programs": multiprocessors}
+    calls: list[Form] = []
     for values in itertools.product(*choices.values()):
-        row = dict(zip(choices, values, strict=True))
-        options = {name: row[name] for name in ("num_warps", "num_stages")}
-        resources = [
-            compiled(kernel, constants, options, dtype, arch)
-            for _, kernel, constants in cases_of(op, row, dtype)
-        ]
-        if any(spilled or shared > limit for _, spilled, shared, _ in resources):
-            continue
-        # The compiler has thrown kernels away and said nothing.
-        if dtype == "fp16" and not all(matrix for *_, matrix in resources):
-            continue
-        if op in WITHOUT_PROGRAMS:
-            yield row
-        else:
-            for each in PROGRAMS_PER_MULTIPROCESSOR:
-                yield {**row, "programs": each * multiprocessors}
+        row = dict(zip(choices, values, strict=True)) | programs
+        if not calls:
+            calls, kernels = forms_of(op, row, arch)
+        if not _faulty(op, row, arch, calls, kernels):
+            for each in PROGRAMS_PER_MULTIPROCESSOR if programs else (0,):
+                yield row | {name: each * number for name, number in programs.items()}
+
+
+def forms_of(op: str, row: dict[str, int], arch: int) -> tuple[list[Form], set[str]]:
+    """The forms, of one dtype, that launch kernels with the tiles of the row `op`, and those."""
+    for dtype in DTYPES:
+        found: list[Form] = []
+        kernels: set[str] = set()
+        with mock.patch.dict(table(f"sm{arch}"), {op: {**row, "num_stages": MARK}}):
+            for form in forms(dtype):
+                taken = launches(arch, form.call)
+                names = {each.name for each in taken if each.options.get("num_stages") == MARK}
+                kernels |= names
+                found += [form] if names else []
+        if found:
+            return found, kernels
+    raise ValueError(f"no form of the suite takes the row {op!r} on sm_{arch}")
+
+
+def _faulty(op: str, row: dict[str, int], arch: int, calls: list[Form], kernels: set[str]) -> bool:
+    with mock.patch.dict(table(f"sm{arch}"), {op: row}):
+        found = {
+            each.digest(): each
+            for form in calls
+            for each in launches(arch, form.call)
+            if each.name in kernels
+        }
+    dtype = calls[0].dtype_name
+    return any(measure(each, op, dtype).faults() for each in found.values())
 
 
 def case_for(op: str, device: torch.device) -> AnyCase:
     """The shape that a row is tuned at: SD 1.5's largest layer, N = 32 frames."""
     half = torch.float16
+    dtype = torch.float32 if op.endswith("float32") else half
     if op == "em_general":
         return em_case((1, TOKENS, 320), device, torch.float32)
     if op.startswith("em_wide"):
         return em_case((1, TOKENS, 320), device, half)
-    if op == "basis_attention":
-        return attention_case(HEADS, TOKENS, 160, device, half)
-    if op == "blended_attention":
-        return blended_case(HEADS, TOKENS, 160, device, half)
-    if op == "nearest_token":
-        return nearest_case(TOKENS // 4, 8192, 320, device, half)
+    if op.startswith("basis_attention"):
+        return attention_case(HEADS, TOKENS, 160, device, dtype)
+    if op.startswith("blended_attention"):
+        return blended_case(HEADS, TOKENS, 160, device, dtype)
+    if op.startswith("nearest_token"):
+        return nearest_case(TOKENS // 4, 8192, 320, device, dtype)
     width = int(op.split()[1])
     width = 40 if width == 48 else width
     if op.startswith("resident_attention"):
@@ -136,7 +159,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the table.")] = CONFIGS,
 ) -> None:
     """Tune for this machine's GPU."""
-    known = list(table("default")) + [op for op in table("sm90") if op not in table("default")]
+    known = [op for op in {**table("default"), **table("sm90")} if op.startswith(tuple(TILES))]
     wanted = [op.strip() for op in only.split(",")] if only else known
     for op in wanted:
         if op not in known:

@@ -13,7 +13,7 @@ from .triton import device_capability, interpreted
 MIN_TILE = 16
 
 
-def tiles(op: str, device: torch.device) -> dict[str, int]:
+def tiles(op: str, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, int]:
     """The tile sizes and launch options of one operator; the caller may change the copy.
 
     `default.json` is safe on every GPU that is served, and a table such as `sm90.json` takes the
@@ -23,12 +23,16 @@ def tiles(op: str, device: torch.device) -> dict[str, int]:
     Args:
         op: Name of a row of the tables, such as "em_fused 48".
         device: Device of the tensors.
+        dtype: Type of the operands, of an operator that has a row of its own for float32, such as
+            "basis_attention float32": products in full precision take more registers.
 
     Returns:
         Empty where no table has such a row: that kernel is not for this device.
     """
     if interpreted():
         return dict(table("interpreter")[op])
+    if dtype == torch.float32:
+        op = f"{op} float32"
     major, minor = device_capability(device)
     return dict(table(f"sm{major}{minor}").get(op) or table("default").get(op) or {})
 

@@ -61,6 +61,8 @@ def test_wide_moves_are_not_narrow() -> None:
     wide = ("LDG.E.64", "STG.E.128", "LDGSTS.E.BYPASS.128")
     assert narrow([line(op, "[R2.64]") for op in wide]) == 0
     assert narrow([line(op, "[R2.64]") for op in ("LDG.E", "LDG.E.U8", "LDGSTS.E")]) == 3
+    assert narrow([line("LDG.E", "[R2.64]")] * 4) == 0  # a bias and the like
+    assert narrow([line("LDG.E", "[R2.64]")] * 5) == 5
     assert narrow([line("LDS.U16", "R0, [R2]")]) == 0  # shared memory
 
 

@@ -134,7 +134,7 @@ def _program(
         return program, out.place
     block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
     row_bytes = max(block_d, block_e) * query.element_size()
-    options = tiles("basis_attention", query.device)
+    options = tiles("basis_attention", query.device, query.dtype)
     block_n = rows_for(row_bytes, options.pop("query_bytes"))
     block_k = tile_for(num_bases, rows_for(row_bytes, options.pop("basis_bytes")))
     program.launch(

@@ -99,7 +99,7 @@ def blended_attention_triton(
     bias, mask = None if bias is None else bias.expand(lead), mask.float()
     block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
     row_bytes = max(block_d, block_e) * query_target.element_size()
-    options = tiles("blended_attention", query_target.device)
+    options = tiles("blended_attention", query_target.device, query_target.dtype)
     block_n = rows_for(row_bytes, options.pop("query_bytes"))
     block_k = tile_for(num_bases, rows_for(row_bytes, options.pop("basis_bytes")))
     with on_device_of(query_target):

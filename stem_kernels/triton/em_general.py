@@ -18,6 +18,7 @@ from ..tuning import tile_for, tiles, token_ranges
 from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
+from .tiles import aligned, in_eights
 
 
 @triton.jit
@@ -51,8 +52,10 @@ def _logsumexp_kernel(
     p_features, p_directions, p_logsumexp,
     n, K, D, H, stride_xb, stride_xh, stride_xn, stride_xd, scale,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    D, stride_xn = in_eights(D, ALIGNED), in_eights(stride_xn, ALIGNED)
+    stride_xb, stride_xh = in_eights(stride_xb, ALIGNED), in_eights(stride_xh, ALIGNED)
     tiles = tl.cdiv(n, BLOCK_N)
     lead = (tl.program_id(0) // tiles).to(tl.int64)
     o_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -79,9 +82,13 @@ def _sums_kernel(
     n, K, D, E, H, tokens_per_split,
     stride_xb, stride_xh, stride_xn, stride_xd, stride_vb, stride_vh, stride_vn, stride_vd, scale,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    WITH_MASS: tl.constexpr, LOG_UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    WITH_MASS: tl.constexpr, LOG_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    D, E = in_eights(D, ALIGNED), in_eights(E, ALIGNED)
+    stride_xb, stride_xh = in_eights(stride_xb, ALIGNED), in_eights(stride_xh, ALIGNED)
+    stride_vb, stride_vh = in_eights(stride_vb, ALIGNED), in_eights(stride_vh, ALIGNED)
+    stride_xn, stride_vn = in_eights(stride_xn, ALIGNED), in_eights(stride_vn, ALIGNED)
     e_tiles = tl.cdiv(E, BLOCK_E)
     e_tile = tl.program_id(1) % e_tiles
     o_k = (tl.program_id(1) // e_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -146,7 +153,7 @@ def general_pass(
         (features, directions, logsumexp),
         (n, num_bases, dim, heads, *tokens.strides, scale),
         BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d,
-        **dot_options(tokens.dtype), **options,
+        ALIGNED=dim % 8 == 0 and aligned(tokens), **dot_options(tokens.dtype), **options,
     )  # fmt: skip
     arguments = (program, features, directions, logsumexp)
     parts = _accumulate(*arguments, None, scale)
@@ -190,6 +197,7 @@ def _accumulate(
         ),
         BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
         WITH_MASS=payload is None, LOG_UNIT=math.log2(weight_unit(tokens.dtype)),
+        ALIGNED=dim % 8 == width % 8 == 0 and aligned(tokens, values.layout),
         **dot_options(tokens.dtype), **options,
     )  # fmt: skip
     return Parts(sums, mass, None if payload is None else sums)

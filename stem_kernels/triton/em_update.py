@@ -19,6 +19,7 @@ from ..tuning import tile_for
 from . import interpreted
 from .precision import weight_unit
 from .program import Buffer, Program
+from .tiles import in_eights
 
 PART_ELEMENTS = 8192  # of a tile of parts
 MASS_PARTS = 1024  # of a tile of parts of the mass: one wait for memory, not one for each
@@ -80,8 +81,9 @@ def _update_kernel(
     PARTS, MASS_PARTS, PAYLOAD_PARTS, ROWS, D, E, unit, least_mass, mass_eps, norm_eps,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ES: tl.constexpr, BLOCK_E: tl.constexpr, DIVIDE: tl.constexpr, KEEP_EMPTY: tl.constexpr,
-    NORMALIZE: tl.constexpr, WITH_PAYLOAD: tl.constexpr, BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr, WITH_PAYLOAD: tl.constexpr, BIAS: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
+    D, E = in_eights(D, EIGHTS), in_eights(E, EIGHTS)
     # [BLOCK_R], [BLOCK_D]
     o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_d = tl.arange(0, BLOCK_D)
@@ -265,6 +267,6 @@ def update(
         BLOCK_S=_block_of_parts(parts.sums, block_r, block_d), BLOCK_D=block_d,
         BLOCK_ES=_block_of_parts(of_payload, block_r, block_e), BLOCK_E=block_e,
         DIVIDE=divide, KEEP_EMPTY=keep_empty, NORMALIZE=normalize, WITH_PAYLOAD=width > 0,
-        BIAS=bias, num_warps=8,
+        BIAS=bias, EIGHTS=dim % 8 == width % 8 == 0, num_warps=8,
     )  # fmt: skip
     return payload, rounded, with_bias

@@ -77,10 +77,9 @@ def nearest_token_triton(query: torch.Tensor, keys: torch.Tensor) -> torch.Tenso
     if out.numel() == 0:
         return out
     share = inverse_norms(keys)
-    # A row of the tables is of 16 bits; float32 has half as many channels in as many bytes.
-    options = tiles("nearest_token", query.device)
+    options = tiles("nearest_token", query.device, query.dtype)
     block_n, block_m = options.pop("block_n"), tile_for(num_keys, options.pop("block_m"))
-    block_d = tile_for(dim, 2 * options.pop("block_d") // query.element_size())
+    block_d = tile_for(dim, options.pop("block_d"))
     with on_device_of(query):
         _nearest_token_kernel[(triton.cdiv(n, block_n) * batch,)](
             query, keys, share, out, n, num_keys, dim, *query.stride(), *keys.stride(),

@@ -17,6 +17,7 @@ from ..tuning import rows_for, tile_for, tiles, token_ranges
 from . import on_device_of
 from .basis_attention import LARGEST_HEAD
 from .precision import dot_options
+from .tiles import aligned, in_eights
 
 
 @triton.jit
@@ -27,8 +28,14 @@ def _partial_attention_kernel(
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    D, E = in_eights(D, ALIGNED), in_eights(E, ALIGNED)
+    stride_qb, stride_qh = in_eights(stride_qb, ALIGNED), in_eights(stride_qh, ALIGNED)
+    stride_kb, stride_kh = in_eights(stride_kb, ALIGNED), in_eights(stride_kh, ALIGNED)
+    stride_vb, stride_vh = in_eights(stride_vb, ALIGNED), in_eights(stride_vh, ALIGNED)
+    stride_qn, stride_kn = in_eights(stride_qn, ALIGNED), in_eights(stride_kn, ALIGNED)
+    stride_vn = in_eights(stride_vn, ALIGNED)
     tiles = tl.cdiv(m, BLOCK_M)
     lead = tl.program_id(0) // tiles
     leads = tl.num_programs(0) // tiles
@@ -105,7 +112,7 @@ def partial_attention_triton(
         return _empty_output(query, value)
     block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
     row_bytes = max(block_d, block_e) * query.element_size()
-    options = tiles("partial_attention", query.device)
+    options = tiles("partial_attention", query.device, query.dtype)
     block_m = tile_for(num_queries, rows_for(row_bytes, options.pop("query_bytes")))
     block_n = rows_for(row_bytes, options.pop("key_bytes"))
     programs = batch * heads * triton.cdiv(num_queries, block_m)
@@ -119,6 +126,7 @@ def partial_attention_triton(
             num_queries, n, dim, width, heads, tokens,
             *query.stride(), *key.stride(), *value.stride(), scale * math.log2(math.e),
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e,
+            ALIGNED=dim % 8 == width % 8 == 0 and aligned(query, key, value),
             **dot_options(query.dtype), **options,
         )  # fmt: skip
     peak = largest.amax(0)

@@ -19,9 +19,23 @@ def offsets_fit(tensor: torch.Tensor | Layout) -> bool:
 def aligned(*tensors: torch.Tensor | Layout) -> bool:
     """Whether rows are contiguous, and begin at multiples of 8 elements from the first."""
     return all(
-        tensor.stride(-1) == 1 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+        tensor.stride(-1) == 1
+        and all(
+            size == 1 or stride % 8 == 0
+            for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+        )
         for tensor in tensors
     )
+
+
+@triton.jit
+def in_eights(stride, ALIGNED: tl.constexpr):
+    """`stride`, as a multiple of 8 that the compiler sees where the launcher found it ALIGNED.
+
+    Triton itself notices multiples of 16 alone, which 40 channels are not, and `tl.multiple_of`
+    has no effect on an argument. Without it rows are read in pieces of 2 bytes, not 16.
+    """
+    return stride // 8 * 8 if ALIGNED else stride
 
 
 @triton.jit
