@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
+
+import stem
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -28,14 +35,6 @@ def test_every_module_that_is_imported_is_installed() -> None:
                 imported.add(node.module.split(".")[0])
     missing = imported - BASE - EXTRAS - sys.stdlib_module_names - {"stem", "stem_kernels"}
     assert not missing
-
-
-def test_the_report_s_templates_are_installed_too() -> None:
-    document = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    patterns = document["tool"]["setuptools"]["package-data"]["stem"]
-    brought = {path for pattern in patterns for path in ROOT.glob(f"stem/{pattern}")}
-    templates = {path.name for path in brought if path.parent.name == "templates"}
-    assert templates == {"report.html", "report.css", "report.js"}
 
 
 def pins(name: str) -> dict[str, str]:
@@ -75,3 +74,79 @@ def test_the_operators_need_torch_alone() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "torch  usable" in done.stdout
+
+
+def test_the_version_stands_once() -> None:
+    assert PROJECT["dynamic"] == ["version"]  # setuptools reads it from stem/__init__.py
+    changes = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert changes[0] == stem.__version__
+
+
+def run(*command: str | Path, folder: Path, **variables: str) -> str:
+    """What the command printed."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Not all that lies in the working tree: an older build, what was built in place, environments.
+LEFT_OUT = (".*", "build", "dist", "out", "*.egg-info", "__pycache__", "*.so", "_build_info.json")
+# Every file of the packages that is no module: templates, weights, tile tables, py.typed.
+DATA = {
+    path.relative_to(ROOT).as_posix()
+    for package in ("stem", "stem_kernels")
+    for path in (ROOT / package).rglob("*")
+    if path.is_file() and path.suffix not in (".py", ".pyc", ".so")
+} - {"stem_kernels/_build_info.json"}
+# One process, as imports are most of the time: the packages, an operator, the installed command.
+INSTALLED = """
+import runpy
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import stem, stem_kernels
+
+x = torch.randn(1, 1, 64, 8)
+assert stem_kernels.stem_attention(x, x, x, num_bases=4).shape == x.shape
+for package in (stem, stem_kernels):
+    assert Path(package.__file__).is_relative_to(sys.argv[1]), package.__file__
+assert version("stem-inversion") == stem.__version__
+sys.argv = [sys.argv[1] + "/bin/stem", "demo", "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_sdist_and_wheel_hold_what_they_should_and_run(tmp_path: Path) -> None:
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(*LEFT_OUT))
+    build = [sys.executable, "-c", "from setuptools import build_meta as b; b.build_%s('..')"]
+    without = {"STEM_SKIP_EXT": "1"}  # pip has compiled the extension before this test runs
+    run(*build[:2], build[2] % "sdist", folder=tmp_path / "tree", **without)
+    name = f"stem_inversion-{stem.__version__}"
+    with tarfile.open(tmp_path / f"{name}.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    sources = tmp_path / name
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert path.suffix == ".pyc" or (sources / path.relative_to(ROOT)).is_file(), path
+
+    run(*build[:2], build[2] % "wheel", folder=sources, **without)
+    wheel = tmp_path / f"{name}-py3-none-any.whl"
+    held = set(zipfile.ZipFile(wheel).namelist())
+    assert not DATA - held
+    assert {entry.split("/")[0] for entry in held} == {"stem", "stem_kernels", f"{name}.dist-info"}
+
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    run(*pip, "--no-compile", "--target", site, wheel, folder=tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    python = [sys.executable, "-c", INSTALLED, site]
+    assert "Usage: stem demo" in run(*python, folder=empty, PYTHONPATH=str(site))
