@@ -135,10 +135,9 @@ def spills(lines: Sequence[Instruction]) -> int:
 def narrow(lines: Sequence[Instruction]) -> int:
     """How many loads from, and stores to, global memory move less than NARROWEST bytes a thread.
 
-    Up to FEW of 4 bytes do not count: a number a row, such as a bias, or a tile of which a thread
-    has no more than that.
+    Up to FEW do not count: they are of a number a row, such as a bias, or of a tile of which a
+    thread has no more than that.
     """
-    sizes = [line.bytes for line in lines if line.base in ("LDG", "STG", "LDGSTS")]
-    small = [size for size in sizes if size < NARROWEST]
-    few = max(small, default=0) == min(small, default=0) == 4 and len(small) <= FEW
-    return 0 if few else len(small)
+    moves = ("LDG", "STG", "LDGSTS")
+    small = sum(line.base in moves and line.bytes < NARROWEST for line in lines)
+    return small if small > FEW else 0
