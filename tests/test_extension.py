@@ -88,7 +88,7 @@ def test_what_is_not_built_is_said(
     monkeypatch.setenv(variable, value)
     extension.build_extension(package)
     assert f"not built: {reason}" in capsys.readouterr().out.splitlines()[-1]
-    said = f"cuda   the C++ extension's cpu part is not built: {reason} (to build it: pip install"
+    said = f"cuda   the C++ extension's cpu part is not built: {reason} (to build it, in the source"
     assert said in info(package)
     monkeypatch.setenv("STEM_REQUIRE_EXT", "1")
     with pytest.raises(SystemExit, match="STEM_REQUIRE_EXT=1, but"):
@@ -212,7 +212,8 @@ def test_architectures(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_without_a_report(package: Path) -> None:
-    assert "setup.py has not run (to build it: pip install --no-deps .)" in info(package)
+    text = info(package)
+    assert "setup.py has not run (to build it, in the source tree: pip install --no-deps .)" in text
 
 
 REPORT = '{"cpu": {"torch": "2.99.0"}, "cuda": {"reason": "nvcc is not found"}}'
@@ -223,7 +224,7 @@ def test_a_corrupt_object(package: Path) -> None:
     (package / "_ext_cpu.so").write_bytes(b"not an object")
     text = info(package)
     assert "_ext_cpu.so: file too short" in text
-    assert f"(built with torch 2.99.0, this is {torch.__version__}); build it again with" in text
+    assert f"(built with torch 2.99.0, this is {torch.__version__}); build it again" in text
 
 
 def test_an_object_for_another_torch(package: Path, tmp_path: Path) -> None:

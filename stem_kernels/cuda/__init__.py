@@ -43,7 +43,7 @@ def load(part: str, folder: Path = FOLDER) -> str | None:
     if part == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA, which the C++ extension's cuda part needs"
     if "reason" in info:
-        reason = f"{info['reason']} (to build it: {BUILD_COMMAND})"
+        reason = f"{info['reason']} (to build it, in the source tree: {BUILD_COMMAND})"
         return f"the C++ extension's {part} part is not built: {reason}"
     path = folder / f"_ext_{part}.so"
     try:
@@ -53,13 +53,13 @@ def load(part: str, folder: Path = FOLDER) -> str | None:
         return (
             f"{path.name} cannot be loaded: {error.__cause__ or error} "
             f"(built with torch {info['torch']}, this is {torch.__version__}); "
-            f"build it again with: {BUILD_COMMAND}"
+            f"build it again, in the source tree, with: {BUILD_COMMAND}"
         )
     lacking = [name for name in OPERATORS if not hasattr(torch.ops.stem_kernels_ext, name)]
     if lacking:
         return (
             f"{path.name} lacks {', '.join(lacking)}: it was built from older sources; "
-            f"build it again with: {BUILD_COMMAND}"
+            f"build it again, in the source tree, with: {BUILD_COMMAND}"
         )
     return None
 
