@@ -80,7 +80,7 @@ class Counted:
 def trips(launch: Launch) -> int:
     """How often a program goes through the loop that holds its matrix products."""
     sizes = launch.arguments
-    if launch.name in ("fused", "products"):
+    if launch.name in ("fused", "fused_rows", "products"):
         return math.ceil(sizes["tokens_per_split"] / sizes["BLOCK_N"])
     if launch.name == "resident":
         return math.ceil(sizes["n"] / (launch.grid[1] * sizes["BLOCK_N"]))

@@ -38,7 +38,7 @@ TILES: dict[str, dict[str, tuple[int, ...]]] = {
     "em_wide logits": {"block_n": (64, 128), "block_d": (32, 64)},
     "em_wide products": {"block_n": (32, 64, 128), "block_e": (64, 128)},
     "em_general": {"block_n": (32, 64, 128), "block_k": (64, 128), "block_d": (32, 64)},
-    "resident_attention": {"block_n": (32, 64, 128)},
+    "resident_attention": {"block_n": (32, 64, 128), "parts": (1, 2)},
     "basis_attention": {"query_bytes": (16384, 32768), "basis_bytes": (8192, 16384, 32768)},
     "blended_attention": {"query_bytes": (16384, 32768), "basis_bytes": (8192, 16384)},
     "nearest_token": {"block_n": (64, 128), "block_m": (64, 128), "block_d": (32, 64)},

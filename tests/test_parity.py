@@ -102,6 +102,23 @@ def test_attention(backend: str, dtype: torch.dtype, width: int, n: int, num_bas
         assert max_error(result, exact) <= 1e-5 * float(exact.abs().max())
 
 
+@pytest.mark.parametrize("scale", [0.2, 0.0, -0.3])
+@pytest.mark.parametrize("apart", [0, 3])
+@pytest.mark.parametrize("width", [40, 64])
+def test_attention_without_bias(backend: str, width: int, apart: int, scale: float) -> None:
+    """Rows at multiples of 8 elements and at others; a scale that turns the maximum round."""
+    query, key, value = (
+        clustered_tokens((1, rows, 2, width + apart), seed=rows).to(DEVICE, torch.float16)
+        for rows in (70, 200, 200)
+    )
+    query, key, value = (rows.transpose(1, 2)[..., :width] for rows in (query, key, value))
+    arguments = (query, key, value)
+    exact = eager_basis_attention(*(rows.double() for rows in arguments), scale=scale)
+    plain = eager_basis_attention(*arguments, scale=scale)
+    result = basis_attention(*arguments, scale=scale, backend=backend)
+    assert max_error(result, exact) <= parity_bound(exact, plain, ATTENTION_ATOL)
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     n=st.integers(0, 300),

@@ -16,20 +16,24 @@ from ..tuning import rows_for, tile_for, tiles
 from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
-from .resident_attention import options_of, resident_attention
+from .resident_attention import LEAST_SCALE, LOG2E, options_of, resident_attention
+from .tiles import aligned, in_eights, row_max, row_sum
 
 LARGEST_HEAD = 512
 
 
 @triton.jit
 def attend(
-    p_query, p_key, p_value, p_bias, o_n, m_n, K, D, E,
+    p_query, p_key, p_value, p_bias, o_n, m_n, K,
     stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bk, scale,
+    D: tl.constexpr, E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WITH_BIAS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_N, BLOCK_E], float32: attention of queries o_n of a head, at which pointers point."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+    # A positive factor is left for after the maximum; a bias is then wanted without it.
+    factor = 1.0 if SCALED else scale
+    bias_factor = LOG2E if SCALED else LOG2E / scale
     o_d = tl.arange(0, BLOCK_D).to(tl.int64)
     o_e = tl.arange(0, BLOCK_E).to(tl.int64)
     m_d = o_d < D
@@ -57,17 +61,20 @@ def attend(
         # [BLOCK_N, BLOCK_K]
         if UPCAST:
             b_k = b_k.to(tl.float32)
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+        b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
+        if SCALED:
+            b_s = b_s * scale
         if WITH_BIAS:
-            b_bias = tl.load(p_bias + o_k * stride_bk, mask=m_k, other=0.0).to(tl.float32)
-            b_s += b_bias[None, :] * LOG2E
-        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+            b_bias = tl.load(p_bias + o_k * stride_bk, mask=m_k, other=float("-inf"))
+            b_s += (b_bias.to(tl.float32) * bias_factor)[None, :]
+        else:
+            b_s = tl.where(m_k[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_max, row_max(b_s) * factor)
         # A tile whose bases are all excluded has the maximum -inf, and -inf - -inf is NaN.
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_w = tl.exp2(b_s - b_shift[:, None])
+        b_w = tl.exp2(b_s * factor - b_shift[:, None])
         b_rescale = tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_rescale + tl.sum(b_w, axis=1)
+        b_sum = b_sum * b_rescale + row_sum(b_w)
         # [BLOCK_K, BLOCK_E]
         b_v = tl.load(
             p_value + (o_k * stride_vn)[:, None] + (o_e * stride_vd)[None, :],
@@ -78,20 +85,27 @@ def attend(
             b_w, b_v = b_w.to(tl.float32), b_v.to(tl.float32)
         b_out = tl.dot(b_w, b_v, b_out * b_rescale[:, None], input_precision=PRECISION)
         b_max = b_new
-    return b_out / b_sum[:, None]
+    return b_out * (1.0 / b_sum)[:, None]
 
 
 @triton.jit
 def _basis_attention_kernel(
     p_query, p_key, p_value, p_bias, p_out,
-    n, K, D, E, H,
+    n, K, H,
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_bb, stride_bh, stride_bk, scale,
+    D: tl.constexpr, E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WITH_BIAS: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    stride_qb, stride_qh = in_eights(stride_qb, ALIGNED), in_eights(stride_qh, ALIGNED)
+    stride_kb, stride_kh = in_eights(stride_kb, ALIGNED), in_eights(stride_kh, ALIGNED)
+    stride_vb, stride_vh = in_eights(stride_vb, ALIGNED), in_eights(stride_vh, ALIGNED)
+    stride_qn, stride_kn = in_eights(stride_qn, ALIGNED), in_eights(stride_kn, ALIGNED)
+    stride_vn = in_eights(stride_vn, ALIGNED)
     # Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
     tiles = tl.cdiv(n, BLOCK_N)
     lead = tl.program_id(0) // tiles
@@ -104,13 +118,13 @@ def _basis_attention_kernel(
         p_key + batch * stride_kb + head * stride_kh,
         p_value + batch * stride_vb + head * stride_vh,
         p_bias + batch * stride_bb + head * stride_bh,
-        o_n, m_n, K, D, E,
+        o_n, m_n, K,
         stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bk, scale,
-        BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_E, WITH_BIAS, PRECISION, UPCAST,
+        D, E, BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_E, WITH_BIAS, SCALED, PRECISION, UPCAST,
     )  # fmt: skip
     o_e = tl.arange(0, BLOCK_E).to(tl.int64)
     tl.store(
-        p_out + ((batch * n + o_n) * H * E + head * E)[:, None] + o_e[None, :],
+        p_out + (((batch * n + o_n) * H + head) * E)[:, None] + o_e[None, :],
         b_out.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_e < E)[None, :],
     )  # fmt: skip
 
@@ -128,7 +142,7 @@ def _program(
     program = Program(query.device)
     inputs = [program.input(layout) for layout in (query, key, value, bias) if layout is not None]
     out = program.memory("out", (batch, n, heads, width), query.dtype)
-    options = options_of(query, key, value)
+    options = options_of(query, key, value, bias)
     if options:
         resident_attention(program, inputs, scale, out, options)
         return program, out.place
@@ -142,13 +156,14 @@ def _program(
         (triton.cdiv(n, block_n) * batch * heads,),
         (*inputs, out) if len(inputs) == 4 else (*inputs, inputs[0], out),
         (
-            n, num_bases, dim, width, heads,
+            n, num_bases, heads,
             *query.stride(), *key.stride(), *value.stride(),
             *((0, 0, 0) if bias is None else bias.stride()),
             scale * math.log2(math.e),
         ),
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
-        WITH_BIAS=bias is not None, **dot_options(query.dtype), **options,
+        D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
+        WITH_BIAS=bias is not None, SCALED=scale < LEAST_SCALE,
+        ALIGNED=aligned(query, key, value), **dot_options(query.dtype), **options,
     )  # fmt: skip
     return program, out.place
 

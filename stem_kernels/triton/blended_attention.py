@@ -16,21 +16,33 @@ from ..tuning import rows_for, tile_for, tiles
 from . import on_device_of
 from .basis_attention import LARGEST_HEAD, attend
 from .precision import dot_options
+from .resident_attention import LEAST_SCALE
+from .tiles import aligned, in_eights
 
 
 @triton.jit
 def _blended_attention_kernel(
     p_query, p_key, p_query_source, p_key_source, p_value, p_mask, p_bias, p_out,
-    n, K, D, E, H,
+    n, K, H,
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_rb, stride_rh, stride_rn, stride_rd,
     stride_lb, stride_lh, stride_ln, stride_ld,
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_mb, stride_mn, stride_bb, stride_bh, stride_bk, scale,
+    D: tl.constexpr, E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WITH_BIAS: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    stride_qb, stride_qh = in_eights(stride_qb, ALIGNED), in_eights(stride_qh, ALIGNED)
+    stride_kb, stride_kh = in_eights(stride_kb, ALIGNED), in_eights(stride_kh, ALIGNED)
+    stride_rb, stride_rh = in_eights(stride_rb, ALIGNED), in_eights(stride_rh, ALIGNED)
+    stride_lb, stride_lh = in_eights(stride_lb, ALIGNED), in_eights(stride_lh, ALIGNED)
+    stride_vb, stride_vh = in_eights(stride_vb, ALIGNED), in_eights(stride_vh, ALIGNED)
+    stride_qn, stride_kn = in_eights(stride_qn, ALIGNED), in_eights(stride_kn, ALIGNED)
+    stride_rn, stride_ln = in_eights(stride_rn, ALIGNED), in_eights(stride_ln, ALIGNED)
+    stride_vn = in_eights(stride_vn, ALIGNED)
     # Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
     tiles = tl.cdiv(n, BLOCK_N)
     lead = tl.program_id(0) // tiles
@@ -51,9 +63,9 @@ def _blended_attention_kernel(
         b_part = attend(
             p_query + batch * stride_qb + head * stride_qh,
             p_key + batch * stride_kb + head * stride_kh,
-            p_v, p_b, o_n, m_n, K, D, E,
+            p_v, p_b, o_n, m_n, K,
             stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bk, scale,
-            BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_E, WITH_BIAS, PRECISION, UPCAST,
+            D, E, BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_E, WITH_BIAS, SCALED, PRECISION, UPCAST,
         )  # fmt: skip
         # 0 times NaN would be NaN.
         b_out = tl.where((b_share == 0.0)[:, None], 0.0, b_share[:, None] * b_part)
@@ -61,13 +73,13 @@ def _blended_attention_kernel(
         b_part = attend(
             p_query_source + batch * stride_rb + head * stride_rh,
             p_key_source + batch * stride_lb + head * stride_lh,
-            p_v, p_b, o_n, m_n, K, D, E,
+            p_v, p_b, o_n, m_n, K,
             stride_rn, stride_rd, stride_ln, stride_ld, stride_vn, stride_vd, stride_bk, scale,
-            BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_E, WITH_BIAS, PRECISION, UPCAST,
+            D, E, BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_E, WITH_BIAS, SCALED, PRECISION, UPCAST,
         )  # fmt: skip
         b_out += tl.where((b_rest == 0.0)[:, None], 0.0, b_rest[:, None] * b_part)
     tl.store(
-        p_out + ((batch * n + o_n) * H * E + head * E)[:, None] + o_e[None, :],
+        p_out + (((batch * n + o_n) * H + head) * E)[:, None] + o_e[None, :],
         b_out.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_e < E)[None, :],
     )  # fmt: skip
 
@@ -106,13 +118,15 @@ def blended_attention_triton(
         _blended_attention_kernel[(triton.cdiv(n, block_n) * batch * heads,)](
             query_target, key_target, query_source, key_source, value, mask,
             mask if bias is None else bias, out,
-            n, num_bases, dim, width, heads,
+            n, num_bases, heads,
             *query_target.stride(), *key_target.stride(),
             *query_source.stride(), *key_source.stride(), *value.stride(), *mask.stride(),
             *((0, 0, 0) if bias is None else bias.stride()),
             scale * math.log2(math.e),
-            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
-            WITH_BIAS=bias is not None, **dot_options(query_target.dtype), **options,
+            D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
+            WITH_BIAS=bias is not None, SCALED=scale < LEAST_SCALE,
+            ALIGNED=aligned(query_target, key_target, query_source, key_source, value),
+            **dot_options(query_target.dtype), **options,
         )  # fmt: skip
     return out
 

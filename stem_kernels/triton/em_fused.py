@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 
 from ..tuning import tile_for, tiles, token_ranges, two_tiles
+from .em_rows import _fused_rows_kernel
 from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
-from .tiles import aligned, load_rows, store_rows
+from .tiles import aligned, in_eights, load_rows, reciprocal, store_rows
 
 LARGEST_BASES = 256
 LARGEST_TOGETHER = 80  # tokens and payload summed in one program
@@ -37,9 +38,9 @@ def _fused_kernel(
     WITH_SUMS: tl.constexpr, WITH_VALUES: tl.constexpr, FULL_K: tl.constexpr,
     ALIGNED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # Triton itself only notices multiples of 16, which 40 channels are not.
-    if ALIGNED:
-        stride_xn, stride_vn = tl.multiple_of(stride_xn, 8), tl.multiple_of(stride_vn, 8)
+    stride_xb, stride_xh = in_eights(stride_xb, ALIGNED), in_eights(stride_xh, ALIGNED)
+    stride_vb, stride_vh = in_eights(stride_vb, ALIGNED), in_eights(stride_vh, ALIGNED)
+    stride_xn, stride_vn = in_eights(stride_xn, ALIGNED), in_eights(stride_vn, ALIGNED)
     # Only the first axis of a grid may exceed 65,535.
     lead = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -65,8 +66,9 @@ def _fused_kernel(
     p_v = p_values + (lead // H) * stride_vb + (lead % H) * stride_vh
     start = split.to(tl.int64) * tokens_per_split
     o_n = tl.arange(0, BLOCK_N)
+    left = tl.minimum(n - start, tokens_per_split).to(tl.int32)
     for offset in range(0, tokens_per_split, BLOCK_N):
-        m_n = o_n < n - start - offset
+        m_n = o_n < left - offset
         p_x_tile = p_x + (start + offset) * stride_xn
         # [BLOCK_N, D_MAIN]
         b_x = load_rows(p_x_tile, o_n * stride_xn, m_n, stride_xd, D, 0, D_MAIN, UPCAST)
@@ -83,7 +85,7 @@ def _fused_kernel(
         b_shift = tl.max(b_s, axis=0) * scale
         b_z = tl.exp2(b_s * scale - b_shift[None, :])
         # Tokens past the end have zeros for logits; a share of 0 keeps them out of the mass.
-        b_share = tl.where(m_n, UNIT / tl.sum(b_z, axis=0), 0.0)
+        b_share = tl.where(m_n, UNIT * reciprocal(tl.sum(b_z, axis=0)), 0.0)
         b_z = b_z * b_share[None, :]
         b_mass += tl.sum(b_z, axis=1)
         b_w = b_z.to(p_features.dtype.element_ty)
@@ -155,7 +157,11 @@ def _add(
     width = values.layout.shape[-1]
     padded = next(bound for bound in WIDTHS if max(dim, width) <= bound)
     both = wanted == "both"
-    options = tiles(f"em_fused {padded}" + (" payload" if both else ""), tokens.device)
+    d_main, d_rest = two_tiles(dim)
+    as_rows: dict[str, int] = {}
+    if wanted == "sums" and padded == WIDTHS[0] and d_main + d_rest > dim > d_main:
+        as_rows = tiles(f"em_fused {padded} rows", tokens.device)
+    options = as_rows or tiles(f"em_fused {padded}" + (" payload" if both else ""), tokens.device)
     block_n = options.pop("block_n")
     programs = options.pop("programs") // (batch * heads)
     splits, tokens_per_split = token_ranges(n, block_n, programs)
@@ -167,7 +173,20 @@ def _add(
     if wanted != "sums":
         value_sums = program.memory("payload parts", (*lead, width), torch.float32)
     block_k = tile_for(num_bases, LARGEST_BASES)
-    d_main, d_rest = two_tiles(dim)
+    shared = {
+        "BLOCK_N": block_n, "BLOCK_K": block_k, "D_MAIN": d_main, "D_REST": d_rest,
+        "FULL_K": block_k == num_bases, "UNIT": weight_unit(tokens.dtype),
+        **dot_options(tokens.dtype), **options,
+    }  # fmt: skip
+    if as_rows:
+        program.launch(
+            _fused_rows_kernel,
+            (batch * heads, splits),
+            (features, directions, sums, mass),
+            (n, num_bases, heads, tokens_per_split, *tokens.strides, scale),
+            D=dim, ALIGNED=aligned(tokens), **shared,
+        )  # fmt: skip
+        return Parts(sums, mass, None)
     e_main, e_rest = two_tiles(width)
     program.launch(
         _fused_kernel,
@@ -177,10 +196,8 @@ def _add(
             n, num_bases, heads, tokens_per_split,
             *tokens.strides, *values.layout.strides, scale,
         ),
-        D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k,
-        D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
+        D=dim, E=width, E_MAIN=e_main, E_REST=e_rest,
         WITH_SUMS=wanted != "payload", WITH_VALUES=wanted != "sums",
-        FULL_K=block_k == num_bases, ALIGNED=aligned(tokens, values.layout),
-        UNIT=weight_unit(tokens.dtype), **dot_options(tokens.dtype), **options,
+        ALIGNED=aligned(tokens, values.layout), **shared,
     )  # fmt: skip
     return Parts(sums, mass, None if wanted == "sums" else value_sums)

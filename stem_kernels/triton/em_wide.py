@@ -20,7 +20,7 @@ from .em_fused import LARGEST_BASES
 from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
-from .tiles import load_rows, store_rows
+from .tiles import aligned, in_eights, load_rows, reciprocal, store_rows
 
 LARGEST_CHUNK_BYTES = 2**25  # of responsibilities
 
@@ -30,8 +30,11 @@ def _responsibilities_kernel(
     p_features, p_directions, p_z, p_mass,
     n, first, chunk, K, H, stride_xb, stride_xh, stride_xn, stride_xd, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    FULL_K: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FULL_K: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
+    stride_xb, stride_xh = in_eights(stride_xb, ALIGNED), in_eights(stride_xh, ALIGNED)
+    stride_xn = in_eights(stride_xn, ALIGNED)
     # Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
     tiles = tl.cdiv(tl.minimum(chunk, n - first), BLOCK_N)
     lead = (tl.program_id(0) // tiles).to(tl.int64)
@@ -60,7 +63,7 @@ def _responsibilities_kernel(
     # [BLOCK_N]
     b_shift = tl.max(b_s, axis=1) * scale
     b_z = tl.exp2(b_s * scale - b_shift[:, None])
-    b_share = tl.where(m_n, UNIT / tl.sum(b_z, axis=1), 0.0)
+    b_share = tl.where(m_n, UNIT * reciprocal(tl.sum(b_z, axis=1)), 0.0)
     b_z = b_z * b_share[:, None]
     p_row = p_z + (lead * chunk + start) * K
     store_rows(p_row, o_n * K, o_n < chunk - start, K, b_z, 0, BLOCK_K)
@@ -74,8 +77,11 @@ def _products_kernel(
     p_z, p_values, p_sums,
     n, first, chunk, K, H, tokens_per_split, stride_vb, stride_vh, stride_vn, stride_vd,
     E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E_MAIN: tl.constexpr,
-    E_REST: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    E_REST: tl.constexpr, ADD: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
+    stride_vb, stride_vh = in_eights(stride_vb, ALIGNED), in_eights(stride_vh, ALIGNED)
+    stride_vn = in_eights(stride_vn, ALIGNED)
     E_TILE: tl.constexpr = E_MAIN + E_REST
     lead = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * E_TILE
@@ -145,8 +151,8 @@ def wide_pass(
             (features, directions, z, mass),
             (n, first, chunk, num_bases, heads, *tokens.strides, scale),
             D=dim, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d,
-            FULL_K=block_k == num_bases, UNIT=weight_unit(tokens.dtype),
-            **dot_options(tokens.dtype), **options,
+            FULL_K=block_k == num_bases, ALIGNED=aligned(tokens),
+            UNIT=weight_unit(tokens.dtype), **dot_options(tokens.dtype), **options,
         )  # fmt: skip
         for product in products:
             product.add(first)
@@ -181,5 +187,5 @@ class _Products:
             (n, first, chunk, num_bases, heads, self.tokens_per_split, *values.strides),
             E=width, BLOCK_N=self.block_n, BLOCK_K=tile_for(num_bases, LARGEST_BASES),
             E_MAIN=self.main, E_REST=self.rest, ADD=first > 0,
-            **dot_options(values.dtype), **self.options,
+            ALIGNED=aligned(values), **dot_options(values.dtype), **self.options,
         )  # fmt: skip

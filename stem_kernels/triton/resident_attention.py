@@ -1,8 +1,8 @@
 """Attention to at most 256 bases of a head, which stay on the chip while queries pass by.
 
-K and V of a head are read once per program, in one part of up to 128 bases or two. Logits of one
-part are held at a time: with all 256 they would take 128 registers of a thread and spill. The
-second part rescales what the first gave, one multiplication per output and 256 bases.
+K and V of a head are read once per program, in one part or two, as the tables of tiles say. With
+two, the second rescales what the first gave, one multiplication per output and 256 bases, and the
+first one's weights need not be held until the last maximum is known.
 
 Per (query, base): 4 d FLOPs, one exp2. Floor on an H100 at d = 40: the exponentials.
 """
@@ -18,39 +18,64 @@ import triton.language as tl
 from ..tuning import tile_for, tiles, two_tiles
 from .precision import dot_options
 from .program import Buffer, Layout, Program
-from .tiles import aligned, load_rows, offsets_fit, store_rows
+from .tiles import (
+    aligned,
+    in_eights,
+    load_rows,
+    offsets_fit,
+    reciprocal,
+    row_max,
+    row_sum,
+    store_rows,
+)
 
-LARGEST_PART = 128
-WIDTHS = (48, 64, 80)  # each has its own row in the tables of tiles
+LARGEST_BASES = 256
+LOG2E = tl.constexpr(1.4426950408889634)
+LEAST_SCALE = 2.0**-40  # below it a bias over the scale could leave float32's range
+WIDTHS = (48, 64, 80, 160)  # each has its own row in the tables of tiles
+
+
+@triton.jit
+def _logits(
+    b_q, b_q_rest, b_k, b_k_rest, p_bias, stride_bk, m_k, scale,
+    D_REST: tl.constexpr, WITH_BIAS: tl.constexpr, SCALED: tl.constexpr, FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # [BLOCK_N, BLOCK_K]; in base 2, and without the scale unless SCALED
+    b_s = tl.zeros((b_q.shape[0], b_k.shape[0]), dtype=tl.float32)
+    if WITH_BIAS:
+        # Held from tile to tile it would take a register per column and thread.
+        o_k = tl.arange(0, b_k.shape[0])
+        b_bias = tl.load(p_bias + o_k * stride_bk, mask=m_k, other=float("-inf")).to(tl.float32)
+        b_bias = b_bias * (LOG2E if SCALED else LOG2E / scale)
+        if not SCALED:
+            # The products are added to it, so that it takes no addition per logit.
+            b_s += b_bias[None, :]
+    b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
+    if D_REST > 0:
+        b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s, input_precision=PRECISION)
+    if SCALED:
+        b_s = b_s * scale
+        if WITH_BIAS:
+            b_s += b_bias[None, :]
+    if not WITH_BIAS and not FULL:
+        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
+    return b_s
 
 
 @triton.jit
 def _attend(
-    b_q, b_q_rest, b_k, b_k_rest, b_v, b_v_rest, p_bias, stride_bk, m_k,
-    b_max, b_sum, b_out, b_out_rest, scale,
-    D_REST: tl.constexpr, E_REST: tl.constexpr, WITH_BIAS: tl.constexpr, FULL: tl.constexpr,
-    FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    b_s, b_v, b_v_rest, b_max, b_sum, b_out, b_out_rest, factor,
+    E_REST: tl.constexpr, WITH_BIAS: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    LOG2E: tl.constexpr = 1.4426950408889634
-    # [BLOCK_N, BLOCK_K]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    if D_REST > 0:
-        b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s, input_precision=PRECISION)
-    b_s = b_s * scale
-    if WITH_BIAS:
-        o_k = tl.arange(0, b_s.shape[1])
-        # Held from tile to tile it would take a register per column and thread.
-        b_bias = tl.load(p_bias + o_k * stride_bk, mask=m_k, other=float("-inf")).to(tl.float32)
-        b_s += b_bias[None, :] * LOG2E
-    elif not FULL:
-        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
-    b_new = tl.max(b_s, axis=1)
+    # [BLOCK_N]; a positive factor is left for after the maximum: one multiplication a row
+    b_new = row_max(b_s) * factor
     if not FIRST:
         b_new = tl.maximum(b_new, b_max)
     # A part whose bases are all excluded has the maximum -inf, and -inf - -inf is NaN.
     b_shift = tl.where(b_new == float("-inf"), 0.0, b_new) if WITH_BIAS else b_new
-    b_w = tl.exp2(b_s - b_shift[:, None])
-    b_total = tl.sum(b_w, axis=1)
+    b_w = tl.exp2(b_s * factor - b_shift[:, None])
+    b_total = row_sum(b_w)
     b_w = b_w.to(b_v.dtype)
     if FIRST:
         b_out = tl.dot(b_w, b_v, input_precision=PRECISION)
@@ -77,13 +102,15 @@ def _resident_kernel(
     stride_bb, stride_bh, stride_bk, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     D_MAIN: tl.constexpr, D_REST: tl.constexpr, E_MAIN: tl.constexpr, E_REST: tl.constexpr,
-    TWO_PARTS: tl.constexpr, FULL_K: tl.constexpr, WITH_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    TWO_PARTS: tl.constexpr, FULL_K: tl.constexpr, WITH_BIAS: tl.constexpr, SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # Triton itself only notices multiples of 16, which 40 channels are not.
-    if ALIGNED:
-        stride_qn = tl.multiple_of(stride_qn, 8)
-        stride_kn, stride_vn = tl.multiple_of(stride_kn, 8), tl.multiple_of(stride_vn, 8)
+    stride_qb, stride_qh = in_eights(stride_qb, ALIGNED), in_eights(stride_qh, ALIGNED)
+    stride_kb, stride_kh = in_eights(stride_kb, ALIGNED), in_eights(stride_kh, ALIGNED)
+    stride_vb, stride_vh = in_eights(stride_vb, ALIGNED), in_eights(stride_vh, ALIGNED)
+    stride_qn, stride_kn = in_eights(stride_qn, ALIGNED), in_eights(stride_kn, ALIGNED)
+    stride_vn = in_eights(stride_vn, ALIGNED)
+    factor = 1.0 if SCALED else scale
     # Only the first axis of a grid may exceed 65,535.
     lead = tl.program_id(0)
     batch = (lead // H).to(tl.int64)
@@ -126,32 +153,40 @@ def _resident_kernel(
             b_q_rest = load_rows(
                 p_q_tile, o_n * stride_qn, m_n, stride_qd, D, D_MAIN, D_REST, UPCAST
             )
-        b_max, b_sum, b_out, b_out_rest = _attend(
-            b_q, b_q_rest, b_k, b_k_rest, b_v, b_v_rest, p_b, stride_bk, m_k, 0, 0, 0, 0, scale,
-            D_REST, E_REST, WITH_BIAS, FULL_K or TWO_PARTS, True, PRECISION,
+        b_s = _logits(
+            b_q, b_q_rest, b_k, b_k_rest, p_b, stride_bk, m_k, scale,
+            D_REST, WITH_BIAS, SCALED, FULL_K or TWO_PARTS, PRECISION,
         )  # fmt: skip
         if TWO_PARTS:
-            b_max, b_sum, b_out, b_out_rest = _attend(
-                b_q, b_q_rest, b_l, b_l_rest, b_u, b_u_rest, p_b + BLOCK_K * stride_bk, stride_bk,
-                m_l, b_max, b_sum, b_out, b_out_rest, scale,
-                D_REST, E_REST, WITH_BIAS, FULL_K, False, PRECISION,
+            b_t = _logits(
+                b_q, b_q_rest, b_l, b_l_rest, p_b + BLOCK_K * stride_bk, stride_bk, m_l, scale,
+                D_REST, WITH_BIAS, SCALED, FULL_K, PRECISION,
             )  # fmt: skip
-        b_share = (1.0 / b_sum)[:, None]
+        b_max, b_sum, b_out, b_out_rest = _attend(
+            b_s, b_v, b_v_rest, 0, 0, 0, 0, factor, E_REST, WITH_BIAS, True, PRECISION
+        )
+        if TWO_PARTS:
+            b_max, b_sum, b_out, b_out_rest = _attend(
+                b_t, b_u, b_u_rest, b_max, b_sum, b_out, b_out_rest, factor,
+                E_REST, WITH_BIAS, False, PRECISION,
+            )  # fmt: skip
+        b_share = reciprocal(b_sum)[:, None]
         p_row = p_out + ((batch * n + start) * H + head) * E
         store_rows(p_row, o_n * (H * E), m_n, E, b_out * b_share, 0, E_MAIN)
         if E_REST > 0:
             store_rows(p_row, o_n * (H * E), m_n, E, b_out_rest * b_share, E_MAIN, E_REST)
 
 
-def options_of(query: Layout, key: Layout, value: Layout) -> dict[str, int]:
+def options_of(query: Layout, key: Layout, value: Layout, bias: Layout | None) -> dict[str, int]:
     """Tiles and launch options where this kernel serves the call; else empty."""
     width = max(query.shape[-1], value.shape[-1])
     near = all(offsets_fit(tensor) for tensor in (query, key, value))
     half = query.element_size() == 2
-    if not (half and near and width <= WIDTHS[-1] and key.shape[-2] <= 2 * LARGEST_PART):
+    if not (half and near and width <= WIDTHS[-1] and key.shape[-2] <= LARGEST_BASES):
         return {}
     padded = next(bound for bound in WIDTHS if width <= bound)
-    return tiles(f"resident_attention {padded}", query.device)
+    suffix = "" if bias is None else " bias"
+    return tiles(f"resident_attention {padded}{suffix}", query.device)
 
 
 def resident_attention(
@@ -176,7 +211,7 @@ def resident_attention(
     num_bases, width = value.shape[-2:]
     block_n = options.pop("block_n")
     programs = max(1, options.pop("programs") // (batch * heads))
-    block_k = tile_for(num_bases, LARGEST_PART)
+    block_k = tile_for(num_bases, LARGEST_BASES // options.pop("parts"))
     d_main, d_rest = two_tiles(dim)
     e_main, e_rest = two_tiles(width)
     program.launch(
@@ -190,6 +225,7 @@ def resident_attention(
         D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k,
         D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
         TWO_PARTS=num_bases > block_k, FULL_K=num_bases % block_k == 0,
-        WITH_BIAS=bool(biases), ALIGNED=aligned(query, key, value),
+        WITH_BIAS=bool(biases), SCALED=scale < LEAST_SCALE,
+        ALIGNED=aligned(query, key, value),
         **dot_options(query.dtype), **options,
     )  # fmt: skip
