@@ -16,6 +16,8 @@ from benchmarks.launches import Launch
 from benchmarks.resources import OUT, SHARED_KIB, Resources, committed, measure, text, wanted
 
 SAMPLE = (
+    (90, "float16", "em key d=40"),
+    (90, "float16", "basis attention d=80"),
     (90, "float16", "em feature d=320"),
     (80, "float16", "em feature d=640"),
     (100, "float16", "partial attention d=64"),
