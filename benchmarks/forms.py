@@ -61,6 +61,8 @@ def forms(dtype: torch.dtype) -> Iterator[Form]:
         yield Form(f"blended attention d={width}", dtype, call)
         call = functools.partial(blended, width, dtype, with_bias=True)
         yield Form(f"blended attention d={width} with bias", dtype, call)
+        call = functools.partial(calibrated, width, dtype)
+        yield Form(f"calibrated attention d={width}", dtype, call)
         call = functools.partial(partial, width, dtype)
         yield Form(f"partial attention d={width}", dtype, call)
     for share, width in ((4, 320), (16, 640)):
@@ -119,6 +121,17 @@ def attention_of_layer(width: int, dtype: torch.dtype) -> object:
     key, value = (heads_of(1, NUM_BASES, width, dtype) for _ in range(2))
     bias = torch.zeros(1, 1, NUM_BASES)
     return basis_attention(query, key, value, bias=bias, backend="triton")
+
+
+def calibrated(width: int, dtype: torch.dtype) -> object:
+    """The same to bases that are calibrated."""
+    query = heads_of(FRAMES, TOKENS // FRAMES, width, dtype)
+    key, value = (heads_of(1, NUM_BASES, width, dtype) for _ in range(2))
+    return basis_attention(
+        query, key, value, bias=torch.zeros(1, 1, NUM_BASES),
+        correction=torch.zeros(1, HEADS, width + 1, width),
+        query_mean=torch.zeros(1, HEADS, width), backend="triton",
+    )  # fmt: skip
 
 
 def blended(width: int, dtype: torch.dtype, *, with_bias: bool) -> object:

@@ -133,11 +133,15 @@ def test_calibration_refuses() -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_attention_with_a_correction(backend: str, dtype: torch.dtype) -> None:
-    query = (3 + tokens(2, 3000, 3, 40)).transpose(1, 2).to(dtype)
+def test_attention_with_a_correction(backend: str, dtype: torch.dtype, shared: bool) -> None:
+    count = 300 if backend == "triton" else 3000
+    query = (3 + tokens(2, count, 3, 40)).transpose(1, 2).to(dtype)
     key, value = tokens(1, 3, 20, 40, seed=1).to(dtype), tokens(1, 3, 20, 24, seed=2).to(dtype)
     correction, mean = tokens(2, 3, 41, 24, seed=3) / 6, query.float().mean(-2)
+    if shared:  # by the batch; the mean is each row's own
+        correction = correction[:1]
 
     def eager(dtype: torch.dtype) -> torch.Tensor:
         matrix, constant = correction.to(dtype).split([40, 1], dim=-2)

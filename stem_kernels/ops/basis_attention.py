@@ -73,9 +73,7 @@ def basis_attention(
     if chosen == "triton":
         from ..triton.basis_attention import basis_attention_triton
 
-        out = basis_attention_triton(query, key, value, bias, scale)
-        if correction is not None and query_mean is not None:
-            add_correction(out, query, correction, query_mean)
+        out = basis_attention_triton(query, key, value, bias, correction, query_mean, scale)
     elif chosen == "cuda":
         from ..cuda.basis_attention import basis_attention_cuda
 

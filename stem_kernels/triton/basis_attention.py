@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..tuning import rows_for, tile_for, tiles
+from .correction import corrected
 from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
@@ -90,15 +91,15 @@ def attend(
 
 @triton.jit
 def _basis_attention_kernel(
-    p_query, p_key, p_value, p_bias, p_out,
+    p_query, p_key, p_value, p_bias, p_matrix, p_mean, p_out,
     n, K, H,
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_bb, stride_bh, stride_bk, scale,
+    stride_bb, stride_bh, stride_bk, corrections, scale,
     D: tl.constexpr, E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    WITH_BIAS: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr,
+    WITH_BIAS: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, CORRECTED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     stride_qb, stride_qh = in_eights(stride_qb, ALIGNED), in_eights(stride_qh, ALIGNED)
@@ -122,6 +123,13 @@ def _basis_attention_kernel(
         stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bk, scale,
         D, E, BLOCK_N, BLOCK_K, BLOCK_D, BLOCK_E, WITH_BIAS, SCALED, PRECISION, UPCAST,
     )  # fmt: skip
+    if CORRECTED:
+        place = (lead % corrections).to(tl.int64)
+        b_out = corrected(
+            b_out, p_query + batch * stride_qb + head * stride_qh, o_n * stride_qn, m_n, stride_qd,
+            p_matrix + place * (D + 1) * E, p_mean + place * D, D, E,
+            0, BLOCK_E, PRECISION, UPCAST,
+        )  # fmt: skip
     o_e = tl.arange(0, BLOCK_E).to(tl.int64)
     tl.store(
         p_out + (((batch * n + o_n) * H + head) * E)[:, None] + o_e[None, :],
@@ -131,39 +139,52 @@ def _basis_attention_kernel(
 
 @programs
 def _program(
-    query: Layout, key: Layout, value: Layout, bias: Layout | None, scale: float
+    query: Layout,
+    key: Layout,
+    value: Layout,
+    bias: Layout | None,
+    correction: Layout | None,
+    query_mean: Layout | None,
+    scale: float,
 ) -> tuple[Program, int]:
-    """The program, and where its output is."""
+    """The program, and where its output is; correction and query_mean are contiguous."""
     batch, heads, n, dim = query.shape
     num_bases, width = value.shape[-2:]
     lead = (batch, heads, num_bases)
     key, value = key.expanded(*lead, dim), value.expanded(*lead, width)
     bias = None if bias is None else bias.expanded(*lead)
     program = Program(query.device)
-    inputs = [program.input(layout) for layout in (query, key, value, bias) if layout is not None]
+    first = program.input(query)
+    # What is absent points at the queries, and is not read.
+    others = (key, value, bias, correction, query_mean)
+    inputs = [first, *(first if part is None else program.input(part) for part in others)]
+    corrections = 0 if correction is None else correction.shape[0] * heads
     out = program.memory("out", (batch, n, heads, width), query.dtype)
-    options = options_of(query, key, value, bias)
+    extra = "correction" if corrections > 0 else "" if bias is None else "bias"
+    options = options_of(query, key, value, extra)
     if options:
-        resident_attention(program, inputs, scale, out, options)
+        resident_attention(program, inputs, bias is not None, corrections, scale, out, options)
         return program, out.place
     block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
     row_bytes = max(block_d, block_e) * query.element_size()
-    options = tiles("basis_attention", query.device, query.dtype)
+    op = "basis_attention correction" if corrections > 0 else "basis_attention"
+    options = tiles(op, query.device, query.dtype)
     block_n = rows_for(row_bytes, options.pop("query_bytes"))
     block_k = tile_for(num_bases, rows_for(row_bytes, options.pop("basis_bytes")))
     program.launch(
         _basis_attention_kernel,
         (triton.cdiv(n, block_n) * batch * heads,),
-        (*inputs, out) if len(inputs) == 4 else (*inputs, inputs[0], out),
+        (*inputs, out),
         (
             n, num_bases, heads,
             *query.stride(), *key.stride(), *value.stride(),
             *((0, 0, 0) if bias is None else bias.stride()),
-            scale * math.log2(math.e),
+            corrections, scale * math.log2(math.e),
         ),
         D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
         WITH_BIAS=bias is not None, SCALED=scale < LEAST_SCALE,
-        ALIGNED=aligned(query, key, value), **dot_options(query.dtype), **options,
+        ALIGNED=aligned(query, key, value), CORRECTED=corrections > 0,
+        **dot_options(query.dtype), **options,
     )  # fmt: skip
     return program, out.place
 
@@ -174,19 +195,29 @@ def basis_attention_triton(
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
+    correction: torch.Tensor | None,
+    query_mean: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     """query [B, h, n, d], key [B or 1, h, K, d], value [B or 1, h, K, e], bias [.., .., K].
 
+    correction [B or 1, h, d + 1, e] and query_mean [B or 1, h, d], or None.
     Returns contiguous [B, n, h, e] of the query's dtype.
     """
     if query.numel() == 0 or value.shape[-1] == 0:
         batch, heads, n, _ = query.shape
         return query.new_empty((batch, n, heads, value.shape[-1]))
+    if correction is not None and query_mean is not None:
+        lead = max(correction.shape[0], query_mean.shape[0])
+        correction, query_mean = (
+            part.float().expand(lead, *part.shape[1:]).contiguous()
+            for part in (correction, query_mean)
+        )
+    tensors = (query, key, value, bias, correction, query_mean)
     program, out = _program(
-        Layout.of(query), Layout.of(key), Layout.of(value), Layout.of_any(bias), scale
+        Layout.of(query), Layout.of(key), Layout.of(value), *map(Layout.of_any, tensors[3:]), scale
     )
-    return program(query, key, value, bias)[out]
+    return program(*tensors)[out]
 
 
 @torch.library.register_fake("stem_kernels::basis_attention_triton")
@@ -195,6 +226,8 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
+    correction: torch.Tensor | None,
+    query_mean: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     batch, heads, n, _ = query.shape

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..tuning import tile_for, tiles, two_tiles
+from .correction import corrected
 from .precision import dot_options
 from .program import Buffer, Layout, Program
 from .tiles import (
@@ -94,16 +95,16 @@ def _attend(
 
 @triton.jit
 def _resident_kernel(
-    p_query, p_key, p_value, p_bias, p_out,
+    p_query, p_key, p_value, p_bias, p_matrix, p_mean, p_out,
     n, K, H,
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_bb, stride_bh, stride_bk, scale,
+    stride_bb, stride_bh, stride_bk, corrections, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     D_MAIN: tl.constexpr, D_REST: tl.constexpr, E_MAIN: tl.constexpr, E_REST: tl.constexpr,
     TWO_PARTS: tl.constexpr, FULL_K: tl.constexpr, WITH_BIAS: tl.constexpr, SCALED: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ALIGNED: tl.constexpr, CORRECTED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     stride_qb, stride_qh = in_eights(stride_qb, ALIGNED), in_eights(stride_qh, ALIGNED)
     stride_kb, stride_kh = in_eights(stride_kb, ALIGNED), in_eights(stride_kh, ALIGNED)
@@ -172,26 +173,45 @@ def _resident_kernel(
             )  # fmt: skip
         b_share = reciprocal(b_sum)[:, None]
         p_row = p_out + ((batch * n + start) * H + head) * E
-        store_rows(p_row, o_n * (H * E), m_n, E, b_out * b_share, 0, E_MAIN)
+        b_out = b_out * b_share
         if E_REST > 0:
-            store_rows(p_row, o_n * (H * E), m_n, E, b_out_rest * b_share, E_MAIN, E_REST)
+            b_out_rest = b_out_rest * b_share
+        if CORRECTED:
+            place = lead % corrections
+            p_e, p_m = p_matrix + place * ((D + 1) * E), p_mean + place * D
+            b_out = corrected(
+                b_out, p_q_tile, o_n * stride_qn, m_n, stride_qd, p_e, p_m, D, E,
+                0, E_MAIN, PRECISION, UPCAST,
+            )  # fmt: skip
+            if E_REST > 0:
+                b_out_rest = corrected(
+                    b_out_rest, p_q_tile, o_n * stride_qn, m_n, stride_qd, p_e, p_m, D, E,
+                    E_MAIN, E_REST, PRECISION, UPCAST,
+                )  # fmt: skip
+        store_rows(p_row, o_n * (H * E), m_n, E, b_out, 0, E_MAIN)
+        if E_REST > 0:
+            store_rows(p_row, o_n * (H * E), m_n, E, b_out_rest, E_MAIN, E_REST)
 
 
-def options_of(query: Layout, key: Layout, value: Layout, bias: Layout | None) -> dict[str, int]:
-    """Tiles and launch options where this kernel serves the call; else empty."""
+def options_of(query: Layout, key: Layout, value: Layout, extra: str) -> dict[str, int]:
+    """Tiles and launch options where this kernel serves the call; else empty.
+
+    `extra` is "", "bias" or "correction", the latter with a bias or without.
+    """
     width = max(query.shape[-1], value.shape[-1])
     near = all(offsets_fit(tensor) for tensor in (query, key, value))
     half = query.element_size() == 2
     if not (half and near and width <= WIDTHS[-1] and key.shape[-2] <= LARGEST_BASES):
         return {}
     padded = next(bound for bound in WIDTHS if width <= bound)
-    suffix = "" if bias is None else " bias"
-    return tiles(f"resident_attention {padded}{suffix}", query.device)
+    return tiles(f"resident_attention {padded} {extra}".rstrip(), query.device)
 
 
 def resident_attention(
     program: Program,
     inputs: Sequence[Buffer],
+    with_bias: bool,
+    corrections: int,
     scale: float,
     out: Buffer,
     options: dict[str, int],
@@ -200,13 +220,16 @@ def resident_attention(
 
     Args:
         program: Program to add it to.
-        inputs: query [B, h, n, d], key [B, h, K, d], value [B, h, K, e] and maybe a bias
-            [B, h, K], any strides.
+        inputs: query [B, h, n, d], key [B, h, K, d], value [B, h, K, e] and bias [B, h, K], any
+            strides; correction [B or 1, h, d + 1, e] and mean query [B or 1, h, d], float32 and
+            contiguous. Anything for those that there are not.
+        with_bias: Whether there is a bias.
+        corrections: Number of heads with a correction of their own, B h or h; 0 without one.
         scale: Factor of the logits.
         out: Output.
         options: Tiles and launch options, from `options_of`.
     """
-    query, key, value, *biases = (tensor.layout for tensor in inputs)
+    query, key, value, bias = (tensor.layout for tensor in inputs[:4])
     batch, heads, n, dim = query.shape
     num_bases, width = value.shape[-2:]
     block_n = options.pop("block_n")
@@ -217,15 +240,15 @@ def resident_attention(
     program.launch(
         _resident_kernel,
         (batch * heads, min(programs, triton.cdiv(n, block_n))),
-        (*inputs, out) if biases else (*inputs, inputs[0], out),
+        (*inputs, out),
         (
             n, num_bases, heads, *query.stride(), *key.stride(), *value.stride(),
-            *(biases[0].stride() if biases else (0, 0, 0)), scale * math.log2(math.e),
+            *(bias.stride() if with_bias else (0, 0, 0)), corrections, scale * math.log2(math.e),
         ),
         D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k,
         D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
         TWO_PARTS=num_bases > block_k, FULL_K=num_bases % block_k == 0,
-        WITH_BIAS=bool(biases), SCALED=scale < LEAST_SCALE,
-        ALIGNED=aligned(query, key, value),
+        WITH_BIAS=with_bias, SCALED=scale < LEAST_SCALE,
+        ALIGNED=aligned(query, key, value), CORRECTED=corrections > 0,
         **dot_options(query.dtype), **options,
     )  # fmt: skip
