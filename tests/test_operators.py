@@ -305,6 +305,12 @@ def test_opcheck(backend: str, op: str) -> None:
         query = tokens(2, 30, 3, 8).transpose(1, 2).requires_grad_(grad)
         key, bias = tokens(1, 3, 5, 8), torch.zeros(1, 3, 5, device=DEVICE)
         samples = [(query, key, key, bias, 0.3), (query, key, key, None, 0.3)]
+        if backend == "triton":
+            corrected = tokens(2, 3, 9, 8), tokens(2, 3, 8)
+            samples = [
+                (query, key, key, bias, *corrected, 0.3),
+                (query, key, key, None, None, None, 0.3),
+            ]
     for sample in samples:
         tests = ["test_schema", "test_faketensor"]
         if grad:
@@ -317,6 +323,9 @@ def _registered(op: str, backend: str):  # type: ignore[no-untyped-def]
         import stem_kernels.triton.basis_attention
         import stem_kernels.triton.em_statistics
         import stem_kernels.triton.soft_em  # noqa: F401
+    if backend == "torch":
+        import stem_kernels.reference.basis_attention
+        import stem_kernels.reference.em_statistics  # noqa: F401
     return getattr(torch.ops.stem_kernels, f"{op}_{backend}")
 
 
@@ -328,7 +337,11 @@ def _check_extension(op: str) -> None:
     if op == "basis_attention":
         key = tokens(1, 3, 5, 8).expand(2, -1, -1, -1)
         bias = torch.zeros(3, 5, device=DEVICE).expand(2, -1, -1)
-        samples = [(features, key, key, bias, 0.3), (features, key, key, None, 0.3)]
+        corrected = tokens(2, 3, 9, 8).float(), tokens(2, 3, 8).float()
+        samples = [
+            (features, key, key, bias, *corrected, 0.3),
+            (features, key, key, None, None, None, 0.3),
+        ]
     else:
         iterations, policy = ([2], [True, 0.01]) if op == "soft_em" else ([], [])
         samples = [
