@@ -322,7 +322,7 @@ def _registered(op: str, backend: str):  # type: ignore[no-untyped-def]
     if backend == "triton":
         import stem_kernels.triton.basis_attention
         import stem_kernels.triton.em_statistics
-        import stem_kernels.triton.soft_em  # noqa: F401
+        import stem_kernels.triton.soft_em
     if backend == "torch":
         import stem_kernels.reference.basis_attention
         import stem_kernels.reference.em_statistics  # noqa: F401
