@@ -25,8 +25,6 @@ MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 """What a product is in PTX, of half precision; "mma.sync" on the others."""
 WITHOUT_PRODUCTS = ("directions", "update")
 
-NOT_YET = ("basis_attention", "blended_attention")
-"""Kernels whose known faults are being mended; they are left out until they are."""
 SCATTERED = ("update",)
 """Kernels whose loads are single numbers far apart, the parts of one base's mass."""
 
@@ -102,8 +100,6 @@ def wanted(archs: Iterable[int] = SHARED_KIB) -> Iterator[tuple[str, Launch, str
         for dtype in DTYPES:
             for form in forms(dtype):
                 for launch in launches(arch, form.call):
-                    if launch.name in NOT_YET:
-                        continue
                     if launch.name in WITHOUT_PRODUCTS and dtype != DTYPES[0]:
                         continue
                     digest = launch.digest()
@@ -136,7 +132,6 @@ def text(triton: str, found: Mapping[str, Resources]) -> str:
         " / KiB of shared memory a block, each form as its launcher specialises it; a kernel that",
         "several forms launch stands where it comes first. None spills, and none moves less than",
         "8 bytes at once in a loop.",
-        *(["", f"Left out, their faults being mended: {', '.join(NOT_YET)}."] if NOT_YET else []),
         "",
         f"| form | kernel | dtype | {columns} |",
         "|---" * (3 + len(SHARED_KIB)) + "|",
