@@ -23,14 +23,8 @@ from diffusers.models.attention_processor import Attention
 
 import stem
 from stem import read_video
-from stem.attention import Hooks
-from stem.attention.handle import make_processors, self_attentions
-from stem.attention.processor import (
-    RowLayout,
-    join_heads,
-    project_keys_and_values,
-    project_queries,
-)
+from stem.attention.handle import self_attentions
+from stem.attention.processor import join_heads, project_keys_and_values, project_queries
 from stem.clips import shipped_clip
 from stem.config import AttentionConfig, InflatedConfig
 from stem.diffusion.fingerprint import fingerprint
@@ -43,6 +37,7 @@ from stem_kernels.shared.spread import spread_tokens
 from . import records
 from .calibration_report import draw, table
 from .calibration_variants import SHARPENED, VARIANTS, of_video
+from .layers import processor_call
 from .quality_measure import FIRST_SEED, NATURAL
 
 OUT = Path(__file__).parent / "results" / "calibration.json"
@@ -180,15 +175,11 @@ def compared(
     exact: torch.Tensor,
 ) -> dict[str, float]:
     """Relative error of a layer's output [frames, S, C], and CPU (or GPU) seconds of the call."""
-    config = of_video(config, len(tokens))
-    layout = RowLayout(len(tokens))
-    made, state = make_processors({"layer": layer}, config, layout, Hooks(), everywhere=True)
-    if state is not None:
-        state.begin(tokens, timestep)
+    call = processor_call(of_video(config, len(tokens)), layer, tokens, timestep)
     on_gpu = tokens.device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
     start = clock()
-    out = made["layer"](layer, tokens)
+    out = call()
     if on_gpu:
         torch.cuda.synchronize(tokens.device)
     seconds = clock() - start
@@ -215,11 +206,7 @@ def run(out: Path, model: str, size: int, videos: list[str], limit: int | None) 
         "provenance": where,
         "cases": {},
     }
-    if out.is_file():
-        earlier = records.read(out)
-        settings = [name for name in results if name != "cases"]
-        records.require_same(earlier, results, settings, out)
-        results["cases"] = earlier["cases"]
+    results = records.taken_up(out, results, ["cases"])
     missing = [case for case in cases(size, videos) if case.name not in results["cases"]]
     for case in missing[:limit]:
         results["cases"][case.name] = {"commit": commit, **measure(pipeline, case)}

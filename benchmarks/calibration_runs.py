@@ -122,11 +122,7 @@ def run(out: Path, videos: int) -> dict[str, Any]:
         "commits": [],
         "rows": {},
     }
-    settings = [name for name in results if name not in ("commits", "rows")]
-    if out.is_file():
-        earlier = records.read(out)
-        records.require_same(earlier, results, settings, out)
-        results |= {"commits": earlier["commits"], "rows": earlier["rows"]}
+    results = records.taken_up(out, results, ["commits", "rows"])
     for index in range(videos):
         if str(index) in results["rows"]:
             continue

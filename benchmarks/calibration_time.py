@@ -17,9 +17,6 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from stem import PerFrameConfig, StemConfig
-from stem.attention import Hooks
-from stem.attention.handle import make_processors
-from stem.attention.processor import RowLayout
 from stem.config import AttentionConfig
 from stem_kernels import basis_attention
 from stem_kernels.info import provenance
@@ -31,6 +28,7 @@ from stem_kernels.ops.partial_attention import (
 )
 
 from . import records
+from .layers import processor_call
 
 OUT = Path(__file__).parent / "results" / "calibration-time.json"
 FRAMES, SIDE, BASES = 8, 64, 256
@@ -150,15 +148,13 @@ def layer(channels: int, heads: int) -> dict[str, float]:
     video = torch.nn.functional.interpolate(coarse, size=(FRAMES, SIDE, SIDE), mode="trilinear")
     tokens = video[0].flatten(2).permute(1, 2, 0).contiguous()
     tokens += 0.1 * torch.randn_like(tokens)
-    calls = {}
-    for name, config in VARIANTS.items():
-        made, state = make_processors(
-            {"layer": module}, config, RowLayout(FRAMES), Hooks(), everywhere=True
-        )
-        if state is not None:
-            state.begin(tokens, torch.tensor(400))
-        calls[name] = partial(made["layer"], module, tokens)
-    return in_turns(calls)
+    timestep = torch.tensor(400)
+    return in_turns(
+        {
+            name: processor_call(config, module, tokens, timestep)
+            for name, config in VARIANTS.items()
+        }
+    )
 
 
 def table(results: dict[str, Any]) -> str:

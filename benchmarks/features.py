@@ -85,11 +85,7 @@ def run(out: Path, steps: int) -> dict[str, Any]:
         "commits": {},
         "curves": {},
     }
-    if out.is_file():
-        earlier = records.read(out)
-        settings = [name for name in results if name not in ("flows", "commits", "curves")]
-        records.require_same(earlier, results, settings, out)
-        results = earlier
+    results = records.taken_up(out, results, ["flows", "commits", "curves"])
     for name, source in videos.items():
         if name in results["curves"]:
             continue

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -139,6 +140,18 @@ def set_attention(attention: Attention, config: AttentionConfig | None) -> None:
             {"layer": attention}, config, RowLayout(config.num_frames), Hooks()
         )
         attention.set_processor(processors["layer"])
+
+
+def processor_call(
+    config: AttentionConfig, attention: Attention, tokens: torch.Tensor, timestep: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """A call of a mechanism, whatever the layer's width, on tokens [frames, S, C] of a timestep."""
+    made, state = make_processors(
+        {"layer": attention}, config, RowLayout(config.num_frames), Hooks(), everywhere=True
+    )
+    if state is not None:
+        state.begin(tokens, timestep)
+    return partial(made["layer"], attention, tokens)
 
 
 def expected(

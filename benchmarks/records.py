@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,24 @@ def origin(device: torch.device, *, small: bool) -> dict[str, Any]:
         "small": small,
         "provenance": provenance("diffusers", "flash-kmeans"),
     }
+
+
+def taken_up(path: Path, fresh: dict[str, Any], growing: Sequence[str]) -> dict[str, Any]:
+    """`fresh`, with what a file of earlier results holds of its entries that grow.
+
+    Args:
+        path: File of the earlier results; where there is none, `fresh` is returned as it is.
+        fresh: Results without a figure yet.
+        growing: Entries of `fresh` that figures are put into; all others must be equal in both.
+
+    Raises:
+        SystemExit: another entry differs.
+    """
+    if not path.is_file():
+        return fresh
+    earlier = read(path)
+    require_same(earlier, fresh, [name for name in fresh if name not in growing], path)
+    return {**fresh, **{name: earlier[name] for name in growing}}
 
 
 def text(results: Mapping[str, Any]) -> str:
