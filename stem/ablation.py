@@ -155,13 +155,15 @@ def ablate(
     with steps(len(variants), name="ablate", show=progress) as shown:
         for (option, value), config in variants.items():
             if (option, value) not in rows:
-                figures_of_config = _figures(rows, config) or measure_config(
-                    pipeline, video, latents, prompt, config, num_steps, chunk
-                )
-                is_base = fields_of(config) == fields_of(base)
-                rows[option, value] = AblationRow(
-                    option, value, fields_of(config), is_base, **figures_of_config
-                )
+                fields = fields_of(config)
+                row = next((row for row in rows.values() if row.config == fields), None)
+                if row is None:
+                    figures_of_config = measure_config(
+                        pipeline, video, latents, prompt, config, num_steps, chunk
+                    )
+                    is_base = fields == fields_of(base)
+                    row = AblationRow(option, value, fields, is_base, **figures_of_config)
+                rows[option, value] = dataclasses.replace(row, option=option, value=value)
                 _write(figures, settings, video, rows)
             shown.update()
     write_plot(plot, [dataclasses.asdict(rows[key]) for key in in_order(rows)])
@@ -220,20 +222,6 @@ def read_rows(path: Path) -> dict[tuple[str, str], AblationRow]:
     # JSON has no infinity; `write_json` writes the text "inf".
     rows = [dataclasses.replace(row, psnr=float(row.psnr)) for row in rows]
     return {(row.option, row.value): row for row in rows}
-
-
-def _figures(
-    rows: Mapping[tuple[str, str], AblationRow], config: StemConfig
-) -> dict[str, Any] | None:
-    """The figures of a configuration that is measured already."""
-    for row in rows.values():
-        if row.config == fields_of(config):
-            found = dataclasses.asdict(row)
-            return {
-                name: found[name]
-                for name in ("psnr", "ssim", "latent_error", "seconds", "peak_bytes")
-            }
-    return None
 
 
 def _write(

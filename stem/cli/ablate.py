@@ -29,6 +29,7 @@ from .arguments import (
     Steps,
     VideoPath,
     chunk_of,
+    names_of,
     one_of,
 )
 from .ranks import one_process
@@ -68,7 +69,7 @@ def ablate_command(
     one_process("ablate")
     request = Request.checked(model, "stem", option, seed, steps, device, dtype, out)
     options = {"seed": seed, **request.options.get("stem", {})}
-    chosen = [part.strip() for part in only.split(",") if part.strip()]
+    chosen = names_of(only)
     clip = read_video(video, frames=frames, size=size, multiple_of=1)
     check_measurable(clip, ["stem"], {})
     variants_of(base_config(form, options, clip.num_frames), chosen)

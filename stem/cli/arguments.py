@@ -90,9 +90,14 @@ Chunk = Annotated[
 Out = Annotated[Path, typer.Option(help="Folder of everything written.")]
 
 
+def names_of(text: str) -> list[str]:
+    """The names in a comma-separated text, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
 def chosen_methods(text: str) -> list[str]:
     """Names of methods from a comma-separated text."""
-    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    names = names_of(text)
     unknown = [method for method in names if method not in METHODS]
     if unknown or not names:
         raise typer.BadParameter(

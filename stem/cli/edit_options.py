@@ -13,7 +13,7 @@ import yaml
 from ..editing import METHODS as EDIT_METHODS
 from ..inversion import METHODS
 from ..models import EMBEDDED_MODEL
-from .arguments import encodable_text, one_of, typed_value
+from .arguments import encodable_text, names_of, one_of, typed_value
 from .config_file import with_config_file
 
 OF_INVERSIONS = ("source_prompt", "inversion", "frames", "size", "steps", "chunk")
@@ -76,7 +76,7 @@ InversionMethod = Annotated[
 
 def chosen_edit_methods(text: str) -> list[str]:
     """Names of edit methods from a comma-separated text."""
-    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    names = names_of(text)
     if not names or any(method not in EDIT_METHODS for method in names):
         raise typer.BadParameter(
             f"{text!r}; take one or more of {', '.join(EDIT_METHODS)}", param_hint="--method"

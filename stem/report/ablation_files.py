@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..storage import write_atomically
+from .files import write_figure
 
 _PANELS = {
     "PSNR dB": lambda row: row["psnr"],
@@ -46,6 +45,4 @@ def write_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                     axes.plot([row["value"]], [value], "o", color=colour)
             axes.set(title=heading, xlabel=option)
             axes.ticklabel_format(axis="y", useOffset=False)
-    data = io.BytesIO()
-    figure.savefig(data, dpi=90)
-    write_atomically(path, data.getvalue())
+    write_figure(path, figure, dpi=90)

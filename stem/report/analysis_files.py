@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ from stem_kernels.info import provenance
 
 from ..metrics import Flow, similarity_maps
 from ..metrics.warp import fetch
-from ..storage import write_atomically
 from ..video import Video
-from .files import write_picture, write_with_hashes
+from .files import write_figure, write_picture, write_with_hashes
 from .pictures import labelled_lines, shown_frames
 from .projection import ColourProjection
 
@@ -107,7 +105,8 @@ def feature_picture(
         columns: Number of frames to show, at most; the first has no former one.
     """
     first = next(iter(shown.features.values()))
-    flow = shown.flow.reversed().resized(*first.shape[2:])
+    onward = shown.flow.resized(*first.shape[2:])
+    flow = onward.reversed()
     projection = ColourProjection(shown.features.values())
     numbers = [1 + number for number in shown_frames(frames.shape[0] - 1, columns)]
     pairs = [number - 1 for number in numbers]
@@ -120,7 +119,7 @@ def feature_picture(
     size = (frames.shape[1], frames.shape[2])
     lines = {label: frames[numbers].cpu()}
     for method, maps in shown.features.items():
-        warped = warped_former(maps, shown.flow)
+        warped = warped_former(maps, onward)
         mean = float(similarity[method][~hidden].mean())
         lines[f"{method}, t = {shown.timestep}: PCA of all methods together"] = _large(
             projection.colours(maps[numbers]), size
@@ -172,9 +171,7 @@ def write_curves(path: Path, curves: Mapping[str, Mapping[int, float]], title: s
         ylabel="cosine similarity",
     )
     axes.legend()
-    data = io.BytesIO()
-    figure.savefig(data, dpi=110)
-    write_atomically(path, data.getvalue())
+    write_figure(path, figure, dpi=110)
 
 
 def _large(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -21,6 +21,9 @@ from ..metrics.fidelity import SSIM_VARIANT, psnr
 from ..storage import write_atomically
 from ..video import Video, write_video
 from .pictures import contact_sheet, side_by_side
+
+if TYPE_CHECKING:  # it takes most of a second
+    from matplotlib.figure import Figure
 
 
 def comparison_files(folder: Path) -> tuple[Path, Path, Path]:
@@ -62,6 +65,13 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     """Write a picture as PNG, whole or not at all."""
     data = io.BytesIO()
     picture.save(data, "png")
+    write_atomically(path, data.getvalue())
+
+
+def write_figure(path: Path, figure: Figure, dpi: int) -> None:
+    """Write a plot as PNG, whole or not at all."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=dpi)
     write_atomically(path, data.getvalue())
 
 
