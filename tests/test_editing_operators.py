@@ -215,6 +215,8 @@ def test_opcheck(backend: str) -> None:
         if backend == "triton":
             import stem_kernels.triton.blended_attention
             import stem_kernels.triton.nearest_token  # noqa: F401
+
+            bias = bias.unsqueeze(0)
         nearest = getattr(torch.ops.stem_kernels, f"nearest_token_{backend}")
         blended = getattr(torch.ops.stem_kernels, f"blended_attention_{backend}", None)
     tests = ["test_schema", "test_faketensor"]

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from ..tuning import rows_for, tile_for, tiles
-from . import on_device_of
 from .basis_attention import LARGEST_HEAD, attend
 from .precision import dot_options
+from .program import Layout, Program, programs
+from .registration import operator
 from .resident_attention import LEAST_SCALE
 from .tiles import aligned, in_eights
 
@@ -84,7 +85,55 @@ def _blended_attention_kernel(
     )  # fmt: skip
 
 
-@torch.library.custom_op("stem_kernels::blended_attention_triton", mutates_args=())
+@programs
+def _program(
+    query_target: Layout,
+    key_target: Layout,
+    query_source: Layout,
+    key_source: Layout,
+    value: Layout,
+    mask: Layout,
+    bias: Layout | None,
+    scale: float,
+) -> tuple[Program, int]:
+    """The program, and where its output is."""
+    batch, heads, n, dim = query_target.shape
+    num_bases, width = value.shape[-2:]
+    lead = (batch, heads, num_bases)
+    key_target, key_source = (key.expanded(*lead, dim) for key in (key_target, key_source))
+    value = value.expanded(*lead, width)
+    bias = None if bias is None else bias.expanded(*lead)
+    program = Program(query_target.device)
+    layouts = (query_target, key_target, query_source, key_source, value, mask)
+    inputs = [program.input(layout) for layout in layouts]
+    # A bias that is absent points at the mask, and is not read.
+    inputs.append(inputs[-1] if bias is None else program.input(bias))
+    out = program.memory("out", (batch, n, heads, width), query_target.dtype)
+    block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
+    row_bytes = max(block_d, block_e) * query_target.element_size()
+    options = tiles("blended_attention", query_target.device, query_target.dtype)
+    block_n = rows_for(row_bytes, options.pop("query_bytes"))
+    block_k = tile_for(num_bases, rows_for(row_bytes, options.pop("basis_bytes")))
+    program.launch(
+        _blended_attention_kernel,
+        (triton.cdiv(n, block_n) * batch * heads,),
+        (*inputs, out),
+        (
+            n, num_bases, heads,
+            *query_target.stride(), *key_target.stride(),
+            *query_source.stride(), *key_source.stride(), *value.stride(), *mask.stride(),
+            *((0, 0, 0) if bias is None else bias.stride()),
+            scale * math.log2(math.e),
+        ),
+        D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
+        WITH_BIAS=bias is not None, SCALED=scale < LEAST_SCALE,
+        ALIGNED=aligned(query_target, key_target, query_source, key_source, value),
+        **dot_options(query_target.dtype), **options,
+    )  # fmt: skip
+    return program, out.place
+
+
+@operator
 def blended_attention_triton(
     query_target: torch.Tensor,
     key_target: torch.Tensor,
@@ -99,39 +148,14 @@ def blended_attention_triton(
 
     Returns contiguous [B, n, h, e] of the queries' dtype.
     """
-    batch, heads, n, dim = query_target.shape
-    num_bases, width = value.shape[-2:]
-    out = _empty_output(query_target, value)
-    if out.numel() == 0:
-        return out
-    lead = (batch, heads, num_bases)
-    key_target, key_source, value = (
-        bases.expand(*lead, bases.shape[-1]) for bases in (key_target, key_source, value)
-    )
-    bias, mask = None if bias is None else bias.expand(lead), mask.float()
-    block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
-    row_bytes = max(block_d, block_e) * query_target.element_size()
-    options = tiles("blended_attention", query_target.device, query_target.dtype)
-    block_n = rows_for(row_bytes, options.pop("query_bytes"))
-    block_k = tile_for(num_bases, rows_for(row_bytes, options.pop("basis_bytes")))
-    with on_device_of(query_target):
-        _blended_attention_kernel[(triton.cdiv(n, block_n) * batch * heads,)](
-            query_target, key_target, query_source, key_source, value, mask,
-            mask if bias is None else bias, out,
-            n, num_bases, heads,
-            *query_target.stride(), *key_target.stride(),
-            *query_source.stride(), *key_source.stride(), *value.stride(), *mask.stride(),
-            *((0, 0, 0) if bias is None else bias.stride()),
-            scale * math.log2(math.e),
-            D=dim, E=width, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_E=block_e,
-            WITH_BIAS=bias is not None, SCALED=scale < LEAST_SCALE,
-            ALIGNED=aligned(query_target, key_target, query_source, key_source, value),
-            **dot_options(query_target.dtype), **options,
-        )  # fmt: skip
-    return out
+    if query_target.numel() == 0 or value.shape[-1] == 0:
+        return _empty_output(query_target, value)
+    tensors = (query_target, key_target, query_source, key_source, value, mask.float())
+    program, out = _program(*map(Layout.of, tensors), Layout.of_any(bias), scale)
+    return program(*tensors, bias)[out]
 
 
-@blended_attention_triton.register_fake
+@torch.library.register_fake("stem_kernels::blended_attention_triton")
 def _(
     query_target: torch.Tensor,
     key_target: torch.Tensor,

@@ -14,8 +14,9 @@ import triton.language as tl
 
 from ..shared.cosine import inverse_norms
 from ..tuning import tile_for, tiles
-from . import on_device_of
 from .precision import dot_options
+from .program import Layout, Program, programs
+from .registration import operator
 
 
 @triton.jit
@@ -68,28 +69,39 @@ def _nearest_token_kernel(
     tl.store(p_found + batch * n + o_n, b_found, mask=m_n)
 
 
-@torch.library.custom_op("stem_kernels::nearest_token_triton", mutates_args=())
-def nearest_token_triton(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """query [B, n, d], keys [B, m, d], any strides -> int32 [B, n]."""
+@programs
+def _program(query: Layout, keys: Layout, share: Layout) -> tuple[Program, int]:
+    """The program, and where its output is."""
     batch, n, dim = query.shape
     num_keys = keys.shape[1]
-    out = _empty_output(query)
-    if out.numel() == 0:
-        return out
-    share = inverse_norms(keys)
+    program = Program(query.device)
+    inputs = [program.input(layout) for layout in (query, keys, share)]
+    out = program.memory("out", (batch, n), torch.int32)
     options = tiles("nearest_token", query.device, query.dtype)
     block_n, block_m = options.pop("block_n"), tile_for(num_keys, options.pop("block_m"))
     block_d = tile_for(dim, options.pop("block_d"))
-    with on_device_of(query):
-        _nearest_token_kernel[(triton.cdiv(n, block_n) * batch,)](
-            query, keys, share, out, n, num_keys, dim, *query.stride(), *keys.stride(),
-            BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_D=block_d,
-            **dot_options(query.dtype), **options,
-        )  # fmt: skip
-    return out
+    program.launch(
+        _nearest_token_kernel,
+        (triton.cdiv(n, block_n) * batch,),
+        (*inputs, out),
+        (n, num_keys, dim, *query.stride(), *keys.stride()),
+        BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_D=block_d,
+        **dot_options(query.dtype), **options,
+    )  # fmt: skip
+    return program, out.place
 
 
-@nearest_token_triton.register_fake
+@operator
+def nearest_token_triton(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """query [B, n, d], keys [B, m, d], any strides -> int32 [B, n]."""
+    if query.shape[:2].numel() == 0:
+        return _empty_output(query)
+    tensors = (query, keys, inverse_norms(keys))
+    program, out = _program(*map(Layout.of, tensors))
+    return program(*tensors)[out]
+
+
+@torch.library.register_fake("stem_kernels::nearest_token_triton")
 def _(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return _empty_output(query)
 
