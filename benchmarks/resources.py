@@ -23,7 +23,7 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """What one block may ask for, by compute capability."""
 MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 """What a product is in PTX, of half precision; "mma.sync" on the others."""
-WITHOUT_PRODUCTS = ("directions", "update")
+WITHOUT_PRODUCTS = ("directions", "update", "merge")
 
 SCATTERED = ("update",)
 """Kernels whose loads are single numbers far apart, the parts of one base's mass."""

@@ -11,6 +11,7 @@ from conftest import DEVICE, INTERPRETED
 
 from stem.config import StemConfig
 from stem_kernels import basis_attention, em_statistics, initial_bases, soft_em
+from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.ops.soft_em import AttendedBases, attended_bases
 from stem_kernels.testing import clustered_tokens, max_error
 
@@ -36,6 +37,16 @@ def test_kernels_of_a_layer(counts: Any, num_iters: int, frames: int, kernels: i
     assert found["triton responsibilities"] == num_iters * (2 if frames == 32 else 1)
     assert all(name.startswith("triton") for name in found), found  # none of torch's
     assert found.total() == kernels
+
+
+def test_attention_to_many_keys_is_two_kernels(counts: Any) -> None:
+    query, key = (
+        torch.empty(1, 8, rows, 40, dtype=torch.float16, device="meta") for rows in (128, 4096)
+    )
+    with counts.recorded(counts.ARCH) as launched, counts.TorchKernels() as of_torch:
+        partial_attention(query, key, key, backend="triton")
+    assert [launch.name for launch in launched] == ["partial_attention", "merge"]
+    assert not of_torch.found
 
 
 def test_an_update_waits_for_memory_a_few_times(counts: Any) -> None:

@@ -188,7 +188,7 @@ def start(program: Program, bases: Bases, source: Buffer, *, spread: bool, norma
     """
     num_bases, dim = bases.bases.layout.shape[-2:]
     heads, rows = source.layout.shape[1], bases.mass.layout.numel()
-    block_r, block_d = _block_of_rows(rows), tile_for(dim, 1 << 30)
+    block_r, block_d = block_of_rows(rows), tile_for(dim, 1 << 30)
     program.launch(
         _directions_kernel,
         (triton.cdiv(rows, block_r),),
@@ -198,14 +198,15 @@ def start(program: Program, bases: Bases, source: Buffer, *, spread: bool, norma
     )  # fmt: skip
 
 
-def _block_of_rows(rows: int) -> int:
+def block_of_rows(rows: int) -> int:
+    """How many rows a program has that does little with each."""
     # In the interpreter a program costs milliseconds, whatever its size.
     return tile_for(rows, 256) if interpreted() else 1
 
 
-def _block_of_parts(parts: Buffer, block_r: int, block_d: int) -> int:
-    most = max(1, PART_ELEMENTS // (block_r * block_d))
-    return min(most, 1 << (parts.layout.shape[0] - 1).bit_length())
+def block_of_parts(count: int, block_r: int, block_d: int) -> int:
+    """How many of `count` parts of rows are loaded at once."""
+    return min(max(1, PART_ELEMENTS // (block_r * block_d)), 1 << (count - 1).bit_length())
 
 
 def update(
@@ -241,7 +242,7 @@ def update(
     width = 0 if parts.payload is None else parts.payload.layout.shape[-1]
     dtype = bases.directions.layout.dtype
     rows = bases.mass.layout.numel()
-    block_r = _block_of_rows(rows)
+    block_r = block_of_rows(rows)
     block_d, block_e = (tile_for(max(1, size), 1 << 30) for size in (dim, width))
     payload = rounded = with_bias = bases.mass
     if width:
@@ -264,8 +265,8 @@ def update(
             MASS_EPS, NORM_EPS,
         ),
         BLOCK_R=block_r, BLOCK_T=tile_for(parts.mass.layout.shape[0], MASS_PARTS),
-        BLOCK_S=_block_of_parts(parts.sums, block_r, block_d), BLOCK_D=block_d,
-        BLOCK_ES=_block_of_parts(of_payload, block_r, block_e), BLOCK_E=block_e,
+        BLOCK_S=block_of_parts(parts.sums.layout.shape[0], block_r, block_d), BLOCK_D=block_d,
+        BLOCK_ES=block_of_parts(of_payload.layout.shape[0], block_r, block_e), BLOCK_E=block_e,
         DIVIDE=divide, KEEP_EMPTY=keep_empty, NORMALIZE=normalize, WITH_PAYLOAD=width > 0,
         BIAS=bias, EIGHTS=dim % 8 == width % 8 == 0, num_warps=8,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """`partial_attention` in Triton: a few queries, the keys split over the chip.
 
-A program has a tile of queries and one range of keys; what it finds of each range is merged by
-torch, in which no sum depends on which program was first. In half precision weights are rounded to
-the input's dtype before they meet the values, as in `basis_attention`; sums are float32.
+A program has a tile of queries and one range of keys; what is found of the ranges a second kernel
+adds up, a query a program, in an order that the shapes decide. In half precision weights are
+rounded to the input's dtype before they meet the values, as in `basis_attention`; sums are float32.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 
 from ..tuning import rows_for, tile_for, tiles, token_ranges
-from . import on_device_of
 from .basis_attention import LARGEST_HEAD
+from .em_update import block_of_parts, block_of_rows
 from .precision import dot_options
+from .program import Layout, Program, programs
+from .registration import operator
 from .tiles import aligned, in_eights
 
 
@@ -98,7 +100,97 @@ def _partial_attention_kernel(
     tl.store(p_sums + (o_row * E)[:, None] + o_e[None, :], b_sums, mask=m_m[:, None] & m_e[None, :])
 
 
-@torch.library.custom_op("stem_kernels::partial_attention_triton", mutates_args=())
+@triton.jit
+def _merge_kernel(
+    p_sums, p_mass, p_largest, p_out, p_logsumexp,
+    SPLITS, ROWS, E, ln_2,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, EIGHTS: tl.constexpr,
+):  # fmt: skip
+    E = in_eights(E, EIGHTS)
+    # [BLOCK_R], [BLOCK_S], [BLOCK_E]
+    o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_s = tl.arange(0, BLOCK_S)
+    o_e = tl.arange(0, BLOCK_E)
+    m_r = o_r < ROWS
+    m = m_r[:, None] & (o_e < E)[None, :]
+    o_value = (o_r * E)[:, None] + o_e[None, :]
+    # [BLOCK_R, BLOCK_S]
+    b_largest = tl.full((BLOCK_R, BLOCK_S), float("-inf"), dtype=tl.float32)
+    for s in range(0, SPLITS, BLOCK_S):
+        o_part = (s + o_s).to(tl.int64) * ROWS
+        m_s = m_r[:, None] & (s + o_s < SPLITS)[None, :]
+        p_part = p_largest + o_r[:, None] + o_part[None, :]
+        b_largest = tl.maximum(b_largest, tl.load(p_part, mask=m_s, other=float("-inf")))
+    # [BLOCK_R]
+    b_peak = tl.max(b_largest, axis=1)
+    # [BLOCK_R, BLOCK_S], [BLOCK_R, BLOCK_S, BLOCK_E]
+    b_mass = tl.zeros((BLOCK_R, BLOCK_S), dtype=tl.float32)
+    b_sums = tl.zeros((BLOCK_R, BLOCK_S, BLOCK_E), dtype=tl.float32)
+    for s in range(0, SPLITS, BLOCK_S):
+        o_part = (s + o_s).to(tl.int64) * ROWS
+        m_s = m_r[:, None] & (s + o_s < SPLITS)[None, :]
+        o_range = o_r[:, None] + o_part[None, :]
+        b_part = tl.load(p_largest + o_range, mask=m_s, other=float("-inf"))
+        b_share = tl.exp2(b_part - b_peak[:, None])
+        b_mass += b_share * tl.load(p_mass + o_range, mask=m_s, other=0.0)
+        b_sums += b_share[:, :, None] * tl.load(
+            p_sums + o_value[:, None, :] + (o_part * E)[None, :, None],
+            mask=m[:, None, :] & (s + o_s < SPLITS)[None, :, None], other=0.0,
+        )  # fmt: skip
+    # [BLOCK_R]
+    b_total = tl.sum(b_mass, axis=1)
+    tl.store(p_logsumexp + o_r, (b_peak + tl.log2(b_total)) * ln_2, mask=m_r)
+    tl.store(p_out + o_value, tl.sum(b_sums, axis=1) / b_total[:, None], mask=m)
+
+
+@programs
+def _program(query: Layout, key: Layout, value: Layout, scale: float) -> tuple[Program, int, int]:
+    """The program, and where the output and its logsumexp are."""
+    batch, heads, num_queries, dim = query.shape
+    n, width = value.shape[-2:]
+    program = Program(query.device)
+    inputs = [program.input(layout) for layout in (query, key, value)]
+    block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
+    row_bytes = max(block_d, block_e) * query.element_size()
+    options = tiles("partial_attention", query.device, query.dtype)
+    block_m = tile_for(num_queries, rows_for(row_bytes, options.pop("query_bytes")))
+    block_n = rows_for(row_bytes, options.pop("key_bytes"))
+    tiled = batch * heads * triton.cdiv(num_queries, block_m)
+    splits, tokens = token_ranges(n, block_n, max(1, options.pop("programs") // tiled))
+    lead = (batch, heads, num_queries)
+    parts = (
+        program.memory("sums", (splits, *lead, width), torch.float32),
+        program.memory("mass", (splits, *lead), torch.float32),
+        program.memory("largest", (splits, *lead), torch.float32),
+    )
+    program.launch(
+        _partial_attention_kernel,
+        (tiled, splits),
+        (*inputs, *parts),
+        (
+            num_queries, n, dim, width, heads, tokens,
+            *query.stride(), *key.stride(), *value.stride(), scale * math.log2(math.e),
+        ),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e,
+        ALIGNED=dim % 8 == width % 8 == 0 and aligned(query, key, value),
+        **dot_options(query.dtype), **options,
+    )  # fmt: skip
+    out = program.memory("out", (*lead, width), torch.float32)
+    logsumexp = program.memory("logsumexp", lead, torch.float32)
+    rows = math.prod(lead)
+    block_r = block_of_rows(rows)
+    program.launch(
+        _merge_kernel,
+        (triton.cdiv(rows, block_r),),
+        (*parts, out, logsumexp),
+        (splits, rows, width, math.log(2)),
+        BLOCK_R=block_r, BLOCK_S=block_of_parts(splits, block_r, block_e), BLOCK_E=block_e,
+        EIGHTS=width % 8 == 0, num_warps=8,
+    )  # fmt: skip
+    return program, out.place, logsumexp.place
+
+
+@operator
 def partial_attention_triton(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,43 +198,20 @@ def partial_attention_triton(
 
     Returns the float32 output [B, h, m, e] and logsumexp [B, h, m].
     """
-    batch, heads, num_queries, dim = query.shape
-    n, width = value.shape[-2:]
-    if num_queries == 0:
+    if query.shape[2] == 0:
         return _empty_output(query, value)
-    block_d, block_e = tile_for(dim, LARGEST_HEAD), tile_for(width, LARGEST_HEAD)
-    row_bytes = max(block_d, block_e) * query.element_size()
-    options = tiles("partial_attention", query.device, query.dtype)
-    block_m = tile_for(num_queries, rows_for(row_bytes, options.pop("query_bytes")))
-    block_n = rows_for(row_bytes, options.pop("key_bytes"))
-    programs = batch * heads * triton.cdiv(num_queries, block_m)
-    splits, tokens = token_ranges(n, block_n, max(1, options.pop("programs") // programs))
-    rows = (splits, batch, heads, num_queries)
-    sums = query.new_empty((*rows, width), dtype=torch.float32)
-    mass, largest = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    with on_device_of(query):
-        _partial_attention_kernel[(programs, splits)](
-            query, key, value, sums, mass, largest,
-            num_queries, n, dim, width, heads, tokens,
-            *query.stride(), *key.stride(), *value.stride(), scale * math.log2(math.e),
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e,
-            ALIGNED=dim % 8 == width % 8 == 0 and aligned(query, key, value),
-            **dot_options(query.dtype), **options,
-        )  # fmt: skip
-    peak = largest.amax(0)
-    share = (largest - peak).exp2_()
-    total = (mass * share).sum(0)
-    output = sums.mul_(share.unsqueeze(-1)).sum(0) / total.unsqueeze(-1)
-    return output, (peak + total.log2()) * math.log(2)
+    program, out, logsumexp = _program(*map(Layout.of, (query, key, value)), scale)
+    tensors = program(query, key, value)
+    return tensors[out], tensors[logsumexp]
+
+
+@torch.library.register_fake("stem_kernels::partial_attention_triton")
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_output(query, value)
 
 
 def _empty_output(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     output = query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
     return output, query.new_empty(query.shape[:-1], dtype=torch.float32)
-
-
-@partial_attention_triton.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_output(query, value)
