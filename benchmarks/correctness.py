@@ -11,7 +11,7 @@ import torch
 
 from stem_kernels.backends import BACKENDS
 
-from .attention_cases import attention_case
+from .attention_cases import attention_case, partial_case
 from .bench import WRONG, Examination
 from .cases import AnyCase, Call, Outputs
 from .editing_cases import blended_case, nearest_case
@@ -38,6 +38,7 @@ def of_kinds(device: torch.device, dtype: torch.dtype, *, small: bool) -> Iterat
     for width in HEAD_WIDTHS[:1] if small else HEAD_WIDTHS:
         yield attention_case(3, tokens, width, device, dtype)
         yield blended_case(3, tokens, width, device, dtype)
+        yield partial_case(3, 100, tokens, width, device, dtype)
     for width in (40,) if small else (40, 320, 1280):
         yield nearest_case(tokens, 300, width, device, dtype)
     for count, num_bases in OTHER_BASES:

@@ -18,6 +18,8 @@ from .operators import TOKENS
 
 HEADS, FRAMES, CALIBRATED = 8, 32, 128
 HEAD_WIDTHS = (40, 64, 80, 160)
+AS_WIDE_AS_TILES = 48  # no channel to spare, so that tokens are not rows as at 40
+TOO_MANY_BASES = 512  # for all of a head's to stay on the chip
 FEATURE_WIDTHS = {320: TOKENS, 640: TOKENS // 4, 1280: TOKENS // 16}
 """Tokens of 32 frames by the channels of SD 1.5's layers."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,6 +45,8 @@ def forms(dtype: torch.dtype) -> Iterator[Form]:
         yield Form(f"em key d={width}", dtype, functools.partial(em_key, width, dtype))
         call = functools.partial(em_key_of_layer, width, dtype)
         yield Form(f"em key d={width} with payload", dtype, call)
+    call = functools.partial(em_key, AS_WIDE_AS_TILES, dtype)
+    yield Form(f"em key d={AS_WIDE_AS_TILES}", dtype, call)
     for width in FEATURE_WIDTHS:
         yield Form(f"em feature d={width}", dtype, functools.partial(em_feature, width, dtype))
         call = functools.partial(bases_of_layer, width, dtype)
@@ -65,6 +69,8 @@ def forms(dtype: torch.dtype) -> Iterator[Form]:
         yield Form(f"calibrated attention d={width}", dtype, call)
         call = functools.partial(partial, width, dtype)
         yield Form(f"partial attention d={width}", dtype, call)
+    call = functools.partial(attention, HEAD_WIDTHS[-1], dtype, TOO_MANY_BASES)
+    yield Form(f"basis attention d={HEAD_WIDTHS[-1]} K={TOO_MANY_BASES}", dtype, call)
     for share, width in ((4, 320), (16, 640)):
         call = functools.partial(nearest, TOKENS // share, width, dtype)
         yield Form(f"nearest token n={TOKENS // share}", dtype, call)
@@ -109,9 +115,9 @@ def iterations_with_payload(dtype: torch.dtype) -> object:
     return soft_em(features, bases, num_iters=2, payload=payload, empty="zero", backend="triton")
 
 
-def attention(width: int, dtype: torch.dtype) -> object:
+def attention(width: int, dtype: torch.dtype, num_bases: int = NUM_BASES) -> object:
     """A projection's queries, heads beside one another, to bases of a head each."""
-    key, value = (torch.empty(1, HEADS, NUM_BASES, width, dtype=dtype) for _ in range(2))
+    key, value = (torch.empty(1, HEADS, num_bases, width, dtype=dtype) for _ in range(2))
     return basis_attention(heads_of(1, TOKENS, width, dtype), key, value, backend="triton")
 
 

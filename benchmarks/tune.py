@@ -20,11 +20,11 @@ from stem_kernels.triton import device_capability
 from stem_kernels.triton.program import forget_programs
 from stem_kernels.tuning import table
 
-from .attention_cases import attention_case
+from .attention_cases import attention_case, partial_case
 from .cases import AnyCase, Trial
 from .editing_cases import blended_case, nearest_case
-from .em_cases import em_case
-from .forms import DTYPES, Form, forms
+from .em_cases import NUM_BASES, em_case
+from .forms import AS_WIDE_AS_TILES, CALIBRATED, DTYPES, TOO_MANY_BASES, Form, forms
 from .launches import launches
 from .operators import TOKENS
 from .resources import measure
@@ -42,6 +42,7 @@ TILES: dict[str, dict[str, tuple[int, ...]]] = {
     "basis_attention": {"query_bytes": (16384, 32768), "basis_bytes": (8192, 16384, 32768)},
     "blended_attention": {"query_bytes": (16384, 32768), "basis_bytes": (8192, 16384)},
     "nearest_token": {"block_n": (64, 128), "block_m": (64, 128), "block_d": (32, 64)},
+    "partial_attention": {"query_bytes": (16384, 32768), "key_bytes": (4096, 8192, 16384)},
 }
 WITHOUT_PROGRAMS = ("em_wide logits", "basis_attention", "blended_attention", "nearest_token")
 MARK = 77  # a number of stages that no row has
@@ -91,24 +92,35 @@ def _faulty(op: str, row: dict[str, int], arch: int, calls: list[Form], kernels:
     return any(measure(each, op, dtype).faults() for each in found.values())
 
 
+def known() -> list[str]:
+    """Every row of the tables for GPUs."""
+    names = sorted(file.stem for file in CONFIGS.glob("*.json"))
+    return list(dict.fromkeys(op for name in names if name != "interpreter" for op in table(name)))
+
+
 def case_for(op: str, device: torch.device) -> AnyCase:
-    """The shape that a row is tuned at: SD 1.5's largest layer, N = 32 frames."""
+    """The shape that a row is tuned at: SD 1.5's largest layer, N = 32 frames; or the nearest that
+    takes the row wherever other rows are there, too."""
     half = torch.float16
     dtype = torch.float32 if op.endswith("float32") else half
+    extra = next((word for word in ("bias", "correction") if word in op), "")
     if op == "em_general":
         return em_case((1, TOKENS, 320), device, torch.float32)
     if op.startswith("em_wide"):
         return em_case((1, TOKENS, 320), device, half)
     if op.startswith("basis_attention"):
-        return attention_case(HEADS, TOKENS, 160, device, dtype)
+        bases = TOO_MANY_BASES if dtype == half else NUM_BASES
+        return attention_case(HEADS, TOKENS, 160, device, dtype, num_bases=bases, extra=extra)
+    if op.startswith("partial_attention"):
+        return partial_case(HEADS, CALIBRATED, TOKENS, 160, device, dtype)
     if op.startswith("blended_attention"):
         return blended_case(HEADS, TOKENS, 160, device, dtype)
     if op.startswith("nearest_token"):
         return nearest_case(TOKENS // 4, 8192, 320, device, dtype)
     width = int(op.split()[1])
-    width = 40 if width == 48 else width
+    width = 40 if width == AS_WIDE_AS_TILES and op != "em_fused 48" else width
     if op.startswith("resident_attention"):
-        return attention_case(HEADS, TOKENS, width, device, half)
+        return attention_case(HEADS, TOKENS, width, device, half, extra=extra)
     return em_case((HEADS, TOKENS, width), device, half, payload=op.endswith("payload"))
 
 
@@ -159,16 +171,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the table.")] = CONFIGS,
 ) -> None:
     """Tune for this machine's GPU."""
-    # There is no case yet of calibrated bases.
-    known = [
-        op
-        for op in {**table("default"), **table("sm90")}
-        if op.startswith(tuple(TILES)) and "correction" not in op
-    ]
-    wanted = [op.strip() for op in only.split(",")] if only else known
+    every = known()
+    wanted = [op.strip() for op in only.split(",")] if only else every
     for op in wanted:
-        if op not in known:
-            raise typer.BadParameter(f"{op!r} is none of {', '.join(known)}")
+        if op not in every:
+            raise typer.BadParameter(f"{op!r} is none of {', '.join(every)}")
     if not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA GPU, and tiles are timed on one")
     device = torch.device("cuda", torch.cuda.current_device())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from benchmarks import (
 from benchmarks.attention_cases import attention_case
 from benchmarks.bench import FAILED, MEASURED, SKIPPED, UNAVAILABLE
 from benchmarks.cases import AnyCase, Call, Trial
+from benchmarks.forms import forms
 from benchmarks.gpu_suite import PARTS
+from benchmarks.launches import launches
 from benchmarks.memory import holders_at_peak
+from stem_kernels import tuning
 from stem_kernels.tuning import table
 
 CPU = torch.device("cpu")
@@ -277,6 +280,25 @@ def test_what_holds_the_peak() -> None:
     ]
     assert holders_at_peak(events) == {"stem/attend.py:7": 45}
     assert holders_at_peak(events[:2]) == {"stem/attend.py:7": 30, "stem/early.py:7": 10}
+
+
+def test_every_row_of_the_tables_has_a_case_and_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", "3.6", reason="launches are recorded by a hook of triton 3.6")
+    monkeypatch.setattr(tune, "TOKENS", 64)
+    # All rows stand in one table, each with a number of stages of its own.
+    marks = {op: 100 + place for place, op in enumerate(tune.known())}
+    rows = {**table("default"), **table("sm80"), **table("sm90")}
+    marked = {op: {**rows[op], "num_stages": mark} for op, mark in marks.items()}
+    monkeypatch.setattr(tuning, "table", lambda name: marked)
+
+    def taken(call: Callable[[], object]) -> set[int]:
+        return {launch.options.get("num_stages") for launch in launches(90, call)}
+
+    for op, mark in marks.items():
+        assert mark in taken(Trial(tune.case_for(op, CPU)).start("triton")), op
+    dtypes = (torch.float16, torch.float32)
+    found = set().union(*(taken(form.call) for dtype in dtypes for form in forms(dtype)))
+    assert found >= set(marks.values())
 
 
 def test_tuning_drops_what_spills_and_writes_tables_as_they_are(
