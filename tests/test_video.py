@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import wave
 from fractions import Fraction
@@ -591,6 +592,21 @@ def test_parts_are_written_as_the_whole_is(tmp_path: Path) -> None:
 
 
 # Writing
+
+
+def test_what_memory_held_before_is_not_in_the_file(tmp_path: Path) -> None:
+    libc, perturb = ctypes.CDLL(None), -6  # M_PERTURB: the byte that malloc fills memory with
+    if not hasattr(libc, "mallopt"):
+        pytest.skip("needs glibc")
+    path, found = tmp_path / "clip.mp4", set()
+    try:
+        for byte in (1, 170):
+            libc.mallopt(perturb, byte)
+            write_video(path, smooth(12, 64, 64), 10)
+            found.add(path.read_bytes())
+    finally:
+        libc.mallopt(perturb, 0)
+    assert len(found) == 1
 
 
 def test_odd_sizes_are_padded_by_the_edge(tmp_path: Path) -> None:
