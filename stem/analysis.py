@@ -18,7 +18,7 @@ from .diffusion.loop import denoise, guided
 from .diffusion.pipeline import check_pipeline, encode_frames, encode_prompt, execution_device
 from .diffusion.schedule import inverse_scheduler
 from .inversion.invert import check_chunk
-from .inversion.methods import attention_config, attention_on
+from .inversion.methods import attention_config, attention_on, check_methods
 from .inversion.round_trip import chunked, pixels
 from .metrics import Flow, estimate_flow, warped_similarity
 from .report.analysis_files import Shown, analysis_files, write_analysis
@@ -110,6 +110,7 @@ def analyse(
 
     Raises:
         UnmeasuredError: the flow cannot be estimated here.
+        TypeError: `methods` is one name.
         ValueError: unknown methods or options, bases of some frames only (`fit_frames`), or a
             pipeline or number of steps that cannot be inverted; before anything is inverted.
         OSError: `out` cannot be written.
@@ -176,14 +177,12 @@ def check_analysable(
         options: Fields of the methods' configurations, by method.
 
     Raises:
-        ValueError: no method, an unknown one, options that do not fit, or a single frame.
+        TypeError, ValueError: as `check_methods`, bases of some frames only (`fit_frames`), or a
+            single frame.
     """
-    if isinstance(methods, str) or not methods:
-        raise ValueError(f"methods is {methods!r}; pass a list of at least one name")
-    for method in methods:
-        attention_config(method, options.get(method, {}), video.num_frames)
-        if options.get(method, {}).get("fit_frames") is not None:
-            raise ValueError("fit_frames is set; the analysis takes bases of all frames")
+    check_methods(methods, options, video.num_frames)
+    if any(given.get("fit_frames") is not None for given in options.values()):
+        raise ValueError("fit_frames is set; the analysis takes bases of all frames")
     if video.num_frames < 2:
         raise ValueError("one frame has no flow; give videos of at least 2 frames")
 

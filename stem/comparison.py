@@ -82,8 +82,6 @@ def compare(
         raise TypeError(f"video is {video!r}; pass a Video, such as read_video gives")
     if not isinstance(prompt, str):
         raise TypeError(f"prompt is {prompt!r}; pass one text, for the whole video")
-    if isinstance(methods, str):
-        raise TypeError(f"methods is {methods!r}; pass a list of names, such as [{methods!r}]")
     out, options = Path(out), options or {}
     check_output(out / INVERSIONS)
     measured = measure(

@@ -23,7 +23,7 @@ from .diffusion.pipeline import (
 from .diffusion.schedule import inverse_scheduler
 from .distributed import Ranks
 from .inversion import invert, reconstruct_latents
-from .inversion.methods import attention_config
+from .inversion.methods import check_methods
 from .metrics import psnr, ssim
 from .metrics.fidelity import SSIM_WINDOW
 from .video import Video
@@ -86,16 +86,9 @@ def check_measurable(
         options: Fields of the methods' configurations, by method.
 
     Raises:
-        ValueError: no method, one that is unknown, options that do not fit, or frames too small
-            for SSIM.
+        TypeError, ValueError: as `check_methods`, or frames too small for SSIM.
     """
-    if not methods:
-        raise ValueError("no methods to compare; name at least one")
-    for method in methods:
-        attention_config(method, options.get(method, {}), num_frames=video.frames.shape[0])
-    for method in options:
-        if method not in methods:
-            raise ValueError(f"there are options for {method}, which is not among the methods")
+    check_methods(methods, options, video.num_frames)
     height, width = video.frames.shape[1:3]
     if min(height, width) < SSIM_WINDOW:
         raise ValueError(
@@ -134,8 +127,8 @@ def measure(
         progress: Whether to show progress.
 
     Raises:
-        ValueError: as `check_measurable`, or a pipeline or number of steps that cannot be inverted;
-            before anything is computed.
+        TypeError, ValueError: as `check_measurable`, or a pipeline or number of steps that cannot
+            be inverted; before anything is computed.
     """
     check_measurable(video, methods, options)
     check_pipeline(pipeline)

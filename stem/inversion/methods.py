@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -55,6 +55,31 @@ def attention_config(
                 + (f"it has {', '.join(allowed)}" if allowed else "it has no options")
             )
     return METHODS[method](**options, num_frames=num_frames, chunk=chunk)
+
+
+def check_methods(
+    methods: Sequence[str], options: Mapping[str, Mapping[str, Any]], num_frames: int
+) -> None:
+    """Raise where a video could not be inverted by these methods.
+
+    Args:
+        methods: Names of the methods.
+        options: Changes to their configurations' defaults, by method.
+        num_frames: Number of frames of the video.
+
+    Raises:
+        TypeError: one name in place of a list of names.
+        ValueError: no method, an unknown one, or options that do not fit.
+    """
+    if isinstance(methods, str):
+        raise TypeError(f"methods is {methods!r}; pass a list of names, such as [{methods!r}]")
+    if not methods:
+        raise ValueError("methods is empty; give at least one name")
+    for method in methods:
+        attention_config(method, options.get(method, {}), num_frames)
+    for method in options:
+        if method not in methods:
+            raise ValueError(f"there are options for {method}, which is not among the methods")
 
 
 def inversion_attention(inversion: InversionFolder, chunk: int | None = None) -> AttentionConfig:
