@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from stem_kernels import basis_attention, blended_attention, em_statistics, nearest_token, soft_em
+from stem_kernels import (
+    basis_attention,
+    blended_attention,
+    em_statistics,
+    em_update,
+    nearest_token,
+    soft_em,
+)
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.ops.soft_em import attended_bases
 
@@ -51,6 +58,7 @@ def forms(dtype: torch.dtype) -> Iterator[Form]:
         yield Form(f"em feature d={width}", dtype, functools.partial(em_feature, width, dtype))
         call = functools.partial(bases_of_layer, width, dtype)
         yield Form(f"bases of a layer d={width}", dtype, call)
+        yield Form(f"em update d={width}", dtype, functools.partial(em_update_of_chunks, width))
     call = functools.partial(iterations_with_payload, dtype)
     yield Form("soft_em d=40 with payload", dtype, call)
     for width in HEAD_WIDTHS:
@@ -93,6 +101,12 @@ def em_feature(width: int, dtype: torch.dtype) -> object:
     features = torch.empty(1, FEATURE_WIDTHS[width], width, dtype=dtype)
     bases = torch.empty(1, NUM_BASES, width, dtype=dtype)
     return em_statistics(features, bases, backend="triton")
+
+
+def em_update_of_chunks(width: int) -> object:
+    """Sums of a layer's features over all chunks of a video."""
+    sums, mass = torch.empty(1, NUM_BASES, width), torch.empty(1, NUM_BASES)
+    return em_update(sums, mass, sums, num_tokens=TOKENS, backend="triton")
 
 
 def bases_of_layer(width: int, dtype: torch.dtype) -> object:

@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICE, INTERPRETED
 
 from stem.config import StemConfig
-from stem_kernels import basis_attention, em_statistics, initial_bases, soft_em
+from stem_kernels import basis_attention, em_statistics, em_update, initial_bases, soft_em
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.ops.soft_em import AttendedBases, attended_bases
 from stem_kernels.testing import clustered_tokens, max_error
@@ -39,13 +39,15 @@ def test_kernels_of_a_layer(counts: Any, num_iters: int, frames: int, kernels: i
     assert found.total() == kernels
 
 
-def test_attention_to_many_keys_is_two_kernels(counts: Any) -> None:
+def test_what_chunks_share_takes_few_kernels(counts: Any) -> None:
     query, key = (
         torch.empty(1, 8, rows, 40, dtype=torch.float16, device="meta") for rows in (128, 4096)
     )
+    sums, mass = (torch.empty(1, 256, *width, device="meta") for width in ((320,), ()))
     with counts.recorded(counts.ARCH) as launched, counts.TorchKernels() as of_torch:
         partial_attention(query, key, key, backend="triton")
-    assert [launch.name for launch in launched] == ["partial_attention", "merge"]
+        em_update(sums, mass, sums, num_tokens=9, backend="triton")
+    assert [launch.name for launch in launched] == ["partial_attention", "merge", "update"]
     assert not of_torch.found
 
 

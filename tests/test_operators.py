@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, INTERPRETED
 
 import stem_kernels
 from stem_kernels import (
@@ -112,6 +112,7 @@ def step_by_step(
             empty=policy,
             payload_sums=payload_sums,
             candidates=features[..., index, :],
+            backend=backend,
         )
         bases = found.bases
     return found
@@ -134,6 +135,29 @@ def test_statistics_and_updates_make_soft_em(backend: str, empty: str) -> None:
         tolerance = 1e-4 * float(one.abs().max())
         assert max_error(other, one) <= tolerance
         assert max_error(chunked, one) <= tolerance
+
+
+@pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu", reason="Triton alone has a kernel of its own for it"
+)
+@pytest.mark.interpreter
+def test_an_update_has_the_same_bits_in_triton() -> None:
+    sums, bases, payload = (tokens(2, 37, width, seed=width) for width in (40, 40, 5))
+    mass = 40 * tokens(2, 37, seed=1).abs()
+    mass[:, ::5] = 1e-3  # of an empty base
+    for empty in ("zero", "mask"):
+        found, expected = (
+            em_update(
+                sums.mT.contiguous().mT, mass, bases.half(),
+                num_tokens=99, empty=empty, payload_sums=payload, backend=backend,
+            )
+            for backend in ("triton", "torch")
+        )  # fmt: skip
+        assert all(map(torch.equal, found, expected))
+    operator = torch.ops.stem_kernels.em_update_triton
+    for values in (payload, None):
+        sample = (sums, mass, bases, values, 99, True)
+        torch.library.opcheck(operator, sample, test_utils=["test_schema", "test_faketensor"])
 
 
 def test_the_objective_does_not_fall_on_average() -> None:

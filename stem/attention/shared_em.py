@@ -62,7 +62,7 @@ def shared_em(
             backend=config.backend,
         )
         brought = tuple(tensor for tensor in statistics if tensor is not None)
-        found = exchange.meet(brought, _m_step(found.bases, total, empty, candidates))
+        found = exchange.meet(brought, _m_step(config, found.bases, total, empty, candidates))
     return found
 
 
@@ -70,7 +70,11 @@ CPU = torch.device("cpu")
 
 
 def _m_step(
-    bases: torch.Tensor, num_tokens: int, empty: str, candidates: torch.Tensor | None
+    config: StemConfig,
+    bases: torch.Tensor,
+    num_tokens: int,
+    empty: str,
+    candidates: torch.Tensor | None,
 ) -> Callable[[list[Tensors]], SoftEM]:
     def merge(parts: list[Tensors]) -> SoftEM:
         sums, mass, *payload_sums = in_order(parts)
@@ -82,6 +86,7 @@ def _m_step(
             empty=empty,
             payload_sums=payload_sums[0] if payload_sums else None,
             candidates=candidates,
+            backend=config.backend,
         )
 
     return merge

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..backends import select
 from ..shared.bases import candidate_tokens, least_mass, m_step
 from .checks import check_choice, check_count, check_floating, check_same_dtype
 from .soft_em import EMPTY_POLICIES, SoftEM
@@ -22,6 +23,7 @@ def em_update(
     empty: str = "mask",
     payload_sums: torch.Tensor | None = None,
     candidates: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> SoftEM:
     r"""New bases from the sums of `em_statistics` (the M-step's division).
 
@@ -51,12 +53,15 @@ def em_update(
         payload_sums: Payload sums [..., K, E] of the same pass, or None.
         candidates: Tokens [..., m, D] for "reseed", m >= 1, any floating dtype; unused otherwise.
             `soft_em` takes those at `candidate_tokens(n, K, device)` (in this module).
+        backend: Name of the backend, "auto", "triton", "cuda" or "torch". Triton has one kernel for
+            it, to torch's bits; "reseed" and the extension take torch's.
 
     Returns:
         SoftEM of the sums' dtype: bases, payload bases and mass.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit.
+        BackendError: the backend asked for cannot run this call.
 
     Source: arXiv 2312.05856, ST-M; "mask" and "reseed" are this package's.
     """
@@ -91,12 +96,17 @@ def em_update(
                 f"not {list(candidates.shape)}"
             )
         candidates = candidates.to(sums.dtype)
-    # Plain torch on every backend: a handful of launches over K x D numbers, beside a pass over n
-    # tokens. Triton's own kernel for this pays inside its soft_em, where it adds up the pass's
-    # parts and writes the next one's directions too.
-    values = sums[..., :0] if payload_sums is None else payload_sums
-    least = least_mass(num_tokens, sums.shape[-2])
-    found, payload, mass = m_step(
-        sums, mass, values, bases.to(sums.dtype), least, empty, candidates
-    )
+    bases = bases.to(sums.dtype)
+    tensors = {"sums": sums, "mass": mass, "bases": bases, "payload_sums": payload_sums}
+    chosen = select(OP, backend, tensors, None)
+    if chosen == "triton" and empty != "reseed" and sums.numel() > 0:
+        from ..triton.em_update import em_update_triton
+
+        found, payload, mass = em_update_triton(
+            sums, mass, bases, payload_sums, num_tokens, empty == "mask"
+        )
+    else:
+        values = sums[..., :0] if payload_sums is None else payload_sums
+        least = least_mass(num_tokens, sums.shape[-2])
+        found, payload, mass = m_step(sums, mass, values, bases, least, empty, candidates)
     return SoftEM(found, None if payload_sums is None else payload, mass)

@@ -2,7 +2,8 @@
 
 A program has one base; in the interpreter it has many. The update reads S K D floats, adds the
 parts up in a fixed order, divides, keeps what an empty base was, and writes what comes next needs:
-directions of the next pass, or rounded bases and a bias for the attention.
+directions of the next pass, or rounded bases and a bias for the attention. `em_update` is that
+alone, of sums that chunks have added up: one part, and no directions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ..shared.spread import GOLDEN
 from ..tuning import tile_for
 from . import interpreted
 from .precision import weight_unit
-from .program import Buffer, Program
+from .program import Buffer, Layout, Program, programs
+from .registration import operator
 from .tiles import in_eights
 
 PART_ELEMENTS = 8192  # of a tile of parts
@@ -76,7 +78,7 @@ def _total(
 
 @triton.jit
 def _update_kernel(
-    p_sums, p_mass_parts, p_payload_sums, p_bases, p_mass, p_payload,
+    p_sums, p_mass_parts, p_payload_sums, p_old, p_bases, p_mass, p_payload,
     p_directions, p_rounded_payload, p_bias,
     PARTS, MASS_PARTS, PAYLOAD_PARTS, ROWS, D, E, unit, least_mass, mass_eps, norm_eps,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -113,15 +115,15 @@ def _update_kernel(
             _total(p_payload_sums, o_r, PAYLOAD_PARTS, ROWS, E, BLOCK_R, BLOCK_ES, BLOCK_E) * unit
         )
         if DIVIDE:
-            b_payload = b_payload / b_share
+            b_payload = tl.div_rn(b_payload, b_share)
             b_rounded = b_payload.to(p_rounded_payload.dtype.element_ty)
             tl.store(p_rounded_payload + o_value, b_rounded, mask=m_e)
         tl.store(p_payload + o_value, b_payload, mask=m_e)
     if DIVIDE:
-        b_bases = b_bases / b_share
+        b_bases = tl.div_rn(b_bases, b_share)
     if KEEP_EMPTY:
         b_empty = b_mass < least_mass
-        b_old = tl.load(p_bases + o_base, mask=m, other=0.0)
+        b_old = tl.load(p_old + o_base, mask=m, other=0.0)
         b_bases = tl.where(b_empty[:, None], b_old, b_bases)
         b_mass = tl.where(b_empty, 0.0, b_mass)
     tl.store(p_bases + o_base, b_bases, mask=m)
@@ -215,19 +217,22 @@ def update(
     parts: Parts,
     *,
     num_tokens: int,
+    old: Buffer | None = None,
     keep_empty: bool = False,
     divide: bool = True,
     normalize: bool = False,
     bias: str = "none",
 ) -> tuple[Buffer, Buffer, Buffer]:
-    """Add a launch that turns a pass's parts into new bases, in place of those before.
+    """Add a launch that turns a pass's parts into new bases.
 
     Args:
         program: Program to add it to.
-        bases: Bases that the pass was made with. Their directions become those of the new bases,
-            or, if not `normalize`, the new bases rounded to the directions' dtype.
+        bases: Bases to write. Their directions become those of the new bases, or, if not
+            `normalize`, the new bases rounded to the directions' dtype.
         parts: Parts that the pass left.
         num_tokens: Number n of tokens, by which a base is empty (see `soft_em`).
+        old: Bases [B, h, K, D] that the pass was made with, contiguous; None where they are what
+            lies in `bases`.
         keep_empty: Whether empty bases keep their value and get the mass 0.
         divide: Whether the sums are divided by the mass; where not, `bases.bases` becomes the sums,
             and the directions stay.
@@ -256,8 +261,8 @@ def update(
         _update_kernel,
         (triton.cdiv(rows, block_r),),
         (
-            parts.sums, parts.mass, of_payload, bases.bases, bases.mass, payload,
-            bases.directions, rounded, with_bias,
+            parts.sums, parts.mass, of_payload, bases.bases if old is None else old,
+            bases.bases, bases.mass, payload, bases.directions, rounded, with_bias,
         ),
         (
             parts.sums.layout.shape[0], parts.mass.layout.shape[0], of_payload.layout.shape[0],
@@ -271,3 +276,73 @@ def update(
         BIAS=bias, EIGHTS=dim % 8 == width % 8 == 0, num_warps=8,
     )  # fmt: skip
     return payload, rounded, with_bias
+
+
+@programs
+def _program(
+    sums: Layout,
+    mass: Layout,
+    bases: Layout,
+    payload_sums: Layout | None,
+    num_tokens: int,
+    keep_empty: bool,
+) -> tuple[Program, int, int, int]:
+    """The program, and where its outputs are; all layouts are contiguous."""
+    program = Program(sums.device)
+    of_sums, of_mass, old = (program.input(layout) for layout in (sums, mass, bases))
+    of_payload = None if payload_sums is None else _one_part(program.input(payload_sums))
+    new = program.memory("bases", sums.shape, torch.float32)
+    # Directions that are not normalized are the bases again, in the same memory.
+    found = Bases(new, program.memory("mass", mass.shape, torch.float32), new)
+    parts = Parts(_one_part(of_sums), _one_part(of_mass), of_payload)
+    payload, _, _ = update(
+        program, found, parts, num_tokens=num_tokens, old=old, keep_empty=keep_empty
+    )
+    return program, new.place, found.mass.place, payload.place
+
+
+def _one_part(whole: Buffer) -> Buffer:
+    layout = whole.layout
+    layout = layout._replace(shape=(1, *layout.shape), strides=(0, *layout.strides))
+    return Buffer(whole.place, layout)
+
+
+@operator
+def em_update_triton(
+    sums: torch.Tensor,
+    mass: torch.Tensor,
+    bases: torch.Tensor,
+    payload_sums: torch.Tensor | None,
+    num_tokens: int,
+    keep_empty: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Float32 sums, bases [..., K, D], not empty, mass [..., K], payload sums [..., K, E] or None.
+
+    Returns bases, payload bases (E = 0 without a payload) and mass.
+    """
+    width = 0 if payload_sums is None else payload_sums.shape[-1]
+    given = [tensor.contiguous() for tensor in (sums, mass, bases)]
+    ridden = payload_sums.contiguous() if payload_sums is not None and width else None
+    program, *outputs = _program(
+        *map(Layout.of, given), Layout.of_any(ridden), num_tokens, keep_empty
+    )
+    tensors = program(*given, ridden)
+    found, found_mass, payload = (tensors[place] for place in outputs)
+    return found, payload if width else mass.new_empty((*mass.shape, 0)), found_mass
+
+
+@torch.library.register_fake("stem_kernels::em_update_triton")
+def _(
+    sums: torch.Tensor,
+    mass: torch.Tensor,
+    bases: torch.Tensor,
+    payload_sums: torch.Tensor | None,
+    num_tokens: int,
+    keep_empty: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = 0 if payload_sums is None else payload_sums.shape[-1]
+    return (
+        sums.new_empty(sums.shape),
+        mass.new_empty((*mass.shape, width)),
+        mass.new_empty(mass.shape),
+    )
