@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from test_cli import run
 from test_inversion import clip
+from typer import BadParameter
 
 from stem import InversionFolder, cli, read_video, write_video
-from stem.editing import METHODS, Edit
+from stem.cli.edit_options import split_options, with_preset
+from stem.editing import METHODS, Edit, FateZeroOptions, edit_options
 from stem.editing.job import Options
 
 OPTIONS = ("--inversion", "ddim", "--size", "32x32", "--steps", "2")
@@ -167,6 +169,24 @@ def test_a_folder_is_edited_by_every_prompt_and_method(
     assert pnp["beside"] == ["source, through the VAE", "reconstruction", "pnp"]
 
 
+def test_a_preset_is_that_of_every_method_that_has_presets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(METHODS, "fatezero", FateZeroOptions)
+    methods = ["fatezero", "fusion", "pnp"]
+    given, _ = split_options(["fatezero.equalize=blue"], methods, None)
+    found = with_preset(given, methods, "style")
+    assert found == {
+        "fatezero": {"equalize": "blue", "preset": "style"},
+        "fusion": {"preset": "style"},
+        "pnp": {},
+    }
+    fatezero = edit_options("fatezero", found["fatezero"])
+    assert fatezero == FateZeroOptions(preset="style", equalize={"blue": 10.0})
+    with pytest.raises(BadParameter, match=r"'colour' is no preset of fatezero: .*has style, "):
+        with_preset({}, methods, "colour")
+
+
 def test_a_finished_edit_is_reused_and_a_damaged_one_written_again(
     inversion: str, tmp_path: Path, editing: Editing, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,7 +275,7 @@ def test_values_of_options_from_a_file_and_the_command_line(
         (["--prompt", "a", "--option", "fusion.bases=3"], "fusion has no option 'bases'"),
         (["--prompt", "a", "--option", "pnp.blend=3"], "with a method of fusion"),
         (["--prompt", "a", "--option", "fusion.preset={"], "its value is not YAML"),
-        (["--prompt", "a", "--method", "pnp", "--preset", "shape"], "fusion has presets"),
+        (["--prompt", "a", "--method", "pnp", "--preset", "shape"], "is no preset of pnp: "),
         (
             ["--prompt", "a", "--preset", "shape", "--option", "fusion.preset=colour"],
             "'shape', and --option says fusion.preset=colour; give one of them",

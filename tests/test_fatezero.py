@@ -365,13 +365,15 @@ def test_the_late_background_is_the_level_above(inversions: dict[str, InversionF
 
 
 def test_presets_and_json_types() -> None:
-    style = FateZeroOptions.style(["red"])
+    style = FateZeroOptions(preset="style", equalize="red")
     assert (style.mapping, style.cross_replace, style.self_replace) == ("refine", 0.8, 0.8)
-    assert style.equalize == {"red": 10.0}
-    shape = FateZeroOptions.shape(["ring"], ["star"], mapping="refine")
-    assert shape == FateZeroOptions(
-        mapping="refine", cross_replace=0.5, self_replace=0.5, blend_words=[["ring"], "star"]
-    )
+    assert style.equalize == FateZeroOptions(equalize=["red"]).equalize == {"red": 10.0}
+    assert style == dataclasses.replace(FateZeroOptions(equalize={"red": 10}), preset="style")
+    shape = FateZeroOptions(preset="shape", mapping="refine", blend_words=[["ring"], "star"])
+    assert (shape.mapping, shape.cross_replace, shape.self_replace) == ("refine", 0.5, 0.5)
+    assert shape.blend_words == (("ring",), ("star",))
+    attribute = FateZeroOptions(preset="attribute")
+    assert (attribute.mapping, attribute.cross_replace) == ("replace", 0.5)
     assert FateZeroOptions(self_replace=[0.2, 0.8]).self_bounds == (0.2, 0.8)
 
 
@@ -383,8 +385,12 @@ def test_presets_and_json_types() -> None:
         ({"self_replace": (0.8, 0.2)}, "the lesser first"),
         ({"self_replace": (0.1, 0.2, 0.3)}, "the lesser first"),
         ({"equalize": {"a": -1}}, "equalize of 'a' is -1"),
-        ({"equalize": ["a"]}, "must be factors by word"),
+        ({"equalize": 3}, "must be factors by word, or words"),
         ({"equalize": {3: 1}}, "each must be a text"),
+        ({"equalize": [["a"]]}, "each must be a text"),
+        ({"preset": "colour"}, "preset is 'colour'; it must be one of style, attribute, shape"),
+        ({"preset": "style"}, "preset is 'style'; it needs equalize, too: the words"),
+        ({"preset": "shape"}, "preset is 'shape'; it needs blend_words, too"),
         ({"blend_words": ["duck"]}, "must be two lists"),
         ({"blend_words": [[], ["a"]]}, "empty list"),
         ({"blend_threshold": 1.0}, "blend_threshold is 1.0"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +41,15 @@ SourcePrompt = Annotated[
 EditMethods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(EDIT_METHODS)}.")]
 Preset = Annotated[
     str | None,
-    typer.Option(help="METHOD.preset of every method here that has presets: colour, shape, ..."),
+    typer.Option(
+        help="METHOD.preset of every method here that has presets: "
+        + "; ".join(
+            f"{name}'s are {', '.join(kind.presets)}"
+            for name, kind in EDIT_METHODS.items()
+            if kind.presets
+        )
+        + "."
+    ),
 ]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the method's own.")]
 NegativePrompt = Annotated[
@@ -127,13 +134,17 @@ def with_preset(
     result = {method: dict(options.get(method, {})) for method in methods}
     if preset is None:
         return result
-    having = [method for method in EDIT_METHODS if "preset" in _fields(method)]
-    if not set(methods) & set(having):
+    having = {name: kind.presets for name, kind in EDIT_METHODS.items() if kind.presets}
+    chosen = [method for method in methods if method in having]
+    lacking = [method for method in chosen if preset not in having[method]] if chosen else methods
+    if lacking:
+        known = "; ".join(f"{name} has {', '.join(names)}" for name, names in having.items())
         raise typer.BadParameter(
-            f"{preset!r}; {', '.join(having)} has presets, and --method is {','.join(methods)}",
+            f"{preset!r} is no preset of {', '.join(lacking)}: {known}. For one of several methods "
+            "write --option METHOD.preset=...",
             param_hint="--preset",
         )
-    for method in [method for method in methods if method in having]:
+    for method in chosen:
         if result[method].setdefault("preset", preset) != preset:
             raise typer.BadParameter(
                 f"{preset!r}, and --option says {method}.preset={result[method]['preset']}; give "
@@ -153,10 +164,6 @@ def refuse_of_inversions(context: typer.Context) -> None:
                 "invert it anew",
                 param_hint=f"--{name.replace('_', '-')}",
             )
-
-
-def _fields(method: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(EDIT_METHODS[method])]
 
 
 def _yaml_value(text: str, value: str) -> Any:

@@ -52,6 +52,7 @@ class FateZero(Method):
         for word, value in options.equalize.items():
             factors[_positions(target, [word])] = value
         config = self.config
+        assert options.mapping is not None
         self.fusion = MapFusion(
             _COLUMNS[options.mapping](source, target).to(job.device),
             self.size,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..inversion import InversionFolder
 from .job import Options, check_choice, check_flag, check_share
@@ -17,20 +17,35 @@ STORES = ("recompute", "memory", "disk")
 OTHER_WORDS = "default_"
 """In `cross_replace`, the key of all tokens whose word is not named."""
 _STYLE_FACTOR = 10.0
+_NO_PRESET = {"mapping": "refine", "cross_replace": 0.8, "self_replace": 0.8}
+_ATTRIBUTE = {"mapping": "replace", "cross_replace": 0.5, "self_replace": 0.5}
+_PRESETS = {"style": _NO_PRESET, "attribute": _ATTRIBUTE, "shape": _ATTRIBUTE}
+_NEEDED = {
+    "style": ("equalize", "the words of the prompt that describe the style"),
+    "shape": ("blend_words", "the object's words in the source's prompt, and in the prompt"),
+}
 
 
 @dataclass(frozen=True)
 class FateZeroOptions(Options):
     """Options of `fatezero`. JSON types are taken, too: lists for tuples.
 
+    Where None is given for `mapping`, `cross_replace` or `self_replace`, the preset's value takes
+    its place.
+
     Args:
+        preset: Name of the authors' options for an edit. "style" needs `equalize`: "refine" and
+            0.8, as without a preset; "attribute", such as a colour in place of another: "replace"
+            and 0.5; "shape", as "attribute", needs `blend_words` (the authors tune the UNet on the
+            video for that, which is not done here).
         mapping: Mapping of the prompts' words. "refine": tokens that both prompts have, by
             alignment; "replace": word by word, where there are equally many.
         cross_replace: Share of the steps in which the source's text maps are taken; or such
             shares by word of the prompt, "default_" being all other tokens (1 if not given).
         self_replace: Share of the steps in which the source's self-attention maps are taken; or
             the shares where that begins and ends.
-        equalize: Factors of words' columns, by word of the prompt, at least 0.
+        equalize: Factors of words' columns, by word of the prompt, at least 0; or words, whose
+            factor is 10.
         blend_words: Words of the source's prompt and words of the prompt, whose masks say where
             self-attention maps are the edit's own; None: they are the source's everywhere.
         blend_threshold: Share of a frame's maximum above which a word's map is its mask.
@@ -49,9 +64,12 @@ class FateZeroOptions(Options):
     Source: arXiv 2303.09535.
     """
 
-    mapping: str = "refine"
-    cross_replace: float | Mapping[str, float] = 0.8
-    self_replace: float | tuple[float, float] = 0.8
+    presets: ClassVar[tuple[str, ...]] = tuple(_PRESETS)
+
+    preset: str | None = None
+    mapping: str | None = None
+    cross_replace: float | Mapping[str, float] | None = None
+    self_replace: float | tuple[float, float] | None = None
     equalize: Mapping[str, float] = field(default_factory=dict)
     blend_words: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     blend_threshold: float = 0.3
@@ -60,6 +78,16 @@ class FateZeroOptions(Options):
     store: str = "recompute"
 
     def __post_init__(self) -> None:
+        if self.preset is not None:
+            check_choice("preset", self.preset, self.presets)
+        published = _NO_PRESET if self.preset is None else _PRESETS[self.preset]
+        for name, value in published.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if isinstance(self.equalize, (str, list, tuple)):
+            words = [self.equalize] if isinstance(self.equalize, str) else self.equalize
+            _check_words("equalize", tuple(words))
+            object.__setattr__(self, "equalize", dict.fromkeys(words, _STYLE_FACTOR))
         check_choice("mapping", self.mapping, MAPPINGS)
         check_choice("background", self.background, BACKGROUNDS)
         check_choice("store", self.store, STORES)
@@ -81,7 +109,7 @@ class FateZeroOptions(Options):
                 "of them, the lesser first"
             )
         if not isinstance(self.equalize, Mapping):
-            raise ValueError(f"equalize is {self.equalize!r}; it must be factors by word")
+            raise ValueError(f"equalize is {self.equalize!r}; it must be factors by word, or words")
         _check_words("equalize", tuple(self.equalize))
         for word, factor in self.equalize.items():
             if not _is_number(factor) or not 0 <= factor < math.inf:
@@ -96,33 +124,17 @@ class FateZeroOptions(Options):
             object.__setattr__(self, "blend_words", _both_words(self.blend_words))
         elif self.blend_latents:
             raise ValueError("blend_latents is True; it needs blend_words, too")
+        if self.preset in _NEEDED:
+            needed, meaning = _NEEDED[self.preset]
+            if not getattr(self, needed):
+                raise ValueError(f"preset is {self.preset!r}; it needs {needed}, too: {meaning}")
 
     @property
     def self_bounds(self) -> tuple[float, ...]:
         """The shares of the steps where taking self-attention maps begins and ends."""
         given = self.self_replace
+        assert given is not None
         return given if isinstance(given, tuple) else (0.0, given)
-
-    @classmethod
-    def style(cls, words: Sequence[str], **changes: Any) -> FateZeroOptions:
-        """The published options for a style, which some words of the prompt describe."""
-        return cls(**{"equalize": dict.fromkeys(words, _STYLE_FACTOR), **changes})
-
-    @classmethod
-    def attribute(cls, **changes: Any) -> FateZeroOptions:
-        """The published options for an attribute, such as a colour, in place of another."""
-        published = {"mapping": "replace", "cross_replace": 0.5, "self_replace": 0.5}
-        return cls(**{**published, **changes})
-
-    @classmethod
-    def shape(
-        cls, source_words: Sequence[str], target_words: Sequence[str], **changes: Any
-    ) -> FateZeroOptions:
-        """The published options for an object of another shape, which words of both prompts name.
-
-        The authors tune the UNet on the video for that, which is not done here.
-        """
-        return cls.attribute(**{"blend_words": (source_words, target_words), **changes})
 
     def check(self, inversion: InversionFolder, prompt: str) -> None:
         source = inversion.settings["prompt"]
@@ -148,6 +160,7 @@ class FateZeroOptions(Options):
     def other_cross_share(self) -> float:
         """The share of the steps of all other tokens."""
         given = self.cross_replace
+        assert given is not None
         return given.get(OTHER_WORDS, 1.0) if isinstance(given, Mapping) else given
 
 

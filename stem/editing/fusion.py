@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -68,6 +68,8 @@ class FusionOptions(Options):
         ValueError: a value out of range, named with what is allowed.
     """
 
+    presets: ClassVar[tuple[str, ...]] = tuple(_PRESETS)
+
     preset: str = "colour"
     cross_maps: float | None = None
     self_maps: float | None = None
@@ -85,7 +87,7 @@ class FusionOptions(Options):
     placement: tuple[float, float] = (0.1, 0.7)
 
     def __post_init__(self) -> None:
-        check_choice("preset", self.preset, tuple(_PRESETS))
+        check_choice("preset", self.preset, self.presets)
         for name, value in {**_OTHERWISE, **_PRESETS[self.preset]}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -183,9 +183,11 @@ class Options:
 
     Attributes:
         default_guidance: Guidance scale where none is given.
+        presets: Names that the option `preset` takes; none where the method has no such option.
     """
 
     default_guidance: ClassVar[float] = 7.5
+    presets: ClassVar[tuple[str, ...]] = ()
 
     @property
     def guidance(self) -> float:
