@@ -38,7 +38,7 @@ TILES: dict[str, dict[str, tuple[int, ...]]] = {
     "em_wide logits": {"block_n": (64, 128), "block_d": (32, 64)},
     "em_wide products": {"block_n": (32, 64, 128), "block_e": (64, 128)},
     "em_general": {"block_n": (32, 64, 128), "block_k": (64, 128), "block_d": (32, 64)},
-    "resident_attention": {"block_n": (32, 64, 128), "parts": (1, 2)},
+    "resident_attention": {"block_n": (32, 64, 128), "parts": (1, 2), "ahead": (0, 1)},
     "basis_attention": {"query_bytes": (16384, 32768), "basis_bytes": (8192, 16384, 32768)},
     "blended_attention": {"query_bytes": (16384, 32768), "basis_bytes": (8192, 16384)},
     "nearest_token": {"block_n": (64, 128), "block_m": (64, 128), "block_d": (32, 64)},
@@ -46,7 +46,7 @@ TILES: dict[str, dict[str, tuple[int, ...]]] = {
 }
 WITHOUT_PROGRAMS = ("em_wide logits", "basis_attention", "blended_attention", "nearest_token")
 MARK = 77  # a number of stages that no row has
-PROGRAMS_PER_MULTIPROCESSOR = (1, 2, 4)  # of the ops whose rows have "programs"
+PROGRAMS_PER_MULTIPROCESSOR = (1, 2, 3, 4)  # of the ops whose rows have "programs"
 
 
 def candidates(op: str, arch: int, multiprocessors: int) -> Iterator[dict[str, int]]:

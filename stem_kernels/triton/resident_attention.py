@@ -2,7 +2,10 @@
 
 K and V of a head are read once per program, in one part or two, as the tables of tiles say. With
 two, the second rescales what the first gave, one multiplication per output and 256 bases, and the
-first one's weights need not be held until the last maximum is known.
+first one's weights need not be held until the last maximum is known. "ahead" in a table reads the
+next queries while the weights of these are computed, and lets addresses be computed in the loop
+again, which takes instructions for registers: on sm_90 three blocks then share a multiprocessor at
+40 channels, and at 80 the queries' way from memory is hidden.
 
 Per (query, base): 4 d FLOPs, one exp2. Floor on an H100 at d = 40: the exponentials.
 """
@@ -40,7 +43,7 @@ WIDTHS = (48, 64, 80, 160)  # each has its own row in the tables of tiles
 def _logits(
     b_q, b_q_rest, b_k, b_k_rest, p_bias, stride_bk, m_k, scale,
     D_REST: tl.constexpr, WITH_BIAS: tl.constexpr, SCALED: tl.constexpr, FULL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # [BLOCK_N, BLOCK_K]; in base 2, and without the scale unless SCALED
     b_s = tl.zeros((b_q.shape[0], b_k.shape[0]), dtype=tl.float32)
@@ -52,8 +55,12 @@ def _logits(
         if not SCALED:
             # The products are added to it, so that it takes no addition per logit.
             b_s += b_bias[None, :]
+    # Triton waits for each product. The short one first lets another block's long one come between,
+    # and takes more registers.
+    if D_REST > 0 and AHEAD:
+        b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s, input_precision=PRECISION)
     b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
-    if D_REST > 0:
+    if D_REST > 0 and not AHEAD:
         b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s, input_precision=PRECISION)
     if SCALED:
         b_s = b_s * scale
@@ -94,6 +101,21 @@ def _attend(
 
 
 @triton.jit
+def _queries(
+    p_q, start, o_row, n, stride_qn, stride_qd,
+    D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # [BLOCK_N, D_MAIN] and [BLOCK_N, D_REST] from query `start` on
+    m_n = tl.arange(0, o_row.shape[0]) < n - start
+    p_tile = p_q + start * stride_qn
+    b_q = load_rows(p_tile, o_row, m_n, stride_qd, D, 0, D_MAIN, UPCAST)
+    b_q_rest = b_q
+    if D_REST > 0:
+        b_q_rest = load_rows(p_tile, o_row, m_n, stride_qd, D, D_MAIN, D_REST, UPCAST)
+    return b_q, b_q_rest
+
+
+@triton.jit
 def _resident_kernel(
     p_query, p_key, p_value, p_bias, p_matrix, p_mean, p_out,
     n, K, H,
@@ -104,7 +126,8 @@ def _resident_kernel(
     D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     D_MAIN: tl.constexpr, D_REST: tl.constexpr, E_MAIN: tl.constexpr, E_REST: tl.constexpr,
     TWO_PARTS: tl.constexpr, FULL_K: tl.constexpr, WITH_BIAS: tl.constexpr, SCALED: tl.constexpr,
-    ALIGNED: tl.constexpr, CORRECTED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ALIGNED: tl.constexpr, CORRECTED: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     stride_qb, stride_qh = in_eights(stride_qb, ALIGNED), in_eights(stride_qh, ALIGNED)
     stride_kb, stride_kh = in_eights(stride_kb, ALIGNED), in_eights(stride_kh, ALIGNED)
@@ -143,34 +166,45 @@ def _resident_kernel(
     p_q = p_query + batch * stride_qb + head * stride_qh
     o_n = tl.arange(0, BLOCK_N)
     first = tl.program_id(1).to(tl.int64) * BLOCK_N
-    for offset in range(0, n - first, tl.num_programs(1) * BLOCK_N):
+    o_row = o_n * stride_qn
+    step = tl.num_programs(1) * BLOCK_N
+    if AHEAD:
+        b_next, b_next_rest = _queries(
+            p_q, first, o_row, n, stride_qn, stride_qd, D, D_MAIN, D_REST, UPCAST
+        )
+    for offset in tl.range(0, n - first, step, disable_licm=AHEAD):
         start = first + offset
         m_n = o_n < n - start
         p_q_tile = p_q + start * stride_qn
-        # [BLOCK_N, D_MAIN]
-        b_q = load_rows(p_q_tile, o_n * stride_qn, m_n, stride_qd, D, 0, D_MAIN, UPCAST)
-        b_q_rest = b_q
-        if D_REST > 0:
-            b_q_rest = load_rows(
-                p_q_tile, o_n * stride_qn, m_n, stride_qd, D, D_MAIN, D_REST, UPCAST
+        if AHEAD:
+            b_q, b_q_rest = b_next, b_next_rest
+        else:
+            b_q, b_q_rest = _queries(
+                p_q, start, o_row, n, stride_qn, stride_qd, D, D_MAIN, D_REST, UPCAST
             )
         b_s = _logits(
             b_q, b_q_rest, b_k, b_k_rest, p_b, stride_bk, m_k, scale,
-            D_REST, WITH_BIAS, SCALED, FULL_K or TWO_PARTS, PRECISION,
+            D_REST, WITH_BIAS, SCALED, FULL_K or TWO_PARTS, AHEAD, PRECISION,
         )  # fmt: skip
-        if TWO_PARTS:
-            b_t = _logits(
-                b_q, b_q_rest, b_l, b_l_rest, p_b + BLOCK_K * stride_bk, stride_bk, m_l, scale,
-                D_REST, WITH_BIAS, SCALED, FULL_K, PRECISION,
-            )  # fmt: skip
-        b_max, b_sum, b_out, b_out_rest = _attend(
-            b_s, b_v, b_v_rest, 0, 0, 0, 0, factor, E_REST, WITH_BIAS, True, PRECISION
-        )
+        b_max, b_sum, b_out, b_out_rest = 0, 0, 0, 0
         if TWO_PARTS:
             b_max, b_sum, b_out, b_out_rest = _attend(
-                b_t, b_u, b_u_rest, b_max, b_sum, b_out, b_out_rest, factor,
-                E_REST, WITH_BIAS, False, PRECISION,
+                b_s, b_v, b_v_rest, b_max, b_sum, b_out, b_out_rest, factor,
+                E_REST, WITH_BIAS, True, PRECISION,
             )  # fmt: skip
+            b_s = _logits(
+                b_q, b_q_rest, b_l, b_l_rest, p_b + BLOCK_K * stride_bk, stride_bk, m_l, scale,
+                D_REST, WITH_BIAS, SCALED, FULL_K, AHEAD, PRECISION,
+            )  # fmt: skip
+        if AHEAD:
+            b_next, b_next_rest = _queries(
+                p_q, start + step, o_row, n, stride_qn, stride_qd, D, D_MAIN, D_REST, UPCAST
+            )
+        b_max, b_sum, b_out, b_out_rest = _attend(
+            b_s, b_u if TWO_PARTS else b_v, b_u_rest if TWO_PARTS else b_v_rest,
+            b_max, b_sum, b_out, b_out_rest, factor,
+            E_REST, WITH_BIAS, not TWO_PARTS, PRECISION,
+        )  # fmt: skip
         b_share = reciprocal(b_sum)[:, None]
         p_row = p_out + ((batch * n + start) * H + head) * E
         b_out = b_out * b_share
@@ -180,12 +214,12 @@ def _resident_kernel(
             place = lead % corrections
             p_e, p_m = p_matrix + place * ((D + 1) * E), p_mean + place * D
             b_out = corrected(
-                b_out, p_q_tile, o_n * stride_qn, m_n, stride_qd, p_e, p_m, D, E,
+                b_out, p_q_tile, o_row, m_n, stride_qd, p_e, p_m, D, E,
                 0, E_MAIN, PRECISION, UPCAST,
             )  # fmt: skip
             if E_REST > 0:
                 b_out_rest = corrected(
-                    b_out_rest, p_q_tile, o_n * stride_qn, m_n, stride_qd, p_e, p_m, D, E,
+                    b_out_rest, p_q_tile, o_row, m_n, stride_qd, p_e, p_m, D, E,
                     E_MAIN, E_REST, PRECISION, UPCAST,
                 )  # fmt: skip
         store_rows(p_row, o_n * (H * E), m_n, E, b_out, 0, E_MAIN)
@@ -234,6 +268,7 @@ def resident_attention(
     num_bases, width = value.shape[-2:]
     block_n = options.pop("block_n")
     programs = max(1, options.pop("programs") // (batch * heads))
+    ahead = options.pop("ahead", 0) == 1
     block_k = tile_for(num_bases, LARGEST_BASES // options.pop("parts"))
     d_main, d_rest = two_tiles(dim)
     e_main, e_rest = two_tiles(width)
@@ -249,6 +284,6 @@ def resident_attention(
         D_MAIN=d_main, D_REST=d_rest, E_MAIN=e_main, E_REST=e_rest,
         TWO_PARTS=num_bases > block_k, FULL_K=num_bases % block_k == 0,
         WITH_BIAS=with_bias, SCALED=scale < LEAST_SCALE,
-        ALIGNED=aligned(query, key, value), CORRECTED=corrections > 0,
+        ALIGNED=aligned(query, key, value), CORRECTED=corrections > 0, AHEAD=ahead,
         **dot_options(query.dtype), **options,
     )  # fmt: skip
