@@ -212,6 +212,8 @@ def test_opcheck(backend: str) -> None:
         given[1::2] = [bases.expand(2, -1, -1, -1) for bases in given[1::2]]
         given[4], bias = given[4].expand(2, -1, -1, -1), bias.expand(2, -1, -1)
     else:
+        import stem_kernels.reference.nearest_token
+
         if backend == "triton":
             import stem_kernels.triton.blended_attention
             import stem_kernels.triton.nearest_token  # noqa: F401
