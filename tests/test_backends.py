@@ -84,6 +84,14 @@ def test_every_reason_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "query has 520 channels a head; it takes 512" in wide
 
 
+def test_an_old_triton_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "_import_errors", [])
+    monkeypatch.setattr(module, "__version__", "3.4.1")
+    old = "triton is 3.4.1; it needs 3.5 or newer, which newer torch brings"
+    assert triton.machine_reasons() == [old]
+
+
 def test_the_extension_states_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "load_error", lambda part: None)
     extension = backends.BACKENDS["cuda"]

@@ -9,24 +9,32 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 MIN_CAPABILITY = (8, 0)
+OLDEST_TRITON = (3, 5)  # the first with tl.range(disable_licm=...)
 
 
 _import_errors: list[str | None] = []
 
 
 def import_error() -> str | None:
-    """Why triton cannot be imported, or None where it can."""
+    """Why triton cannot be imported or is too old, or None where it serves."""
     # A list and not functools.cache, which torch.compile warns about.
     if not _import_errors:
         try:
-            import triton  # noqa: F401
+            import triton
 
-            _import_errors.append(None)
+            _import_errors.append(_too_old(triton.__version__))
         except ImportError as error:
             _import_errors.append(
                 f"triton cannot be imported ({error}); install it with: pip install triton"
             )
     return _import_errors[0]
+
+
+def _too_old(version: str) -> str | None:
+    if tuple(map(int, version.split(".")[:2])) >= OLDEST_TRITON:
+        return None
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    return f"triton is {version}; it needs {oldest} or newer, which newer torch brings"
 
 
 def interpreted() -> bool:

@@ -9,7 +9,6 @@ for a `Layout` of its tensors, keeps it (`@programs`), and a call allocates memo
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -201,12 +200,5 @@ class _Launch:
             *self._chosen(tensors), *self._numbers, **self._constants
         )
         # None where nothing was compiled: in the interpreter, or for one of Triton's own hooks.
-        if compiled is not None and _takes_all_arguments():
+        if compiled is not None:
             self._run = compiled[self._grid]
-
-
-@functools.cache
-def _takes_all_arguments() -> bool:
-    # Before triton 3.3 a compiled kernel wants to be launched without its constexprs.
-    major, minor, *_ = importlib.metadata.version("triton").split(".")
-    return (int(major), int(minor)) >= (3, 3)
