@@ -80,10 +80,7 @@ class FateZeroOptions(Options):
     def __post_init__(self) -> None:
         if self.preset is not None:
             check_choice("preset", self.preset, self.presets)
-        published = _NO_PRESET if self.preset is None else _PRESETS[self.preset]
-        for name, value in published.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        self.fill(_NO_PRESET if self.preset is None else _PRESETS[self.preset])
         if isinstance(self.equalize, (str, list, tuple)):
             words = [self.equalize] if isinstance(self.equalize, str) else self.equalize
             _check_words("equalize", tuple(words))

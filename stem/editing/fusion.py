@@ -88,9 +88,7 @@ class FusionOptions(Options):
 
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, self.presets)
-        for name, value in {**_OTHERWISE, **_PRESETS[self.preset]}.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        self.fill({**_OTHERWISE, **_PRESETS[self.preset]})
         for name in ("cross_maps", "self_maps", "guided_until", "consensus_until"):
             check_share(name, getattr(self, name))
         for name in ("self_outside", "mask", "consensus"):

@@ -189,6 +189,12 @@ class Options:
     default_guidance: ClassVar[float] = 7.5
     presets: ClassVar[tuple[str, ...]] = ()
 
+    def fill(self, values: Mapping[str, Any]) -> None:
+        """Put values in the place of fields that are None, as a subclass is made."""
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
     @property
     def guidance(self) -> float:
         """The guidance scale that goes with these options."""

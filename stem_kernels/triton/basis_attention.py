@@ -189,7 +189,8 @@ def _program(
     return program, out.place
 
 
-def _empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Output [B, n, h, e] of queries [B, h, n, d] and values [.., h, K, e], uninitialised."""
     batch, heads, n, _ = query.shape
     return query.new_empty((batch, n, heads, value.shape[-1]))
 
@@ -210,7 +211,7 @@ def basis_attention_triton(
     Returns contiguous [B, n, h, e] of the query's dtype.
     """
     if query.numel() == 0 or value.shape[-1] == 0:
-        return _empty_output(query, value)
+        return empty_output(query, value)
     if correction is not None and query_mean is not None:
         lead = max(correction.shape[0], query_mean.shape[0])
         correction, query_mean = (
@@ -234,4 +235,4 @@ def _(
     query_mean: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    return _empty_output(query, value)
+    return empty_output(query, value)

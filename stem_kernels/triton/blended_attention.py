@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..tuning import rows_for, tile_for, tiles
-from .basis_attention import LARGEST_HEAD, attend
+from .basis_attention import LARGEST_HEAD, attend, empty_output
 from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
@@ -149,7 +149,7 @@ def blended_attention_triton(
     Returns contiguous [B, n, h, e] of the queries' dtype.
     """
     if query_target.numel() == 0 or value.shape[-1] == 0:
-        return _empty_output(query_target, value)
+        return empty_output(query_target, value)
     tensors = (query_target, key_target, query_source, key_source, value, mask.float())
     program, out = _program(*map(Layout.of, tensors), Layout.of_any(bias), scale)
     return program(*tensors, bias)[out]
@@ -166,9 +166,4 @@ def _(
     bias: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    return _empty_output(query_target, value)
-
-
-def _empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    batch, heads, num_queries, _ = query.shape
-    return query.new_empty((batch, num_queries, heads, value.shape[-1]))
+    return empty_output(query_target, value)
