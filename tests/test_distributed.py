@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ dist.init_process_group(
     timeout=timedelta(seconds=120),
 )
 from test_distributed import run
+try:
 {body}
+finally:
+    dist.destroy_process_group()
 """
 # (method, options, frames in a chunk)
 RUNS: list[tuple[str, dict[str, Any], int]] = [
@@ -68,7 +72,7 @@ def run(root: Path, runs: list[Any], group: Any = None) -> dict[str, list[float]
 
 
 def start(root: Path, world: int, body: str) -> list[subprocess.Popen[str]]:
-    code = RANK.format(tests=str(Path(__file__).parent), body=body)
+    code = RANK.format(tests=str(Path(__file__).parent), body=textwrap.indent(body, "    "))
     return [
         subprocess.Popen(
             [sys.executable, "-c", code, str(root), str(world), str(rank)],
@@ -136,7 +140,7 @@ def test_an_error_on_the_main_rank_is_every_rank_s(tmp_path: Path) -> None:
     (tmp_path / "inversions").write_text("a file where the folder should be")
     for process in start(tmp_path, 2, f"run(root, {RUNS[:1]!r}, dist.group.WORLD)"):
         _, err = process.communicate(timeout=240)
-        assert process.returncode == 1
+        assert process.returncode == 1, err
         assert "NotADirectoryError" in err
 
 
