@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     from .exchange import Lockstep
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """One attention within one call of the UNet.
 
     Args:
@@ -34,8 +32,7 @@ class Site:
     exchange: Lockstep | None
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """What an attention is computed from.
 
     Args:
@@ -216,6 +213,8 @@ class Hooks:
 
     def having(self, method: str) -> list[Hook]:
         """The hooks that have a method of their own."""
+        if not self._hooks:  # Layers ask seven times each.
+            return []
         return [hook for hook in self if _overrides(hook, method)]
 
     @property

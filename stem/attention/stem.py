@@ -207,7 +207,7 @@ class StemProcessor(VideoAttentionProcessor):
     def _converged(self, features: torch.Tensor, payload: torch.Tensor | None) -> AttendedBases:
         """The bases of every video of the batch."""
         state, exchange = self.state, self.layout.exchange
-        if not state.hooks.joint_bases or features.shape[0] == 1:
+        if features.shape[0] == 1 or not state.hooks.joint_bases:
             return state.converge(self.layer, features, payload, exchange)
         carried = [*features[1:], *([] if payload is None else payload)]
         joint = state.converge(

@@ -182,17 +182,17 @@ class _Call(NamedTuple):
 
         features, bases, payload, *settings = self
         given = None if isinstance(bases, int) else bases
-        found, values, mass, rounded, rounded_values, of_mass = soft_em_triton(
-            features, given, payload, self.num_bases, *settings, bias
+        ridden = payload if payload is not None and payload.shape[-1] else None
+        found, mass, rounded, *more = soft_em_triton(
+            features, given, ridden, self.num_bases, *settings, bias
         )
-        if payload is None:
-            values = rounded_values = None
-        return AttendedBases(
-            SoftEM(found, values, mass),
-            rounded,
-            rounded_values,
-            None if bias == "none" else of_mass,
-        )
+        of_mass = None if bias == "none" else more.pop()
+        values = rounded_values = None
+        if ridden is not None:
+            values, rounded_values = more
+        elif payload is not None:
+            values, rounded_values = found[..., :0], rounded[..., :0]
+        return AttendedBases(SoftEM(found, values, mass), rounded, rounded_values, of_mass)
 
     def on(self, chosen: str) -> SoftEM:
         """The result of another backend."""

@@ -6,6 +6,9 @@ rounds the bases and turns their mass into a bias, for the attention that follow
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+
 import torch
 
 from ..shared.bases import candidates_of, least_mass, reseeded
@@ -13,6 +16,8 @@ from .em_statistics import em_pass
 from .em_update import Bases, start, update
 from .program import Layout, Program, programs
 from .registration import operator
+
+Outputs = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
 
 
 @programs
@@ -26,8 +31,8 @@ def _program(
     normalize: bool,
     keep_empty: bool,
     bias: str,
-) -> tuple[Program, tuple[int, ...]]:
-    """The program, and where the outputs of `soft_em_triton` are."""
+) -> tuple[Program, Outputs]:
+    """The program, and what takes the outputs of `soft_em_triton` out of its tensors."""
     program = Program(features.device)
     tokens = program.input(features).with_heads()
     source = tokens if bases is None else program.input(bases).with_heads()
@@ -48,10 +53,12 @@ def _program(
             bias=bias if last else "none",
         )
     payload_bases, rounded_payload, with_bias = carried
-    outputs = (
-        found.bases, payload_bases, found.mass, found.directions, rounded_payload, with_bias
-    )  # fmt: skip
-    return program, tuple(output.place for output in outputs)
+    outputs = [found.bases, found.mass, found.directions]
+    if payload is not None:
+        outputs += [payload_bases, rounded_payload]
+    if bias != "none":
+        outputs.append(with_bias)
+    return program, itemgetter(*(output.place for output in outputs))
 
 
 @operator
@@ -65,15 +72,13 @@ def soft_em_triton(
     normalize: bool,
     empty: str,
     bias: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """features [B, (h,) n, D], bases [B, (h,) K, D], payload [B, (h,) n, E] or None, any strides.
+) -> list[torch.Tensor]:
+    """features [B, (h,) n, D], bases [B, (h,) K, D], payload [B, (h,) n, E > 0], any strides.
 
-    Without bases EM starts from `num_bases` tokens. Returns float32 bases, payload bases (E = 0
-    without a payload) and mass; bases and payload bases rounded to the features' dtype; and the
-    bias "log" or "mask", [B, h, K] (0 elements where it is "none").
+    Without bases EM starts from `num_bases` tokens. Returns float32 bases, mass, and the bases
+    rounded to the features' dtype; with a payload its bases likewise, and the same rounded; with a
+    bias "log" or "mask" that, [B, h, K].
     """
-    width = 0 if payload is None else payload.shape[-1]
-    payload = payload if width else None
     layout = Layout.of(features)
     rest = (temperature, normalize, empty != "zero")
     if empty == "reseed" and num_iters > 1:
@@ -82,25 +87,16 @@ def soft_em_triton(
         candidates = candidates_of(features, num_bases)
         for _ in range(num_iters - 1):
             given = None if bases is None else Layout.of(bases)
-            program, at = _program(
+            program, outputs = _program(
                 layout, given, None, num_bases, 1, temperature, normalize, False, "none"
             )
-            tensors = program(features, bases)
-            bases = reseeded(tensors[at[0]], tensors[at[2]] < least, candidates)
+            found, mass, _ = outputs(program(features, bases))
+            bases = reseeded(found, mass < least, candidates)
         num_iters = 1
-    program, at = _program(
+    program, outputs = _program(
         layout, Layout.of_any(bases), Layout.of_any(payload), num_bases, num_iters, *rest, bias
     )
-    tensors = program(features, bases, payload)
-    found, payload_bases, mass, rounded, rounded_payload, with_bias = (
-        tensors[place] for place in at
-    )
-    if not width:
-        payload_bases = mass.new_empty((*mass.shape, 0))
-        rounded_payload = features.new_empty((*mass.shape, 0))
-    if bias == "none":
-        with_bias = mass.new_empty(0)
-    return found, payload_bases, mass, rounded, rounded_payload, with_bias
+    return list(outputs(program(features, bases, payload)))
 
 
 @torch.library.register_fake("stem_kernels::soft_em_triton")
@@ -114,15 +110,19 @@ def _(
     normalize: bool,
     empty: str,
     bias: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    lead = (*features.shape[:-2], num_bases)
-    width = 0 if payload is None else payload.shape[-1]
+) -> list[torch.Tensor]:
+    lead, dim = (*features.shape[:-2], num_bases), features.shape[-1]
     single = torch.float32
-    return (
-        features.new_empty((*lead, features.shape[-1]), dtype=single),
-        features.new_empty((*lead, width), dtype=single),
+    found = [
+        features.new_empty((*lead, dim), dtype=single),
         features.new_empty(lead, dtype=single),
-        features.new_empty((*lead, features.shape[-1])),
-        features.new_empty((*lead, width)),
-        features.new_empty(0 if bias == "none" else lead, dtype=single),
-    )
+        features.new_empty((*lead, dim)),
+    ]
+    if payload is not None:
+        width = payload.shape[-1]
+        found += [
+            features.new_empty((*lead, width), dtype=single), features.new_empty((*lead, width))
+        ]  # fmt: skip
+    if bias != "none":
+        found.append(features.new_empty(lead, dtype=single))
+    return found
