@@ -167,7 +167,8 @@ class VideoAttentionProcessor(ABC):
             if given is not None:
                 return given
         attended = self.hooks.attend(site, self.operands(attn, tokens), self.attend)
-        output = attn.to_out[1](attn.to_out[0](join_heads(attended, tokens.shape)))
+        project, dropout = attn.to_out
+        output = dropout(project(join_heads(attended, tokens.shape)))
         for hook in self.hooks.having("after"):
             hook.after(site, tokens, output)
         return output
@@ -234,7 +235,8 @@ class TextAttentionProcessor:
             maps = hook.text_maps(site, maps)
         attended = maps.flatten(0, 1).to(value.dtype) @ value
         output = attended.transpose(1, 2).reshape(rows, num_tokens, -1)
-        output = attn.to_out[1](attn.to_out[0](output))
+        project, dropout = attn.to_out
+        output = dropout(project(output))
         if attn.residual_connection:
             output = output + residual
         return output / attn.rescale_output_factor

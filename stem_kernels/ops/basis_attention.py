@@ -125,13 +125,15 @@ def check_bases(
     if query.ndim != 4:
         raise ValueError(f"{op}: {names[0]} must be [B, h, n, d], not {list(query.shape)}")
     batch, heads, _, dim = query.shape
-    for name, tensor in ((names[1], key), ("value", value)):
-        if tensor.ndim != 4 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != heads:
+    shapes = key.shape, value.shape
+    for name, shape in zip((names[1], "value"), shapes, strict=True):
+        if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] != heads:
             raise ValueError(
                 f"{op}: {names[0]} is {list(query.shape)}, so {name} must be [{batch} or 1, "
-                f"{heads}, K, ...], not {list(tensor.shape)}"
+                f"{heads}, K, ...], not {list(shape)}"
             )
-    if key.shape[-1] != dim or key.shape[:-1] != value.shape[:-1] or key.shape[-2] == 0:
+    of_keys, of_values = shapes
+    if of_keys[-1] != dim or of_keys[:-1] != of_values[:-1] or of_keys[-2] == 0:
         raise ValueError(
             f"{op}: {names[1]} {list(key.shape)} and value {list(value.shape)} must agree on all "
             f"but the last size, have at least one base, and {names[1]} must have d = {dim}, "
