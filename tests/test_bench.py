@@ -100,13 +100,20 @@ def test_targets_follow_from_the_rows() -> None:
 def test_the_targets_of_a_cpu() -> None:
     rows = [
         row("soft_em d=40", "torch", 2.0, extra_bytes=10),
-        row("soft_em d=40", "cuda", 1.0),
+        row("soft_em d=40", "cuda", 1.0, floor_seconds=0.5),
         row("soft_em d=40", "eager", 9.0, extra_bytes=150),
+        row("soft_em d=320", "torch", 1.2),
+        row("soft_em d=320", "cuda", 1.1, floor_seconds=1.0),
+        row("soft_em d=640", "torch", 1.2),
+        row("soft_em d=640", "cuda", 1.1, floor_seconds=0.5),
     ]
     cells = by_target(targets.table(rows, targets.cpu_targets()))
     assert cells["soft_em d=40, times faster than eager"] == ["4.5", ">= 5", "**no** |"]
     assert cells["soft_em d=40, extra memory of eager over its own"][0] == "15"
-    assert cells["C++ extension, soft_em d=40, times faster than torch's backend"][0] == "2"
+    allowed = "C++ extension, soft_em d={}, over 2/3 of the torch backend's time or 1.3 floors"
+    assert cells[allowed.format(40)] == ["0.75", "<= 1", "yes |"]
+    assert cells[allowed.format(320)] == ["0.846", "<= 1", "yes |"]
+    assert cells[allowed.format(640)] == ["1.38", "<= 1", "**no** |"]
 
 
 def test_the_profile_of_the_extension() -> None:
