@@ -18,6 +18,7 @@ from .bench import Row
 from .cases import dtype_name
 from .drop_in import OUT as DROP_IN
 from .drop_in import table as drop_in_table
+from .editing_cases import PRODUCTS, TWO_SDPA
 from .editing_report import values as editing_values
 from .editing_variants import BASELINE, OURS, UNEDITED, series_of
 from .editing_variants import CEILING as EXACT
@@ -56,6 +57,10 @@ EM_CONTENDERS = {
     "eager, divided after the product": LEAN_EAGER,
     "`soft_em`, torch backend": "torch",
 }
+EDITING_RIVALS = {
+    **{f"blended attention d={width}": TWO_SDPA for width in (40, 80, 160)},
+    **{f"nearest token n={tokens}": PRODUCTS for tokens in (4096, 8192)},
+}
 BEGIN = "<!-- {}: written by python -m benchmarks.readme -->\n"
 END = "<!-- end of {} -->\n"
 
@@ -87,6 +92,15 @@ def table(results: dict[str, Any]) -> str:
             f"| {case}: {row.shape} | {1000 * torch:.1f} | {1000 * cuda:.1f} "
             f"| {torch / cuda:.1f} | {floor} |"
         )
+    lines += [
+        "",
+        "| Operators of editing, float32 | torch, ms | C++, ms | by torch's own operators, ms |",
+        "|---|---|---|---|",
+    ]
+    for case, rival in EDITING_RIVALS.items():
+        medians = [1000 * rows.seconds(case, name) for name in ("torch", "cuda", rival)]
+        times = " | ".join(f"{median:.1f}" for median in medians)
+        lines.append(f"| {case}: {rows[case, 'cuda'].shape} | {times} ({rival}) |")
     return "\n".join([*lines, "", *_layers(rows, LAYER_KINDS)]) + "\n"
 
 
