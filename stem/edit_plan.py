@@ -15,9 +15,9 @@ import torch
 from .editing import check_edit, edit_options
 from .editing.run import check_numbers
 from .inversion import InversionFolder
+from .inversion.methods import check_options_used
 from .storage import check_output, tensor_bytes
-
-_BYTES_PER_PIXEL = 1  # of edit.mp4, at most; see `write_video`
+from .video.writing import most_bytes
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class EditPlan:
                 )
         for method in self.methods:
             edit_options(method, self.options.get(method))
-        for method in self.options:
-            if method not in self.methods:
-                raise ValueError(f"there are options for {method}, which is not among the methods")
+        check_options_used(self.methods, self.options)
         check_numbers(self.guidance, self.seed)
 
     @property
@@ -88,7 +86,7 @@ class EditPlan:
         Raises:
             OSError: with the reason.
         """
-        check_output(out, self.count * _BYTES_PER_PIXEL * num_frames * height * width)
+        check_output(out, self.count * most_bytes(num_frames, height, width))
 
     def check(self, inversion: InversionFolder, out: Path) -> None:
         """Raise before any work if one of the edits could not be made of an inversion.

@@ -13,7 +13,7 @@ from pipelines import call, make_pipeline, make_unet
 from test_hooks import Watching
 from test_inversion import clip
 
-import stem
+import stem.attention.calibrated
 from stem import InflatedConfig, StemConfig
 from stem.attention import Hook, Hooks, Recording, Replay
 from stem.attention.handle import make_processors
@@ -25,6 +25,7 @@ from stem.editing.source_store import SourceStore
 from stem.inversion import reconstruct_latents, round_trip
 from stem.storage import load_tensors, save_tensors
 from stem_kernels.ops.calibration import CALIBRATIONS
+from stem_kernels.ops.partial_attention import PartialAttention, partial_attention
 
 FRAMES = 4
 
@@ -68,6 +69,19 @@ def test_a_calibrated_layer_is_nearer_to_all_frames(space: str) -> None:
     assert relative(attended(layer, tokens, dense), exact) < 1e-6
     fewer = dataclasses.replace(dense, dense_below=FRAMES * 256 - 1)
     assert relative(attended(layer, tokens, fewer), exact) > 1e-3
+
+
+def test_calibration_runs_on_the_backend_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(*operands: torch.Tensor, backend: str = "auto") -> PartialAttention:
+        asked.append(backend)
+        return partial_attention(*operands, backend=backend)
+
+    monkeypatch.setattr(stem.attention.calibrated, "partial_attention", noted)
+    config = StemConfig(num_bases=8, backend="torch", calibration="joint", num_frames=FRAMES)
+    attended(*smooth_layer(), config)
+    assert asked == ["torch"]
 
 
 def test_videos_of_a_batch_are_calibrated_each_by_itself() -> None:

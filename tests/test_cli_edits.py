@@ -356,9 +356,9 @@ def test_mistakes_of_places_and_processes(
     assert run("edit", video, *prompt, "--option", "stem.bases=3") == 2
     assert "stem has no option 'bases'" in capfd.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 32 * 32 - 1))
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_239))
         assert run("edit", inversion, *prompt) == 2
-    assert "needs 3,072 bytes, and 3,071 are free" in capfd.readouterr().err
+    assert "needs 10,240 bytes, and 10,239 are free" in capfd.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run("edit", video, *prompt) == 2
     assert "stem edit runs in one process, and WORLD_SIZE is 2" in capfd.readouterr().err

@@ -67,7 +67,7 @@ def calibration_of(
             form=config.calibration,
         )
 
-    part = _attended(attn, query, tokens, projected)
+    part = _attended(attn, query, tokens, projected, config.backend)
     return merge([part]) if exchange is None else exchange.meet(part, merge)
 
 
@@ -76,6 +76,7 @@ def _attended(
     query: torch.Tensor,
     tokens: torch.Tensor,
     projected: Projected | None,
+    backend: str,
 ) -> PartialAttention:
     key, value = projected or project_keys_and_values(attn, tokens, tokens.shape[0])
-    return partial_attention(query, key, value)
+    return partial_attention(query, key, value, backend=backend)

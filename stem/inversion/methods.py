@@ -77,6 +77,11 @@ def check_methods(
         raise ValueError("methods is empty; give at least one name")
     for method in methods:
         attention_config(method, options.get(method, {}), num_frames)
+    check_options_used(methods, options)
+
+
+def check_options_used(methods: Sequence[str], options: Mapping[str, object]) -> None:
+    """Raise ValueError where options are for a method that is not among the methods."""
     for method in options:
         if method not in methods:
             raise ValueError(f"there are options for {method}, which is not among the methods")
