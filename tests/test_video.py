@@ -28,6 +28,7 @@ from stem.video import (
     reading,
     write_video,
 )
+from stem.video.writing import most_bytes
 
 STEP = 8  # grey levels between neighbouring frames of `counter`
 
@@ -701,6 +702,12 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_noise_takes_no_more_space_than_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, noise(4, 64, 64), 8)
+    assert 4 * 64 * 64 < path.stat().st_size <= most_bytes(4, 64, 64)
+
+
 def test_an_output_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -715,5 +722,5 @@ def test_an_output_is_refused_before_any_work(
     with pytest.raises(NotADirectoryError, match=r"file is a file, not a folder"):
         check_video_output(tmp_path / "file" / "clip.mp4", 16, 64, 64)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match=r"clip.mp4 needs 65,536 bytes, and 1,000 are free"):
+    with pytest.raises(OSError, match=r"clip.mp4 needs 86,016 bytes, and 1,000 are free"):
         check_video_output(tmp_path / "clip.mp4", 16, 64, 64)
