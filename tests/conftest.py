@@ -1,4 +1,4 @@
-"""Shared fixtures: which backends this process tests, and small pipelines of SD's shapes."""
+"""What this process tests: its backends and its device, and tokens on it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stem_kernels import cuda
+from stem_kernels.testing import clustered_tokens
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -18,6 +19,10 @@ else:
     BACKENDS = ["torch"]
     BACKENDS += ["triton"] if DEVICE == "cuda" else []
     BACKENDS += ["cuda"] if cuda.load_error("cpu" if DEVICE == "cpu" else "cuda") is None else []
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return clustered_tokens(shape, seed=seed).to(DEVICE)
 
 
 @pytest.fixture(params=BACKENDS)

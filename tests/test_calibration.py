@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import tokens
 
 from stem_kernels import attention_bias, basis_attention, cuda
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
@@ -14,16 +14,11 @@ from stem_kernels.ops.partial_attention import merged_attention, partial_attenti
 from stem_kernels.reference.partial_attention import partial_attention_torch
 from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import (
-    clustered_tokens,
     eager_basis_attention,
     eager_calibrate_bases,
     max_error,
     parity_bound,
 )
-
-
-def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return clustered_tokens(shape, seed=seed).to(DEVICE)
 
 
 @pytest.mark.interpreter

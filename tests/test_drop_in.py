@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, tokens
 
 from stem_kernels import BackendError, attention_error, stem_attention, triton
 from stem_kernels.ops.stem_attention import exact_is_cheaper
-from stem_kernels.testing import clustered_tokens, max_error
+from stem_kernels.testing import max_error
 
 X = torch.zeros(2, 10, 4)
 Q = torch.zeros(2, 3, 10, 4)
 WIDE = torch.zeros(2, 3, 10, 5)
-
-
-def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return clustered_tokens(shape, seed=seed).to(DEVICE)
 
 
 @pytest.mark.parametrize("space", [1, 2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, tokens
 
 from stem_kernels import blended_attention, nearest_token
 from stem_kernels.measure import PeakMemory
@@ -12,7 +12,6 @@ from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
 from stem_kernels.ops.nearest_token import ROUNDING_ATOL as NEAREST_ATOL
 from stem_kernels.shared.cosine import inverse_norms
 from stem_kernels.testing import (
-    clustered_tokens,
     cosine_loss,
     eager_blended_attention,
     eager_nearest_token,
@@ -23,10 +22,6 @@ from stem_kernels.testing import (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return clustered_tokens(shape, seed=seed).to(DEVICE)
 
 
 @pytest.mark.parametrize(
