@@ -9,6 +9,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from torch import nn
 
 from stem.video import Video
 
@@ -26,6 +27,19 @@ def smooth(n: int = 6, height: int = 48, width: int = 64, detail: float = 1) -> 
 def noise(n: int, height: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (n, height, width, 3), dtype=torch.uint8, generator=generator)
+
+
+def drifting(count: int = 3, side: int = 32) -> torch.Tensor:
+    """Smooth noise that moves two pixels to the left and one down from frame to frame."""
+    wide = torch.rand(
+        1, 3, side // 2 + 10, side // 2 + 10, generator=torch.Generator().manual_seed(0)
+    )
+    wide = nn.functional.interpolate(wide, scale_factor=2, mode="bicubic").clamp(0, 1)
+    parts = [
+        wide[0, :, count - t : count - t + side, 2 * t : 2 * t + side].permute(1, 2, 0)
+        for t in range(count)
+    ]
+    return (torch.stack(parts) * 255).round().to(torch.uint8)
 
 
 def counter(n: int) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""What this process tests: its backends and its device, and tokens on it."""
+"""What tests share: this process's backends and device, and what files and models they need."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -38,3 +39,41 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python takes a module that is None for one that is not installed."""
+    for name in ("torchvision", "torchvision.models", "torchvision.models.optical_flow"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A CLIP model of random weights, in transformers' format."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    from stem import random_pipeline
+
+    tokenizer = random_pipeline().tokenizer
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    words = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id")}
+    config = CLIPConfig(
+        text_config={**tower, **words, "vocab_size": len(tokenizer)},
+        vision_config={**tower, "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
+    return str(folder)
