@@ -1,0 +1,65 @@
+"""Models by name: random ones, folders and the embedded one, on a device and in a dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from stem.diffusion.fingerprint import fingerprint
+from stem.diffusion.pipeline import vae_factor
+from stem.models import ModelError, known_schedule, known_vae_factor, load_pipeline, random_pipeline
+
+
+def test_the_random_pipeline_is_stable_diffusion_shaped_and_seeded() -> None:
+    state = torch.random.get_rng_state()
+    first, again, other = random_pipeline(0), random_pipeline(0), random_pipeline(1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert isinstance(first, StableDiffusionPipeline)
+    assert vae_factor(first) == 8
+    assert fingerprint(first) == fingerprint(again)
+    assert fingerprint(first) != fingerprint(other)
+    ids = first.tokenizer("a duck").input_ids
+    assert ids[0] == 512
+    assert ids[-1] == 513
+    assert first.tokenizer.decode(ids[1:-1]).replace(" ", "") == "aduck"
+
+
+def test_loading_from_a_folder(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    original = random_pipeline(3)
+    original.save_pretrained(tmp_path / "model")
+    assert fingerprint(load_pipeline("random:3")) == fingerprint(original)
+    loaded = load_pipeline(str(tmp_path / "model"))
+    assert fingerprint(loaded) == fingerprint(original)
+    assert loaded.tokenizer("a duck").input_ids == original.tokenizer("a duck").input_ids
+
+
+def test_models_that_cannot_be_used(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=r"can be loaded from the folder.*model_index\.json"):
+        load_pipeline(str(tmp_path))
+    with pytest.raises(ModelError, match="can be loaded from the hub id 'no/such-model'"):
+        load_pipeline("no/such-model")
+
+
+def test_loading_with_a_device_and_a_dtype(tmp_path: Path) -> None:
+    assert load_pipeline("random", dtype="bfloat16").unet.dtype == torch.bfloat16
+    assert load_pipeline("random", dtype=torch.float16, device="cpu").vae.dtype == torch.float16
+    with pytest.raises(ValueError, match="dtype is 'half'; it must be one of float32, float16"):
+        load_pipeline("random", dtype="half")
+    with pytest.raises(ValueError, match="device is 'gpu'; write cpu, cuda"):
+        load_pipeline("random", device="gpu")
+    with pytest.raises(ValueError, match=r"device is 'cuda:99', and torch .* sees \d+ CUDA"):
+        load_pipeline("random", device="cuda:99")
+    random_pipeline(0).save_pretrained(tmp_path)
+    for model in ("random", "random:3", "embedded", str(tmp_path)):
+        pipeline = load_pipeline(model)
+        assert known_vae_factor(model) == vae_factor(pipeline)
+        schedule = known_schedule(model)
+        assert schedule is not None
+        assert schedule["num_train_timesteps"] == 1000
+        assert schedule["steps_offset"] == pipeline.scheduler.config.steps_offset
+    assert known_vae_factor("some/hub-id") is None
+    assert known_schedule("some/hub-id") is None

@@ -1,0 +1,122 @@
+"""DDIM's two directions against their formula, and the loop over their steps."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from pipelines import make_pipeline
+
+from stem.diffusion.loop import NonFiniteError, denoise, guided
+from stem.diffusion.pipeline import encode_prompt, predict
+from stem.diffusion.schedule import check_steps, inverse_scheduler, sampling_scheduler
+from stem_kernels.testing import max_error
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("num_steps", [1, 10, 50])
+def test_schedulers_follow_the_formula(prediction_type: str, num_steps: int) -> None:
+    pipeline = make_pipeline(prediction_type=prediction_type)
+    alphas = pipeline.scheduler.alphas_cumprod.double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 3, 3, generator=generator)
+    outputs = [torch.randn(x.shape, generator=generator) for _ in range(num_steps)]
+    scheduler = inverse_scheduler(pipeline, num_steps)
+    timesteps = [int(t) for t in scheduler.timesteps]
+    assert timesteps == [1 + i * (1000 // num_steps) for i in range(num_steps)]
+
+    def noise_and_x0(
+        x: torch.Tensor, output: torch.Tensor, a: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if prediction_type == "v_prediction":
+            return a.sqrt() * output + (1 - a).sqrt() * x, a.sqrt() * x - (1 - a).sqrt() * output
+        return output, (x - (1 - a).sqrt() * output) / a.sqrt()
+
+    final = alphas[0]  # SD's set_alpha_to_one is False
+    found, expected = x, x.double()
+    for i, t in enumerate(timesteps):
+        noise, x0 = noise_and_x0(expected, outputs[i], alphas[timesteps[i - 1]] if i else final)
+        expected = alphas[t].sqrt() * x0 + (1 - alphas[t]).sqrt() * noise
+        found = scheduler.step(outputs[i], scheduler.timesteps[i], found).prev_sample
+    assert max_error(found, expected) < 1e-5
+
+    sampler = sampling_scheduler(pipeline, num_steps)
+    assert [int(t) for t in sampler.timesteps] == timesteps[::-1]
+    for i, t in enumerate(timesteps[::-1]):
+        before = final if i == num_steps - 1 else alphas[timesteps[num_steps - 2 - i]]
+        noise, x0 = noise_and_x0(expected, outputs[i], alphas[t])
+        expected = before.sqrt() * x0 + (1 - before).sqrt() * noise
+        found = sampler.step(outputs[i], sampler.timesteps[i], found).prev_sample
+    assert max_error(found, expected) < 1e-4
+
+
+def test_steps_that_do_not_divide_name_others() -> None:
+    with pytest.raises(ValueError, match=r"30 steps do not divide the 1000 training.*25.*40"):
+        inverse_scheduler(make_pipeline(), 30)
+    with pytest.raises(ValueError, match="0 steps do not divide"):
+        sampling_scheduler(make_pipeline(), 0)
+    # SD's steps_offset of 1 would make the last of 1000 timesteps 1000.
+    with pytest.raises(ValueError, match=r"1000 steps would begin .* past .* 999; take .*500$"):
+        inverse_scheduler(make_pipeline(), 1000)
+
+
+@pytest.mark.parametrize("steps", [-3, 0, 30, 333, 999, 1000, 1001, 10**6])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_steps_that_are_named_can_be_used(steps: int, offset: int) -> None:
+    with contextlib.suppress(ValueError):
+        check_steps(steps, 1000, offset)  # 1000 can be used without an offset
+        return
+    with pytest.raises(ValueError, match="; take ") as caught:
+        check_steps(steps, 1000, offset)
+    named = str(caught.value).rpartition("take ")[2].split(", ")
+    assert len(named) == 3
+    for other in map(int, named):
+        check_steps(other, 1000, offset)
+
+
+def test_the_loop_goes_both_ways_with_guidance_and_callbacks() -> None:
+    pipeline = make_pipeline()
+    prompts = [encode_prompt(pipeline, text, 16, 24) for text in ("a duck", "")]
+    latents = torch.randn(3, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    scheduler = sampling_scheduler(pipeline, 5)
+    predicted = [predict(pipeline, latents, scheduler.timesteps[1], prompt) for prompt in prompts]
+    expected = predicted[1] + 3.0 * (predicted[0] - predicted[1])
+    prediction = guided(pipeline, prompts[0], negative=prompts[1], guidance=3.0)
+    assert max_error(prediction(1, scheduler.timesteps[1], latents), expected) < 1e-4
+    with pytest.raises(ValueError, match=r"guidance is 3\.0; it needs the conditioning"):
+        guided(pipeline, prompts[0], guidance=3.0)
+    seen: list[tuple[str, int]] = []
+
+    def after(step: int, latents: torch.Tensor) -> torch.Tensor | None:
+        seen.append(("after", step))
+        return torch.zeros_like(latents) if step == 3 else None
+
+    arguments = {"before_step": lambda step: seen.append(("before", step)), "after_step": after}
+    for make in (inverse_scheduler, sampling_scheduler):
+        seen.clear()
+        end = denoise(
+            latents, make(pipeline, 5), prediction, steps=range(1, 4), name="x", **arguments
+        )
+        assert not end.any()
+        assert seen == [(when, step) for step in (1, 2, 3) for when in ("before", "after")]
+
+
+def test_latents_that_are_not_finite_stop_the_run() -> None:
+    pipeline = make_pipeline()
+
+    def prediction(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        noise = torch.zeros_like(latents)
+        noise[2] = float("inf") if step == 1 else 0.0
+        return noise
+
+    kept: list[int] = []
+    with pytest.raises(NonFiniteError, match=r"x, step 2 of 5 \(timestep 601\): .* frame 2 are"):
+        denoise(
+            torch.zeros(4, 4, 8, 8),
+            sampling_scheduler(pipeline, 5),
+            prediction,
+            after_step=lambda step, latents: kept.append(step),
+            name="x",
+        )
+    assert kept == [0]
