@@ -1,4 +1,4 @@
-"""Pipelines of the shapes of Stable Diffusion 1.x, 2.x and XL, with few random weights."""
+"""Pipelines of Stable Diffusion's shapes, 1.x, 2.x and XL, of few random weights; tokens."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from stem import random_pipeline
+from stem.editing.prompts import PromptTokens
 
 SHAPES: dict[str, dict[str, Any]] = {
     "sd1": {"attention_head_dim": 2, "cross_attention_dim": 16},
@@ -138,3 +139,12 @@ def make_pipeline(shape: str = "sd1", prediction_type: str = "epsilon") -> Any:
             )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tokens_of(text: str, length: int = 12) -> PromptTokens:
+    """Tokens as if each letter were one: begin mark 0, end mark 1."""
+    tokens, places = [0], []
+    for word in text.split():
+        places.append(tuple(range(len(tokens), len(tokens) + len(word))))
+        tokens += map(ord, word)
+    return PromptTokens(text, (*tokens, 1), tuple(places), length)
