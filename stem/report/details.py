@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 Pairs = list[tuple[str, str]]
@@ -78,6 +79,15 @@ def provenance_of(provenance: Mapping[str, Any], inversion: Mapping[str, Any] | 
             ("frames, SHA-256", inversion["video"]["frames_sha256"]),
         ]
     return pairs
+
+
+def rate(fps: str) -> str:
+    """A video's frames per second, to read.
+
+    Args:
+        fps: Fraction, as a text.
+    """
+    return f"{float(Fraction(fps)):.5g} frames a second"
 
 
 def _text(value: Any) -> str:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import errno
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .edit_files import EditFiles, EditsFiles
-from .files import comparison_files, comparison_is_whole
+from .files import are_whole, comparison_files
 
 COMPARISON, EDIT, EDITS, DEMO = "compare.json", "edit.json", "edits.json", "demo-*.json"
+KINDS: dict[str, Callable[[Path], Sequence[Path]]] = {
+    COMPARISON: lambda folder: comparison_files(folder)[1:],
+    EDIT: lambda folder: EditFiles(folder).documented,
+    EDITS: lambda folder: (EditsFiles(folder).sheet,),
+    DEMO: lambda folder: (),
+}
+"""By the name of a kind of document, the files in its folder that it holds the hashes of."""
+COMMANDS = "stem compare, edit or demo"
+"""The commands that write the KINDS."""
 _SHOWN = 5  # folders that an error names
 
 
@@ -26,11 +35,13 @@ class Document:
     """A document of results.
 
     Args:
+        kind: Name of its kind, a key of KINDS.
         path: File that it was read from.
         root: Folder of everything that its run wrote, the command's --out.
         content: Content, as JSON types.
     """
 
+    kind: str
     path: Path
     root: Path
     content: Mapping[str, Any]
@@ -50,7 +61,7 @@ class Document:
 
 
 def find_document(folder: Path) -> Path:
-    """The document of what `stem compare`, `stem edit` or `stem demo` wrote into a folder.
+    """The document of what one of COMMANDS wrote into a folder.
 
     Args:
         folder: Folder, or the document itself.
@@ -59,32 +70,39 @@ def find_document(folder: Path) -> Path:
         OSError: there is no such folder.
         ReportError: it holds no document, or several.
     """
+    *others, last = KINDS
+    names = ", ".join(others)
     if folder.is_file():
-        if any(folder.match(name) for name in (COMPARISON, EDIT, EDITS, DEMO)):
+        if _kind_of(folder) is not None:
             return folder
         raise ReportError(
-            f"{folder} is none of {COMPARISON}, {EDIT}, {EDITS} and {DEMO}; name one of these, or "
-            "the folder that holds it"
+            f"{folder} is none of {names} and {last}; name one of these, or the folder that holds "
+            "it"
         )
     if not folder.is_dir():
         raise NotADirectoryError(
-            errno.ENOTDIR,
-            f"{folder} is no folder; name one that stem compare, stem edit or stem demo wrote",
+            errno.ENOTDIR, f"{folder} is no folder; name one that {COMMANDS} wrote"
         )
-    found = [folder / name for name in (COMPARISON, EDIT, EDITS) if (folder / name).is_file()]
-    found = found or sorted(folder.glob(DEMO))
+    found = _documents(folder)
     if len(found) > 1:
         raise ReportError(f"{folder} holds several runs; name one of {_listed(found)}")
     if not found:
-        names = (COMPARISON, EDIT, EDITS)
-        below = {path.parent for name in names for path in folder.glob(f"*/{name}")}
+        below = [inner for inner in sorted(folder.glob("*/")) if _documents(inner)]
         advice = (
-            f"name one of the folders in it, {_listed(sorted(below))}"
+            f"name one of the folders in it, {_listed(below)}"
             if below
-            else "name a folder that stem compare, stem edit or stem demo wrote"
+            else f"name a folder that {COMMANDS} wrote"
         )
-        raise ReportError(f"{folder} holds no {COMPARISON}, {EDIT}, {EDITS} or {DEMO}; {advice}")
+        raise ReportError(f"{folder} holds no {names} or {last}; {advice}")
     return found[0]
+
+
+def _documents(folder: Path) -> list[Path]:
+    return [path for name in KINDS for path in sorted(folder.glob(name)) if path.is_file()]
+
+
+def _kind_of(path: Path) -> str | None:
+    return next((name for name in KINDS if path.match(name)), None)
 
 
 def _listed(paths: list[Path]) -> str:
@@ -98,34 +116,28 @@ def read_document(path: Path) -> Document:
     Raises:
         ReportError: one of them is missing or damaged.
     """
-    folder = path.parent
-    root = folder if path.match(DEMO) else folder.parent
+    folder, kind = path.parent, _kind_of(path)
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ReportError(f"{path} is missing; run the command again that wrote it") from error
     except ValueError as error:
         raise ReportError(f"{path} is damaged; run the command again that wrote it") from error
-    if not isinstance(content, dict):
+    if kind is None or not isinstance(content, dict):
         raise ReportError(f"{path} is damaged; run the command again that wrote it")
-    edit, edits = EditFiles(folder), EditsFiles(folder)
-    told, whole = {
-        COMPARISON: (comparison_files(folder), comparison_is_whole(folder)),
-        EDIT: ((edit.video, edit.beside, edit.sheet), edit.whole),
-        EDITS: ((edits.sheet,), edits.whole),
-    }.get(path.name, ((), True))
-    missing = [file.name for file in told if not file.is_file()]
+    beside = KINDS[kind](folder)
+    missing = [file.name for file in beside if not file.is_file()]
     if missing:
         raise ReportError(
             f"{folder} holds {path.name}, but not {', '.join(missing)}; run the command again that "
             "wrote it"
         )
-    if not whole:
+    if beside and not are_whole(path, beside):
         raise ReportError(
             f"the files beside {path} are not those that it was written with; run the command "
             "again that wrote them"
         )
-    return Document(path, root, content)
+    return Document(kind, path, folder if kind == DEMO else folder.parent, content)
 
 
 def number(value: Any) -> float:

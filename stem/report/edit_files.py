@@ -50,10 +50,11 @@ class EditFiles:
     @property
     def whole(self) -> bool:
         """Whether the files are there, and are those that were written together."""
-        return are_whole(self.json, self._documented)
+        return are_whole(self.json, self.documented)
 
     @property
-    def _documented(self) -> tuple[Path, ...]:
+    def documented(self) -> tuple[Path, ...]:
+        """Paths of the files that the document tells of."""
         return self.video, self.beside, self.sheet
 
     def write(
@@ -79,7 +80,7 @@ class EditFiles:
         write_video(self.video, frames, fps)
         write_video(self.beside, (frame[None] for frame in side_by_side(videos)), fps)
         write_picture(self.sheet, labelled_lines(lines, numbers))
-        write_with_hashes(self.json, {**document, "beside": list(videos)}, self._documented)
+        write_with_hashes(self.json, {**document, "beside": list(videos)}, self.documented)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 
+from .. import __version__
 from ..storage import write_atomically
 from .curves import Curve
 
@@ -113,6 +114,18 @@ def _figure(value: float) -> float | str:
     return value if math.isfinite(value) else "exact" if value > 0 else "–"
 
 
+def curve_of(title: str, panes: Sequence[Pane]) -> Curve | None:
+    """The curve of the panes that have figures in dB; None where none has.
+
+    Args:
+        title: Title, with the unit.
+        panes: Panes of a player, whose colours are the curve's.
+    """
+    series = {pane.label: pane.figures for pane in panes if pane.figures and pane.unit == "dB"}
+    colours = {pane.label: index for index, pane in enumerate(panes)}
+    return Curve(title, series, colours) if series else None
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of figures.
@@ -162,7 +175,6 @@ class Report:
         facts: Short facts below the title.
         note: What the figures and pictures are worth, where the weights are random; or "".
         sections: Parts of the page.
-        version: Version of this package.
     """
 
     kind: str
@@ -170,7 +182,6 @@ class Report:
     facts: Sequence[str]
     note: str
     sections: Sequence[Section]
-    version: str
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -196,4 +207,4 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(report=report)
+    return environment.get_template("report.html").render(report=report, version=__version__)
