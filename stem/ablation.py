@@ -28,7 +28,7 @@ from .metrics import psnr, ssim
 from .metrics.fidelity import SSIM_VARIANT
 from .progress import steps
 from .report.ablation_files import ablation_files, write_plot
-from .report.files import write_json
+from .report.files import write_json, write_with_hashes
 from .storage import check_output, remove_stale, tensor_hash
 from .video import Video
 
@@ -164,9 +164,11 @@ def ablate(
                     is_base = fields == fields_of(base)
                     row = AblationRow(option, value, fields, is_base, **figures_of_config)
                 rows[option, value] = dataclasses.replace(row, option=option, value=value)
-                _write(figures, settings, video, rows)
+                write_json(figures, _document(settings, video, rows))
             shown.update()
-    write_plot(plot, [dataclasses.asdict(rows[key]) for key in in_order(rows)])
+    document = _document(settings, video, rows)
+    write_plot(plot, document["rows"])
+    write_with_hashes(figures, document, (plot,))
     return Ablation([rows[key] for key in variants], memory, figures, plot)
 
 
@@ -224,15 +226,11 @@ def read_rows(path: Path) -> dict[tuple[str, str], AblationRow]:
     return {(row.option, row.value): row for row in rows}
 
 
-def _write(
-    path: Path,
-    settings: Mapping[str, Any],
-    video: Video,
-    rows: Mapping[tuple[str, str], AblationRow],
-) -> None:
-    document = {
+def _document(
+    settings: Mapping[str, Any], video: Video, rows: Mapping[tuple[str, str], AblationRow]
+) -> dict[str, Any]:
+    return {
         **settings,
         "video": {"name": video.name, "frames": list(video.frames.shape)},
         "rows": [dataclasses.asdict(rows[key]) for key in in_order(rows)],
     }
-    write_json(path, document)

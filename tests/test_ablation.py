@@ -19,6 +19,8 @@ from stem.ablation_plan import FORMS, OPTIONS, base_config, variants_of
 from stem.diffusion.pipeline import decode_latents, encode_frames
 from stem.inversion import round_trip
 from stem.metrics import psnr, ssim
+from stem.report.contents import read_report
+from stem.report.documents import ReportError
 from stem.toy import render, sample_scene
 
 
@@ -83,6 +85,8 @@ def test_an_interrupted_ablation_goes_on_and_measures_nothing_twice(
         ablated(tmp_path, "calibration")
     (file,) = tmp_path.glob("*/ablation.json")
     assert [row["value"] for row in json.loads(file.read_text())["rows"]] == ["none", "linear"]
+    with pytest.raises(ReportError, match=r"but not ablation\.png; run the command again"):
+        read_report(file)
     measured.clear()
     found = ablated(tmp_path, "calibration", "proportional")
     # "on" is what "none" is, and "linear" is there already.
@@ -97,6 +101,10 @@ def test_an_interrupted_ablation_goes_on_and_measures_nothing_twice(
     assert ablated(tmp_path, "calibration").rows == found.rows[2:]
     assert file.read_bytes() == before
     assert Image.open(found.plot).size[0] > 1000
+    with pytest.raises(KeyboardInterrupt):
+        ablated(tmp_path, "space")
+    with pytest.raises(ReportError, match="are not those that it was written with"):
+        read_report(file)  # the plot lacks "feature", which is what "none" is
     with pytest.raises(KeyboardInterrupt):
         ablated(tmp_path, "calibration", num_steps=4)  # not those of two steps
     file.write_text("{")
@@ -137,5 +145,20 @@ def test_the_command_prints_a_table_and_writes_figures_and_plot(
     assert document["base"]["num_bases"] == 8
     assert document["model"] == "embedded"
     assert {row["option"] for row in document["rows"]} == {"init", "proportional"}
+    assert run("report", str(folder)) == 0
+    assert 'src="data:image/png;base64,' in (folder / "report.html").read_text()
+    report = read_report(folder)
+    (section,) = report.sections
+    assert (report.kind, report.facts[0]) == ("Ablation", "2 frames, 32×32")
+    assert section.pictures[0].png == (folder / "ablation.png").read_bytes()
+    names, psnr, *_ = zip(*section.tables[0].rows, strict=True)
+    assert names == (
+        "init = gaussian *",
+        "init = tokens",
+        "proportional = on",
+        "proportional = off *",
+    )
+    assert list(psnr) == [f"{row['psnr']:.2f}" for row in document["rows"]]
+    assert ("num bases", "8") in section.details["Settings"]["What the options are changes of"]
     assert run(*arguments, "--only", "init,depth") == 2
     assert "options to change: depth" in capfd.readouterr().err

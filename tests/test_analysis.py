@@ -22,6 +22,7 @@ from stem.attention.features import LastFeatures, last_self_attention
 from stem.diffusion.pipeline import encode_frames
 from stem.metrics import Flow, estimate_flow, similarity_maps, warped_similarity, world_flow
 from stem.report.analysis_files import Shown, feature_picture, warped_former
+from stem.report.contents import read_report
 from stem.report.projection import ColourProjection
 from stem.toy import render, sample_scene
 
@@ -227,6 +228,23 @@ def test_the_command_writes_picture_plot_and_figures(
         assert all(0 < value <= 1 for value in document["similarity"][method].values())
     assert Image.open(folder / "analysis.png").size == (2 * 128, 7 * (128 + 24))
     assert Image.open(folder / "analysis-plot.png").size[0] > 500
+    assert run("report", str(folder)) == 0
+    html = (folder / "report.html").read_text()
+    assert html.count('<img src="data:image/png;base64,') == 2
+    assert "<script" not in html  # nothing plays
+    report = read_report(folder)
+    curves, features = report.sections
+    assert (report.kind, report.facts[0]) == ("Analysis", "3 frames, 32×32")
+    assert curves.pictures[0].png == (folder / "analysis-plot.png").read_bytes()
+    assert features.pictures[0].png == (folder / "analysis.png").read_bytes()
+    lowest = min(document["similarity"]["stem"].items(), key=lambda pair: pair[1])
+    mean = f"{document['mean']['stem']:.4f}"
+    assert curves.tables[0].rows[1] == ("stem", mean, f"{lowest[1]:.4f}", lowest[0])
+    assert features.details["Settings"]["stem"] == [("num bases", "8")]
+    assert ("layer", document["layer"]) in features.details["Settings"]["Run"]
+    (folder / "analysis.png").write_bytes(b"")
+    assert run("report", str(folder)) == 2
+    assert "are not those that it was written with" in capfd.readouterr().err
     assert run(*arguments[:-2], "--out", str(tmp_path), "--frames", "1") == 2
     assert "at least 2 frames" in capfd.readouterr().err
 

@@ -254,9 +254,11 @@ def test_a_folder_of_something_else_is_refused(
         assert run("report", *map(str, arguments)) == 2
         return " ".join(capfd.readouterr().err.split())
 
+    kinds = "compare.json, edit.json, edits.json, demo-*.json, analysis.json or ablation.json"
     assert f"{tmp_path / 'a'} is no folder; name one that stem compare" in said(tmp_path / "a")
-    assert "holds no compare.json, edit.json, edits.json or demo-*.json; name a" in said(tmp_path)
+    assert f"holds no {kinds}; name a folder that stem compare, edit, demo" in said(tmp_path)
     folder = write_compared(tmp_path / "a")
+    (tmp_path / "b").mkdir()
     assert f"name one of the folders in it, {folder}" in said(tmp_path)
     for name in ("demo-0.json", "demo-1.json"):
         (tmp_path / name).write_text("{}")

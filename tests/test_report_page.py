@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from browser import CHROMIUM, Page, open_page
+from PIL import Image
 from test_report import FRAMES, HEIGHT, WIDTH, grays, write_compared, write_edit
 
 from stem.report.contents import read_report
-from stem.report.page import write_report
+from stem.report.page import Picture, Report, Section, write_report
 from stem.video import read_video
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
@@ -163,6 +165,27 @@ def test_it_is_readable_at_any_width_in_both_schemes(
     assert min(browser.value(CONTRAST)) >= 4.5
     luminance = browser.value("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, luminance[4:-1].split(","))) < 60) == dark
+
+
+def test_a_wide_picture_is_scrolled_by_itself(browser: Page, tmp_path: Path) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (2000, 100)).save(data, "png")
+    section = Section("a part", pictures=[Picture("a plot", data.getvalue())])
+    path = tmp_path / "report.html"
+    write_report(Report("Analysis", "a video", [], "", [section]), path)
+    browser.requests.clear()
+    browser.problems.clear()
+    browser.open(path, 390)
+    root = "document.documentElement"
+    assert browser.value(f"{root}.scrollWidth <= {root}.clientWidth")
+    assert (
+        browser.value("document.querySelector('img').clientWidth") == 720
+    )  # not too small to read
+    assert browser.value("document.querySelector('.scroll').scrollWidth") == 720
+    browser.resize(1280)
+    assert browser.value("document.querySelector('img').clientWidth") > 1000
+    assert [url for url in browser.requests if not url.startswith("data:")] == [path.as_uri()]
+    assert browser.problems == []
 
 
 def test_every_control_has_a_name(page: Page) -> None:

@@ -12,6 +12,7 @@ from ..ablation import Ablation, ablate
 from ..ablation_plan import FORMS, OPTIONS, base_config, variants_of
 from ..measuring import check_measurable
 from ..models import EMBEDDED_MODEL
+from ..report.tables import ABLATION_HEADINGS, ablation_cells
 from ..video import read_video
 from .app import app, console, print_note, say
 from .arguments import (
@@ -102,7 +103,7 @@ def ablation_table(found: Ablation) -> Table:
     table = Table()
     table.add_column("option", no_wrap=True)
     table.add_column("value", no_wrap=True)
-    for heading in ("PSNR dB", "SSIM", "latents", "seconds", "MiB"):
+    for heading in ABLATION_HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     previous = ""
     for row in found.rows:
@@ -111,11 +112,7 @@ def ablation_table(found: Ablation) -> Table:
         table.add_row(
             "" if row.option == previous else row.option,
             f"{row.value} *" if row.is_base else row.value,
-            f"{row.psnr:.2f}",
-            f"{row.ssim:.4f}",
-            f"{row.latent_error:.4f}",
-            f"{row.seconds:.1f}",
-            "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
+            *ablation_cells(row),
         )
         previous = row.option
     return table

@@ -12,6 +12,7 @@ from rich.table import Table
 from ..analysis import Analysis, analyse, check_analysable
 from ..metrics import FLOWS, Flow, world_flow
 from ..models import EMBEDDED_MODEL
+from ..report.tables import SIMILARITY_HEADINGS, similarity_cells
 from ..toy import render, sample_scene
 from ..video import Video, read_video
 from .app import app, console, print_note, say
@@ -141,9 +142,8 @@ def analysis_table(found: Analysis) -> Table:
     """A row for each method: the mean similarity, and the lowest with its timestep."""
     table = Table(title="cosine similarity of the last self-attention's features")
     table.add_column("method")
-    for heading in ("mean", "lowest", "at t"):
+    for heading in SIMILARITY_HEADINGS:
         table.add_column(heading, justify="right")
     for method, curve in found.curves.items():
-        lowest = min(curve.similarity, key=curve.similarity.__getitem__)
-        table.add_row(method, f"{curve.mean:.4f}", f"{curve.similarity[lowest]:.4f}", str(lowest))
+        table.add_row(method, *similarity_cells(curve.similarity))
     return table

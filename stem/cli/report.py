@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..report.contents import read_report
+from ..report.documents import COMMANDS
 from ..report.page import write_report
 from ..storage import check_output
 from .app import app, say
@@ -15,14 +16,12 @@ from .app import app, say
 
 @app.command("report")
 def report_command(
-    folder: Annotated[
-        Path, typer.Argument(help="A folder that `stem compare`, `edit` or `demo` wrote.")
-    ],
+    folder: Annotated[Path, typer.Argument(help=f"A folder that {COMMANDS} wrote.")],
     out: Annotated[
         Path | None, typer.Option(help="An HTML file. Default: report.html in the folder.")
     ] = None,
 ) -> None:
-    """One HTML page of a comparison, an edit or a demo: videos in step, figures, settings.
+    """One HTML page of results: videos in step or pictures, figures, settings, provenance.
 
     It needs no other file and no network; nothing is computed again.
     """

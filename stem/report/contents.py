@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from .ablation_page import ablation_report
+from .analysis_page import analysis_report
 from .comparison_page import comparison_report
 from .demo_page import demo_report
 from .documents import (
+    ABLATION,
+    ANALYSIS,
     COMPARISON,
     DEMO,
     EDIT,
@@ -25,6 +29,8 @@ _REPORTS: dict[str, Callable[[Document], Report]] = {
     EDIT: edits_report,
     EDITS: edits_report,
     DEMO: demo_report,
+    ANALYSIS: analysis_report,
+    ABLATION: ablation_report,
 }
 
 

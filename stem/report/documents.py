@@ -10,18 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .ablation_files import ablation_files
+from .analysis_files import analysis_files
 from .edit_files import EditFiles, EditsFiles
 from .files import are_whole, comparison_files
 
 COMPARISON, EDIT, EDITS, DEMO = "compare.json", "edit.json", "edits.json", "demo-*.json"
+ANALYSIS, ABLATION = "analysis.json", "ablation.json"
 KINDS: dict[str, Callable[[Path], Sequence[Path]]] = {
     COMPARISON: lambda folder: comparison_files(folder)[1:],
     EDIT: lambda folder: EditFiles(folder).documented,
     EDITS: lambda folder: (EditsFiles(folder).sheet,),
     DEMO: lambda folder: (),
+    ANALYSIS: lambda folder: analysis_files(folder)[1:],
+    ABLATION: lambda folder: ablation_files(folder)[1:],
 }
 """By the name of a kind of document, the files in its folder that it holds the hashes of."""
-COMMANDS = "stem compare, edit or demo"
+COMMANDS = "stem compare, edit, demo, analyse or ablate"
 """The commands that write the KINDS."""
 _SHOWN = 5  # folders that an error names
 

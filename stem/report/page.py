@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,6 +128,26 @@ def curve_of(title: str, panes: Sequence[Pane]) -> Curve | None:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture that stands still.
+
+    Args:
+        caption: Caption above it.
+        png: Content of its file.
+        note: Paragraph below it, or "".
+    """
+
+    caption: str
+    png: bytes
+    note: str = ""
+
+    @property
+    def uri(self) -> str:
+        """Data URI of the file as it is."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of figures.
 
@@ -153,6 +174,7 @@ class Section:
         title: Heading of the part.
         lines: Names and texts below the heading, such as prompts.
         player: Videos, or None.
+        pictures: Pictures below the videos.
         tables: Tables of figures.
         details: Groups of names and values, by the heading of the group, by a heading above
             them: settings and provenance.
@@ -161,6 +183,7 @@ class Section:
     title: str
     lines: Sequence[tuple[str, str]] = ()
     player: Player | None = None
+    pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
     details: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]] = field(default_factory=dict)
 
