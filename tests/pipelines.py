@@ -19,7 +19,7 @@ from transformers import (
     CLIPTextModelWithProjection,
 )
 
-from stem import random_pipeline
+from stem import StemConfig, random_pipeline
 from stem.editing.prompts import PromptTokens
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -48,6 +48,8 @@ SCHEDULE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+
+SMALL = StemConfig(num_bases=8, num_iters=2, num_frames=4)  # a video of the rows of `unet_inputs`
 
 
 def make_unet(shape: str = "sd1", seed: int = 0) -> UNet2DConditionModel:
