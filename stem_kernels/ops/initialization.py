@@ -36,12 +36,7 @@ def standard_normals(timestep: torch.Tensor, sizes: list[int], *, seed: int) -> 
     return torch.ops.stem_kernels.standard_normals(timestep, sizes, seed)
 
 
-@torch.library.custom_op(
-    "stem_kernels::standard_normals",
-    mutates_args=(),
-    # torch 2.6 cannot infer it: it does not know list[int].
-    schema="(Tensor timestep, SymInt[] sizes, SymInt seed) -> Tensor",
-)
+@torch.library.custom_op("stem_kernels::standard_normals", mutates_args=())
 def _standard_normals(timestep: torch.Tensor, sizes: list[int], seed: int) -> torch.Tensor:
     when = int(timestep.flatten()[0])
     generator = torch.Generator(device="cpu")

@@ -170,11 +170,7 @@ class _Call(NamedTuple):
                 f"{OP}: features are {list(features.shape)}; there must be a token and a channel"
             )
         tensors = {"features": features, "bases": given, "payload": payload}
-        return select(OP, backend, tensors, self.num_bases)
-
-    @property
-    def num_bases(self) -> int:
-        return self.bases if isinstance(self.bases, int) else self.bases.shape[-2]
+        return select(OP, backend, tensors, _num_bases(bases))
 
     def on_triton(self, bias: str) -> AttendedBases:
         """The result, with the bias "none", "log" or "mask" (see `attention_bias`)."""
@@ -184,7 +180,7 @@ class _Call(NamedTuple):
         given = None if isinstance(bases, int) else bases
         ridden = payload if payload is not None and payload.shape[-1] else None
         found, mass, rounded, *more = soft_em_triton(
-            features, given, ridden, self.num_bases, *settings, bias
+            features, given, ridden, _num_bases(bases), *settings, bias
         )
         of_mass = None if bias == "none" else more.pop()
         values = rounded_values = None
@@ -215,6 +211,11 @@ class _Call(NamedTuple):
             found = soft_em_torch(*arguments)
         bases, values, mass = found if with_heads else (part[0] for part in found)
         return SoftEM(bases, None if payload is None else values, mass)
+
+
+def _num_bases(bases: torch.Tensor | int) -> int:
+    # No property of `_Call`: torch 2.9 compiles none of a tuple.
+    return bases if isinstance(bases, int) else bases.shape[-2]
 
 
 def attention_bias(
