@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,18 @@ else:
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return clustered_tokens(shape, seed=seed).to(DEVICE)
+
+
+def write_clip(path: Path, frames: int, height: int, width: int) -> str:
+    # Here, as in fixtures below: tests of kernels alone need not wait for diffusers.
+    from test_inversion import clip
+
+    from stem import write_video
+
+    smooth = clip(frames).frames.permute(0, 3, 1, 2).float()
+    large = torch.nn.functional.interpolate(smooth, size=(height, width)).permute(0, 2, 3, 1)
+    write_video(path, large.to(torch.uint8), 10)
+    return str(path)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -77,3 +90,18 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     ).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A pipeline of random weights, in a folder."""
+    from stem import random_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    random_pipeline(1).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> str:
+    return write_clip(tmp_path / "clip.mp4", 4, 70, 100)
