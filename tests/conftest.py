@@ -105,3 +105,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def video(tmp_path: Path) -> str:
     return write_clip(tmp_path / "clip.mp4", 4, 70, 100)
+
+
+@pytest.fixture(scope="session")
+def inversion(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An inversion of a video in two steps, by the embedded model."""
+    from test_cli import run
+
+    out = tmp_path_factory.mktemp("inverted")
+    video = write_clip(out / "clip.mp4", 3, 32, 40)
+    arguments = ("--methods", "ddim", "--size", "32x32", "--steps", "2", "--prompt", "a red ball")
+    assert run("invert", video, *arguments, "--out", str(out)) == 0
+    (folder,) = (out / "inversions").iterdir()
+    return str(folder)

@@ -1,4 +1,4 @@
-"""`stem edit`: what it asks of the editing package, the files it writes, and its mistakes."""
+"""`stem edit`: what it asks of the editing package, the files it writes, and how it goes on."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import write_clip
 from PIL import Image
 from test_cli import run
-from test_inversion import clip
 from typer import BadParameter
 
-from stem import InversionFolder, cli, read_video, write_video
+from stem import InversionFolder, read_video
 from stem.cli.edit_options import split_options, with_preset
 from stem.editing import METHODS, Edit, FateZeroOptions, edit_options
 from stem.editing.job import Options
@@ -27,21 +26,7 @@ OPTIONS = ("--inversion", "ddim", "--size", "32x32", "--steps", "2")
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
-    smooth = clip(3).frames.permute(0, 3, 1, 2).float()
-    large = torch.nn.functional.interpolate(smooth, size=(32, 40)).permute(0, 2, 3, 1)
-    write_video(path, large.to(torch.uint8), 10)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def inversion(video: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An inversion of the video in two steps, by the embedded model."""
-    out = tmp_path_factory.mktemp("inverted")
-    arguments = ("--methods", "ddim", "--size", "32x32", "--steps", "2", "--prompt", "a red ball")
-    assert run("invert", video, *arguments, "--out", str(out)) == 0
-    (folder,) = (out / "inversions").iterdir()
-    return str(folder)
+    return write_clip(tmp_path_factory.mktemp("videos") / "clip.mp4", 3, 32, 40)
 
 
 @dataclass(frozen=True)
@@ -95,22 +80,6 @@ def editing(monkeypatch: pytest.MonkeyPatch) -> Editing:
     found = Editing()
     monkeypatch.setattr("stem.edits.run_edit", found)
     return found
-
-
-@pytest.fixture
-def loads(inversion: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The models that `stem edit` loaded; none can be, once there is the inversion, which loads
-    one and is made by whichever test comes first."""
-    loaded: list[str] = []
-
-    def record(model: str, **_: Any) -> None:
-        loaded.append(model)
-        raise ValueError("no model can be loaded in this test")
-
-    monkeypatch.setattr(cli.request, "load_pipeline", record)
-    monkeypatch.setattr(cli.edits, "load_pipeline", record)
-    monkeypatch.setenv("COLUMNS", "300")
-    return loaded
 
 
 def test_a_folder_is_edited_by_every_prompt_and_method(
@@ -260,109 +229,6 @@ def test_values_of_options_from_a_file_and_the_command_line(
     assert run(*arguments, *typed, "--prompt", "a ball on a ball") == 0
     (call,) = editing.asked
     assert (call["prompt"], call["options"]["equalize"]) == ("a ball on a ball", {"on": 2})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "Missing option '--prompt'"),
-        (["--prompt", " "], "a prompt is ' '; describe the whole edited video"),
-        (["--prompt", "a", "--prompt", "a"], "prompts holds 'a' twice"),
-        (["--prompt", "\udcff"], r"'\udcff' is not UTF-8"),
-        (["--prompt", "a", "--method", "stem"], "'stem'; take one or more of pnp, "),
-        (["--prompt", "a", "--guidance", "-1"], "guidance is -1.0; it must be a finite number"),
-        (["--prompt", "a", "--seed", f"{2**63}"], "it must be a whole number of 64 bits"),
-        (["--prompt", "a", "--option", "fusion.bases=3"], "fusion has no option 'bases'"),
-        (["--prompt", "a", "--option", "pnp.blend=3"], "with a method of fusion"),
-        (["--prompt", "a", "--option", "fusion.preset={"], "its value is not YAML"),
-        (["--prompt", "a", "--method", "pnp", "--preset", "shape"], "is no preset of pnp: "),
-        (
-            ["--prompt", "a", "--preset", "shape", "--option", "fusion.preset=colour"],
-            "'shape', and --option says fusion.preset=colour; give one of them",
-        ),
-        (["--prompt", "a", "--device", "abacus"], "device is 'abacus'; write cpu, cuda"),
-        (["--prompt", "a", "--out", "FILE/below"], "is a file, not a folder"),
-    ],
-)
-@pytest.mark.parametrize("source", ["video", "inversion"])
-def test_mistakes_are_found_before_a_model_is_loaded(
-    source: str,
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    loads: list[str],
-    capfd: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
-) -> None:
-    path = request.getfixturevalue(source)
-    file = tmp_path / "FILE"
-    file.touch()
-    loads.clear()
-    arguments = [text.replace("FILE", str(file)) for text in arguments]
-    assert run("edit", path, "--out", str(tmp_path / "out"), *arguments) == 2
-    printed = capfd.readouterr().err
-    assert message in printed
-    assert "Traceback" not in printed
-    assert loads == []
-    assert run("edit", path, "--out", str(tmp_path / "out"), "--prompt", "a blue ball") == 2
-    assert loads == ["embedded"]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--frames", "2"),
-        ("--size", "32"),
-        ("--steps", "2"),
-        ("--chunk", "1"),
-        ("--inversion", "ddim"),
-        ("--source-prompt", "a"),
-    ],
-)
-def test_what_an_inversion_has_settled_is_refused(
-    inversion: str,
-    tmp_path: Path,
-    arguments: tuple[str, str],
-    loads: list[str],
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    loads.clear()
-    command = ["edit", inversion, "--prompt", "a", "--out", str(tmp_path)]
-    assert run(*command, *arguments) == 2
-    assert f"{arguments[0]}: it belongs to an inversion" in capfd.readouterr().err
-    config = tmp_path / "edit.yaml"
-    config.write_text(f"{arguments[0][2:]}: {arguments[1]}\n")
-    assert run(*command, "--config", str(config)) == 2
-    assert f"{arguments[0]}: it belongs to an inversion" in capfd.readouterr().err
-    assert loads == []
-
-
-def test_mistakes_of_places_and_processes(
-    video: str,
-    inversion: str,
-    tmp_path: Path,
-    loads: list[str],
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    loads.clear()
-    prompt = ("--prompt", "a blue ball", "--out", str(tmp_path / "out"))
-    assert run("edit", str(tmp_path / "absent.mp4"), *prompt) == 2
-    assert "absent.mp4: no such file" in capfd.readouterr().err
-    assert run("edit", str(tmp_path), *prompt) == 2
-    assert "holds no settings.json" in capfd.readouterr().err
-    assert run("edit", inversion, *prompt, "--option", "ddim.x=1") == 2
-    assert "with a method of fusion" in capfd.readouterr().err
-    assert run("edit", video, *prompt, "--option", "stem.bases=3") == 2
-    assert "stem has no option 'bases'" in capfd.readouterr().err
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_239))
-        assert run("edit", inversion, *prompt) == 2
-    assert "needs 10,240 bytes, and 10,239 are free" in capfd.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run("edit", video, *prompt) == 2
-    assert "stem edit runs in one process, and WORLD_SIZE is 2" in capfd.readouterr().err
-    assert loads == []
 
 
 def test_an_interruption_says_how_to_go_on(
