@@ -87,8 +87,8 @@ def test_every_reason_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_old_triton_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     module = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "_import_errors", [])
-    monkeypatch.setattr(module, "__version__", "3.4.1")
-    old = "triton is 3.4.1; it needs 3.5 or newer, which newer torch brings"
+    monkeypatch.setattr(module, "__version__", "3.5.1")
+    old = "triton is 3.5.1; it needs 3.6 or newer, which newer torch brings"
     assert triton.machine_reasons() == [old]
 
 

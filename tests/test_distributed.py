@@ -90,6 +90,8 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(f.relative_to(found)): f.read_bytes() for f in found.rglob("*") if f.is_file()}
 
 
+GLOO = "[Gloo]"  # torch 2.10 prints its connections
+
 WORLDS = """
 import json
 two = dist.new_group([0, 1])
@@ -107,7 +109,8 @@ def test_one_two_and_three_processes_give_the_same_bits(tmp_path: Path) -> None:
     for process in processes:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-2000:]
-        found += [json.loads(line) for line in out.splitlines() if line != "step"]
+        told = [line for line in out.splitlines() if not line.startswith(GLOO)]
+        found += [json.loads(line) for line in told if line != "step"]
     assert sorted(ranks for ranks, _ in found) == [1, 2, 2, 3, 3, 3]
     assert all(sums == found[0][1] for _, sums in found)
     expected = files(tmp_path / "1")
@@ -119,8 +122,8 @@ def test_one_two_and_three_processes_give_the_same_bits(tmp_path: Path) -> None:
 def test_begun_with_two_killed_and_finished_by_one(tmp_path: Path) -> None:
     processes = start(tmp_path, 2, f"run(root, {RUNS[:1]!r}, dist.group.WORLD)")
     assert processes[0].stdout is not None
-    for _ in range(2):
-        assert processes[0].stdout.readline() == "step\n"
+    told = (line for line in processes[0].stdout if not line.startswith(GLOO))
+    assert [next(told), next(told)] == ["step\n", "step\n"]
     processes[1].send_signal(signal.SIGKILL)
     for process in processes:
         process.communicate(timeout=240)  # the other rank ends by itself, with an error

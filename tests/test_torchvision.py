@@ -123,7 +123,7 @@ def test_lpips_weighs_the_squares_between_features(
         monkeypatch,
         "torchvision.models",
         AlexNet_Weights=weights,
-        alexnet=lambda weights: SimpleNamespace(features=features),
+        alexnet=lambda **_: SimpleNamespace(features=features),
     )
     sys.modules["torchvision"].models = sys.modules["torchvision.models"]
     import torchmetrics.functional.image.lpips as functional

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import signal
 import sys
@@ -147,8 +146,10 @@ def _fail(message: str) -> int:
 
 def _accept_any_letter() -> None:
     """No letter that the terminal's encoding lacks fails a run: a "?" stands for it."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")
+    # Not every stdout is a TextIOWrapper: colorama, which a dependency may bring, wraps it.
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None and sys.stdout.errors == "strict":
+        reconfigure(errors="replace")
 
 
 def _set_up_log() -> None:

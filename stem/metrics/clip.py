@@ -33,7 +33,7 @@ class Clip:
     """
 
     def __init__(self, model: str = CLIP_MODEL, device: torch.device | str = "cpu") -> None:
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         self._model: Any
         self._tokenizer: Any
@@ -49,7 +49,7 @@ class Clip:
             if loading["missing_keys"]:
                 raise ValueError(f"it lacks weights: {sorted(loading['missing_keys'])[:3]}")
             self._tokenizer = AutoTokenizer.from_pretrained(model, **here)
-            self._processor = AutoImageProcessor.from_pretrained(model, backend="pil", **here)
+            self._processor = CLIPImageProcessorPil.from_pretrained(model, **here)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and not Path(model).is_dir():
                 raise UnmeasuredError(

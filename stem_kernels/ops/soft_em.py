@@ -214,7 +214,7 @@ class _Call(NamedTuple):
 
 
 def _num_bases(bases: torch.Tensor | int) -> int:
-    # No property of `_Call`: torch 2.9 compiles none of a tuple.
+    # No property of `_Call`: torch 2.9 compiled none of a tuple.
     return bases if isinstance(bases, int) else bases.shape[-2]
 
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 MIN_CAPABILITY = (8, 0)
-OLDEST_TRITON = (3, 5)  # the first with tl.range(disable_licm=...)
+OLDEST_TRITON = (3, 6)  # that of the oldest torch; tl.range(disable_licm=...) came with 3.5
 
 
 _import_errors: list[str | None] = []

@@ -21,11 +21,8 @@ def dot_options(dtype: torch.dtype) -> dict[str, str | bool]:
 
 def tf32_asked_for() -> bool:
     """Whether torch was asked to multiply float32 in TF32."""
-    # torch >= 2.9 has a setting of its own for this, and the older question then raises.
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    if setting is not None:
-        return setting == "tf32"
-    return torch.get_float32_matmul_precision() != "highest"
+    setting: str = torch.backends.cuda.matmul.fp32_precision
+    return setting == "tf32"
 
 
 def weight_unit(dtype: torch.dtype) -> float:
