@@ -42,6 +42,9 @@ class Ranks:
             outcome, src=dist.get_global_rank(self.group, 0), group=self.group
         )
         if outcome[1] is not None:
+            # A process that ends at once aborts at times (torch 2.13): a thread of Gloo's lets go
+            # of the broadcast's tensor, for which it needs Python. It has when this is done.
+            dist.barrier(self.group)
             raise outcome[1]
         value: Value = outcome[0]
         return value
