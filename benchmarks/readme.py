@@ -86,11 +86,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     for case in COMPARED:
         torch, cuda = (rows.seconds(case, name) for name in ("torch", "cuda"))
-        row = rows[case, "cuda"]
-        floor = "not measured" if row.floor_seconds is None else f"{cuda / row.floor_seconds:.2f}"
         lines.append(
-            f"| {case}: {row.shape} | {1000 * torch:.1f} | {1000 * cuda:.1f} "
-            f"| {torch / cuda:.1f} | {floor} |"
+            f"| {case}: {rows[case, 'cuda'].shape} | {1000 * torch:.1f} | {1000 * cuda:.1f} "
+            f"| {torch / cuda:.1f} | {rows.over_floor(case, 'cuda'):.2f} |"
         )
     lines += [
         "",

@@ -65,6 +65,12 @@ class Rows:
         assert found is not None
         return found
 
+    def over_floor(self, case: str, contender: str) -> float:
+        floor = self[case, contender].floor_seconds
+        if floor is None:
+            raise MissingError(f"floor of {contender} in {case}")
+        return self.seconds(case, contender) / floor
+
     def extra_bytes(self, case: str, contender: str) -> int:
         found = self[case, contender].extra_bytes
         if found is None:
@@ -83,13 +89,7 @@ class Rows:
 
 
 def over_floor(case: str) -> Callable[[Rows], float]:
-    def measured(rows: Rows) -> float:
-        row = rows[case, OURS]
-        assert row.seconds is not None
-        assert row.floor_seconds is not None
-        return row.seconds / row.floor_seconds
-
-    return measured
+    return lambda rows: rows.over_floor(case, OURS)
 
 
 def speedup(case: str, ours: str, *theirs: str) -> Callable[[Rows], float]:
@@ -104,13 +104,10 @@ def share_of_allowed(case: str) -> Callable[[Rows], float]:
     """The C++ extension's time over what it is allowed: two thirds of the torch backend's, or 1.3
     floors where that is longer, as no kernel is faster than the CPU's products."""
 
-    def measured(rows: Rows) -> float:
-        row = rows[case, "cuda"]
-        assert row.seconds is not None
-        assert row.floor_seconds is not None
-        return row.seconds / max(rows.seconds(case, "torch") / 1.5, 1.3 * row.floor_seconds)
-
-    return measured
+    return lambda rows: min(
+        1.5 * rows.seconds(case, "cuda") / rows.seconds(case, "torch"),
+        rows.over_floor(case, "cuda") / 1.3,
+    )
 
 
 def share_of_memory(case: str, ours: str, theirs: str) -> Callable[[Rows], float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -42,10 +42,7 @@ class Ranks:
             outcome, src=dist.get_global_rank(self.group, 0), group=self.group
         )
         if outcome[1] is not None:
-            # A process that ends at once aborts at times (torch 2.13): a thread of Gloo's lets go
-            # of the broadcast's tensor, for which it needs Python. It has when this is done.
-            dist.barrier(self.group)
-            raise outcome[1]
+            self._raise(outcome[1])
         value: Value = outcome[0]
         return value
 
@@ -60,7 +57,16 @@ class Ranks:
         values: list[object] = [None] * self.group.size()
         dist.all_gather_object(values, value, group=self.group)
         if any(other != values[0] for other in values):
-            raise ValueError(
-                f"the processes do not have the same {what}; give all of them the same arguments "
-                "and files"
+            self._raise(
+                ValueError(
+                    f"the processes do not have the same {what}; give all of them the same "
+                    "arguments and files"
+                )
             )
+
+    def _raise(self, error: Exception) -> NoReturn:
+        """Raise what every rank raises, after they have told each other of it."""
+        # A process that ends at once aborts at times (torch 2.13): a thread of Gloo's lets go of
+        # what was told, for which it needs Python. It has when this is done.
+        dist.barrier(self.group)
+        raise error

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +119,18 @@ def inversion(tmp_path_factory: pytest.TempPathFactory) -> str:
     assert run("invert", video, *arguments, "--out", str(out)) == 0
     (folder,) = (out / "inversions").iterdir()
     return str(folder)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that commands loaded; none can be."""
+    loaded: list[str] = []
+
+    def record(model: str, **_: Any) -> None:
+        loaded.append(model)
+        raise ValueError("no model can be loaded in this test")
+
+    for module in ("request", "commands", "edits"):
+        monkeypatch.setattr(f"stem.cli.{module}.load_pipeline", record)
+    monkeypatch.setenv("COLUMNS", "300")
+    return loaded

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from test_cli import run
 
-from stem import cli
-
 
 @pytest.fixture
-def loads(inversion: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The models that `stem edit` loaded; none can be, once there is the inversion, which loads
-    one and is made by whichever test comes first."""
-    loaded: list[str] = []
-
-    def record(model: str, **_: Any) -> None:
-        loaded.append(model)
-        raise ValueError("no model can be loaded in this test")
-
-    monkeypatch.setattr(cli.request, "load_pipeline", record)
-    monkeypatch.setattr(cli.edits, "load_pipeline", record)
-    monkeypatch.setenv("COLUMNS", "300")
-    return loaded
+def loads(inversion: str, loads: list[str]) -> list[str]:
+    """Those of conftest, once there is the inversion, which loads one and is made by whichever
+    test comes first."""
+    return loads
 
 
 @pytest.mark.parametrize(

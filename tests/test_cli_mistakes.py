@@ -4,27 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from test_cli import run
-
-from stem import cli
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The models that commands loaded; none can be."""
-    loaded: list[str] = []
-
-    def record(model: str, **_: Any) -> None:
-        loaded.append(model)
-        raise ValueError("no model can be loaded in this test")
-
-    monkeypatch.setattr(cli.request, "load_pipeline", record)
-    monkeypatch.setattr(cli.commands, "load_pipeline", record)
-    monkeypatch.setenv("COLUMNS", "300")
-    return loaded
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The tables that the command line prints."""
+"""The tables that the command line prints, and the cells that a report's page shares with them."""
 
 from __future__ import annotations
 
