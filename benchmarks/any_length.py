@@ -40,7 +40,7 @@ from stem.diffusion.schedule import inverse_scheduler
 from stem.inversion.methods import attention_on
 from stem.inversion.reconstruct import sample
 from stem.metrics import mean_interval, pair_warp_errors
-from stem.toy import Clip, Scene, caption, changed, render, sample_scene
+from stem.world import Clip, Scene, caption, changed, render, sample_scene
 from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
 

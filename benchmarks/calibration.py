@@ -25,11 +25,11 @@ import stem
 from stem import read_video
 from stem.attention.handle import self_attentions
 from stem.attention.processor import join_heads, project_keys_and_values, project_queries
-from stem.clips import shipped_clip
 from stem.config import AttentionConfig, InflatedConfig
 from stem.diffusion.fingerprint import fingerprint
 from stem.diffusion.pipeline import encode_frames, encode_prompt, predict
-from stem.toy import render, sample_scene
+from stem.video.clips import shipped_clip
+from stem.world import render, sample_scene
 from stem_kernels.info import provenance
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.shared.spread import spread_tokens

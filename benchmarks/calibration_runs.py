@@ -24,7 +24,7 @@ from stem.diffusion.pipeline import decode_latents, encode_frames
 from stem.editing import edit_options, run_edit
 from stem.inversion import round_trip
 from stem.metrics import mean_interval, pooled_psnr, psnr, warp_error
-from stem.toy import EDIT_KINDS, render, sample_scene, world_edit
+from stem.world import EDIT_KINDS, render, sample_scene, world_edit
 from stem_kernels.info import provenance
 
 from . import editing_measure, quality_measure, records

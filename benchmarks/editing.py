@@ -20,7 +20,7 @@ import typer
 
 from stem import load_pipeline
 from stem.diffusion.fingerprint import fingerprint
-from stem.toy import EDIT_KINDS
+from stem.world import EDIT_KINDS
 from stem_kernels.info import provenance
 
 from . import quality_measure, records

@@ -17,7 +17,7 @@ from stem import InversionFolder, Video, invert
 from stem.diffusion.pipeline import decode_latents, encode_frames
 from stem.editing import edit_options, run_edit
 from stem.metrics import mask_overlap, pooled_psnr, warp_error
-from stem.toy import Clip, WorldEdit, judge, world_edit
+from stem.world import Clip, WorldEdit, judge, world_edit
 from stem_kernels.measure import PeakMemory
 
 from .editing_variants import CEILING, UNEDITED, VARIANTS, Series

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from stem.metrics import mean_interval
 from stem.report.pictures import contact_sheet
-from stem.toy import EDIT_KINDS, world_edit
+from stem.world import EDIT_KINDS, world_edit
 
 from .editing_measure import Editor, inversions
 from .editing_report import gains, rows_of, values

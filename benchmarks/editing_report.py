@@ -8,7 +8,7 @@ from typing import Any
 
 from stem.inversion import METHODS as INVERSIONS
 from stem.metrics import Interval, mean_interval
-from stem.toy import EDIT_KINDS
+from stem.world import EDIT_KINDS
 
 from .editing_variants import (
     ABLATION,

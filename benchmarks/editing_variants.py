@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stem.inversion import METHODS as INVERSIONS
-from stem.toy import EDIT_KINDS, WorldEdit
+from stem.world import EDIT_KINDS, WorldEdit
 
 CEILING = "ceiling"
 UNEDITED = "unedited"

@@ -16,7 +16,6 @@ import torch
 import typer
 
 from stem import load_pipeline
-from stem.analysis import FeatureCurve, feature_curve
 from stem.diffusion.fingerprint import fingerprint
 from stem.diffusion.pipeline import encode_frames
 from stem.diffusion.schedule import inverse_scheduler
@@ -24,7 +23,8 @@ from stem.inversion import METHODS
 from stem.metrics import Flow, estimate_flow, world_flow
 from stem.report.analysis_files import PCA, Shown, feature_picture
 from stem.report.files import write_picture
-from stem.toy import sample_scene
+from stem.workflows.analysis import FeatureCurve, feature_curve
+from stem.world import sample_scene
 from stem_kernels.info import provenance
 
 from . import records

@@ -24,7 +24,7 @@ from stem.diffusion.fingerprint import fingerprint
 from stem.inversion import METHODS
 from stem.metrics import mean_interval
 from stem.metrics.fidelity import SSIM_VARIANT
-from stem.toy.data import TRAINING_CLIP
+from stem.world.training.data import TRAINING_CLIP
 from stem_kernels.info import provenance
 
 from . import quality_measure, records

@@ -18,11 +18,11 @@ from stem.attention.features import LastFeatures
 from stem.attention.frames import InflatedProcessor
 from stem.attention.handle import self_attentions
 from stem.attention.processor import RowLayout
-from stem.clips import shipped_clip
 from stem.diffusion.pipeline import decode_latents, encode_frames
 from stem.inversion import round_trip
 from stem.metrics import psnr, ssim, warped_similarity
-from stem.toy import render, sample_scene
+from stem.video.clips import shipped_clip
+from stem.world import render, sample_scene
 
 from .layers import of_frames
 from .quality_variants import Variant

@@ -11,7 +11,7 @@ from typing import Any
 
 from stem.inversion import METHODS
 from stem.metrics import mean_interval
-from stem.toy import EDIT_KINDS
+from stem.world import EDIT_KINDS
 
 from . import records
 from .bench import Row

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import stem
 from stem.metrics import psnr
-from stem.toy import world_edit
+from stem.world import world_edit
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--method", default="fusion", help="fusion, fatezero, tokenflow, pnp, sdedit")

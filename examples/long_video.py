@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import stem
-from stem.toy import render, sample_scene
+from stem.world import render, sample_scene
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--frames", type=int, default=32)

@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .ablation import ablate
-    from .analysis import analyse
     from .attention import Handle, disable, enable, enabled
-    from .comparison import compare
     from .config import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
     from .editing import edit, edit_latents
-    from .evaluation import evaluate
     from .inversion import InversionFolder, invert, reconstruct
     from .models import load_pipeline, random_pipeline
     from .video import Video, VideoFile, open_video, read_video, write_video
+    from .workflows.ablation import ablate
+    from .workflows.analysis import analyse
+    from .workflows.comparison import compare
+    from .workflows.evaluation import evaluate
 
 __version__ = "0.1.0"
 
@@ -50,13 +50,13 @@ __all__ = [
 # torch and diffusers; video PyAV; comparisons and evaluations also Pillow, SciPy and torchmetrics;
 # analyses and ablations matplotlib, too.
 _MODULES = {
-    "ablation": ("ablate",),
-    "analysis": ("analyse",),
+    "workflows.ablation": ("ablate",),
+    "workflows.analysis": ("analyse",),
     "attention": ("Handle", "disable", "enable", "enabled"),
-    "comparison": ("compare",),
+    "workflows.comparison": ("compare",),
     "config": ("InflatedConfig", "PerFrameConfig", "SparseCausalConfig", "StemConfig"),
     "editing": ("edit", "edit_latents"),
-    "evaluation": ("evaluate",),
+    "workflows.evaluation": ("evaluate",),
     "inversion": ("InversionFolder", "invert", "reconstruct"),
     "models": ("load_pipeline", "random_pipeline"),
     "video": ("Video", "VideoFile", "open_video", "read_video", "write_video"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 EMBEDDED_MODEL = "embedded"
-EMBEDDED_FOLDER = Path(__file__).parent / "toy" / "model"
+EMBEDDED_FOLDER = Path(__file__).parent / "world" / "model"
 """The trained pipeline that comes with this package; see README.md in it."""
 RANDOM_MODEL = "random"
 RANDOM_VAE_FACTOR = 8

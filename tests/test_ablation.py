@@ -14,14 +14,15 @@ from test_cli import run
 from test_inversion import clip
 
 import stem
-from stem import StemConfig, ablation
-from stem.ablation_plan import FORMS, OPTIONS, base_config, variants_of
+from stem import StemConfig
 from stem.diffusion.pipeline import decode_latents, encode_frames
 from stem.inversion import round_trip
 from stem.metrics import psnr, ssim
 from stem.report.contents import read_report
 from stem.report.documents import ReportError
-from stem.toy import render, sample_scene
+from stem.workflows import ablation
+from stem.workflows.ablation_plan import FORMS, OPTIONS, base_config, variants_of
+from stem.world import render, sample_scene
 
 
 def ablated(out: Path, *only: str, **settings: Any) -> ablation.Ablation:

@@ -78,7 +78,7 @@ class Editing:
 @pytest.fixture
 def editing(monkeypatch: pytest.MonkeyPatch) -> Editing:
     found = Editing()
-    monkeypatch.setattr("stem.edits.run_edit", found)
+    monkeypatch.setattr("stem.workflows.edits.run_edit", found)
     return found
 
 
@@ -240,7 +240,7 @@ def test_an_interruption_says_how_to_go_on(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stem.edits.run_edit", interrupt)
+    monkeypatch.setattr("stem.workflows.edits.run_edit", interrupt)
     assert run("edit", inversion, "--prompt", "a", "--out", str(tmp_path)) == 130
     assert "interrupted; finished steps are kept" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -17,11 +17,11 @@ from pipelines import make_pipeline
 from test_inversion import clip
 
 import stem
-from stem.comparison import result_name
-from stem.measuring import measure
 from stem.report.files import write_json
 from stem.report.pictures import Grid, contact_sheet, side_by_side
 from stem.video import Video
+from stem.workflows.comparison import result_name
+from stem.workflows.measuring import measure
 
 
 def compared(out: Path, video: Video, prompt: str = "a duck", steps: int = 2) -> Path:

@@ -18,7 +18,7 @@ from benchmarks.editing_report import differences, gains, report, values
 from benchmarks.editing_variants import VARIANTS, Series, series_of, wanted
 from stem import InversionFolder
 from stem.metrics import mean_interval, pooled_psnr, warp_error
-from stem.toy import EDIT_KINDS, WorldEdit, judge, sample_scene, world_edit
+from stem.world import EDIT_KINDS, WorldEdit, judge, sample_scene, world_edit
 
 SEEDS = range(42_000_000, 42_000_012)
 

@@ -13,9 +13,9 @@ import torch
 
 from stem import load_pipeline
 from stem.models import EMBEDDED_FOLDER
-from stem.toy.card import CARD, EVALUATION_RECORD, TRAINING_RECORD, model_card
-from stem.toy.evaluate import Size, evaluate
-from stem.toy.grammar import VOCABULARY
+from stem.world.grammar import VOCABULARY
+from stem.world.training.card import CARD, EVALUATION_RECORD, TRAINING_RECORD, model_card
+from stem.world.training.evaluate import Size, evaluate
 
 ALONE = """
 import sys
@@ -37,7 +37,7 @@ def measured() -> dict[str, Any]:
     """The card's measurements again, on an eighth of its data or less and in fewer steps."""
     size = Size(frames=24, natural=8, videos=1, steps=20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stem.toy.evaluate.SAMPLING_STEPS", 20)
+        patch.setattr("stem.world.training.evaluate.SAMPLING_STEPS", 20)
         return evaluate(load_pipeline("embedded"), size)
 
 

@@ -18,10 +18,10 @@ from torch.nn.functional import cosine_similarity
 
 import stem
 from stem import Video, evaluate, write_video
-from stem.evaluation import Evaluation
 from stem.metrics import WorldJudge, frame_accuracy, text_alignment, world_flow
 from stem.metrics.unmeasured import install_torchvision
-from stem.toy import WorldEdit, world_edit
+from stem.workflows.evaluation import Evaluation
+from stem.world import WorldEdit, world_edit
 
 METRICS = [
     *("PSNR dB", "SSIM", "LPIPS", "CLIP-text x100", "Tem-Con", "Frame-Acc", "Warp-Err x1000"),

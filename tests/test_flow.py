@@ -9,7 +9,7 @@ import torch
 from clips import drifting
 
 from stem.metrics import UnmeasuredError, estimate_flow, occluded, ssim, warped_ssim, world_flow
-from stem.toy import sample_scene
+from stem.world import sample_scene
 
 
 def test_the_two_directions_of_the_worlds_flow_tell_what_is_occluded() -> None:

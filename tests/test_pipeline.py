@@ -29,7 +29,7 @@ from stem.diffusion.pipeline import (
     truncated_words,
 )
 from stem.models import load_pipeline, random_pipeline
-from stem.toy import caption, sample_scene
+from stem.world import caption, sample_scene
 from stem_kernels.testing import max_error
 
 

@@ -18,7 +18,7 @@ from stem import InflatedConfig, StemConfig, load_pipeline
 from stem.attention.handle import self_attentions
 from stem.diffusion.pipeline import encode_frames
 from stem.inversion import round_trip
-from stem.toy import render, sample_scene
+from stem.world import render, sample_scene
 
 ROWS = ("inflated", "stem", "16 frames: global bases", "16 frames: bases of 8")
 FRAMES, LONG_FRAMES = 2, 4

@@ -13,7 +13,6 @@ import pytest
 import torch
 from test_cli import run
 
-from stem.measuring import Measured, Row
 from stem.report import panes
 from stem.report.contents import read_report
 from stem.report.curves import Curve
@@ -22,6 +21,7 @@ from stem.report.edit_files import EditFiles, EditsFiles
 from stem.report.files import write_comparison, write_json
 from stem.report.page import page
 from stem.video import Video
+from stem.workflows.measuring import Measured, Row
 
 FRAMES, WIDTH, HEIGHT = 6, 24, 16
 PROMPT = "</script><img src='http://example.com/a.png'> & \"a duck\""

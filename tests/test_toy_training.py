@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from stem.toy.fitting import Schedule, fit
-from stem.toy.grammar import VOCABULARY
-from stem.toy.networks import make_tokenizer
-from stem.toy.train import Recipe, train
+from stem.world.grammar import VOCABULARY
+from stem.world.networks import make_tokenizer
+from stem.world.training.fitting import Schedule, fit
+from stem.world.training.train import Recipe, train
 
 SMALL = {
     "scenes": 24,
@@ -37,7 +37,7 @@ assert not any(name.split(".")[0] in ("stem", "stem_kernels") for name in sys.mo
 def test_twenty_steps_resume_and_load_without_this_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stem.toy.train.GRID_CAPTIONS", 1)
+    monkeypatch.setattr("stem.world.training.train.GRID_CAPTIONS", 1)
     recipe = Recipe(**SMALL)
     for steps in (7, 20, 33, 40, 45):
         assert train(recipe, tmp_path / "resumed", until=steps) is None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import grid_sample, max_pool2d
 
-from stem.toy import (
+from stem.world import (
     VOCABULARY,
     Background,
     Scene,
@@ -21,8 +21,8 @@ from stem.toy import (
     render,
     sample_scene,
 )
-from stem.toy.grammar import COLOURS, MAX_CAPTION_WORDS, PATTERNS, SHAPES, TEXTURES
-from stem.toy.motion import PAN, TRAVEL
+from stem.world.grammar import COLOURS, MAX_CAPTION_WORDS, PATTERNS, SHAPES, TEXTURES
+from stem.world.motion import PAN, TRAVEL
 
 BLUE = Background("plain", "blue")
 STILL = Scene(BLUE, (Thing("ball", "red", "small", "striped"),))

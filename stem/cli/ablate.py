@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..ablation import Ablation, ablate
-from ..ablation_plan import FORMS, OPTIONS, base_config, variants_of
-from ..measuring import check_measurable
 from ..models import EMBEDDED_MODEL
-from ..report.tables import ABLATION_HEADINGS, ablation_cells
 from ..video import read_video
+from ..workflows.ablation import Ablation, ablate
+from ..workflows.ablation_plan import FORMS, OPTIONS, base_config, variants_of
+from ..workflows.measuring import check_measurable
 from .app import app, console, print_note, say
 from .arguments import (
     Chunk,
@@ -35,6 +34,7 @@ from .arguments import (
 )
 from .ranks import one_process
 from .request import Request
+from .tables import ABLATION_HEADINGS, ablation_cells
 
 
 @app.command("ablate")

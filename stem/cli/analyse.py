@@ -9,12 +9,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..analysis import Analysis, analyse, check_analysable
 from ..metrics import FLOWS, Flow, world_flow
 from ..models import EMBEDDED_MODEL
-from ..report.tables import SIMILARITY_HEADINGS, similarity_cells
-from ..toy import render, sample_scene
 from ..video import Video, read_video
+from ..workflows.analysis import Analysis, analyse, check_analysable
+from ..world import render, sample_scene
 from .app import app, console, print_note, say
 from .arguments import (
     Chunk,
@@ -35,6 +34,7 @@ from .arguments import (
 )
 from .ranks import one_process
 from .request import Request
+from .tables import SIMILARITY_HEADINGS, similarity_cells
 
 WORLD = "world:"
 _WORLD_MULTIPLE = 8  # a side that every model's VAE takes as it is

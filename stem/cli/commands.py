@@ -12,16 +12,15 @@ import typer
 
 from stem_kernels.info import describe
 
-from ..comparison import INVERSIONS, compare
-from ..demo import demo, demo_edit, demo_videos, edited_video
 from ..diffusion.pipeline import decoded_parts
 from ..inversion import InversionFolder, invert, reconstruct_latents
 from ..inversion.reconstruct import BASES, check_reconstructible
-from ..measuring import check_measurable
 from ..models import EMBEDDED_MODEL, ModelError, check_device, load_pipeline
-from ..report.tables import comparison_table, demo_table
 from ..storage import remove_stale
 from ..video import check_video_output, write_video
+from ..workflows.comparison import INVERSIONS, compare
+from ..workflows.demo import demo, demo_edit, demo_videos, edited_video
+from ..workflows.measuring import check_measurable
 from .app import app, console, print_note, problems, say
 from .arguments import (
     ALL_METHODS,
@@ -45,6 +44,7 @@ from .arguments import (
 from .evaluate import print_evaluation
 from .ranks import rank_device, ranks
 from .request import Request
+from .tables import comparison_table, demo_table
 
 
 @app.command("demo")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import typer
 
-from ..comparison import INVERSIONS
-from ..edit_plan import EditPlan
-from ..edits import Edits, write_edits
 from ..inversion import InversionFolder, invert
 from ..models import EMBEDDED_MODEL, ModelError, check_device, load_pipeline
 from ..storage import remove_stale
+from ..workflows.comparison import INVERSIONS
+from ..workflows.edit_plan import EditPlan
+from ..workflows.edits import Edits, write_edits
 from .app import app, print_note, say
 from .arguments import Chunk, Config, Device, Dtype, Frames, Out, Size, Steps, chunk_of
 from .edit_options import (

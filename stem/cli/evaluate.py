@@ -11,12 +11,12 @@ from rich.table import Table
 
 from stem_kernels.info import provenance
 
-from ..evaluation import Evaluation, Figure, evaluate
 from ..metrics import CLIP_MODEL, FLOWS, WorldJudge
 from ..models import check_device
 from ..report.files import write_json
 from ..storage import check_output
 from ..video import Video, crop_to_multiple, read_video
+from ..workflows.evaluation import Evaluation, Figure, evaluate
 from .app import app, console, say
 from .arguments import Config, Device, Frames, Size, encodable_text, one_of
 from .edit_options import SourcePrompt

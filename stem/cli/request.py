@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..comparison import INVERSIONS
 from ..diffusion.pipeline import vae_factor
 from ..diffusion.schedule import check_steps
 from ..models import RANDOM_MODEL, check_device, known_schedule, known_vae_factor, load_pipeline
 from ..storage import check_output
 from ..video import Video, VideoFile, crop_to_multiple, open_video, read_video
 from ..video.reading import Pictures
+from ..workflows.comparison import INVERSIONS
 from .app import say
 from .arguments import chosen_methods, method_options
 from .ranks import rank_device

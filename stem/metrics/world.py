@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import one_hot
 
-from ..toy import Scene, judge, render
-from ..toy.grammar import COLOURS, SHAPES
+from ..world import Scene, judge, render
+from ..world.grammar import COLOURS, SHAPES
 from .flow import Flow
 
 

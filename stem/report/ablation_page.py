@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..ablation import read_rows
+from ..cli.tables import ABLATION_HEADINGS, ablation_cells
+from ..workflows.ablation import read_rows
 from .ablation_files import ablation_files
 from .details import provenance_of, settings_of
 from .documents import Document
 from .page import Picture, Report, Section, Table
-from .tables import ABLATION_HEADINGS, ablation_cells
 
 
 def ablation_report(document: Document) -> Report:

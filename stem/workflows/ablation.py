@@ -15,22 +15,22 @@ import torch
 from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
 
+from ..config import StemConfig
+from ..diffusion.fingerprint import fingerprint
+from ..diffusion.pipeline import check_pipeline, decode_latents, encode_frames, execution_device
+from ..diffusion.schedule import inverse_scheduler
+from ..inversion.invert import check_chunk
+from ..inversion.round_trip import chunked, round_trip
+from ..metrics import psnr, ssim
+from ..metrics.fidelity import SSIM_VARIANT
+from ..progress import steps
+from ..report.ablation_files import ablation_files, write_plot
+from ..report.files import write_json, write_with_hashes
+from ..storage import check_output, remove_stale, tensor_hash
+from ..video import Video
 from .ablation_plan import OPTIONS, base_config, fields_of, in_order, variants_of
 from .comparison import result_name
-from .config import StemConfig
-from .diffusion.fingerprint import fingerprint
-from .diffusion.pipeline import check_pipeline, decode_latents, encode_frames, execution_device
-from .diffusion.schedule import inverse_scheduler
-from .inversion.invert import check_chunk
-from .inversion.round_trip import chunked, round_trip
 from .measuring import check_measurable, warm_up
-from .metrics import psnr, ssim
-from .metrics.fidelity import SSIM_VARIANT
-from .progress import steps
-from .report.ablation_files import ablation_files, write_plot
-from .report.files import write_json, write_with_hashes
-from .storage import check_output, remove_stale, tensor_hash
-from .video import Video
 
 
 @dataclass(frozen=True)

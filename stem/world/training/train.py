@@ -1,4 +1,4 @@
-"""Train the embedded model from nothing: `python -m stem.toy.train --out FOLDER`.
+"""Train the embedded model from nothing: `python -m stem.world.training.train --out FOLDER`.
 
 Run the same command again after an interruption and it goes on from its checkpoints.
 """
@@ -23,13 +23,10 @@ from transformers import PreTrainedTokenizerFast
 
 from stem_kernels.info import provenance
 
-from ..models import sd_scheduler
-from ..report.pictures import contact_sheet
-from .card import TRAINING_RECORD
-from .data import natural_frames, to_images, world_frames
-from .fitting import History, Schedule, fit
-from .grammar import caption
-from .networks import (
+from ...models import sd_scheduler
+from ...report.pictures import contact_sheet
+from ..grammar import caption
+from ..networks import (
     RESOLUTION,
     make_autoencoder,
     make_pipeline,
@@ -38,6 +35,9 @@ from .networks import (
     make_unet,
     sample_frames,
 )
+from .card import TRAINING_RECORD
+from .data import natural_frames, to_images, world_frames
+from .fitting import History, Schedule, fit
 
 CAPTION_DROPOUT = 0.1
 NATURAL_SHARE = 0.4

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from ..ablation import AblationRow
-from ..comparison import Comparison
-from ..demo import FRAMES, Demo
-from ..measuring import Row
+from ..report.files import shown_name
 from ..video import Video
-from .files import shown_name
+from ..workflows.ablation import AblationRow
+from ..workflows.comparison import Comparison
+from ..workflows.demo import FRAMES, Demo
+from ..workflows.measuring import Row
 
 COMPARISON_HEADINGS = ("PSNR dB", "SSIM", "latent error", "invert s", "sample s", "extra MiB")
 """Headings of a comparison's figures, without the methods' own."""

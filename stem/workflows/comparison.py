@@ -11,12 +11,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .distributed import Ranks
-from .inversion import InversionFolder
+from ..distributed import Ranks
+from ..inversion import InversionFolder
+from ..report.files import comparison_files, comparison_is_whole, write_comparison
+from ..storage import check_output, remove_stale
+from ..video import Video
 from .measuring import Row, measure
-from .report.files import comparison_files, comparison_is_whole, write_comparison
-from .storage import check_output, remove_stale
-from .video import Video
 
 INVERSIONS = "inversions"
 """Name of the folder of inversions, beside what is made of them."""

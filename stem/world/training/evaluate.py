@@ -1,4 +1,4 @@
-"""Measure a trained model of the world: `python -m stem.toy.evaluate --model FOLDER`.
+"""Measure a trained model of the world: `python -m stem.world.training.evaluate --model FOLDER`.
 
 Writes evaluation.json and the model card, README.md, into the model's folder.
 """
@@ -16,19 +16,19 @@ import typer
 
 from stem_kernels.info import provenance
 
-from ..clips import shipped_clip
-from ..diffusion.pipeline import decode_latents, encode_frames
-from ..inversion import round_trip
-from ..metrics import psnr
-from ..models import EMBEDDED_FOLDER, load_pipeline
-from ..video import read_video
+from ...diffusion.pipeline import decode_latents, encode_frames
+from ...inversion import round_trip
+from ...metrics import psnr
+from ...models import EMBEDDED_FOLDER, load_pipeline
+from ...video import read_video
+from ...video.clips import shipped_clip
+from ..grammar import Scene, caption
+from ..judge import judge
+from ..networks import RESOLUTION, sample_frames
+from ..render import render
+from ..sampling import sample_scene
 from .card import CARD, EVALUATION_RECORD, TRAINING_RECORD, model_card
 from .data import UNSEEN_CLIPS
-from .grammar import Scene, caption
-from .judge import judge
-from .networks import RESOLUTION, sample_frames
-from .render import render
-from .sampling import sample_scene
 
 FIRST_SEED = 20_000_000  # training takes its scenes from 0 on
 SAMPLING_STEPS = 50

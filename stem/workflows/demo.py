@@ -11,17 +11,17 @@ from typing import Any
 
 from stem_kernels.info import provenance
 
-from .clips import shipped_clip
+from ..inversion import invert
+from ..metrics import Interval, WorldJudge, mean_interval, world_flow
+from ..report.files import write_json
+from ..video import Video, read_video
+from ..video.clips import shipped_clip
+from ..world import render, sample_scene
+from ..world.edits import WorldEdit, world_edit
 from .comparison import INVERSIONS, Comparison, compare, result_name
 from .edit_plan import EditPlan
 from .edits import EditResult, write_edits
 from .evaluation import Evaluation, evaluate
-from .inversion import invert
-from .metrics import Interval, WorldJudge, mean_interval, world_flow
-from .report.files import write_json
-from .toy import render, sample_scene
-from .toy.edits import WorldEdit, world_edit
-from .video import Video, read_video
 
 NATURAL_CLIP = "carphone_pristine.mp4"  # the embedded model never trained on it
 NATURAL_PROMPT = ""  # the embedded model has no words for it

@@ -13,20 +13,20 @@ import torch.distributed as dist
 
 from stem_kernels.measure import PeakMemory
 
-from .diffusion.pipeline import (
+from ..diffusion.pipeline import (
     check_pipeline,
     decode_latents,
     encode_prompt,
     execution_device,
     predict,
 )
-from .diffusion.schedule import inverse_scheduler
-from .distributed import Ranks
-from .inversion import invert, reconstruct_latents
-from .inversion.methods import check_methods
-from .metrics import psnr, ssim
-from .metrics.fidelity import SSIM_WINDOW
-from .video import Video
+from ..diffusion.schedule import inverse_scheduler
+from ..distributed import Ranks
+from ..inversion import invert, reconstruct_latents
+from ..inversion.methods import check_methods
+from ..metrics import psnr, ssim
+from ..metrics.fidelity import SSIM_WINDOW
+from ..video import Video
 
 
 @dataclass(frozen=True)

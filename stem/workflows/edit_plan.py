@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from .editing import check_edit, edit_options
-from .editing.run import check_numbers
-from .inversion import InversionFolder
-from .inversion.methods import check_options_used
-from .storage import check_output, tensor_bytes
-from .video.writing import most_bytes
+from ..editing import check_edit, edit_options
+from ..editing.run import check_numbers
+from ..inversion import InversionFolder
+from ..inversion.methods import check_options_used
+from ..storage import check_output, tensor_bytes
+from ..video.writing import most_bytes
 
 
 @dataclass(frozen=True)

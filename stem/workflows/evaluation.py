@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from .metrics import (
+from ..metrics import (
     CLIP_MODEL,
     Clip,
     Embedder,
@@ -25,10 +25,10 @@ from .metrics import (
     warp_error,
     warped_ssim,
 )
-from .metrics.fidelity import SSIM_VARIANT
-from .metrics.perceptual import LPIPS_VARIANT
-from .models import check_device
-from .video import Video
+from ..metrics.fidelity import SSIM_VARIANT
+from ..metrics.perceptual import LPIPS_VARIANT
+from ..models import check_device
+from ..video import Video
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""How the embedded model was made: its training, its evaluation, its card."""
