@@ -12,7 +12,7 @@ import torch
 from stem_kernels.cuda import instructions
 
 from . import records
-from .bench import Bench
+from .cases.bench import Bench
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

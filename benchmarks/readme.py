@@ -14,23 +14,23 @@ from stem.metrics import mean_interval
 from stem.world import EDIT_KINDS
 
 from . import records
-from .bench import Row
-from .cases import dtype_name
-from .drop_in import OUT as DROP_IN
-from .drop_in import table as drop_in_table
-from .editing_cases import PRODUCTS, TWO_SDPA
-from .editing_report import values as editing_values
-from .editing_variants import BASELINE, OURS, UNEDITED, series_of
-from .editing_variants import CEILING as EXACT
-from .em_cases import EAGER, LEAN_EAGER
-from .features import CLIP, SEEDS
-from .features import table as features_table
-from .layers import LAYER_KINDS
-from .operators import HALVES
-from .quality_report import is_world, values
-from .quality_report import table as study_table
-from .quality_variants import CEILING
-from .targets import COMPARED, EM, PROFILED, Rows
+from .cases.bench import Row
+from .cases.case import dtype_name
+from .cases.editing import PRODUCTS, TWO_SDPA
+from .cases.em import EAGER, LEAN_EAGER
+from .cases.layers import LAYER_KINDS
+from .cases.operators import HALVES
+from .studies.drop_in.run import OUT as DROP_IN
+from .studies.drop_in.run import table as drop_in_table
+from .studies.editing.report import values as editing_values
+from .studies.editing.variants import BASELINE, OURS, UNEDITED, series_of
+from .studies.editing.variants import CEILING as EXACT
+from .studies.features.run import CLIP, SEEDS
+from .studies.features.run import table as features_table
+from .studies.quality.report import is_world, values
+from .studies.quality.report import table as study_table
+from .studies.quality.variants import CEILING
+from .suite.targets import COMPARED, EM, PROFILED, Rows
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -12,7 +12,10 @@ import torch
 
 from stem_kernels.info import provenance
 
-from .floors import measure_ceilings
+from .cases.floors import measure_ceilings
+
+RESULTS = Path(__file__).parent / "results"
+"""Folder of the results that are committed."""
 
 
 def fresh(device: torch.device, dtype: torch.dtype, *, small: bool) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from . import operators
-from .bench import MEASURED, UNAVAILABLE, Bench, timed
-from .cases import AnyCase, Call, UnavailableError, dtype_name
-from .floors import Ceilings
-from .layers import layer_case
-from .targets import PROFILED, MissingError, Rows, Target, cpu_targets
-from .timing import Timing, summary
+from .cases import operators
+from .cases.bench import MEASURED, UNAVAILABLE, Bench, timed
+from .cases.case import AnyCase, Call, UnavailableError, dtype_name
+from .cases.floors import Ceilings
+from .cases.layers import layer_case
+from .cases.timing import Timing, summary
+from .suite.targets import PROFILED, MissingError, Rows, Target, cpu_targets
 
 CPU = torch.device("cpu")
 CASES = [("operators", case) for case in operators.cpu_cases()] + [

@@ -15,8 +15,8 @@ from test_cli import run
 from test_inversion import clip
 
 import stem
-from benchmarks import features
-from benchmarks.quality_measure import Source
+from benchmarks.studies.features import run as features
+from benchmarks.studies.quality.measure import Source
 from stem.attention.features import LastFeatures, last_self_attention
 from stem.diffusion.pipeline import encode_frames
 from stem.metrics import Flow, estimate_flow, similarity_maps, warped_similarity, world_flow

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import readme, records, targets, test_cpu, timing
-from benchmarks.bench import MEASURED, UNAVAILABLE, WRONG, Bench, Row, timed
-from benchmarks.cases import Call, Case, Contender, Outputs, UnavailableError
-from benchmarks.floors import Ceilings, Work
+from benchmarks import readme, records, test_cpu
+from benchmarks.cases import timing
+from benchmarks.cases.bench import MEASURED, UNAVAILABLE, WRONG, Bench, Row, timed
+from benchmarks.cases.case import Call, Case, Contender, Outputs, UnavailableError
+from benchmarks.cases.floors import Ceilings, Work
+from benchmarks.suite import targets
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(flops=100.0, exponentials=10.0, bytes=1000.0)

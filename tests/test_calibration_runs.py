@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import calibration_runs, editing_measure
+from benchmarks.studies.calibration import round_trips as calibration_runs
+from benchmarks.studies.editing import measure as editing_measure
 
 
 def test_a_video_is_measured_once(

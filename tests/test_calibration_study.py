@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import calibration
-from benchmarks.calibration_report import draw, table
-from benchmarks.calibration_variants import SHARPENED, VARIANTS
+from benchmarks.studies.calibration import run as calibration
+from benchmarks.studies.calibration.report import draw, table
+from benchmarks.studies.calibration.variants import SHARPENED, VARIANTS
 
 
 def test_a_case_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks import counted_report, operators, records
-from benchmarks.counted import CASES, OUT, resident_blocks
-from benchmarks.forms import DTYPES, forms
-from benchmarks.launches import Launch, launches
-from benchmarks.sass import Instruction, narrow, parse, spills
-from benchmarks.scoreboard import STAGGER, Step, clocks, occupied, step
+from benchmarks import records
+from benchmarks.cases import operators
+from benchmarks.counting import counted_report
+from benchmarks.counting.counted import CASES, OUT, resident_blocks
+from benchmarks.counting.forms import DTYPES, forms
+from benchmarks.counting.launches import Launch, launches
+from benchmarks.counting.sass import Instruction, narrow, parse, spills
+from benchmarks.counting.scoreboard import STAGGER, Step, clocks, occupied, step
 from stem_kernels import em_statistics
 
 LISTING = """

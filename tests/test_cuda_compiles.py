@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.cuda_resources import (
+from benchmarks.counting.cuda_resources import (
     MATRIX_KERNELS,
     OUT,
     SHARED_KIB,

@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 from torch.nn.functional import max_pool2d
 
-from benchmarks import editing, editing_measure, editing_memory, records
-from benchmarks.editing_measure import Edited, Job, measure, overlap
-from benchmarks.editing_report import differences, gains, report, values
-from benchmarks.editing_variants import VARIANTS, Series, series_of, wanted
+from benchmarks import records
+from benchmarks.studies.editing import measure as editing_measure
+from benchmarks.studies.editing import memory as editing_memory
+from benchmarks.studies.editing import run as editing
+from benchmarks.studies.editing.measure import Edited, Job, measure, overlap
+from benchmarks.studies.editing.report import differences, gains, report, values
+from benchmarks.studies.editing.variants import VARIANTS, Series, series_of, wanted
 from stem import InversionFolder
 from stem.metrics import mean_interval, pooled_psnr, warp_error
 from stem.world import EDIT_KINDS, WorldEdit, judge, sample_scene, world_edit

@@ -23,7 +23,7 @@ def counts():  # type: ignore[no-untyped-def]
     pytest.importorskip("triton")
     if INTERPRETED:
         pytest.skip("the interpreter launches nothing")
-    from benchmarks import launch_counts
+    from benchmarks.counting import launch_counts
 
     return launch_counts
 
@@ -52,7 +52,7 @@ def test_what_chunks_share_takes_few_kernels(counts: Any) -> None:
 
 
 def test_an_update_waits_for_memory_a_few_times(counts: Any) -> None:
-    from benchmarks.launches import launches
+    from benchmarks.counting.launches import launches
 
     features = torch.empty(1, 131072, 320, dtype=torch.float16)
     found = launches(counts.ARCH, lambda: soft_em(features, 256, num_iters=1, backend="triton"))
@@ -70,7 +70,7 @@ def test_the_committed_table_is_of_the_committed_figures(counts: Any) -> None:
 def test_a_repeated_launch_gives_the_kernel_what_the_first_gave(
     counts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks.launches import absent_gpu
+    from benchmarks.counting.launches import absent_gpu
 
     launched: list[tuple[Any, ...]] = []
 

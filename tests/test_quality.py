@@ -12,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import quality, quality_measure, quality_variants, records
-from benchmarks.quality_report import draw, table, values
+from benchmarks import records
+from benchmarks.studies.quality import measure as quality_measure
+from benchmarks.studies.quality import run as quality
+from benchmarks.studies.quality import variants as quality_variants
+from benchmarks.studies.quality.report import draw, table, values
 from stem import InflatedConfig, StemConfig, load_pipeline
 from stem.attention.handle import self_attentions
 from stem.diffusion.pipeline import encode_frames

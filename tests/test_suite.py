@@ -13,23 +13,18 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import (
-    correctness,
-    gpu_suite,
-    operators,
-    records,
-    suite_parts,
-    suite_report,
-    targets,
-    tune,
-)
-from benchmarks.attention_cases import attention_case
-from benchmarks.bench import FAILED, MEASURED, SKIPPED, UNAVAILABLE
-from benchmarks.cases import AnyCase, Call, Trial
-from benchmarks.forms import forms
-from benchmarks.gpu_suite import PARTS
-from benchmarks.launches import launches
-from benchmarks.memory import holders_at_peak
+from benchmarks import records
+from benchmarks.cases import operators
+from benchmarks.cases.attention import attention_case
+from benchmarks.cases.bench import FAILED, MEASURED, SKIPPED, UNAVAILABLE
+from benchmarks.cases.case import AnyCase, Call, Trial
+from benchmarks.cases.memory import holders_at_peak
+from benchmarks.counting.forms import forms
+from benchmarks.counting.launches import launches
+from benchmarks.suite import correctness, gpu_suite, targets, tune
+from benchmarks.suite import parts as suite_parts
+from benchmarks.suite import report as suite_report
+from benchmarks.suite.gpu_suite import PARTS
 from stem_kernels import tuning
 from stem_kernels.tuning import table
 
@@ -39,9 +34,10 @@ DYING = """
 import os, sys
 sys.modules.update(dict.fromkeys(("av", "diffusers", "greenlet", "matplotlib", "stem"), None))
 import torch, typer
-from benchmarks import correctness, operators, suite_parts
-from benchmarks.attention_cases import attention_case
-from benchmarks.cases import Trial
+from benchmarks.cases import operators
+from benchmarks.cases.attention import attention_case
+from benchmarks.cases.case import Trial
+from benchmarks.suite import correctness, parts
 
 def one(device, dtype, *, small):
     yield attention_case(2, 64, 40, device, dtype)
@@ -54,7 +50,7 @@ def start(trial, name):
         os._exit(9)
     return started(trial, name)
 Trial.start = start
-typer.run(suite_parts.main)
+typer.run(parts.main)
 """
 
 
@@ -186,7 +182,7 @@ def test_a_part_that_cannot_begin_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as without:
-        without.setitem(sys.modules, "benchmarks.unets", None)
+        without.setitem(sys.modules, "benchmarks.cases.unets", None)
         with pytest.raises(SystemExit, match="1 rows are wrong or failed: every contender left"):
             run(tmp_path, "unet,operators")
     assert outcomes(tmp_path)["operators", "basis attention d=40", "torch"] == MEASURED

@@ -11,9 +11,17 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from benchmarks import resources
-from benchmarks.launches import Launch
-from benchmarks.resources import OUT, SHARED_KIB, Resources, committed, measure, text, wanted
+from benchmarks.counting import resources
+from benchmarks.counting.launches import Launch
+from benchmarks.counting.resources import (
+    OUT,
+    SHARED_KIB,
+    Resources,
+    committed,
+    measure,
+    text,
+    wanted,
+)
 
 SAMPLE = (
     (90, "float16", "em key d=40"),
@@ -47,7 +55,7 @@ def test_the_committed_table_is_of_these_sources(
     launched: Wanted, table: Mapping[str, Resources]
 ) -> None:
     missing = {launched[digest][1:] for digest in launched.keys() - table.keys()}
-    again = f"run `python -m benchmarks.resources`: {OUT.name} has"
+    again = f"run `python -m benchmarks.counting.resources`: {OUT.name} has"
     assert not missing, f"{again} nothing of {len(missing)} launches: {sorted(missing)[:5]}"
     assert not table.keys() - launched.keys(), f"{again} launches that are no more"
     assert OUT.with_suffix(".md").read_text() == text(resources.version(), table)

@@ -90,7 +90,8 @@ def stem_attention(
     several bases to a kind. Measured with 256 bases on 4,096 keys, error of the output: 64 tight
     clusters 0.3 %; a map that is new every 32, 16, 8 or 4 places 0.7 %, 2 %, 10 %, 35 %; 256
     clusters 30 %; standard normal keys, each unlike all others, 72 %: do not use it for such
-    (benchmarks/drop_in.py). With calibration="joint" the maps come to 0.02 %, 0.1 %, 2 %, 20 %.
+    (benchmarks/studies/drop_in). With calibration="joint" the maps come to 0.02 %, 0.1 %, 2 % and
+    20 %.
 
     SDPA is called, and the result is exact, wherever that takes no more FLOPs
     (`exact_is_cheaper`): always with K >= m, and in self-attention with d = e wherever

@@ -1,0 +1,1 @@
+"""What is compared and how: cases, contenders, timing, memory, floors."""

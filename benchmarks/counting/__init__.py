@@ -1,0 +1,1 @@
+"""Kernels judged without a GPU: from their machine code, and from their launches."""

@@ -1,0 +1,182 @@
+"""Every form in which the suite launches a Triton kernel: shapes, strides, dtypes, with a bias and
+without. Tensors are never filled: `launches` computes nothing with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from stem_kernels import (
+    basis_attention,
+    blended_attention,
+    em_statistics,
+    em_update,
+    nearest_token,
+    soft_em,
+)
+from stem_kernels.ops.partial_attention import partial_attention
+from stem_kernels.ops.soft_em import attended_bases
+
+from ..cases.em import NUM_BASES
+from ..cases.operators import TOKENS
+
+HEADS, FRAMES, CALIBRATED = 8, 32, 128
+HEAD_WIDTHS = (40, 64, 80, 160)
+AS_WIDE_AS_TILES = 48  # no channel to spare, so that tokens are not rows as at 40
+TOO_MANY_BASES = 512  # for all of a head's to stay on the chip
+FEATURE_WIDTHS = {320: TOKENS, 640: TOKENS // 4, 1280: TOKENS // 16}
+"""Tokens of 32 frames by the channels of SD 1.5's layers."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to call an operator; `name` is the suite's for the cases that it times alone."""
+
+    name: str
+    dtype: torch.dtype
+    call: Callable[[], object]
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as people write it, such as "float16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def forms(dtype: torch.dtype) -> Iterator[Form]:
+    """All of one dtype."""
+    for width in HEAD_WIDTHS:
+        yield Form(f"em key d={width}", dtype, functools.partial(em_key, width, dtype))
+        call = functools.partial(em_key_of_layer, width, dtype)
+        yield Form(f"em key d={width} with payload", dtype, call)
+    call = functools.partial(em_key, AS_WIDE_AS_TILES, dtype)
+    yield Form(f"em key d={AS_WIDE_AS_TILES}", dtype, call)
+    for width in FEATURE_WIDTHS:
+        yield Form(f"em feature d={width}", dtype, functools.partial(em_feature, width, dtype))
+        call = functools.partial(bases_of_layer, width, dtype)
+        yield Form(f"bases of a layer d={width}", dtype, call)
+        yield Form(f"em update d={width}", dtype, functools.partial(em_update_of_chunks, width))
+    call = functools.partial(iterations_with_payload, dtype)
+    yield Form("soft_em d=40 with payload", dtype, call)
+    for width in HEAD_WIDTHS:
+        call = functools.partial(bases_of_keys, width, dtype)
+        yield Form(f"bases of a layer's keys d={width}", dtype, call)
+    for width in HEAD_WIDTHS:
+        call = functools.partial(attention, width, dtype)
+        yield Form(f"basis attention d={width}", dtype, call)
+        call = functools.partial(attention_of_layer, width, dtype)
+        yield Form(f"basis attention d={width} with bias", dtype, call)
+        call = functools.partial(blended, width, dtype, with_bias=False)
+        yield Form(f"blended attention d={width}", dtype, call)
+        call = functools.partial(blended, width, dtype, with_bias=True)
+        yield Form(f"blended attention d={width} with bias", dtype, call)
+        call = functools.partial(calibrated, width, dtype)
+        yield Form(f"calibrated attention d={width}", dtype, call)
+        call = functools.partial(partial, width, dtype)
+        yield Form(f"partial attention d={width}", dtype, call)
+    call = functools.partial(attention, HEAD_WIDTHS[-1], dtype, TOO_MANY_BASES)
+    yield Form(f"basis attention d={HEAD_WIDTHS[-1]} K={TOO_MANY_BASES}", dtype, call)
+    for share, width in ((4, 320), (16, 640)):
+        call = functools.partial(nearest, TOKENS // share, width, dtype)
+        yield Form(f"nearest token n={TOKENS // share}", dtype, call)
+
+
+def em_key(width: int, dtype: torch.dtype) -> object:
+    """Heads one after the other."""
+    features, bases = (torch.empty(HEADS, rows, width, dtype=dtype) for rows in (TOKENS, NUM_BASES))
+    return em_statistics(features, bases, backend="triton")
+
+
+def em_key_of_layer(width: int, dtype: torch.dtype) -> object:
+    """A layer's keys with its values, heads beside one another."""
+    keys, values = (heads_of(1, TOKENS, width, dtype) for _ in range(2))
+    bases = torch.empty(1, HEADS, NUM_BASES, width, dtype=dtype)
+    return em_statistics(keys, bases, payload=values, backend="triton")
+
+
+def em_feature(width: int, dtype: torch.dtype) -> object:
+    features = torch.empty(1, FEATURE_WIDTHS[width], width, dtype=dtype)
+    bases = torch.empty(1, NUM_BASES, width, dtype=dtype)
+    return em_statistics(features, bases, backend="triton")
+
+
+def em_update_of_chunks(width: int) -> object:
+    """Sums of a layer's features over all chunks of a video."""
+    sums, mass = torch.empty(1, NUM_BASES, width), torch.empty(1, NUM_BASES)
+    return em_update(sums, mass, sums, num_tokens=TOKENS, backend="triton")
+
+
+def bases_of_layer(width: int, dtype: torch.dtype) -> object:
+    """A layer's features, from tokens to bases and their bias."""
+    features = torch.empty(1, FEATURE_WIDTHS[width], width, dtype=dtype)
+    return attended_bases(features, NUM_BASES, num_iters=2, proportional=True, backend="triton")
+
+
+def bases_of_keys(width: int, dtype: torch.dtype) -> object:
+    """A layer's keys with its values, heads beside one another."""
+    keys, values = (heads_of(1, TOKENS, width, dtype) for _ in range(2))
+    return attended_bases(
+        keys, NUM_BASES, num_iters=2, payload=values, proportional=True, backend="triton"
+    )
+
+
+def iterations_with_payload(dtype: torch.dtype) -> object:
+    features, payload = (torch.empty(HEADS, TOKENS, 40, dtype=dtype) for _ in range(2))
+    bases = torch.zeros(HEADS, NUM_BASES, 40)
+    return soft_em(features, bases, num_iters=2, payload=payload, empty="zero", backend="triton")
+
+
+def attention(width: int, dtype: torch.dtype, num_bases: int = NUM_BASES) -> object:
+    """A projection's queries, heads beside one another, to bases of a head each."""
+    key, value = (torch.empty(1, HEADS, num_bases, width, dtype=dtype) for _ in range(2))
+    return basis_attention(heads_of(1, TOKENS, width, dtype), key, value, backend="triton")
+
+
+def attention_of_layer(width: int, dtype: torch.dtype) -> object:
+    """All frames' queries to the projections of one set of bases, weighed by their mass."""
+    query = heads_of(FRAMES, TOKENS // FRAMES, width, dtype)
+    key, value = (heads_of(1, NUM_BASES, width, dtype) for _ in range(2))
+    bias = torch.zeros(1, 1, NUM_BASES)
+    return basis_attention(query, key, value, bias=bias, backend="triton")
+
+
+def calibrated(width: int, dtype: torch.dtype) -> object:
+    """The same to bases that are calibrated."""
+    query = heads_of(FRAMES, TOKENS // FRAMES, width, dtype)
+    key, value = (heads_of(1, NUM_BASES, width, dtype) for _ in range(2))
+    return basis_attention(
+        query, key, value, bias=torch.zeros(1, 1, NUM_BASES),
+        correction=torch.zeros(1, HEADS, width + 1, width),
+        query_mean=torch.zeros(1, HEADS, width), backend="triton",
+    )  # fmt: skip
+
+
+def blended(width: int, dtype: torch.dtype, *, with_bias: bool) -> object:
+    queries = [heads_of(1, TOKENS, width, dtype) for _ in range(2)]
+    keys = [torch.empty(1, HEADS, NUM_BASES, width, dtype=dtype) for _ in range(3)]
+    bias = torch.zeros(1, 1, NUM_BASES) if with_bias else None
+    return blended_attention(
+        queries[0], keys[0], queries[1], keys[1], keys[2], torch.zeros(1, TOKENS), bias=bias,
+        backend="triton",
+    )  # fmt: skip
+
+
+def partial(width: int, dtype: torch.dtype) -> object:
+    """A calibration's queries to all tokens."""
+    query = torch.empty(1, HEADS, CALIBRATED, width, dtype=dtype)
+    key, value = (heads_of(1, TOKENS, width, dtype) for _ in range(2))
+    return partial_attention(query, key, value, backend="triton")
+
+
+def nearest(tokens: int, width: int, dtype: torch.dtype) -> object:
+    """A chunk of 8 frames against two."""
+    query, keys = (torch.empty(1, rows, width, dtype=dtype) for rows in (tokens, tokens // 4))
+    return nearest_token(query, keys, backend="triton")
+
+
+def heads_of(batch: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """[batch, h, rows, width] with the heads of a row beside one another."""
+    return torch.empty(batch, rows, HEADS, width, dtype=dtype).transpose(1, 2)

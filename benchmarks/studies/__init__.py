@@ -1,0 +1,1 @@
+"""A folder a study: run, measure, variants, report."""

@@ -1,0 +1,1 @@
+"""A study: videos of any length: memory, throughput, bases of a few frames, streams."""

@@ -1,0 +1,1 @@
+"""A study: calibrated bases against attention over all frames."""

@@ -1,0 +1,131 @@
+"""The table and the plot of the study of calibrated bases, from its results file."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .variants import DEFAULTS, PER_FRAME, SHARPENED, VARIANTS
+
+
+def widest_layers(results: dict[str, Any]) -> Iterator[dict[str, dict[str, float]]]:
+    """Figures by variant of the layers with the most tokens, case by case."""
+    for case in results["cases"].values():
+        yield from (layer["figures"] for layer in case["layers"].values() if layer["widest"])
+
+
+def errors(results: dict[str, Any], variant: str) -> list[float]:
+    return [figures[variant]["error"] for figures in widest_layers(results)]
+
+
+def seconds(results: dict[str, Any], variant: str) -> float:
+    """Median seconds of one of these layers."""
+    return statistics.median(figures[variant]["seconds"] for figures in widest_layers(results))
+
+
+def sharpened(results: dict[str, Any], variant: str, factor: str) -> list[float]:
+    return [
+        figures[variant]
+        for case in results["cases"].values()
+        for name, figures in case["sharpened"].items()
+        if name.endswith(f" x {factor}")
+    ]
+
+
+def factors(results: dict[str, Any]) -> list[str]:
+    """Factors of the logits that attention was sharpened by."""
+    names = (name for case in results["cases"].values() for name in case["sharpened"])
+    return sorted({name.rsplit(" ", 1)[1] for name in names})
+
+
+def predictions(results: dict[str, Any], variant: str) -> list[float]:
+    return [case["unet"][variant] for case in results["cases"].values() if case["unet"]]
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2g} %"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The study in Markdown."""
+    wheres = results["provenance"]
+    count = len(list(widest_layers(results)))
+    tokens = {
+        layer["tokens"]
+        for case in results["cases"].values()
+        for layer in case["layers"].values()
+        if layer["widest"]
+    }
+    commits = ", ".join(sorted({f"`{case['commit']}`" for case in results["cases"].values()}))
+    sharp = factors(results)
+    heads = [
+        "", "widest layers, mean", "worst", "against defaults (worst)", "nearer than per-frame",
+        "all layers, mean", *(f"logits x {factor}" for factor in sharp), "UNet's prediction",
+        "CPU seconds a layer" if wheres["gpu"] is None else "seconds a layer",
+    ]  # fmt: skip
+    lines = [
+        f"Relative error against attention over all frames; {results['frames']} frames of "
+        f"{results['pixels']}x{results['pixels']} pixels, {len(results['cases'])} cases of a "
+        f"video and a noise level ({', '.join(results['cases'])}), {count} widest layers of "
+        f"{', '.join(f'{number:,}' for number in sorted(tokens))} tokens. {wheres['cpu']}, one "
+        f"thread, torch {wheres['versions']['torch']}, commit {commits}.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
+    everywhere = [
+        layer["figures"] for case in results["cases"].values() for layer in case["layers"].values()
+    ]
+    of_defaults, per_frame = errors(results, DEFAULTS), errors(results, PER_FRAME)
+    for variant in VARIANTS:
+        own = errors(results, variant)
+        ratios = [error / other for error, other in zip(own, of_defaults, strict=True)]
+        nearer = sum(error < other for error, other in zip(own, per_frame, strict=True))
+        whole = predictions(results, variant)
+        cells = [
+            percent(statistics.fmean(own)),
+            percent(max(own)),
+            f"{statistics.fmean(own) / statistics.fmean(of_defaults):.2f} ({max(ratios):.2f})",
+            "" if variant == PER_FRAME else f"{nearer} of {count}",
+            percent(statistics.fmean(figures[variant]["error"] for figures in everywhere)),
+            *(
+                percent(statistics.fmean(sharpened(results, variant, factor)))
+                if variant in SHARPENED
+                else ""
+                for factor in sharp
+            ),
+            percent(statistics.fmean(whole)) if whole else "",
+            f"{seconds(results, variant):.2f}",
+        ]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Error against time; the line joins the variants that none is both nearer and faster than."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    points = {
+        name: (seconds(results, name), statistics.fmean(errors(results, name))) for name in VARIANTS
+    }
+    for name, (cost, error) in points.items():
+        calibrated = name.startswith(("linear", "joint"))
+        axes.plot(cost, error, "o", color="C1" if calibrated else "C0")
+        axes.annotate(name, (cost, error), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    front: list[tuple[float, float]] = []
+    for point in sorted(points.values()):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    axes.plot(*zip(*front, strict=True), color="grey", linewidth=0.8)
+    axes.set(
+        title="self-attentions with the most tokens, against attention over all frames",
+        xlabel="seconds a layer",
+        ylabel="relative error, mean",
+        xscale="log",
+        yscale="log",
+    )
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,1 @@
+"""A study: the drop-in attention against SDPA."""

@@ -1,0 +1,1 @@
+"""A study: edits with exact answers, by method."""

@@ -1,0 +1,1 @@
+"""A study: similarity of features along the flow."""

@@ -1,0 +1,1 @@
+"""A study: inversions by method and by STEM's options."""
