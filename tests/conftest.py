@@ -14,6 +14,8 @@ import torch
 from stem_kernels import cuda
 from stem_kernels.testing import clustered_tokens
 
+NO_CLIP = "hf download nobody/clip"
+"""End of the advice where CLIP's weights are not on this machine."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 if INTERPRETED:
@@ -30,7 +32,7 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def write_clip(path: Path, frames: int, height: int, width: int) -> str:
     # Here, as in fixtures below: tests of kernels alone need not wait for diffusers.
-    from test_inversion import clip
+    from inversions import clip
 
     from stem import write_video
 
@@ -111,7 +113,7 @@ def video(tmp_path: Path) -> str:
 @pytest.fixture(scope="session")
 def inversion(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An inversion of a video in two steps, by the embedded model."""
-    from test_cli import run
+    from commands import run
 
     out = tmp_path_factory.mktemp("inverted")
     video = write_clip(out / "clip.mp4", 3, 32, 40)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from conftest import write_clip
 from PIL import Image
-from test_cli import run
 from typer import BadParameter
 
 from stem import InversionFolder, read_video

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import run
-from test_inversion import inverted
+from commands import run
+from inversions import inverted
 
 from stem.storage import partial_name
 

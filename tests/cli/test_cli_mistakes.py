@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_cli import run
+from commands import run
 
 
 @pytest.mark.parametrize(

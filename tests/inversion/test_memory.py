@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from inversions import all_latents, inverted
 from pipelines import make_pipeline
-from test_inversion import all_latents, inverted
 
 from stem.diffusion import memory
 from stem.diffusion.memory import chunk_that_fits

@@ -17,7 +17,7 @@ from stem_kernels import basis_attention, cuda, soft_em
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.testing import clustered_tokens
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 built = pytest.mark.skipif(
     cuda.load_error("cpu") is not None, reason=f"no extension: {cuda.load_error('cpu')}"
@@ -263,7 +263,7 @@ def test_the_gpu_part_needs_a_torch_with_cuda(
 def test_the_other_instructions(capability: str) -> None:
     chosen = "cuda and (iterations or excluded or repeat or correction or (attention and 255) "
     chosen += "or (partial and 100))"
-    files = ("tests/test_parity.py", "tests/test_calibration.py")
+    files = ("tests/kernels/test_parity.py", "tests/kernels/test_calibration.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", chosen, *files],
         cwd=ROOT,

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from diffusers import UNet2DConditionModel
+from inversions import clip
 from PIL import Image
 from pipelines import make_pipeline, make_unet
-from test_cli import run
-from test_inversion import clip
 
 import stem
 from benchmarks.studies.features import run as features

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from clips import drifting
+from conftest import NO_CLIP
 from torch.nn.functional import normalize
 
 from stem import random_pipeline
 from stem.metrics import Clip, UnmeasuredError, frame_accuracy, temporal_consistency, text_alignment
-
-NO_CLIP = "hf download nobody/clip"
 
 
 def test_clip_embeds_as_transformers_does(

@@ -9,15 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 from PIL import Image
 
-from stem import InversionFolder, __version__, cli, read_video
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        raise SystemExit(cli.run(list(arguments)))
-    return int(caught.value.code or 0)
+from stem import InversionFolder, __version__, read_video
 
 
 def test_compare_writes_table_picture_video_and_json(

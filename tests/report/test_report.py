@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import run
+from commands import run
 
 from stem.report import panes
 from stem.report.contents import read_report

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from inversions import clip, inverted
 from pipelines import make_pipeline
-from test_inversion import clip, inverted
 
 from stem import InversionFolder, Video, invert
 from stem.diffusion.loop import denoise

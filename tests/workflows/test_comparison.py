@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inversions import clip
 from PIL import Image
 from pipelines import make_pipeline
-from test_inversion import clip
 
 import stem
 from stem.report.files import write_json

@@ -13,20 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from inversions import clip
 from pipelines import make_pipeline
-from test_inversion import clip
 
 from stem import invert
 from stem.attention.exchange import Lockstep
 from stem.inversion import InversionFolder, reconstruct_latents
 
+TESTS = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 RANK = """
 import sys
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 root, world, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group(
     "gloo", store=dist.FileStore(str(root / "store"), world), rank=rank, world_size=world,
@@ -72,7 +73,7 @@ def run(root: Path, runs: list[Any], group: Any = None) -> dict[str, list[float]
 
 
 def start(root: Path, world: int, body: str) -> list[subprocess.Popen[str]]:
-    code = RANK.format(tests=str(Path(__file__).parent), body=textwrap.indent(body, "    "))
+    code = RANK.format(tests=TESTS, body=textwrap.indent(body, "    "))
     return [
         subprocess.Popen(
             [sys.executable, "-c", code, str(root), str(world), str(rank)],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import stem
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BOUNDS = dict(entry.split(">=") for entry in PROJECT["dependencies"])
 # Distributions whose module has another name.

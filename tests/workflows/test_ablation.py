@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run
+from inversions import clip
 from PIL import Image
 from pipelines import make_pipeline
-from test_cli import run
-from test_inversion import clip
 
 import stem
 from stem import StemConfig

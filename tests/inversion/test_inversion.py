@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from inversions import STEM, all_latents, clip, inverted
 from pipelines import SHAPES, make_pipeline
 
 import stem
-from stem import Video, invert
 from stem.inversion import (
     METHODS,
     InversionError,
@@ -27,26 +26,6 @@ from stem.inversion import (
 )
 from stem.inversion.methods import attention_config
 from stem_kernels import BackendError, cuda
-
-STEM = {"num_bases": 8, "num_iters": 2}
-
-
-def clip(frames: int = 3) -> Video:
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(frames, 4, 6, 3, generator=generator).permute(0, 3, 1, 2)
-    smooth = torch.nn.functional.interpolate(noise, size=(16, 24), mode="bilinear")
-    return Video((smooth.permute(0, 2, 3, 1) * 255).to(torch.uint8), Fraction(25))
-
-
-def inverted(root: Path, **settings: Any) -> InversionFolder:
-    settings = {"method": "stem", "options": STEM, "num_steps": 5, "progress": False, **settings}
-    if settings["method"] != "stem":
-        settings["options"] = None
-    return invert(settings.pop("pipeline", make_pipeline()), clip(), "a duck", root, **settings)
-
-
-def all_latents(folder: InversionFolder) -> torch.Tensor:
-    return torch.stack([folder.latents(step) for step in range(len(folder.timesteps))])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -128,7 +107,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_inversion import inverted
+from inversions import inverted
 def slowly():
     print("step", flush=True)
 inverted(Path({root!r}), options={options!r}, num_steps=20, on_step=slowly)
@@ -138,7 +117,7 @@ inverted(Path({root!r}), options={options!r}, num_steps=20, on_step=slowly)
 def test_killed_half_way(tmp_path: Path) -> None:
     options = {**STEM, "init": "gaussian"}
     code = KILLED.format(
-        tests=str(Path(__file__).parent), root=str(tmp_path / "killed"), options=options
+        tests=str(Path(__file__).parents[1]), root=str(tmp_path / "killed"), options=options
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(

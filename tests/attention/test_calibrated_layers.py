@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from inversions import clip
 from pipelines import call, make_pipeline, make_unet
 from test_hooks import Watching
-from test_inversion import clip
 
 import stem.attention.calibrated
 from stem import InflatedConfig, StemConfig

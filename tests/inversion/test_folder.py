@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from inversions import all_latents, clip, inverted
 from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
-from test_inversion import all_latents, clip, inverted
 
 from stem import storage
 from stem.inversion import InversionError, InversionFolder, invert, reconstruct_latents

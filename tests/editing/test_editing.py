@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from inversions import clip, inverted
 from peft import LoraConfig
 from pipelines import SHAPES, make_pipeline
-from test_inversion import clip, inverted
 
 import stem
 from stem import Video, invert

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torchmetrics
-from test_cli import run
-from test_clip import NO_CLIP
+from commands import run
+from conftest import NO_CLIP
 from torch import nn
 from torch.nn.functional import cosine_similarity
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import run
+from commands import run
 
 from stem import InversionFolder, cli
 
