@@ -142,3 +142,14 @@ def unet_error(unets: UNets, config: AttentionConfig | None, side: int) -> float
 
     check = parity(answer(unets.double, slow), answer(unets.unet, slow), ROUNDING_ATOL)
     return check(answer(unets.unet, config))
+
+
+def sd15_unet(text_channels: int = 768) -> UNet2DConditionModel:
+    """A UNet of Stable Diffusion 1.5's shape with random weights, for text states so wide."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=text_channels)
+    unet = unet.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in unet.parameters():
+        parameter.normal_(std=0.02, generator=generator)
+    return unet

@@ -24,7 +24,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import stem_kernels.triton
-import stem_kernels.tuning
+import stem_kernels.triton.tuning
 from stem_kernels.backends import BACKENDS
 from stem_kernels.triton.program import forget_programs
 
@@ -130,7 +130,7 @@ def absent_gpu(arch: int, stand_in: Any) -> Iterator[None]:
         for patch in (
             mock.patch.object(driver, "_active", stand_in),
             mock.patch.object(stem_kernels.triton, "device_capability", capability),
-            mock.patch.object(stem_kernels.tuning, "device_capability", capability),
+            mock.patch.object(stem_kernels.triton.tuning, "device_capability", capability),
             mock.patch.dict(BACKENDS, triton=present),
         ):
             stack.enter_context(patch)

@@ -18,7 +18,7 @@ import typer
 
 from stem_kernels.triton import device_capability
 from stem_kernels.triton.program import forget_programs
-from stem_kernels.tuning import table
+from stem_kernels.triton.tuning import table
 
 from ..cases.attention import attention_case, partial_case
 from ..cases.case import AnyCase, Trial

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from ..models import EMBEDDED_MODEL
+from ..report.cells import ABLATION_HEADINGS, ablation_cells
 from ..video import read_video
 from ..workflows.ablation import Ablation, ablate
 from ..workflows.ablation_plan import FORMS, OPTIONS, base_config, variants_of
@@ -34,7 +35,6 @@ from .arguments import (
 )
 from .ranks import one_process
 from .request import Request
-from .tables import ABLATION_HEADINGS, ablation_cells
 
 
 @app.command("ablate")

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..metrics import FLOWS, Flow, world_flow
 from ..models import EMBEDDED_MODEL
+from ..report.cells import SIMILARITY_HEADINGS, similarity_cells
 from ..video import Video, read_video
 from ..workflows.analysis import Analysis, analyse, check_analysable
 from ..world import render, sample_scene
@@ -34,7 +35,6 @@ from .arguments import (
 )
 from .ranks import one_process
 from .request import Request
-from .tables import SIMILARITY_HEADINGS, similarity_cells
 
 WORLD = "world:"
 _WORLD_MULTIPLE = 8  # a side that every model's VAE takes as it is

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..cli.tables import ABLATION_HEADINGS, ablation_cells
-from ..workflows.ablation import read_rows
 from .ablation_files import ablation_files
+from .cells import ABLATION_HEADINGS, ablation_cells
 from .details import provenance_of, settings_of
 from .documents import Document
 from .page import Picture, Report, Section, Table
+from .rows import read_ablation
 
 
 def ablation_report(document: Document) -> Report:
@@ -28,7 +28,7 @@ def _options(document: Document) -> Section:
     plot = ablation_files(document.path.parent)[1]
     rows = [
         (f"{row.option} = {row.value}{' *' if row.is_base else ''}", *ablation_cells(row))
-        for row in read_rows(document.path).values()
+        for row in read_ablation(document.path).values()
     ]
     note = (
         f"*: what the others are changes of. PSNR and SSIM ({document['ssim_variant']}) are means "

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from ..cli.tables import COMPARISON_HEADINGS, comparison_cells
-from ..workflows.measuring import Row
+from .cells import COMPARISON_HEADINGS, comparison_cells
 from .details import method_settings, provenance_of, rate, run_settings
 from .documents import Document, number
 from .files import comparison_files, shown_name
 from .page import Pane, Player, Report, Section, Table, curve_of
 from .panes import read_panes
+from .rows import Row
 
 
 def comparison_report(document: Document) -> Report:

@@ -19,8 +19,8 @@ from stem_kernels.info import provenance
 from ..metrics.fidelity import SSIM_VARIANT, psnr
 from ..storage import write_atomically
 from ..video import Video, write_video
-from ..workflows.measuring import Measured
 from .pictures import contact_sheet, side_by_side
+from .rows import Measured
 
 if TYPE_CHECKING:  # it takes most of a second
     from matplotlib.figure import Figure

@@ -26,38 +26,12 @@ from ..metrics.fidelity import SSIM_VARIANT
 from ..progress import steps
 from ..report.ablation_files import ablation_files, write_plot
 from ..report.files import write_json, write_with_hashes
+from ..report.rows import AblationRow, read_ablation
 from ..storage import check_output, remove_stale, tensor_hash
 from ..video import Video
 from .ablation_plan import OPTIONS, base_config, fields_of, in_order, variants_of
 from .comparison import result_name
 from .measuring import check_measurable, warm_up
-
-
-@dataclass(frozen=True)
-class AblationRow:
-    """One option's one value: the video inverted and reconstructed with it.
-
-    Args:
-        option: Name of the option, a key of OPTIONS.
-        value: Name of the value.
-        config: Fields of the whole configuration.
-        is_base: Whether this is the configuration that the others are changes of.
-        psnr: PSNR in dB against the source frames.
-        ssim: SSIM against the source frames.
-        latent_error: Relative error |x - x0| / |x0| of the reconstructed latents.
-        seconds: Seconds of the inversion and the way back.
-        peak_bytes: Memory above the start; None where it is not measured.
-    """
-
-    option: str
-    value: str
-    config: dict[str, Any]
-    is_base: bool
-    psnr: float
-    ssim: float
-    latent_error: float
-    seconds: float
-    peak_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -147,7 +121,7 @@ def ablate(
     parts = [json.dumps(settings), repr(fingerprint(pipeline)), tensor_hash(video.frames)]
     folder = out / result_name(video.name, parts)
     figures, plot = ablation_files(folder)
-    rows = read_rows(figures)
+    rows = read_ablation(figures)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     latents = encode_frames(pipeline, video.frames)
@@ -207,23 +181,6 @@ def measure_config(
         "seconds": seconds,
         "peak_bytes": memory.extra_bytes,
     }
-
-
-def read_rows(path: Path) -> dict[tuple[str, str], AblationRow]:
-    """The rows of an earlier run by option and value; none where there is no file.
-
-    Raises:
-        ValueError: the file is not what `ablate` writes.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        rows = [AblationRow(**row) for row in json.loads(path.read_text())["rows"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to measure again") from error
-    # JSON has no infinity; `write_json` writes the text "inf".
-    rows = [dataclasses.replace(row, psnr=float(row.psnr)) for row in rows]
-    return {(row.option, row.value): row for row in rows}
 
 
 def _document(

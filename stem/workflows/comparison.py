@@ -14,9 +14,10 @@ import torch.distributed as dist
 from ..distributed import Ranks
 from ..inversion import InversionFolder
 from ..report.files import comparison_files, comparison_is_whole, write_comparison
+from ..report.rows import Row
 from ..storage import check_output, remove_stale
 from ..video import Video
-from .measuring import Row, measure
+from .measuring import measure
 
 INVERSIONS = "inversions"
 """Name of the folder of inversions, beside what is made of them."""

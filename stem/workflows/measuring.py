@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,53 +25,8 @@ from ..inversion import invert, reconstruct_latents
 from ..inversion.methods import check_methods
 from ..metrics import psnr, ssim
 from ..metrics.fidelity import SSIM_WINDOW
+from ..report.rows import Measured, Row
 from ..video import Video
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method's figures.
-
-    Args:
-        method: Name of the method; "vae" is the VAE's round trip without any diffusion, the
-            ceiling.
-        psnr: PSNR in dB against the source frames.
-        ssim: SSIM against the source frames.
-        latent_error: Relative error |x - x0| / |x0| of the reconstructed latents x, free of the
-            VAE's own loss.
-        invert_seconds: Seconds of the inversion; None where steps of an earlier run were reused.
-        reconstruct_seconds: Seconds of the sampling; None as above.
-        peak_bytes: Memory above the loaded model's; None as above, or where it is not measured.
-        inversion: Path of the inversion's folder; None for "vae".
-    """
-
-    method: str
-    psnr: float
-    ssim: float
-    latent_error: float
-    invert_seconds: float | None = None
-    reconstruct_seconds: float | None = None
-    peak_bytes: int | None = None
-    inversion: str | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What `measure` found.
-
-    Args:
-        rows: Figures, "vae" first, then one row a method.
-        reconstructions: Frames by method, uint8 [N, H, W, 3], "vae" first.
-        device: Type of the device that it ran on.
-        memory: Name of the quantity in `peak_bytes`.
-        worked: Whether any step was done; False where all is of earlier runs.
-    """
-
-    rows: list[Row]
-    reconstructions: dict[str, torch.Tensor]
-    device: str
-    memory: str
-    worked: bool
 
 
 def check_measurable(

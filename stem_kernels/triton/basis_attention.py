@@ -12,13 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tuning import rows_for, tile_for, tiles
 from .correction import corrected
 from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
 from .resident_attention import LEAST_SCALE, LOG2E, options_of, resident_attention
 from .tiles import aligned, in_eights, row_max, row_sum
+from .tuning import rows_for, tile_for, tiles
 
 LARGEST_HEAD = 512
 

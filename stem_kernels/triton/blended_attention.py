@@ -12,13 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tuning import rows_for, tile_for, tiles
 from .basis_attention import LARGEST_HEAD, attend, empty_output
 from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
 from .resident_attention import LEAST_SCALE
 from .tiles import aligned, in_eights
+from .tuning import rows_for, tile_for, tiles
 
 
 @triton.jit

@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tuning import tile_for, tiles, token_ranges
 from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
 from .tiles import aligned, in_eights
+from .tuning import tile_for, tiles, token_ranges
 
 
 @triton.jit

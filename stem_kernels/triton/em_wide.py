@@ -15,12 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tuning import tile_for, tiles, token_ranges, two_tiles
 from .em_fused import LARGEST_BASES
 from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
 from .tiles import aligned, in_eights, load_rows, reciprocal, store_rows
+from .tuning import tile_for, tiles, token_ranges, two_tiles
 
 LARGEST_CHUNK_BYTES = 2**25  # of responsibilities
 

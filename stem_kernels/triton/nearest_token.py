@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from ..shared.cosine import inverse_norms
-from ..tuning import tile_for, tiles
 from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
+from .tuning import tile_for, tiles
 
 
 @triton.jit

@@ -13,13 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tuning import rows_for, tile_for, tiles, token_ranges
 from .basis_attention import LARGEST_HEAD
 from .em_update import block_of_parts, block_of_rows
 from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
 from .tiles import aligned, in_eights
+from .tuning import rows_for, tile_for, tiles, token_ranges
 
 
 @triton.jit

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from ..tuning import tile_for, tiles, two_tiles
 from .correction import corrected
 from .precision import dot_options
 from .program import Buffer, Layout, Program
@@ -32,6 +31,7 @@ from .tiles import (
     row_sum,
     store_rows,
 )
+from .tuning import tile_for, tiles, two_tiles
 
 LARGEST_BASES = 256
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -25,8 +25,8 @@ from benchmarks.suite import correctness, gpu_suite, targets, tune
 from benchmarks.suite import parts as suite_parts
 from benchmarks.suite import report as suite_report
 from benchmarks.suite.gpu_suite import PARTS
-from stem_kernels import tuning
-from stem_kernels.tuning import table
+from stem_kernels.triton import tuning
+from stem_kernels.triton.tuning import table
 
 CPU = torch.device("cpu")
 # On a machine that lacks these, with an operator that ends the process.

@@ -20,8 +20,8 @@ from stem.report.documents import ReportError
 from stem.report.edit_files import EditFiles, EditsFiles
 from stem.report.files import write_comparison, write_json
 from stem.report.page import page
+from stem.report.rows import Measured, Row
 from stem.video import Video
-from stem.workflows.measuring import Measured, Row
 
 FRAMES, WIDTH, HEIGHT = 6, 24, 16
 PROMPT = "</script><img src='http://example.com/a.png'> & \"a duck\""

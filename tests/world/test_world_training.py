@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from stem.world.grammar import VOCABULARY
-from stem.world.networks import make_tokenizer
 from stem.world.training.fitting import Schedule, fit
+from stem.world.training.networks import make_tokenizer
 from stem.world.training.train import Recipe, train
 
 SMALL = {

@@ -45,6 +45,7 @@ from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
 
 from ... import records
+from ...cases.unets import sd15_unet
 
 OUT = records.RESULTS / "any-length.json"
 PARTS = ("memory", "throughput", "fit", "stream")
@@ -78,17 +79,6 @@ STREAM_STEPS = 10
 
 
 @torch.no_grad()
-def sd15_unet(text_channels: int = 768) -> UNet2DConditionModel:
-    """A UNet of Stable Diffusion 1.5's shape with random weights, for text states so wide."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=text_channels)
-    unet = unet.to_empty(device="cpu").eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in unet.parameters():
-        parameter.normal_(std=0.02, generator=generator)
-    return unet
-
-
 def unet_call(unet: UNet2DConditionModel, frames: int) -> Callable[[], torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(frames, 4, LATENTS, LATENTS, generator=generator)
@@ -269,6 +259,7 @@ CHILD = """
 import pathlib, re, sys
 
 from ... import records
+from ...cases.unets import sd15_unet
 peak, command, *arguments = sys.argv[1:]
 if command == "load":
     import stem

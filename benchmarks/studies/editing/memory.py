@@ -29,7 +29,7 @@ from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
 
 from ... import records
-from ..any_length.run import sd15_unet
+from ...cases.unets import sd15_unet
 
 OUT = records.RESULTS / "editing-memory.json"
 CHUNK = 4

@@ -24,11 +24,11 @@ from ...video import read_video
 from ...video.clips import shipped_clip
 from ..grammar import Scene, caption
 from ..judge import judge
-from ..networks import RESOLUTION, sample_frames
 from ..render import render
 from ..sampling import sample_scene
 from .card import CARD, EVALUATION_RECORD, TRAINING_RECORD, model_card
 from .data import UNSEEN_CLIPS
+from .networks import RESOLUTION, sample_frames
 
 FIRST_SEED = 20_000_000  # training takes its scenes from 0 on
 SAMPLING_STEPS = 50

@@ -26,7 +26,10 @@ from stem_kernels.info import provenance
 from ...models import sd_scheduler
 from ...report.pictures import contact_sheet
 from ..grammar import caption
-from ..networks import (
+from .card import TRAINING_RECORD
+from .data import natural_frames, to_images, world_frames
+from .fitting import History, Schedule, fit
+from .networks import (
     RESOLUTION,
     make_autoencoder,
     make_pipeline,
@@ -35,9 +38,6 @@ from ..networks import (
     make_unet,
     sample_frames,
 )
-from .card import TRAINING_RECORD
-from .data import natural_frames, to_images, world_frames
-from .fitting import History, Schedule, fit
 
 CAPTION_DROPOUT = 0.1
 NATURAL_SHARE = 0.4

@@ -8,7 +8,7 @@ from importlib import resources
 
 import torch
 
-from .triton import device_capability, interpreted
+from . import device_capability, interpreted
 
 MIN_TILE = 16
 

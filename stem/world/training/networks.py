@@ -19,8 +19,8 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from ..models import sd_scheduler
-from .grammar import MAX_CAPTION_WORDS, VOCABULARY
+from ...models import sd_scheduler
+from ..grammar import MAX_CAPTION_WORDS, VOCABULARY
 
 RESOLUTION = 64
 VAE_FACTOR = 4
