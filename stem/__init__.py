@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .exports import lazy
 
 if TYPE_CHECKING:
     from .attention import Handle, disable, enable, enabled
@@ -46,9 +47,8 @@ __all__ = [
     "write_video",
 ]
 
-# Each is loaded when it is first asked for, with what it needs: attention, inversions and models
-# torch and diffusers; video PyAV; comparisons and evaluations also Pillow, SciPy and torchmetrics;
-# analyses and ablations matplotlib, too.
+# Each is loaded when it is first asked for, with what it needs: torch, and PyAV, Pillow, SciPy,
+# torchmetrics or matplotlib. diffusers and transformers are loaded with a pipeline.
 _MODULES = {
     "workflows.ablation": ("ablate",),
     "workflows.analysis": ("analyse",),
@@ -63,12 +63,4 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _MODULES)

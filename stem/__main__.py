@@ -8,20 +8,18 @@ import sys
 def main() -> None:
     """Run the command line, or say what is missing for it."""
     try:
-        import transformers
-
-        # Importing diffusers prints what transformers would like installed, too.
-        transformers.logging.set_verbosity_error()
         from .cli import run
+
+        status = run()
     except ModuleNotFoundError as error:
         sys.exit(
             f"stem needs the module {error.name}, which its installation brings and which is "
             "missing; install it again with all it needs: pip install ."
         )
-    except KeyboardInterrupt:  # the imports take seconds
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    sys.exit(run())
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -7,27 +7,31 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
-from diffusers import DDIMScheduler
 from packaging.version import Version
 
+from . import names
 from .diffusion.pipeline import check_pipeline
+from .names import EMBEDDED_MODEL, RANDOM_MODEL
 
 if TYPE_CHECKING:
-    # Importing diffusers' pipelines takes seconds; `import stem` does without.
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 
-EMBEDDED_MODEL = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "world" / "model"
 """The trained pipeline that comes with this package; see README.md in it."""
-RANDOM_MODEL = "random"
 RANDOM_VAE_FACTOR = 8
-# diffusers 0.42 renamed it, and warns of the old name.
-_DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in names.DTYPES}
 # Gives natural frames latents of about unit variance, as Stable Diffusion's own factor does.
 RANDOM_SCALING_FACTOR = 5.25
+_SD_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 
 
 class ModelError(ValueError):
@@ -54,7 +58,7 @@ def load_pipeline(
         ModelError: nothing can be loaded from there, or it is a model that cannot be inverted.
         ValueError: a device or dtype that does not exist here.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     device, dtype = check_device(device), _dtype(dtype)
     if dtype is None:
@@ -63,9 +67,11 @@ def load_pipeline(
     if seed is not None:
         pipeline = random_pipeline(seed).to(dtype=dtype)
     else:
+        # diffusers 0.42 renamed it, and warns of the old name.
+        renamed = Version(diffusers.__version__) >= Version("0.42")
         try:
-            pipeline = DiffusionPipeline.from_pretrained(
-                _local_folder(model) or model, **{_DTYPE_ARGUMENT: dtype}
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                _local_folder(model) or model, **{"dtype" if renamed else "torch_dtype": dtype}
             )
         except (OSError, ValueError) as error:
             folder = _local_folder(model)
@@ -94,7 +100,7 @@ def known_vae_factor(model: str) -> int | None:
 def known_schedule(model: str) -> dict[str, Any] | None:
     """The scheduler's configuration of a model, without loading it; None for a hub id."""
     if _random_seed(model) is not None:
-        return dict(sd_scheduler().config)
+        return dict(_SD_SCHEDULE)
     return _config(model, "scheduler/scheduler_config.json")
 
 
@@ -138,7 +144,10 @@ def check_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device or ("cuda" if on_gpu else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}; write cpu, cuda or cuda:NUMBER") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    _, colon, number = str(device).partition(":")
+    # torch keeps eight bits of the number: its cuda:256 is cuda:0.
+    lost = bool(colon) and str(found.index) != number
+    if found.type == "cuda" and (lost or (found.index or 0) >= torch.cuda.device_count()):
         raise ValueError(
             f"device is {device!r}, and torch {torch.__version__} sees "
             f"{torch.cuda.device_count()} CUDA GPUs here; take another, or cpu"
@@ -221,14 +230,9 @@ def random_pipeline(seed: int = 0) -> StableDiffusionPipeline:
 
 def sd_scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise schedule, without clipping."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(**_SD_SCHEDULE)
 
 
 def _byte_vocabulary() -> dict[str, int]:

@@ -13,10 +13,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger("stem")
 
@@ -90,6 +92,8 @@ def save_tensors(
         tensors: Tensors by name, on any device.
         metadata: Texts to keep beside them.
     """
+    from safetensors.torch import save  # here, as torch below: folders are listed without it
+
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = _content_hash(held, metadata)
     # One text: safetensors writes several in an order that changes from run to run.
@@ -104,6 +108,8 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         FileNotFoundError: there is no such file.
         DamagedFileError: it is not what was written.
     """
+    from safetensors.torch import load
+
     # Read whole: a mapped file that is cut short later would end the process.
     data = path.read_bytes()
     try:
@@ -133,6 +139,8 @@ def _content_hash(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, st
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
+    import torch
+
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 

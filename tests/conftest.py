@@ -132,7 +132,6 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         loaded.append(model)
         raise ValueError("no model can be loaded in this test")
 
-    for module in ("request", "commands", "edits"):
-        monkeypatch.setattr(f"stem.cli.{module}.load_pipeline", record)
+    monkeypatch.setattr("stem.models.load_pipeline", record)
     monkeypatch.setenv("COLUMNS", "300")
     return loaded

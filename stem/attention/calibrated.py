@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers.models.attention_processor import Attention
 
 from stem_kernels.ops.calibration import Calibration, calibrate_bases
 from stem_kernels.ops.partial_attention import (
@@ -17,6 +18,9 @@ from ..config import StemConfig
 from .exchange import Lockstep, Tensors
 from .processor import project_keys_and_values, project_queries
 from .shared_em import CPU, gathered_tokens
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 Projected = tuple[torch.Tensor, torch.Tensor]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers.models.attention_processor import Attention
 
 from ..config import SparseCausalConfig
 from .exchange import Lockstep
@@ -15,6 +16,9 @@ from .processor import (
     project_keys_and_values,
     project_queries,
 )
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 
 class SparseCausalProcessor(VideoAttentionProcessor):

@@ -8,12 +8,10 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 
 from ..config import AttentionConfig, PerFrameConfig, SparseCausalConfig, StemConfig
 from .chunks import ChunkedForward
@@ -26,6 +24,10 @@ from .processor import (
     VideoAttentionProcessor,
 )
 from .stem import StemProcessor, StemState, bases_shape
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
 
 logger = logging.getLogger("stem")
 
@@ -367,6 +369,8 @@ def _remove_from(unet: torch.nn.Module) -> Handle | None:
 
 def unet_of(target: Any) -> UNet2DConditionModel:
     """The UNet2DConditionModel of a pipeline, a compiled module or a PEFT model."""
+    from diffusers import UNet2DConditionModel
+
     module = getattr(target, "unet", target)
     module = getattr(module, "_orig_mod", module)
     if hasattr(module, "get_base_model"):
@@ -381,11 +385,7 @@ def unet_of(target: Any) -> UNet2DConditionModel:
 
 def self_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
     """Every self-attention of a UNet by name, in the order of its modules."""
-    found = {
-        name: module
-        for name, module in unet.named_modules()
-        if isinstance(module, Attention) and not module.is_cross_attention
-    }
+    found = _attentions(unet, to_text=False)
     if not found:
         raise ValueError("this UNet has no self-attention to replace")
     return found
@@ -393,8 +393,14 @@ def self_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
 
 def text_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
     """Every cross-attention to the prompt of a UNet by name, in the order of its modules."""
+    return _attentions(unet, to_text=True)
+
+
+def _attentions(unet: UNet2DConditionModel, *, to_text: bool) -> dict[str, Attention]:
+    from diffusers.models.attention_processor import Attention
+
     return {
         name: module
         for name, module in unet.named_modules()
-        if isinstance(module, Attention) and module.is_cross_attention
+        if isinstance(module, Attention) and module.is_cross_attention == to_text
     }

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from diffusers.models.attention_processor import Attention
 
 from stem_kernels.ops.calibration import Calibration
 from stem_kernels.ops.soft_em import SoftEM
 
 if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
     from .exchange import Lockstep
 
 

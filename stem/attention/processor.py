@@ -6,15 +6,17 @@ import contextlib
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..profiling import nvtx_range
 from .exchange import Lockstep
 from .hooks import Hooks, Operands, Site
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 
 class RowLayout:

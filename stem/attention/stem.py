@@ -7,9 +7,9 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.models.attention_processor import Attention
 
 from stem_kernels import basis_attention, initial_bases, standard_normals
 from stem_kernels.ops.calibration import Calibration
@@ -28,6 +28,9 @@ from .processor import (
     project_queries,
 )
 from .shared_em import shared_em
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 logger = logging.getLogger("stem")
 

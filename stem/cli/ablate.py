@@ -6,14 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from ..models import EMBEDDED_MODEL
-from ..report.cells import ABLATION_HEADINGS, ablation_cells
-from ..video import read_video
-from ..workflows.ablation import Ablation, ablate
-from ..workflows.ablation_plan import FORMS, OPTIONS, base_config, variants_of
-from ..workflows.measuring import check_measurable
+from ..names import ABLATED, EMBEDDED_MODEL, FORMS
 from .app import app, console, print_note, say
 from .arguments import (
     Chunk,
@@ -43,7 +37,7 @@ def ablate_command(
     model: Model = EMBEDDED_MODEL,
     prompt: Prompt = "",
     only: Annotated[str, typer.Option(help="Options to change, comma-separated.")] = ",".join(
-        OPTIONS
+        ABLATED
     ),
     form: Annotated[
         str,
@@ -67,6 +61,12 @@ def ablate_command(
 
     Run it again after an interruption and it goes on with the next configuration.
     """
+    from ..video import read_video
+    from ..workflows.ablation import ablate
+    from ..workflows.ablation_plan import base_config, variants_of
+    from ..workflows.measuring import check_measurable
+    from .tables import ablation_table
+
     one_process("ablate")
     request = Request.checked(model, "stem", option, seed, steps, device, dtype, out)
     options = {"seed": seed, **request.options.get("stem", {})}
@@ -96,23 +96,3 @@ def ablate_command(
     for path in (found.plot, found.json):
         say(path)
     print_note(request.note)
-
-
-def ablation_table(found: Ablation) -> Table:
-    """A row for each value of each option."""
-    table = Table()
-    table.add_column("option", no_wrap=True)
-    table.add_column("value", no_wrap=True)
-    for heading in ABLATION_HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    previous = ""
-    for row in found.rows:
-        if previous and row.option != previous:
-            table.add_section()
-        table.add_row(
-            "" if row.option == previous else row.option,
-            f"{row.value} *" if row.is_base else row.value,
-            *ablation_cells(row),
-        )
-        previous = row.option
-    return table

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from ..metrics import FLOWS, Flow, world_flow
-from ..models import EMBEDDED_MODEL
-from ..report.cells import SIMILARITY_HEADINGS, similarity_cells
-from ..video import Video, read_video
-from ..workflows.analysis import Analysis, analyse, check_analysable
-from ..world import render, sample_scene
+from ..names import EMBEDDED_MODEL, FLOWS
 from .app import app, console, print_note, say
 from .arguments import (
     Chunk,
@@ -35,6 +29,10 @@ from .arguments import (
 )
 from .ranks import one_process
 from .request import Request
+
+if TYPE_CHECKING:
+    from ..metrics import Flow
+    from ..video import Video
 
 WORLD = "world:"
 _WORLD_MULTIPLE = 8  # a side that every model's VAE takes as it is
@@ -78,6 +76,10 @@ def analyse_command(
 
     It writes analysis.png, analysis-plot.png and analysis.json. Nothing is kept from run to run.
     """
+    from ..video import read_video
+    from ..workflows.analysis import analyse, check_analysable
+    from .tables import analysis_table
+
     one_process("analyse")
     request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
     known: str | Flow | None = flow
@@ -120,6 +122,10 @@ def world_video(text: str, frames: str, size: str) -> tuple[Video, str, Flow]:
     Raises:
         typer.BadParameter: one of them is no such number.
     """
+    from ..metrics import world_flow
+    from ..video import Video
+    from ..world import render, sample_scene
+
     seed = text.removeprefix(WORLD)
     if (
         not all(number.isdecimal() for number in (seed, frames, size))
@@ -136,14 +142,3 @@ def world_video(text: str, frames: str, size: str) -> tuple[Video, str, Flow]:
     drawn = render(scene, count, side)
     clip = Video(drawn.frames, Fraction(count), name=f"world-{seed}")
     return clip, drawn.caption, world_flow(scene, count, side)
-
-
-def analysis_table(found: Analysis) -> Table:
-    """A row for each method: the mean similarity, and the lowest with its timestep."""
-    table = Table(title="cosine similarity of the last self-attention's features")
-    table.add_column("method")
-    for heading in SIMILARITY_HEADINGS:
-        table.add_column(heading, justify="right")
-    for method, curve in found.curves.items():
-        table.add_row(method, *similarity_cells(curve.similarity))
-    return table

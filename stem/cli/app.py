@@ -12,19 +12,11 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Annotated, Any
 
-import diffusers
-import torch
-import transformers
 import typer
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from rich.console import Console
-from rich.logging import RichHandler
 from typer.core import TyperGroup
 
-from stem_kernels import BackendError
-
 from .. import __version__
-from ..diffusion.loop import NonFiniteError
 
 RESUMABLE = ("ablate", "compare", "demo", "edit", "invert", "reconstruct")
 KEPT = "; finished steps are kept: run the same command again and it goes on after the last of them"
@@ -119,24 +111,39 @@ def run(arguments: list[str] | None = None) -> int:
     """
     _accept_any_letter()
     _set_up_log()
-    _quieten_libraries()
     try:
         with warnings.catch_warnings():
             # Of libraries, about their own next release: nothing that a command's user can mend.
             warnings.simplefilter("ignore", FutureWarning)
             app(args=arguments)
-    except torch.OutOfMemoryError as error:
-        return _fail(f"{error} Take fewer or smaller frames")
     except OSError as error:
         # With a file's name it is the system's; without one, the text is this package's own.
         return _fail(str(error) if error.filename else error.strerror or str(error))
-    except (BackendError, MemoryError, NonFiniteError, ValueError) as error:
+    except (MemoryError, ValueError) as error:
         return _fail(str(error) or type(error).__name__)
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # torch's CPU allocator has no class for it
+    except (ArithmeticError, RuntimeError) as error:
+        message = _expected(error)
+        if message is None:
             raise
-        return _fail(f"{error}. Take fewer or smaller frames")
+        return _fail(message)
     return 0
+
+
+def _expected(error: ArithmeticError | RuntimeError) -> str | None:
+    """What to say of an error of the computing; None: it is a fault of this package."""
+    import torch
+
+    from stem_kernels import BackendError
+
+    from ..diffusion.loop import NonFiniteError
+
+    if isinstance(error, (BackendError, NonFiniteError)):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{error} Take fewer or smaller frames"
+    if "can't allocate memory" in str(error):  # torch's CPU allocator has no class for it
+        return f"{error}. Take fewer or smaller frames"
+    return None
 
 
 def _fail(message: str) -> int:
@@ -155,6 +162,8 @@ def _accept_any_letter() -> None:
 def _set_up_log() -> None:
     handler: logging.Handler
     if problems.is_terminal:
+        from rich.logging import RichHandler
+
         handler = RichHandler(console=problems, show_time=False, show_path=False)
     else:  # a record is a line, however long
         handler = logging.StreamHandler(sys.stderr)
@@ -165,8 +174,17 @@ def _set_up_log() -> None:
         logging.getLogger(name).handlers = [handler]
 
 
-def _quieten_libraries() -> None:
-    """No bars for what takes a second; those of downloads stay, on a terminal."""
+def quieten_libraries() -> None:
+    """Load diffusers and transformers: no advice of what else to install, and no bars.
+
+    Bars of downloads stay, on a terminal.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # diffusers prints what transformers misses
+    import diffusers
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+
     diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()
     hidden = are_progress_bars_disabled()

@@ -9,12 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..inversion import METHODS
-from ..inversion.methods import attention_config
-from ..models import DTYPES, EMBEDDED_MODEL, RANDOM_MODEL
+from ..names import DTYPES, EMBEDDED_MODEL, INVERSION_METHODS, RANDOM_MODEL
 from .config_file import read_config, with_config_file
 
-ALL_METHODS = ",".join(METHODS)
+ALL_METHODS = ",".join(INVERSION_METHODS)
 
 
 def one_of(allowed: Collection[str]) -> Callable[[str | None], str | None]:
@@ -59,7 +57,7 @@ Dtype = Annotated[
     ),
 ]
 Prompt = Annotated[str, typer.Option(help="Describes the source video.", callback=encodable_text)]
-Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(METHODS)}.")]
+Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(INVERSION_METHODS)}.")]
 Frames = Annotated[
     str | None, typer.Option(help="16 (the first 16), 8:40 or 8:40:2. Default: all.")
 ]
@@ -98,10 +96,10 @@ def names_of(text: str) -> list[str]:
 def chosen_methods(text: str) -> list[str]:
     """Names of methods from a comma-separated text."""
     names = names_of(text)
-    unknown = [method for method in names if method not in METHODS]
+    unknown = [method for method in names if method not in INVERSION_METHODS]
     if unknown or not names:
         raise typer.BadParameter(
-            f"{text!r}; take one or more of {', '.join(METHODS)}", param_hint="--methods"
+            f"{text!r}; take one or more of {', '.join(INVERSION_METHODS)}", param_hint="--methods"
         )
     return names
 
@@ -116,8 +114,12 @@ def method_options(
         methods: Names of the methods that run.
         seed: Seed of Gaussian initial bases, where the texts give none.
     """
+    if not texts:
+        return {}
+    from ..inversion.methods import attention_config
+
     options: dict[str, dict[str, Any]] = {}
-    for text in texts or []:
+    for text in texts:
         target, equals, value = text.partition("=")
         method, dot, name = target.partition(".")
         if not equals or not dot or method not in methods:

@@ -10,17 +10,8 @@ from typing import Annotated
 
 import typer
 
-from stem_kernels.info import describe
-
-from ..diffusion.pipeline import decoded_parts
-from ..inversion import InversionFolder, invert, reconstruct_latents
-from ..inversion.reconstruct import BASES, check_reconstructible
-from ..models import EMBEDDED_MODEL, ModelError, check_device, load_pipeline
+from ..names import BASES, EMBEDDED_MODEL, INVERSIONS
 from ..storage import remove_stale
-from ..video import check_video_output, write_video
-from ..workflows.comparison import INVERSIONS, compare
-from ..workflows.demo import demo, demo_edit, demo_videos, edited_video
-from ..workflows.measuring import check_measurable
 from .app import app, console, print_note, problems, say
 from .arguments import (
     ALL_METHODS,
@@ -43,8 +34,7 @@ from .arguments import (
 )
 from .evaluate import print_evaluation
 from .ranks import rank_device, ranks
-from .request import Request
-from .tables import comparison_table, demo_table
+from .request import Request, load
 
 
 @app.command("demo")
@@ -65,6 +55,10 @@ def demo_command(
 
     It needs nothing else.
     """
+    from ..workflows.demo import demo, demo_edit, demo_videos, edited_video
+    from ..workflows.measuring import check_measurable
+    from .tables import demo_table
+
     request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
     request.check_size(size)
     clips, edited = demo_videos(videos, size), demo_edit(size)
@@ -115,6 +109,10 @@ def compare_command(
     out: Out = Path("out/compare"),
 ) -> None:
     """Several inversions of one video side by side: table, compare.json, .png and .mp4."""
+    from ..workflows.comparison import compare
+    from ..workflows.measuring import check_measurable
+    from .tables import comparison_table
+
     request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
     clip = request.read(video, frames, size)
     check_measurable(clip, request.methods, request.options)
@@ -165,6 +163,8 @@ def invert_command(
     out: Out = Path("out"),
 ) -> None:
     """Invert a video; run it again after an interruption and it goes on where it stopped."""
+    from ..inversion import invert
+
     request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
     if keep_bases and "stem" not in request.methods:
         raise typer.BadParameter(
@@ -207,6 +207,12 @@ def reconstruct_command(
     ] = None,
 ) -> None:
     """Sample an inversion back to a video; it goes on where it was interrupted, too."""
+    from ..diffusion.pipeline import decoded_parts
+    from ..inversion import InversionFolder, reconstruct_latents
+    from ..inversion.reconstructing import check_reconstructible
+    from ..models import ModelError, check_device
+    from ..video import check_video_output, write_video
+
     check_device(rank_device(device))
     folder = InversionFolder.open(inversion)
     check_reconstructible(folder, bases)
@@ -218,9 +224,7 @@ def reconstruct_command(
     check_video_output(path, source["num_frames"], source["height"], source["width"])
     remove_stale(folder.path)
     with ranks(device) as group:
-        pipeline = load_pipeline(
-            name, device=rank_device(device), dtype=dtype or folder.settings["dtype"]
-        )
+        pipeline = load(name, rank_device(device), dtype or folder.settings["dtype"])
         latents = reconstruct_latents(pipeline, folder, bases=bases, group=group)
         if group is None or group.rank() == 0:
             write_video(path, decoded_parts(pipeline, latents), Fraction(source["fps"]))
@@ -230,6 +234,8 @@ def reconstruct_command(
 @app.command("info")
 def info_command() -> None:
     """What is installed, and which backends can run here."""
+    from stem_kernels.info import describe
+
     say(describe())
     for name in ("diffusers", "transformers", "av", "torchmetrics", "nvtx"):
         found = importlib.util.find_spec(name) is not None

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Options of the command from a YAML file; what is typed on the command line wins."""
     if path is None:
         return None
+    import yaml
+
     try:
         # Texts as they stand: YAML itself would read 8:40 as the number 520, and 1e-2 as a text.
         document = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
@@ -74,6 +75,8 @@ def _flat_options(path: Path, methods: Any) -> list[str]:
 def _value_text(path: Path, field: str, value: Any) -> str:
     """A field's text as --option takes it: a mapping, or a list of others, is YAML in one line."""
     if isinstance(value, dict) or (isinstance(value, list) and not _is_flat(value)):
+        import yaml
+
         return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).strip()
     return _text(path, field, value)
 

@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from ..editing import METHODS as EDIT_METHODS
-from ..inversion import METHODS
-from ..models import EMBEDDED_MODEL
+from ..names import EDIT_METHODS, EMBEDDED_MODEL, INVERSION_METHODS, PRESETS
 from .arguments import encodable_text, names_of, one_of, typed_value
 from .config_file import with_config_file
 
@@ -43,11 +40,7 @@ Preset = Annotated[
     str | None,
     typer.Option(
         help="METHOD.preset of every method here that has presets: "
-        + "; ".join(
-            f"{name}'s are {', '.join(kind.presets)}"
-            for name, kind in EDIT_METHODS.items()
-            if kind.presets
-        )
+        + "; ".join(f"{name}'s are {', '.join(values)}" for name, values in PRESETS.items())
         + "."
     ),
 ]
@@ -77,7 +70,10 @@ EditModel = Annotated[
     ),
 ]
 InversionMethod = Annotated[
-    str, typer.Option(help=f"One of: {', '.join(METHODS)}.", callback=one_of(METHODS))
+    str,
+    typer.Option(
+        help=f"One of: {', '.join(INVERSION_METHODS)}.", callback=one_of(INVERSION_METHODS)
+    ),
 ]
 
 
@@ -134,11 +130,10 @@ def with_preset(
     result = {method: dict(options.get(method, {})) for method in methods}
     if preset is None:
         return result
-    having = {name: kind.presets for name, kind in EDIT_METHODS.items() if kind.presets}
-    chosen = [method for method in methods if method in having]
-    lacking = [method for method in chosen if preset not in having[method]] if chosen else methods
+    chosen = [method for method in methods if method in PRESETS]
+    lacking = [method for method in chosen if preset not in PRESETS[method]] if chosen else methods
     if lacking:
-        known = "; ".join(f"{name} has {', '.join(names)}" for name, names in having.items())
+        known = "; ".join(f"{name} has {', '.join(names)}" for name, names in PRESETS.items())
         raise typer.BadParameter(
             f"{preset!r} is no preset of {', '.join(lacking)}: {known}. For one of several methods "
             "write --option METHOD.preset=...",
@@ -167,6 +162,8 @@ def refuse_of_inversions(context: typer.Context) -> None:
 
 
 def _yaml_value(text: str, value: str) -> Any:
+    import yaml
+
     listed = f"[{value}]" if "," in value and value.lstrip()[:1] not in ("[", "{") else value
     try:
         # Texts as they stand: YAML itself would read the word "on" as True, and 1e-2 as a text.

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from ..inversion import InversionFolder, invert
-from ..models import EMBEDDED_MODEL, ModelError, check_device, load_pipeline
+from ..names import EMBEDDED_MODEL, INVERSIONS
 from ..storage import remove_stale
-from ..workflows.comparison import INVERSIONS
-from ..workflows.edit_plan import EditPlan
-from ..workflows.edits import Edits, write_edits
 from .app import app, print_note, say
 from .arguments import Chunk, Config, Device, Dtype, Frames, Out, Size, Steps, chunk_of
 from .edit_options import (
@@ -32,7 +29,11 @@ from .edit_options import (
     with_preset,
 )
 from .ranks import one_process
-from .request import Request, random_note
+from .request import Request, load, random_note
+
+if TYPE_CHECKING:
+    from ..workflows.edit_plan import EditPlan
+    from ..workflows.edits import Edits
 
 
 @app.command("edit")
@@ -67,9 +68,13 @@ def edit_command(
     methods = chosen_edit_methods(method)
     is_folder = source.is_dir()
     options, of_inversion = split_options(option, methods, None if is_folder else inversion)
-    plan = EditPlan(
-        prompt, methods, with_preset(options, methods, preset), negative_prompt, guidance, seed
-    )
+    options = with_preset(options, methods, preset)
+
+    from ..inversion import invert
+    from ..workflows.edit_plan import EditPlan
+    from ..workflows.edits import write_edits
+
+    plan = EditPlan(prompt, methods, options, negative_prompt, guidance, seed)
     if is_folder:
         refuse_of_inversions(context)
         found, note = _edit_inversion(source, plan, model, device, dtype, out)
@@ -107,6 +112,10 @@ def _edit_inversion(
     out: Path,
 ) -> tuple[Edits, str]:
     """What was found, and what to say of the model."""
+    from ..inversion import InversionFolder
+    from ..models import ModelError, check_device
+    from ..workflows.edits import write_edits
+
     check_device(device)
     inversion = InversionFolder.open(path)
     plan.check(inversion, out)
@@ -114,7 +123,7 @@ def _edit_inversion(
     if not name:
         raise ModelError(f"{path} does not name its model; pass it with --model")
     remove_stale(inversion.path)
-    pipeline = load_pipeline(name, device=device, dtype=dtype or inversion.settings["dtype"])
+    pipeline = load(name, device, dtype or inversion.settings["dtype"])
     note = random_note(name)
     return write_edits(pipeline, inversion, plan, out, note=note), note
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from stem_kernels.info import provenance
-
-from ..metrics import CLIP_MODEL, FLOWS, WorldJudge
-from ..models import check_device
-from ..report.files import write_json
+from ..names import CLIP_MODEL, FLOWS
 from ..storage import check_output
-from ..video import Video, crop_to_multiple, read_video
-from ..workflows.evaluation import Evaluation, Figure, evaluate
-from .app import app, console, say
+from .app import app, console, quieten_libraries, say
 from .arguments import Config, Device, Frames, Size, encodable_text, one_of
 from .edit_options import SourcePrompt
 from .ranks import one_process
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..video import Video
+    from ..workflows.evaluation import Evaluation, Figure
 
 JUDGE = "judge"
 _STEM_MULTIPLES = 8  # stem edits crop width and height to multiples of at most this
@@ -60,6 +59,12 @@ def evaluate_command(
     --frames and --size are those that the edit was made with; the source is read by them. Nothing
     is downloaded: a metric whose weights are not here is listed with the command that gets them.
     """
+    from ..metrics import WorldJudge
+    from ..models import check_device
+    from ..report.files import write_json
+    from ..video import read_video
+    from ..workflows.evaluation import evaluate
+
     one_process("evaluate")
     check_device(device)
     if json is not None:
@@ -70,6 +75,7 @@ def evaluate_command(
     for path, video in ((source, before), (edit, after)):
         for note in video.notes:
             say(f"{path.name}: {note}")
+    quieten_libraries()  # CLIP is one of transformers
     judge = WorldJudge() if clip == JUDGE else clip
     found = evaluate(before, after, source_prompt, prompt, flow=flow, clip=judge, device=device)
     print_evaluation(found)
@@ -88,6 +94,8 @@ def print_evaluation(found: Evaluation) -> None:
 
 def evaluation_table(found: Evaluation) -> Table:
     """A row for each metric, beside what it was measured by."""
+    from rich.table import Table
+
     table = Table(title=f"{found.num_frames} frames, {found.width}x{found.height}")
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
@@ -113,6 +121,8 @@ def missing_lines(found: Evaluation) -> list[str]:
 
 def _cropped_alike(source: Video, edit: Video) -> Video:
     """The source, cropped as `stem edit` crops it where that makes it of the edit's size."""
+    from ..video import crop_to_multiple
+
     for multiple in (2, 4, _STEM_MULTIPLES):
         if min(source.width, source.height) < multiple:
             break
@@ -123,4 +133,6 @@ def _cropped_alike(source: Video, edit: Video) -> Video:
 
 
 def _provenance() -> dict[str, object]:
+    from stem_kernels.info import provenance
+
     return provenance("transformers", "torchmetrics", "opencv-python-headless", "torchvision")

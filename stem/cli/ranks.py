@@ -7,11 +7,12 @@ import logging
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from .app import console
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 _PATIENCE = timedelta(hours=6)  # of ranks that wait while the first one reads and encodes
 
@@ -28,6 +29,9 @@ def ranks(device: str | None) -> Iterator[dist.ProcessGroup | None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
+    import torch
+    import torch.distributed as dist
+
     on_gpu = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(rank_device(device))
@@ -61,6 +65,8 @@ def one_process(command: str) -> None:
 def rank_device(device: str | None) -> str | None:
     """The device of this rank: the GPU of its number on this machine, where any GPU will do."""
     local = os.environ.get("LOCAL_RANK")
-    if local is None or device not in (None, "cuda") or not torch.cuda.is_available():
+    if local is None or device not in (None, "cuda"):
         return device
-    return f"cuda:{local}"
+    import torch
+
+    return f"cuda:{local}" if torch.cuda.is_available() else device

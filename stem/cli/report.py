@@ -7,16 +7,14 @@ from typing import Annotated
 
 import typer
 
-from ..report.contents import read_report
-from ..report.documents import COMMANDS
-from ..report.page import write_report
+from ..names import REPORTED
 from ..storage import check_output
 from .app import app, say
 
 
 @app.command("report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(help=f"A folder that {COMMANDS} wrote.")],
+    folder: Annotated[Path, typer.Argument(help=f"A folder that {REPORTED} wrote.")],
     out: Annotated[
         Path | None, typer.Option(help="An HTML file. Default: report.html in the folder.")
     ] = None,
@@ -25,6 +23,9 @@ def report_command(
 
     It needs no other file and no network; nothing is computed again.
     """
+    from ..report.contents import read_report
+    from ..report.page import write_report
+
     path = out or (folder.parent if folder.is_file() else folder) / "report.html"
     if path.is_dir():
         raise IsADirectoryError(

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..diffusion.pipeline import vae_factor
-from ..diffusion.schedule import check_steps
-from ..models import RANDOM_MODEL, check_device, known_schedule, known_vae_factor, load_pipeline
+from ..names import INVERSIONS, RANDOM_MODEL
 from ..storage import check_output
-from ..video import Video, VideoFile, crop_to_multiple, open_video, read_video
-from ..video.reading import Pictures
-from ..workflows.comparison import INVERSIONS
-from .app import say
+from .app import quieten_libraries, say
 from .arguments import chosen_methods, method_options
 from .ranks import rank_device
+
+if TYPE_CHECKING:
+    from ..video import Video, VideoFile
+    from ..video.reading import Pictures
 
 RANDOM_NOTE = (
     "The model's weights are random numbers: the pictures mean nothing, and the figures show the "
@@ -66,6 +65,9 @@ class Request:
         Raises:
             typer.BadParameter, ValueError, OSError: one of them cannot be followed.
         """
+        from ..diffusion.schedule import check_steps
+        from ..models import check_device, known_schedule
+
         names = chosen_methods(methods)
         options = method_options(option, names, seed)
         if model == RANDOM_MODEL:
@@ -85,12 +87,16 @@ class Request:
 
     def read(self, path: Path, frames: str | None, size: str | None) -> Video:
         """The frames asked for, cropped to what the model's VAE takes as far as that is known."""
+        from ..video import read_video
+
         clip = read_video(path, frames=frames, size=size, multiple_of=self._factor or 1)
         self.check_space([clip])
         return clip
 
     def open(self, path: Path, frames: str | None, size: str | None) -> VideoFile:
         """As `read`, but the frames stay in the file."""
+        from ..video import open_video
+
         clip = open_video(path, frames=frames, size=size, multiple_of=self._factor or 1)
         self.check_space([clip])
         return clip
@@ -123,10 +129,13 @@ class Request:
 
     def load(self) -> Any:
         """The model's pipeline, on this rank's device where there are several."""
-        return load_pipeline(self.model, device=rank_device(self.device), dtype=self.dtype)
+        return load(self.model, rank_device(self.device), self.dtype)
 
     def load_for(self, clip: Pictures, path: Path) -> tuple[Any, Pictures]:
         """The model's pipeline, and the clip as its VAE takes it; prints what was changed in it."""
+        from ..diffusion.pipeline import vae_factor
+        from ..video import crop_to_multiple
+
         pipeline = self.load()
         clip = crop_to_multiple(clip, vae_factor(pipeline))
         for note in clip.notes:
@@ -135,7 +144,17 @@ class Request:
 
     @property
     def _factor(self) -> int | None:
+        from ..models import known_vae_factor
+
         return known_vae_factor(self.model)
+
+
+def load(model: str, device: str | None, dtype: str | None) -> Any:
+    """A model's pipeline, loaded without a word of the libraries that load it."""
+    from ..models import load_pipeline
+
+    quieten_libraries()
+    return load_pipeline(model, device=device, dtype=dtype)
 
 
 def random_note(model: str) -> str:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+
+if TYPE_CHECKING:
+    from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 def inverse_scheduler(pipeline: Any, num_steps: int) -> DDIMInverseScheduler:
     """DDIM inversion on the pipeline's noise schedule, timesteps ascending."""
+    from diffusers import DDIMInverseScheduler
+
     return _prepared(DDIMInverseScheduler, pipeline, num_steps)
 
 
 def sampling_scheduler(pipeline: Any, num_steps: int) -> DDIMScheduler:
     """DDIM sampling on the pipeline's noise schedule, timesteps descending."""
+    from diffusers import DDIMScheduler
+
     return _prepared(DDIMScheduler, pipeline, num_steps)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..inversion import InversionFolder
+from ..names import PRESETS
 from .job import Options, check_choice, check_flag, check_share
 from .prompts import check_word_counts, places_of
 
@@ -64,7 +65,7 @@ class FateZeroOptions(Options):
     Source: arXiv 2303.09535.
     """
 
-    presets: ClassVar[tuple[str, ...]] = tuple(_PRESETS)
+    presets: ClassVar[tuple[str, ...]] = PRESETS["fatezero"]
 
     preset: str | None = None
     mapping: str | None = None

@@ -11,6 +11,7 @@ from ..attention.handle import unet_of
 from ..diffusion.loop import with_guidance
 from ..diffusion.schedule import clean_of, prediction_of, sampling_scheduler
 from ..inversion import InversionFolder
+from ..names import PRESETS
 from .consensus import Motion, in_consensus, offset_between
 from .difference_mask import TokenRecording, difference_map, finest_layers
 from .job import Job, Method, Options, check_choice, check_flag, check_share, steps_of
@@ -68,7 +69,7 @@ class FusionOptions(Options):
         ValueError: a value out of range, named with what is allowed.
     """
 
-    presets: ClassVar[tuple[str, ...]] = tuple(_PRESETS)
+    presets: ClassVar[tuple[str, ...]] = PRESETS["fusion"]
 
     preset: str = "colour"
     cross_maps: float | None = None

@@ -18,6 +18,7 @@ from ..diffusion.schedule import sampling_scheduler
 from ..inversion import InversionFolder
 from ..inversion.folder import Progress
 from ..inversion.runs import check_same_pipeline, check_startable, earlier_run, run_name
+from ..names import EDIT_METHODS
 from .fatezero import FateZero
 from .fatezero_options import FateZeroOptions
 from .fusion import Fusion, FusionOptions
@@ -28,13 +29,14 @@ from .tokenflow import TokenFlow, TokenFlowOptions
 
 logger = logging.getLogger("stem")
 
-_METHODS: dict[str, tuple[type[Options], type[Method]]] = {
-    "pnp": (PnPOptions, PnP),
-    "tokenflow": (TokenFlowOptions, TokenFlow),
-    "sdedit": (SDEditOptions, SDEdit),
-    "fatezero": (FateZeroOptions, FateZero),
-    "fusion": (FusionOptions, Fusion),
-}
+_PARTS: tuple[tuple[type[Options], type[Method]], ...] = (
+    (PnPOptions, PnP),
+    (TokenFlowOptions, TokenFlow),
+    (SDEditOptions, SDEdit),
+    (FateZeroOptions, FateZero),
+    (FusionOptions, Fusion),
+)
+_METHODS = dict(zip(EDIT_METHODS, _PARTS, strict=True))
 METHODS: dict[str, type[Options]] = {name: options for name, (options, _) in _METHODS.items()}
 """The options of each method."""
 DEFAULT_METHOD = "fusion"

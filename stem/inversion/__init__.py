@@ -1,10 +1,15 @@
 """Inversions of a video, their form on disk, and the way back."""
 
-from .folder import InversionError, InversionFolder
-from .invert import invert
-from .methods import METHODS
-from .reconstruct import reconstruct, reconstruct_latents
-from .round_trip import round_trip
+from typing import TYPE_CHECKING
+
+from ..exports import lazy
+
+if TYPE_CHECKING:
+    from .folder import InversionError, InversionFolder
+    from .inverting import invert
+    from .methods import METHODS
+    from .reconstructing import reconstruct, reconstruct_latents
+    from .round_trips import round_trip
 
 __all__ = [
     "METHODS",
@@ -15,3 +20,15 @@ __all__ = [
     "reconstruct_latents",
     "round_trip",
 ]
+
+# Those who look after folders on disk, `stem list` among them, need no torch.
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "folder": ("InversionError", "InversionFolder"),
+        "inverting": ("invert",),
+        "methods": ("METHODS",),
+        "reconstructing": ("reconstruct", "reconstruct_latents"),
+        "round_trips": ("round_trip",),
+    },
+)

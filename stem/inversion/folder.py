@@ -20,12 +20,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..attention.hooks import LayerBases
 from ..storage import DamagedFileError, load_tensors, save_tensors, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..attention.hooks import LayerBases
 
 SETTINGS = "settings.json"
 X0 = "x0"
@@ -228,6 +230,8 @@ class InversionFolder:
 
     def bases(self, step: int) -> dict[int, LayerBases]:
         """The bases of every layer at `step`."""
+        from ..attention.hooks import LayerBases
+
         by_layer: dict[int, dict[str, torch.Tensor]] = {}
         tensors, _ = self._load(self._step_file("bases", step))
         for key, tensor in tensors.items():
@@ -242,6 +246,8 @@ class InversionFolder:
             name: Name of the run, unique among those of different settings.
             progress: Progress to keep.
         """
+        import torch
+
         tensors = {"latents": progress.latents, "steps_done": torch.tensor(progress.steps_done)}
         state = {f"{_STATE}{name}": tensor for name, tensor in progress.state.items()}
         self._save(self._file(name), {**tensors, **state}, progress.environment)

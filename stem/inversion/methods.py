@@ -18,14 +18,11 @@ from ..config import (
     SparseCausalConfig,
     StemConfig,
 )
+from ..names import INVERSION_METHODS
 from .folder import InversionFolder
 
-METHODS: dict[str, type[AttentionConfig]] = {
-    "ddim": PerFrameConfig,
-    "st-ddim": SparseCausalConfig,
-    "inflated": InflatedConfig,
-    "stem": StemConfig,
-}
+_CONFIGS = (PerFrameConfig, SparseCausalConfig, InflatedConfig, StemConfig)
+METHODS: dict[str, type[AttentionConfig]] = dict(zip(INVERSION_METHODS, _CONFIGS, strict=True))
 """The configuration of each inversion's attention."""
 _OF_THE_RUN = ("num_frames", "chunk")
 

@@ -1,7 +1,8 @@
 """Measures of a video against another, of features over time, and of several videos together."""
 
+from ..names import CLIP_MODEL, FLOWS
 from .alignment import Embedder, frame_accuracy, temporal_consistency, text_alignment
-from .clip import CLIP_MODEL, Clip
+from .clip import Clip
 from .consistency import (
     pair_warp_errors,
     similarity_maps,
@@ -10,7 +11,7 @@ from .consistency import (
     warped_ssim,
 )
 from .fidelity import pooled_psnr, psnr, ssim
-from .flow import FLOWS, Flow, estimate_flow, occluded
+from .flow import Flow, estimate_flow, occluded
 from .interval import Interval, mean_interval
 from .overlap import mask_overlap
 from .perceptual import lpips

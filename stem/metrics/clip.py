@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from ..names import CLIP_MODEL
 from .unmeasured import UnmeasuredError
 
 logger = logging.getLogger("stem")
 
-CLIP_MODEL = "openai/clip-vit-base-patch32"
 _BATCH = 32  # frames that are embedded at once
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 SSIM_WINDOW = 11
 """Pixels of a side of SSIM's window, the least height and width of frames."""
@@ -28,6 +24,8 @@ def psnr(video: torch.Tensor, original: torch.Tensor) -> float:
 
     Source: torchmetrics, `peak_signal_noise_ratio`.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # it takes a second
+
     values = [
         float(peak_signal_noise_ratio(ours, theirs, data_range=1.0))
         for ours, theirs in frame_pairs(video, original)
@@ -92,6 +90,8 @@ def pictures_ssim(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     Raises:
         ValueError: they are smaller than SSIM_WINDOW pixels a side.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     if min(ours.shape[2:]) < SSIM_WINDOW:
         raise ValueError(
             f"SSIM's window is {SSIM_WINDOW}x{SSIM_WINDOW}; frames of {list(ours.shape[2:])} are "

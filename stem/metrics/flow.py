@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, pad
 
+from ..names import FLOWS
 from .unmeasured import UnmeasuredError, check_weights, torchvision_module
 from .warp import fetch, landing
 
-FLOWS = ("dis", "raft")
 DIS_MIN_SIDE = 12
 RAFT_MIN_SIDE = 128
 _RAFT_MULTIPLE = 8  # RAFT's features are of an eighth of the size

@@ -35,7 +35,7 @@ _REPORTS: dict[str, Callable[[Document], Report]] = {
 
 
 def read_report(folder: Path) -> Report:
-    """The report of what one of `documents.COMMANDS` wrote.
+    """The report of what one of `names.REPORTED` wrote.
 
     Args:
         folder: Folder that holds a document, one of `documents.KINDS`; or the document in it.

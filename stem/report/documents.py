@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..names import REPORTED
 from .ablation_files import ablation_files
 from .analysis_files import analysis_files
 from .edit_files import EditFiles, EditsFiles
@@ -26,8 +27,6 @@ KINDS: dict[str, Callable[[Path], Sequence[Path]]] = {
     ABLATION: lambda folder: ablation_files(folder)[1:],
 }
 """By the name of a kind of document, the files in its folder that it holds the hashes of."""
-COMMANDS = "stem compare, edit, demo, analyse or ablate"
-"""The commands that write the KINDS."""
 _SHOWN = 5  # folders that an error names
 
 
@@ -66,7 +65,7 @@ class Document:
 
 
 def find_document(folder: Path) -> Path:
-    """The document of what one of COMMANDS wrote into a folder.
+    """The document of what one of REPORTED wrote into a folder.
 
     Args:
         folder: Folder, or the document itself.
@@ -86,7 +85,7 @@ def find_document(folder: Path) -> Path:
         )
     if not folder.is_dir():
         raise NotADirectoryError(
-            errno.ENOTDIR, f"{folder} is no folder; name one that {COMMANDS} wrote"
+            errno.ENOTDIR, f"{folder} is no folder; name one that {REPORTED} wrote"
         )
     found = _documents(folder)
     if len(found) > 1:
@@ -96,7 +95,7 @@ def find_document(folder: Path) -> Path:
         advice = (
             f"name one of the folders in it, {_listed(below)}"
             if below
-            else f"name a folder that {COMMANDS} wrote"
+            else f"name a folder that {REPORTED} wrote"
         )
         raise ReportError(f"{folder} holds no {names} or {last}; {advice}")
     return found[0]

@@ -19,8 +19,8 @@ from ..config import StemConfig
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.pipeline import check_pipeline, decode_latents, encode_frames, execution_device
 from ..diffusion.schedule import inverse_scheduler
-from ..inversion.invert import check_chunk
-from ..inversion.round_trip import chunked, round_trip
+from ..inversion.inverting import check_chunk
+from ..inversion.round_trips import chunked, round_trip
 from ..metrics import psnr, ssim
 from ..metrics.fidelity import SSIM_VARIANT
 from ..progress import steps

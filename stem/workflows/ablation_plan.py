@@ -9,13 +9,15 @@ from typing import Any
 from stem_kernels.ops.initialization import INITIALIZATIONS
 from stem_kernels.ops.soft_em import EMPTY_POLICIES
 
+from .. import names
 from ..config import CALIBRATIONS, SPACES, StemConfig
 
-FORMS: dict[str, Callable[..., StemConfig]] = {
-    "defaults": StemConfig,
-    "paper": StemConfig.paper,
-    "released": StemConfig.released,
-}
+_FORMS: tuple[Callable[..., StemConfig], ...] = (
+    StemConfig,
+    StemConfig.paper,
+    StemConfig.released,
+)
+FORMS = dict(zip(names.FORMS, _FORMS, strict=True))
 """The configurations that options are changed from."""
 _OF_THE_RUN = ("num_frames", "chunk", "fit_frames", "seed", "backend")
 

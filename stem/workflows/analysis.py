@@ -16,9 +16,9 @@ from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import denoise, guided
 from ..diffusion.pipeline import check_pipeline, encode_frames, encode_prompt, execution_device
 from ..diffusion.schedule import inverse_scheduler
-from ..inversion.invert import check_chunk
+from ..inversion.inverting import check_chunk
 from ..inversion.methods import attention_config, attention_on, check_methods
-from ..inversion.round_trip import chunked, pixels
+from ..inversion.round_trips import chunked, pixels
 from ..metrics import Flow, estimate_flow, warped_similarity
 from ..report.analysis_files import Shown, analysis_files, write_analysis
 from ..storage import check_output, tensor_hash

@@ -13,14 +13,12 @@ import torch.distributed as dist
 
 from ..distributed import Ranks
 from ..inversion import InversionFolder
+from ..names import INVERSIONS
 from ..report.files import comparison_files, comparison_is_whole, write_comparison
 from ..report.rows import Row
 from ..storage import check_output, remove_stale
 from ..video import Video
 from .measuring import measure
-
-INVERSIONS = "inversions"
-"""Name of the folder of inversions, beside what is made of them."""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from stem_kernels.info import provenance
 
 from ..inversion import invert
 from ..metrics import Interval, WorldJudge, mean_interval, world_flow
+from ..names import INVERSIONS
 from ..report.files import write_json
 from ..video import Video, read_video
 from ..video.clips import shipped_clip
 from ..world import render, sample_scene
 from ..world.edits import WorldEdit, world_edit
-from .comparison import INVERSIONS, Comparison, compare, result_name
+from .comparison import Comparison, compare, result_name
 from .edit_plan import EditPlan
 from .edits import EditResult, write_edits
 from .evaluation import Evaluation, evaluate

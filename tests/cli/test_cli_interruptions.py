@@ -13,21 +13,29 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from stem import InversionFolder, cli
+from stem import InversionFolder
 
 
 @pytest.mark.parametrize(
     ("command", "where", "message"),
     [
-        ("compare", "request.load_pipeline", "interrupted; finished steps are kept: run the same"),
-        ("compare", "commands.compare", "interrupted; finished steps are kept: run the same"),
+        (
+            "compare",
+            "stem.models.load_pipeline",
+            "interrupted; finished steps are kept: run the same",
+        ),
+        (
+            "compare",
+            "stem.workflows.comparison.compare",
+            "interrupted; finished steps are kept: run the same",
+        ),
         (
             "reconstruct",
-            "commands.reconstruct_latents",
+            "stem.inversion.reconstructing.reconstruct_latents",
             "interrupted; finished steps are kept: run the",
         ),
-        ("info", "commands.describe", "interrupted\n"),
-        ("list", "inversions.InversionFolder.find", "interrupted\n"),
+        ("info", "stem_kernels.info.describe", "interrupted\n"),
+        ("list", "stem.inversion.folder.InversionFolder.find", "interrupted\n"),
     ],
 )
 def test_an_interruption_anywhere_is_a_plain_message(
@@ -52,7 +60,7 @@ def test_an_interruption_anywhere_is_a_plain_message(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"stem.cli.{where}", interrupt)
+    monkeypatch.setattr(where, interrupt)
     assert run(command, *arguments.get(command, [])) == 130
     printed = capfd.readouterr().err
     assert printed.startswith(message)
@@ -70,7 +78,7 @@ def test_an_interruption_that_a_library_turns_into_an_error(
             signal.raise_signal(signal.SIGINT)
         raise OSError("Unable to load weights")
 
-    monkeypatch.setattr(cli.request, "load_pipeline", lose)
+    monkeypatch.setattr("stem.models.load_pipeline", lose)
     assert run("compare", video, "--out", str(tmp_path / "out")) == 130
     assert capfd.readouterr().err.startswith("interrupted; finished steps are kept")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -81,7 +89,7 @@ def test_an_interruption_of_the_imports_is_a_plain_message() -> None:
 import sys
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
-        if name == "transformers":
+        if name == "typer":
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupt())
 from stem.__main__ import main

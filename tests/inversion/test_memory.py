@@ -69,7 +69,7 @@ def test_an_inversion_goes_on_with_the_chunk_it_was_begun_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def choose(size: int | None) -> None:
-        module = sys.modules["stem.inversion.invert"]  # the package's name is the function's
+        module = sys.modules["stem.inversion.inverting"]
         monkeypatch.setattr(module, "chunk_that_fits", lambda *a, **k: size)
 
     choose(2)

@@ -51,8 +51,9 @@ def test_loading_with_a_device_and_a_dtype(tmp_path: Path) -> None:
         load_pipeline("random", dtype="half")
     with pytest.raises(ValueError, match="device is 'gpu'; write cpu, cuda"):
         load_pipeline("random", device="gpu")
-    with pytest.raises(ValueError, match=r"device is 'cuda:99', and torch .* sees \d+ CUDA"):
-        load_pipeline("random", device="cuda:99")
+    for device in ("cuda:99", "cuda:256"):
+        with pytest.raises(ValueError, match=rf"device is '{device}', and torch .* sees \d+ CUDA"):
+            load_pipeline("random", device=device)
     random_pipeline(0).save_pretrained(tmp_path)
     for model in ("random", "random:3", "embedded", str(tmp_path)):
         pipeline = load_pipeline(model)

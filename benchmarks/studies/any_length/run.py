@@ -38,7 +38,7 @@ from stem.diffusion.loop import denoise, guided
 from stem.diffusion.pipeline import decode_latents, encode_frames, encode_prompt, predict
 from stem.diffusion.schedule import inverse_scheduler
 from stem.inversion.methods import attention_on
-from stem.inversion.reconstruct import sample
+from stem.inversion.reconstructing import sample
 from stem.metrics import mean_interval, pair_warp_errors
 from stem.world import Clip, Scene, caption, changed, render, sample_scene
 from stem_kernels.info import provenance

@@ -17,14 +17,13 @@ from ..diffusion.loop import Predictor, denoise, guided
 from ..diffusion.pipeline import decode_latents, encode_prompt, execution_device
 from ..diffusion.schedule import sampling_scheduler
 from ..distributed import Ranks
+from ..names import BASES
 from .folder import InversionError, InversionFolder, Progress
-from .invert import check_chunk
+from .inverting import check_chunk
 from .methods import attention_on, inversion_attention
 from .runs import check_same_pipeline, check_startable, earlier_run, run_name
 
 logger = logging.getLogger("stem")
-
-BASES = ("estimate", "cached")
 
 
 def reconstruct_latents(

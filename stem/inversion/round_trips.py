@@ -15,9 +15,9 @@ from ..diffusion.loop import denoise, guided
 from ..diffusion.memory import chunk_that_fits
 from ..diffusion.pipeline import encode_prompt, vae_factor
 from ..diffusion.schedule import inverse_scheduler
-from .invert import check_chunk
+from .inverting import check_chunk
 from .methods import attention_on
-from .reconstruct import sample
+from .reconstructing import sample
 
 
 def round_trip(

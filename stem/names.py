@@ -1,0 +1,29 @@
+"""Names that a command line takes, known without torch; what they stand for says so by its keys."""
+
+from __future__ import annotations
+
+EMBEDDED_MODEL = "embedded"
+"""The small trained pipeline that comes with this package."""
+RANDOM_MODEL = "random"
+"""An untrained pipeline, also with a seed: random:SEED."""
+DTYPES = ("float32", "float16", "bfloat16")
+INVERSIONS = "inversions"
+"""Folder of inversions, beside what is made of them."""
+INVERSION_METHODS = ("ddim", "st-ddim", "inflated", "stem")
+BASES = ("estimate", "cached")
+"""What a reconstruction takes STEM's bases from."""
+EDIT_METHODS = ("pnp", "tokenflow", "sdedit", "fatezero", "fusion")
+PRESETS = {
+    "fatezero": ("style", "attribute", "shape"),
+    "fusion": ("colour", "texture", "shape", "style"),
+}
+"""By edit method the values of its option `preset`, where it has one."""
+FLOWS = ("dis", "raft")
+"""Optical flows."""
+CLIP_MODEL = "openai/clip-vit-base-patch32"
+FORMS = ("defaults", "paper", "released")
+"""Configurations that an ablation changes."""
+ABLATED = ("K", "R", "form", "space", "init", "empty", "proportional", "calibration")
+"""Options that an ablation changes."""
+REPORTED = "stem compare, edit, demo, analyse or ablate"
+"""Commands that write what a report is made of."""

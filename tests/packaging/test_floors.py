@@ -1,0 +1,148 @@
+"""The house's floors: which room may import which, held against the code's own imports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KERNELS = "stem_kernels"
+# From top to bottom; a room may import the rooms named beside it, and all of these stand below it.
+# A room is a package or a module, with all in it that has no row of its own.
+FLOORS: dict[str, dict[str, str]] = {
+    "stem": {
+        "stem.__main__": "cli",
+        "stem.cli": "workflows report metrics inversion models diffusion world video storage names",
+        "stem.workflows": "report metrics editing inversion models diffusion attention world video "
+        "config distributed storage progress names",
+        "stem.world.training": "report metrics inversion models diffusion world video",
+        "stem.report": "metrics video storage names",
+        "stem.metrics": "world names",
+        "stem.editing": "inversion diffusion attention config storage names",
+        "stem.inversion": "diffusion attention video config distributed storage names exports",
+        "stem.models": "diffusion names",
+        "stem.diffusion": "attention storage profiling progress",
+        "stem.attention": "config profiling",
+        "stem.world": "",
+        "stem.video": "storage",
+        "stem.config": "",
+        "stem.distributed": "",
+        "stem.storage": "",
+        "stem.profiling": "",
+        "stem.progress": "",
+        "stem.names": "",
+        "stem.exports": "",
+    },
+    "stem_kernels": {
+        "stem_kernels.testing": "ops shared",
+        "stem_kernels.info": "backends triton cuda",
+        "stem_kernels.ops": "backends reference triton cuda shared",
+        "stem_kernels.backends": "triton cuda",
+        "stem_kernels.reference": "shared",
+        "stem_kernels.triton": "shared",
+        "stem_kernels.cuda": "shared",
+        "stem_kernels.shared": "",
+        "stem_kernels.measure": "",
+    },
+    "benchmarks": {
+        "benchmarks.readme": "studies.quality studies.editing studies.features studies.drop_in "
+        "suite cases records",
+        "benchmarks.conftest": "cases records",
+        "benchmarks.test_cpu": "suite cases",
+        "benchmarks.studies.calibration": "studies.editing studies.quality cases records",
+        "benchmarks.studies.editing": "studies.quality cases records",
+        "benchmarks.studies.features": "studies.quality records",
+        "benchmarks.studies.quality": "cases records",
+        "benchmarks.studies.any_length": "cases records",
+        "benchmarks.studies.drop_in": "records",
+        "benchmarks.suite": "counting cases records",
+        "benchmarks.counting": "cases records",
+        "benchmarks.records": "cases",
+        "benchmarks.cases": "",
+    },
+}
+"""By package: rooms, and the rooms of the same package that each may import."""
+FACES = {"stem", "stem_kernels", "benchmarks"}
+"""Packages whose own __init__ hands on public names, and so knows every room."""
+PACKAGES = {"stem": {KERNELS}, KERNELS: set(), "benchmarks": {"stem", KERNELS}}
+"""What each may import of the other packages."""
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Files of a package by module name."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = {name: path for package in FLOORS for name, path in modules(package).items()}
+
+
+def imported(module: str, path: Path) -> Iterator[str]:
+    """The modules of this repository that a file imports anywhere in it."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            parts = [*(above if node.level else []), *([node.module] if node.module else [])]
+            base = ".".join(parts)
+            if base in MODULES:
+                inner = [f"{base}.{alias.name}" for alias in node.names]
+                yield from (name if name in MODULES else base for name in inner)
+
+
+def room_of(module: str) -> str | None:
+    """The row of the table that a module belongs to: the longest that it stands in."""
+    rooms = FLOORS[module.partition(".")[0]]
+    held = [room for room in rooms if f"{module}.".startswith(f"{room}.")]
+    return max(held, key=len, default=None)
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_file_has_a_room(package: str) -> None:
+    beyond = [name for name in modules(package) if name not in FACES and room_of(name) is None]
+    # a package that only holds rooms has no row of its own
+    beyond = [name for name in beyond if MODULES[name].name != "__init__.py"]
+    assert not beyond, f"name {beyond} in FLOORS, with what they may import"
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_rooms_import_downwards_only(package: str) -> None:
+    rooms = list(FLOORS[package])
+    for above, allowed in FLOORS[package].items():
+        for below in allowed.split():
+            assert rooms.index(f"{package}.{below}") > rooms.index(above), (above, below)
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_are_those_of_the_table(package: str) -> None:
+    wrong, used = [], set()
+    for module, path in modules(package).items():
+        room = room_of(module)
+        for target in imported(module, path):
+            other = target.partition(".")[0]
+            if other != package:
+                if other not in PACKAGES[package]:
+                    wrong.append(f"{module} -> {target}")
+                continue
+            below = room_of(target)
+            if module in FACES or below is None or below == room:
+                continue
+            allowed = FLOORS[package][room].split() if room else []
+            if below.removeprefix(f"{package}.") not in allowed:
+                wrong.append(f"{module} -> {target}")
+            used.add((room, below))
+    assert not wrong
+    table = {
+        (room, f"{package}.{below}")
+        for room, allowed in FLOORS[package].items()
+        for below in allowed.split()
+    }
+    assert sorted(table - used) == []  # what the table allows and no file does
