@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..shared.outputs import attention_output
 from . import contiguous_rows
 
 
@@ -41,15 +42,4 @@ def _expanded_floats(tensor: torch.Tensor | None, query: torch.Tensor) -> torch.
     return contiguous_rows(tensor.float()).expand(query.shape[0], *tensor.shape[1:])
 
 
-@torch.library.register_fake("stem_kernels_ext::basis_attention")
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    correction: torch.Tensor | None,
-    query_mean: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    batch, heads, num_queries, _ = query.shape
-    return query.new_empty((batch, num_queries, heads, value.shape[-1]))
+torch.library.register_fake("stem_kernels_ext::basis_attention")(attention_output)

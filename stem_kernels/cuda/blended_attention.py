@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..shared.outputs import blended_output
 from . import contiguous_rows
 
 
@@ -39,16 +40,4 @@ def blended_attention_cuda(
     return found
 
 
-@torch.library.register_fake("stem_kernels_ext::blended_attention")
-def _(
-    query_target: torch.Tensor,
-    key_target: torch.Tensor,
-    query_source: torch.Tensor,
-    key_source: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    batch, heads, num_queries, _ = query_target.shape
-    return query_target.new_empty((batch, num_queries, heads, value.shape[-1]))
+torch.library.register_fake("stem_kernels_ext::blended_attention")(blended_output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..shared.outputs import statistics_output
 from . import contiguous_rows
 
 
@@ -29,18 +30,4 @@ def em_statistics_cuda(
     return found
 
 
-@torch.library.register_fake("stem_kernels_ext::em_statistics")
-def _(
-    features: torch.Tensor,
-    bases: torch.Tensor,
-    payload: torch.Tensor | None,
-    temperature: float,
-    normalize: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    lead = bases.shape[:-1]
-    width = 0 if payload is None else payload.shape[-1]
-    return (
-        features.new_empty(bases.shape, dtype=torch.float32),
-        features.new_empty(lead, dtype=torch.float32),
-        features.new_empty((*lead, width), dtype=torch.float32),
-    )
+torch.library.register_fake("stem_kernels_ext::em_statistics")(statistics_output)

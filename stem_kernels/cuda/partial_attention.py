@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..shared.outputs import partial_output
 from . import contiguous_rows
 
 
@@ -20,12 +21,4 @@ def partial_attention_cuda(
     return found
 
 
-@torch.library.register_fake("stem_kernels_ext::partial_attention")
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = query.shape[:-1]
-    return (
-        query.new_empty((*shape, value.shape[-1]), dtype=torch.float32),
-        query.new_empty(shape, dtype=torch.float32),
-    )
+torch.library.register_fake("stem_kernels_ext::partial_attention")(partial_output)

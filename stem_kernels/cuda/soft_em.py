@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shared.bases import candidates_of, least_mass, reseeded
+from ..shared.outputs import em_output
 from . import contiguous_rows
 
 
@@ -38,21 +39,4 @@ def soft_em_cuda(
     return found
 
 
-@torch.library.register_fake("stem_kernels_ext::soft_em")
-def _(
-    features: torch.Tensor,
-    bases: torch.Tensor,
-    payload: torch.Tensor | None,
-    num_iters: int,
-    temperature: float,
-    normalize: bool,
-    keep_empty: bool,
-    least_mass: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    lead = bases.shape[:-1]
-    width = 0 if payload is None else payload.shape[-1]
-    return (
-        features.new_empty(bases.shape, dtype=torch.float32),
-        features.new_empty((*lead, width), dtype=torch.float32),
-        features.new_empty(lead, dtype=torch.float32),
-    )
+torch.library.register_fake("stem_kernels_ext::soft_em")(em_output)

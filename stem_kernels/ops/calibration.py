@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..reference.chunks import compute_dtype
+from ..shared.outputs import compute_dtype
 from .basis_attention import check_bases, fitting_bias
 from .checks import check_choice, check_floating
 

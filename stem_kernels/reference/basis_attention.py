@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .chunks import compute_dtype, groups, token_chunks
+from ..shared.outputs import attention_output, compute_dtype
+from .chunks import groups, token_chunks
 
 
 def _chunk_attention(
@@ -44,7 +45,7 @@ def basis_attention_torch(
     Returns contiguous [B, n, h, e] of the query's dtype.
     """
     key, value, bias = _for_every_head(query, key, value, bias)
-    out = _empty_output(query, value)
+    out = attention_output(query, key, value)
     by_head = out.transpose(1, 2)
     with torch.autocast(query.device.type, enabled=False):
         for group in groups(query):
@@ -55,20 +56,7 @@ def basis_attention_torch(
     return out
 
 
-@basis_attention_torch.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    return _empty_output(query, value)
-
-
-def _empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    batch, heads, num_tokens, _ = query.shape
-    return query.new_empty((batch, num_tokens, heads, value.shape[-1]))
+basis_attention_torch.register_fake(attention_output)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

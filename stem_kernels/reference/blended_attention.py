@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..shared.outputs import compute_dtype
 from .basis_attention import basis_attention_torch
-from .chunks import compute_dtype
 
 
 def blended_attention_torch(

@@ -14,11 +14,6 @@ GPU_LOGITS = 2**22
 MIN_TOKENS = 16
 
 
-def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """float64 for float64, else float32: what logits, softmax and sums are computed in."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def groups(tokens: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of the two leading sizes of `tokens`: a head a core on a CPU, else all at once."""
     if tokens.device.type == "cpu":

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from ..shared.bases import directions_of
-from .chunks import compute_dtype, groups, token_chunks
+from ..shared.outputs import compute_dtype, statistics_output
+from .chunks import groups, token_chunks
 
 # A weight of e^-80 counts for nothing beside the largest, which is at least 1 / K, but below e^-87
 # torch's vectorised exp leaves its fast path: with tau = 0.01 that doubles the softmax's time.
@@ -56,15 +57,7 @@ def em_statistics_torch(
     return outputs
 
 
-@em_statistics_torch.register_fake
-def _(
-    features: torch.Tensor,
-    bases: torch.Tensor,
-    payload: torch.Tensor | None,
-    temperature: float,
-    normalize: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _zeros(features, bases, features[..., :0] if payload is None else payload)
+em_statistics_torch.register_fake(statistics_output)
 
 
 def _zeros(

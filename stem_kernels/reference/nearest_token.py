@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..shared.cosine import inverse_norms
-from .chunks import GPU_LOGITS, compute_dtype
+from ..shared.outputs import compute_dtype, nearest_output
+from .chunks import GPU_LOGITS
 
 # A tile of products, 1 MiB of float32, is still in a core's cache when its maxima are looked for.
 # A GPU wants larger launches.
@@ -21,7 +22,7 @@ GPU_QUERIES = GPU_LOGITS // KEYS
 def nearest_token_torch(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """query [B, n, d], keys [B, m, d] -> int32 [B, n]."""
     compute = compute_dtype(query)
-    found = _empty_output(query)
+    found = nearest_output(query)
     rows = CPU_QUERIES if query.device.type == "cpu" else GPU_QUERIES
     with torch.autocast(query.device.type, enabled=False):
         directions = keys.to(compute) * inverse_norms(keys).unsqueeze(-1)
@@ -57,10 +58,4 @@ def _first_largest(products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return largest, group * GROUP + products.gather(1, chosen).squeeze(1).argmax(-1)
 
 
-@nearest_token_torch.register_fake
-def _(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return _empty_output(query)
-
-
-def _empty_output(query: torch.Tensor) -> torch.Tensor:
-    return query.new_empty(query.shape[:2], dtype=torch.int32)
+nearest_token_torch.register_fake(nearest_output)

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from .chunks import compute_dtype, groups, token_chunks
+from ..shared.outputs import partial_output
+from .chunks import groups, token_chunks
 
 
 @torch.library.custom_op("stem_kernels::partial_attention_torch", mutates_args=())
@@ -17,7 +18,7 @@ def partial_attention_torch(
 
     Returns the output [B, h, m, e] and the logsumexp [B, h, m], in float32 or float64.
     """
-    output, logsumexp = _empty_output(query, value)
+    output, logsumexp = partial_output(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
         for group in groups(key):
             scaled = query[group].to(output.dtype) * (scale / math.log(2))
@@ -47,17 +48,7 @@ def _key_chunks(query: torch.Tensor, key: torch.Tensor) -> list[slice]:
     return list(token_chunks(key, max(1, query.shape[-2])))
 
 
-def _empty_output(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = compute_dtype(query)
-    output = query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=dtype)
-    return output, query.new_empty(query.shape[:-1], dtype=dtype)
-
-
-@partial_attention_torch.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_output(query, value)
+partial_attention_torch.register_fake(partial_output)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

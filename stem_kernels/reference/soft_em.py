@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shared.bases import candidates_of, least_mass, m_step
-from .chunks import compute_dtype
+from ..shared.outputs import compute_dtype
 from .em_statistics import em_statistics_torch
 
 

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..shared.outputs import attention_output
 from .correction import corrected
 from .precision import dot_options
 from .program import Layout, Program, programs
@@ -189,12 +190,6 @@ def _program(
     return program, out.place
 
 
-def empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Output [B, n, h, e] of queries [B, h, n, d] and values [.., h, K, e], uninitialised."""
-    batch, heads, n, _ = query.shape
-    return query.new_empty((batch, n, heads, value.shape[-1]))
-
-
 @operator
 def basis_attention_triton(
     query: torch.Tensor,
@@ -211,7 +206,7 @@ def basis_attention_triton(
     Returns contiguous [B, n, h, e] of the query's dtype.
     """
     if query.numel() == 0 or value.shape[-1] == 0:
-        return empty_output(query, value)
+        return attention_output(query, key, value)
     if correction is not None and query_mean is not None:
         lead = max(correction.shape[0], query_mean.shape[0])
         correction, query_mean = (
@@ -225,14 +220,4 @@ def basis_attention_triton(
     return program(*tensors)[out]
 
 
-@torch.library.register_fake("stem_kernels::basis_attention_triton")
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    correction: torch.Tensor | None,
-    query_mean: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    return empty_output(query, value)
+torch.library.register_fake("stem_kernels::basis_attention_triton")(attention_output)

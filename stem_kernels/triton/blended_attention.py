@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .basis_attention import LARGEST_HEAD, attend, empty_output
+from ..shared.outputs import attention_output, blended_output
+from .basis_attention import LARGEST_HEAD, attend
 from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
@@ -149,21 +150,10 @@ def blended_attention_triton(
     Returns contiguous [B, n, h, e] of the queries' dtype.
     """
     if query_target.numel() == 0 or value.shape[-1] == 0:
-        return empty_output(query_target, value)
+        return attention_output(query_target, key_target, value)
     tensors = (query_target, key_target, query_source, key_source, value, mask.float())
     program, out = _program(*map(Layout.of, tensors), Layout.of_any(bias), scale)
     return program(*tensors, bias)[out]
 
 
-@torch.library.register_fake("stem_kernels::blended_attention_triton")
-def _(
-    query_target: torch.Tensor,
-    key_target: torch.Tensor,
-    query_source: torch.Tensor,
-    key_source: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    return empty_output(query_target, value)
+torch.library.register_fake("stem_kernels::blended_attention_triton")(blended_output)

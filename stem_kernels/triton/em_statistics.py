@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from ..shared.outputs import statistics_output
 from . import em_fused, em_general, em_wide
 from .em_update import Bases, Parts, start, update
 from .program import Buffer, Layout, Program, programs
@@ -67,7 +68,7 @@ def em_statistics_triton(
     """
     width = 0 if payload is None else payload.shape[-1]
     if features.numel() == 0:
-        sums, mass, payload_sums = _outputs(features, bases.shape[-2], width)
+        sums, mass, payload_sums = statistics_output(features, bases, payload)
         return sums.zero_(), mass.zero_(), payload_sums.zero_()
     payload = payload if width else None
     program, *outputs = _program(
@@ -78,23 +79,4 @@ def em_statistics_triton(
     return sums, mass, payload_sums if width else mass.new_empty((*mass.shape, 0))
 
 
-@torch.library.register_fake("stem_kernels::em_statistics_triton")
-def _(
-    features: torch.Tensor,
-    bases: torch.Tensor,
-    payload: torch.Tensor | None,
-    temperature: float,
-    normalize: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _outputs(features, bases.shape[-2], 0 if payload is None else payload.shape[-1])
-
-
-def _outputs(
-    features: torch.Tensor, num_bases: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    lead = (*features.shape[:-2], num_bases)
-    return (
-        features.new_empty((*lead, features.shape[-1]), dtype=torch.float32),
-        features.new_empty(lead, dtype=torch.float32),
-        features.new_empty((*lead, width), dtype=torch.float32),
-    )
+torch.library.register_fake("stem_kernels::em_statistics_triton")(statistics_output)

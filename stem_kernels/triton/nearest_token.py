@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..shared.cosine import inverse_norms
+from ..shared.outputs import nearest_output
 from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
@@ -95,16 +96,10 @@ def _program(query: Layout, keys: Layout, share: Layout) -> tuple[Program, int]:
 def nearest_token_triton(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """query [B, n, d], keys [B, m, d], any strides -> int32 [B, n]."""
     if query.shape[:2].numel() == 0:
-        return _empty_output(query)
+        return nearest_output(query)
     tensors = (query, keys, inverse_norms(keys))
     program, out = _program(*map(Layout.of, tensors))
     return program(*tensors)[out]
 
 
-@torch.library.register_fake("stem_kernels::nearest_token_triton")
-def _(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return _empty_output(query)
-
-
-def _empty_output(query: torch.Tensor) -> torch.Tensor:
-    return query.new_empty(query.shape[:2], dtype=torch.int32)
+torch.library.register_fake("stem_kernels::nearest_token_triton")(nearest_output)

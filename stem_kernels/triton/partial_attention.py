@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..shared.outputs import partial_output
 from .basis_attention import LARGEST_HEAD
 from .em_update import block_of_parts, block_of_rows
 from .precision import dot_options
@@ -199,19 +200,10 @@ def partial_attention_triton(
     Returns the float32 output [B, h, m, e] and logsumexp [B, h, m].
     """
     if query.shape[2] == 0:
-        return _empty_output(query, value)
+        return partial_output(query, key, value)
     program, out, logsumexp = _program(*map(Layout.of, (query, key, value)), scale)
     tensors = program(query, key, value)
     return tensors[out], tensors[logsumexp]
 
 
-@torch.library.register_fake("stem_kernels::partial_attention_triton")
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_output(query, value)
-
-
-def _empty_output(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    output = query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
-    return output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+torch.library.register_fake("stem_kernels::partial_attention_triton")(partial_output)
