@@ -7,21 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..names import ABLATED, EMBEDDED_MODEL, FORMS
+from ..names import ABLATED, FORMS
 from .app import app, console, print_note, say
 from .arguments import (
-    Chunk,
-    Config,
-    Device,
-    Dtype,
-    Frames,
-    Model,
-    Options,
-    Out,
-    Prompt,
-    Seed,
-    Size,
-    Steps,
     VideoPath,
     chunk_of,
     names_of,
@@ -29,13 +17,14 @@ from .arguments import (
 )
 from .ranks import one_process
 from .request import Request
+from .run_options import RunOptions, takes_run_options
 
 
 @app.command("ablate")
+@takes_run_options(without=("methods",), methods="stem", out=Path("out/ablate"))
 def ablate_command(
     video: VideoPath,
-    model: Model = EMBEDDED_MODEL,
-    prompt: Prompt = "",
+    run: RunOptions,
     only: Annotated[str, typer.Option(help="Options to change, comma-separated.")] = ",".join(
         ABLATED
     ),
@@ -46,16 +35,6 @@ def ablate_command(
             callback=one_of(FORMS),
         ),
     ] = "defaults",
-    frames: Frames = None,
-    size: Size = None,
-    steps: Steps = 50,
-    seed: Seed = 0,
-    option: Options = None,
-    chunk: Chunk = "auto",
-    device: Device = None,
-    dtype: Dtype = None,
-    config: Config = None,
-    out: Out = Path("out/ablate"),
 ) -> None:
     """What each of STEM's options is worth on a video: table, ablation.json and .png.
 
@@ -68,23 +47,23 @@ def ablate_command(
     from .tables import ablation_table
 
     one_process("ablate")
-    request = Request.checked(model, "stem", option, seed, steps, device, dtype, out)
-    options = {"seed": seed, **request.options.get("stem", {})}
+    request = Request.checked(run)
+    options = {"seed": run.seed, **request.options.get("stem", {})}
     chosen = names_of(only)
-    clip = read_video(video, frames=frames, size=size, multiple_of=1)
+    clip = read_video(video, frames=run.frames, size=run.size, multiple_of=1)
     check_measurable(clip, ["stem"], {})
     variants_of(base_config(form, options, clip.num_frames), chosen)
     pipeline, clip = request.load_for(clip, video)
     found = ablate(
         pipeline,
         clip,
-        prompt,
-        out,
+        run.prompt,
+        run.out,
         chosen,
         form=form,
         options=options,
-        num_steps=steps,
-        chunk=chunk_of(chunk),
+        num_steps=run.steps,
+        chunk=chunk_of(run.chunk),
         model=request.model,
         note=request.note,
     )

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from ..names import EMBEDDED_MODEL, FLOWS
+from ..names import FLOWS
 from .app import app, console, print_note, say
 from .arguments import (
-    Chunk,
-    Config,
-    Device,
-    Dtype,
-    Frames,
-    Methods,
-    Model,
-    Options,
-    Out,
-    Prompt,
-    Seed,
-    Size,
-    Steps,
     chunk_of,
     one_of,
 )
 from .ranks import one_process
 from .request import Request
+from .run_options import RunOptions, takes_run_options
 
 if TYPE_CHECKING:
     from ..metrics import Flow
@@ -39,6 +27,7 @@ _WORLD_MULTIPLE = 8  # a side that every model's VAE takes as it is
 
 
 @app.command("analyse")
+@takes_run_options(methods="ddim,stem", out=Path("out/analyse"))
 def analyse_command(
     video: Annotated[
         Path,
@@ -47,12 +36,7 @@ def analyse_command(
             "world with its caption: 8 frames of 64x64 pixels without --frames and --size."
         ),
     ],
-    model: Model = EMBEDDED_MODEL,
-    prompt: Prompt = "",
-    methods: Methods = "ddim,stem",
-    frames: Frames = None,
-    size: Size = None,
-    steps: Steps = 50,
+    run: RunOptions,
     flow: Annotated[
         str | None,
         typer.Option(
@@ -64,13 +48,6 @@ def analyse_command(
     timestep: Annotated[
         int | None, typer.Option(help="Shown in the picture, or the nearest. Default: the middle.")
     ] = None,
-    seed: Seed = 0,
-    option: Options = None,
-    chunk: Chunk = "auto",
-    device: Device = None,
-    dtype: Dtype = None,
-    config: Config = None,
-    out: Out = Path("out/analyse"),
 ) -> None:
     """How steady an inversion's features are along the video's flow: picture, plot, figures.
 
@@ -81,26 +58,26 @@ def analyse_command(
     from .tables import analysis_table
 
     one_process("analyse")
-    request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
-    known: str | Flow | None = flow
+    request = Request.checked(run)
+    prompt, known = run.prompt, cast("str | Flow | None", flow)
     if str(video).startswith(WORLD):
-        clip, caption, exact = world_video(str(video), frames or "8", size or "64")
+        clip, caption, exact = world_video(str(video), run.frames or "8", run.size or "64")
         prompt, known = prompt or caption, flow or exact
     else:
-        clip = read_video(video, frames=frames, size=size, multiple_of=1)
+        clip = read_video(video, frames=run.frames, size=run.size, multiple_of=1)
     check_analysable(clip, request.methods, request.options)
     pipeline, clip = request.load_for(clip, video)
     found = analyse(
         pipeline,
         clip,
         prompt,
-        out,
+        run.out,
         request.methods,
         options=request.options,
         flow=known,
         timestep=timestep,
-        num_steps=steps,
-        chunk=chunk_of(chunk),
+        num_steps=run.steps,
+        chunk=chunk_of(run.chunk),
         model=request.model,
         note=request.note,
     )

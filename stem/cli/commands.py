@@ -10,24 +10,13 @@ from typing import Annotated
 
 import typer
 
-from ..names import BASES, EMBEDDED_MODEL, INVERSIONS
+from ..names import BASES, INVERSIONS
 from ..storage import remove_stale
 from .app import app, console, print_note, problems, say
 from .arguments import (
-    ALL_METHODS,
-    Chunk,
     Config,
     Device,
     Dtype,
-    Frames,
-    Methods,
-    Model,
-    Options,
-    Out,
-    Prompt,
-    Seed,
-    Size,
-    Steps,
     VideoPath,
     chunk_of,
     one_of,
@@ -35,21 +24,15 @@ from .arguments import (
 from .evaluate import print_evaluation
 from .ranks import rank_device, ranks
 from .request import Request, load
+from .run_options import RunOptions, takes_run_options
 
 
 @app.command("demo")
+@takes_run_options(without=("prompt", "frames", "chunk"), out=Path("out/demo"))
 def demo_command(
-    model: Model = EMBEDDED_MODEL,
-    methods: Methods = ALL_METHODS,
+    run: RunOptions,
     videos: Annotated[int, typer.Option(help="World videos; one natural clip comes on top.")] = 4,
     size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 64,
-    steps: Steps = 50,
-    seed: Seed = 0,
-    option: Options = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    config: Config = None,
-    out: Out = Path("out/demo"),
 ) -> None:
     """Compare inversions of videos drawn on the spot and of a real clip, and edit one more.
 
@@ -59,7 +42,7 @@ def demo_command(
     from ..workflows.measuring import check_measurable
     from .tables import demo_table
 
-    request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
+    request = Request.checked(run)
     request.check_size(size)
     clips, edited = demo_videos(videos, size), demo_edit(size)
     check_measurable(clips[0][0], request.methods, request.options)
@@ -68,10 +51,10 @@ def demo_command(
         request.load(),
         clips,
         edited,
-        out,
+        run.out,
         request.methods,
         options=request.options,
-        num_steps=steps,
+        num_steps=run.steps,
         model=request.model,
         note=request.note,
     )
@@ -92,41 +75,27 @@ def demo_command(
 
 
 @app.command("compare")
-def compare_command(
-    video: VideoPath,
-    model: Model = EMBEDDED_MODEL,
-    prompt: Prompt = "",
-    methods: Methods = ALL_METHODS,
-    frames: Frames = None,
-    size: Size = None,
-    steps: Steps = 50,
-    seed: Seed = 0,
-    option: Options = None,
-    chunk: Chunk = "auto",
-    device: Device = None,
-    dtype: Dtype = None,
-    config: Config = None,
-    out: Out = Path("out/compare"),
-) -> None:
+@takes_run_options(out=Path("out/compare"))
+def compare_command(video: VideoPath, run: RunOptions) -> None:
     """Several inversions of one video side by side: table, compare.json, .png and .mp4."""
     from ..workflows.comparison import compare
     from ..workflows.measuring import check_measurable
     from .tables import comparison_table
 
-    request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
-    clip = request.read(video, frames, size)
+    request = Request.checked(run)
+    clip = request.read(video, run.frames, run.size)
     check_measurable(clip, request.methods, request.options)
-    with ranks(device) as group:
+    with ranks(run.device) as group:
         pipeline, clip = request.load_for(clip, video)
         found = compare(
             pipeline,
             clip,
-            prompt,
-            out,
+            run.prompt,
+            run.out,
             request.methods,
             options=request.options,
-            num_steps=steps,
-            chunk=chunk_of(chunk),
+            num_steps=run.steps,
+            chunk=chunk_of(run.chunk),
             model=request.model,
             note=request.note,
             group=group,
@@ -142,46 +111,35 @@ def compare_command(
 
 
 @app.command("invert")
+@takes_run_options(methods="stem")
 def invert_command(
     video: VideoPath,
-    model: Model = EMBEDDED_MODEL,
-    prompt: Prompt = "",
-    methods: Methods = "stem",
-    frames: Frames = None,
-    size: Size = None,
-    steps: Steps = 50,
-    seed: Seed = 0,
-    option: Options = None,
+    run: RunOptions,
     keep_bases: Annotated[
         bool,
         typer.Option("--keep-bases", help="Keep STEM's bases, for reconstruct --bases cached."),
     ] = False,
-    chunk: Chunk = "auto",
-    device: Device = None,
-    dtype: Dtype = None,
-    config: Config = None,
-    out: Out = Path("out"),
 ) -> None:
     """Invert a video; run it again after an interruption and it goes on where it stopped."""
     from ..inversion import invert
 
-    request = Request.checked(model, methods, option, seed, steps, device, dtype, out)
+    request = Request.checked(run)
     if keep_bases and "stem" not in request.methods:
         raise typer.BadParameter(
-            f"only stem has bases, and --methods is {methods}", param_hint="--keep-bases"
+            f"only stem has bases, and --methods is {run.methods}", param_hint="--keep-bases"
         )
-    with ranks(device) as group:
-        pipeline, clip = request.load_for(request.open(video, frames, size), video)
+    with ranks(run.device) as group:
+        pipeline, clip = request.load_for(request.open(video, run.frames, run.size), video)
         for method in request.methods:
             inversion = invert(
                 pipeline,
                 clip,
-                prompt,
-                out / INVERSIONS,
+                run.prompt,
+                run.out / INVERSIONS,
                 method=method,
                 options=request.options.get(method),
-                num_steps=steps,
-                chunk=chunk_of(chunk),
+                num_steps=run.steps,
+                chunk=chunk_of(run.chunk),
                 model=request.model,
                 keep_bases=keep_bases and method == "stem",
                 group=group,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import typer
 from ..names import EMBEDDED_MODEL, INVERSIONS
 from ..storage import remove_stale
 from .app import app, print_note, say
-from .arguments import Chunk, Config, Device, Dtype, Frames, Out, Size, Steps, chunk_of
+from .arguments import chunk_of
 from .edit_options import (
     EditMethods,
     EditModel,
@@ -30,6 +31,7 @@ from .edit_options import (
 )
 from .ranks import one_process
 from .request import Request, load, random_note
+from .run_options import DEFAULTS, RunOptions, takes_run_options
 
 if TYPE_CHECKING:
     from ..workflows.edit_plan import EditPlan
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 
 @app.command("edit")
+@takes_run_options(without=("prompt", "methods"), out=Path("out/edit"))
 def edit_command(
     context: typer.Context,
     source: Source,
@@ -50,14 +53,7 @@ def edit_command(
     option: EditOptions = None,
     inversion: InversionMethod = "stem",
     model: EditModel = None,
-    frames: Frames = None,
-    size: Size = None,
-    steps: Steps = 50,
-    chunk: Chunk = "auto",
-    device: Device = None,
-    dtype: Dtype = None,
-    config: Config = None,
-    out: Out = Path("out/edit"),
+    run: RunOptions = DEFAULTS,
 ) -> None:
     """Edit a video, or an inversion, by prompts; an interrupted edit goes on where it stopped.
 
@@ -77,55 +73,56 @@ def edit_command(
     plan = EditPlan(prompt, methods, options, negative_prompt, guidance, seed)
     if is_folder:
         refuse_of_inversions(context)
-        found, note = _edit_inversion(source, plan, model, device, dtype, out)
+        found, note = _edit_inversion(source, plan, model, run)
     else:
         request = Request.checked(
-            model or EMBEDDED_MODEL, inversion, of_inversion, seed, steps, device, dtype, out
+            dataclasses.replace(
+                run,
+                model=model or EMBEDDED_MODEL,
+                methods=inversion,
+                option=of_inversion,
+                seed=seed,
+            )
         )
-        clip = request.open(source, frames, size)
-        plan.check_space(out, clip.num_frames, clip.height, clip.width)
+        clip = request.open(source, run.frames, run.size)
+        plan.check_space(run.out, clip.num_frames, clip.height, clip.width)
         pipeline, clip = request.load_for(clip, source)
         inverted = invert(
             pipeline,
             clip,
             source_prompt,
-            out / INVERSIONS,
+            run.out / INVERSIONS,
             method=inversion,
             options=request.options.get(inversion),
-            num_steps=steps,
-            chunk=chunk_of(chunk),
+            num_steps=run.steps,
+            chunk=chunk_of(run.chunk),
             model=request.model,
         )
         say(f"inversion: {inverted.path}")
         note = request.note
-        found = write_edits(pipeline, inverted, plan, out, video=clip, note=note)
+        found = write_edits(pipeline, inverted, plan, run.out, video=clip, note=note)
     _print(found)
     print_note(note)
 
 
 def _edit_inversion(
-    path: Path,
-    plan: EditPlan,
-    model: str | None,
-    device: str | None,
-    dtype: str | None,
-    out: Path,
+    path: Path, plan: EditPlan, model: str | None, run: RunOptions
 ) -> tuple[Edits, str]:
     """What was found, and what to say of the model."""
     from ..inversion import InversionFolder
     from ..models import ModelError, check_device
     from ..workflows.edits import write_edits
 
-    check_device(device)
+    check_device(run.device)
     inversion = InversionFolder.open(path)
-    plan.check(inversion, out)
+    plan.check(inversion, run.out)
     name = model or inversion.settings["model"]["name"]
     if not name:
         raise ModelError(f"{path} does not name its model; pass it with --model")
     remove_stale(inversion.path)
-    pipeline = load(name, device, dtype or inversion.settings["dtype"])
+    pipeline = load(name, run.device, run.dtype or inversion.settings["dtype"])
     note = random_note(name)
-    return write_edits(pipeline, inversion, plan, out, note=note), note
+    return write_edits(pipeline, inversion, plan, run.out, note=note), note
 
 
 def _print(found: Edits) -> None:

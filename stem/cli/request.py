@@ -16,6 +16,7 @@ from .ranks import rank_device
 if TYPE_CHECKING:
     from ..video import Video, VideoFile
     from ..video.reading import Pictures
+    from .run_options import RunOptions
 
 RANDOM_NOTE = (
     "The model's weights are random numbers: the pictures mean nothing, and the figures show the "
@@ -51,14 +52,7 @@ class Request:
     @classmethod
     def checked(
         cls,
-        model: str,
-        methods: str,
-        option: list[str] | None,
-        seed: int,
-        steps: int,
-        device: str | None,
-        dtype: str | None,
-        out: Path,
+        run: RunOptions,
     ) -> Request:
         """The settings that the options' texts ask for.
 
@@ -68,17 +62,16 @@ class Request:
         from ..diffusion.schedule import check_steps
         from ..models import check_device, known_schedule
 
-        names = chosen_methods(methods)
-        options = method_options(option, names, seed)
-        if model == RANDOM_MODEL:
-            model = f"{RANDOM_MODEL}:{seed}"
+        names = chosen_methods(run.methods)
+        options = method_options(run.option, names, run.seed)
+        model = f"{RANDOM_MODEL}:{run.seed}" if run.model == RANDOM_MODEL else run.model
         schedule = known_schedule(model)
         if schedule is not None:
             train_steps = schedule.get("num_train_timesteps", 1000)  # diffusers' default
-            check_steps(steps, train_steps, schedule.get("steps_offset", 0))
-        check_device(rank_device(device))
-        check_output(out / INVERSIONS)
-        return cls(model, names, options, steps, device, dtype, out)
+            check_steps(run.steps, train_steps, schedule.get("steps_offset", 0))
+        check_device(rank_device(run.device))
+        check_output(run.out / INVERSIONS)
+        return cls(model, names, options, run.steps, run.device, run.dtype, run.out)
 
     @property
     def note(self) -> str:

@@ -1,0 +1,91 @@
+"""The options that commands which invert have in common, as one argument of each command."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..names import EMBEDDED_MODEL
+from .arguments import (
+    ALL_METHODS,
+    Chunk,
+    Config,
+    Device,
+    Dtype,
+    Frames,
+    Methods,
+    Model,
+    Options,
+    Out,
+    Prompt,
+    Seed,
+    Size,
+    Steps,
+)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Texts of the options; an option that a command does not have keeps its default."""
+
+    model: Model = EMBEDDED_MODEL
+    prompt: Prompt = ""
+    methods: Methods = ALL_METHODS
+    frames: Frames = None
+    size: Size = None
+    steps: Steps = 50
+    seed: Seed = 0
+    option: Options = None
+    chunk: Chunk = "auto"
+    device: Device = None
+    dtype: Dtype = None
+    config: Config = None
+    out: Out = Path("out")
+
+
+DEFAULTS = RunOptions()
+"""The default of an argument `run` that stands after others with defaults."""
+
+
+def takes_run_options(
+    without: Collection[str] = (), **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator of a command with an argument `run`, in whose place its options stand.
+
+    Args:
+        without: Names of RunOptions that the command does not have, beside those that it declares
+            itself.
+        defaults: Defaults of the command by option, where they are its own.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        options = inspect.signature(RunOptions, eval_str=True).parameters
+        shared = {
+            name: option.replace(default=defaults.get(name, option.default))
+            for name, option in options.items()
+            if name not in without and name not in own
+        }
+
+        @functools.wraps(command)
+        def call(**values: Any) -> None:
+            given = {name: values.pop(name) for name in shared}
+            command(run=dataclasses.replace(RunOptions(**defaults), **given), **values)
+
+        parameters = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in own.values()
+            for each in (shared.values() if parameter.name == "run" else (parameter,))
+        ]
+        # What typer reads, in place of the signature of the command.
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {each.name: each.annotation for each in parameters}
+        del call.__wrapped__
+        return call
+
+    return decorate
