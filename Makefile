@@ -12,17 +12,20 @@ demo: $(VENV)/.demo
 test: lint unit interpreter
 
 lint: $(VENV)/.dev
+	@echo "== lint: style, format and types"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # A process a core: most tests are small, and threads gain little in them.
 unit: $(VENV)/.dev
+	@echo "== unit: every backend of this machine"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 
 # Triton reads TRITON_INTERPRET when it is imported, so its tests have processes of their own.
 # The interpreter is Python, which uses one core a process.
 interpreter: $(VENV)/.dev
+	@echo "== interpreter: the Triton kernels, on the CPU"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interpreter \
 		-n logical --maxprocesses 8
 

@@ -16,6 +16,8 @@ from stem_kernels.testing import clustered_tokens
 
 NO_CLIP = "hf download nobody/clip"
 """End of the advice where CLIP's weights are not on this machine."""
+SLOWEST = 5
+"""Tests that a run names at its end."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 if INTERPRETED:
@@ -135,3 +137,17 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("stem.models.load_pipeline", record)
     monkeypatch.setenv("COLUMNS", "300")
     return loaded
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line with the tests that took longest, set-up included."""
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid] = seconds.get(report.nodeid, 0.0) + report.duration
+    slowest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:SLOWEST]
+    slowest = [name for name in slowest if seconds[name] >= 1]
+    if slowest:
+        shown = [f"{name.rpartition('/')[2]} {seconds[name]:.0f} s" for name in slowest]
+        terminalreporter.write_line(f"slowest: {', '.join(shown)}")

@@ -9,12 +9,9 @@ import stem
 
 CODE = """
 import sys
-import diffusers
-import diffusers.models.attention_processor  # diffusers itself needs Pillow
-from diffusers import DDIMInverseScheduler, DDIMScheduler, UNet2DConditionModel
-
 for name in ("av", "matplotlib", "scipy", "PIL", "torchmetrics", "rich", "typer", "yaml"):
     sys.modules[name] = None  # importing it fails
+sys.modules["diffusers"] = sys.modules["transformers"] = None  # a pipeline brings them
 import stem
 
 stem.StemConfig, stem.enable, stem.invert, stem.reconstruct, stem.load_pipeline
