@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stem_kernels.backends import BACKENDS
-from stem_kernels.ops.calibration import CALIBRATIONS as FORMS
+from stem_kernels.ops.calibration import CALIBRATIONS as FITTED
 from stem_kernels.ops.initialization import INITIALIZATIONS
 from stem_kernels.ops.soft_em import EMPTY_POLICIES
 
 SPACES = ("feature", "key")
-CALIBRATIONS = ("none", *FORMS)
+CALIBRATIONS = ("none", "moments", *FITTED)
 MAX_BASES = 16_384
 """Bases of more than a layer's tokens gain nothing, and their logits take memory."""
 NAMED_FRAMES = ("first", "mid", "last")
@@ -21,6 +21,7 @@ _PUBLISHED: dict[str, Any] = {
     "num_iters": 5,
     "temperature": 0.01,
     "init": "gaussian",
+    "sample_per_base": None,
     "proportional": False,
     "calibration": "none",
     "dense_below": 0,
@@ -38,14 +39,21 @@ class StemConfig:
         space: Space in which responsibilities are computed. "feature": the layer's input, keys
             and values being projections of the bases (the paper). "key": the keys of each head,
             the values riding along (the released code).
+        sample_per_base: Number of tokens a base that EM reads, at least 1: `num_bases` times as
+            many, spread evenly over the whole video, so that EM costs the same at any length.
+            None: EM reads all tokens.
         init: Start of EM, "gaussian" or "tokens", see `stem_kernels.initial_bases`.
         empty: Policy for empty bases, "zero", "mask" or "reseed", see `stem_kernels.soft_em`.
         proportional: Whether a base weighs as much as its mass, see
             `stem_kernels.attention_bias`.
-        calibration: Form of what is fitted to the exact attention of a few tokens, so that
-            attention to the bases comes nearer to that over all frames: "none", "linear" or
-            "joint", see `stem_kernels.ops.calibration`.
-        num_queries: Number of these tokens, at least 1, spread over the video.
+        calibration: Form of what brings attention to the bases nearer to that over all frames:
+            "none"; "moments", the covariance of keys and values that bases leave out, which costs
+            next to nothing; "linear" or "joint", fitted to the exact attention of a few tokens.
+            See `stem_kernels.ops.calibration`.
+        num_queries: Number of the tokens that "linear" and "joint" are fitted to, at least 1,
+            spread over the video.
+        key_share: Share of the video's tokens, 0 < share <= 1, that the exact attention of these
+            tokens goes to.
         dense_below: Number of tokens of a whole video up to which a layer attends to all of them,
             exactly and without bases; 0: no layer does.
         num_frames: Number of consecutive rows of a batch that are one video with bases of its
@@ -75,11 +83,13 @@ class StemConfig:
     num_iters: int = 2
     temperature: float = 0.01
     space: str = "feature"
+    sample_per_base: int | None = 16
     init: str = "tokens"
     empty: str = "mask"
     proportional: bool = True
-    calibration: str = "none"
+    calibration: str = "moments"
     num_queries: int = 256
+    key_share: float = 1.0
     dense_below: int = 0
     num_frames: int | None = None
     chunk: int | None = None
@@ -96,6 +106,11 @@ class StemConfig:
         if not number or not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature!r}; it must be positive and finite")
         _check_choice("space", self.space, SPACES)
+        if self.sample_per_base is not None:
+            _check_count("sample_per_base", self.sample_per_base)
+        share = self.key_share
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"key_share is {share!r}; it must be above 0 and at most 1")
         _check_choice("init", self.init, INITIALIZATIONS)
         _check_choice("empty", self.empty, EMPTY_POLICIES)
         _check_choice("backend", self.backend, ("auto", *BACKENDS))
@@ -119,6 +134,12 @@ class StemConfig:
             raise ValueError(f"proportional is {self.proportional!r}; it must be True or False")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number of 64 bits")
+
+    def sampled(self, num_tokens: int) -> int:
+        """How many of a video's tokens EM reads."""
+        if self.sample_per_base is None:
+            return num_tokens
+        return min(num_tokens, self.num_bases * self.sample_per_base)
 
     @classmethod
     def paper(cls, **changes: Any) -> StemConfig:

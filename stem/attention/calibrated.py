@@ -1,23 +1,25 @@
-"""Calibration of a layer's bases by the exact attention of a few tokens of the whole video."""
+"""What brings attention to a layer's bases nearer to that to all tokens of the video."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
-from stem_kernels.ops.calibration import Calibration, calibrate_bases
+from stem_kernels.ops.calibration import Calibration, calibrate_bases, moments, token_products
 from stem_kernels.ops.partial_attention import (
     PartialAttention,
     merged_attention,
     partial_attention,
 )
+from stem_kernels.ops.soft_em import SoftEM
 from stem_kernels.shared.spread import spread_tokens
 
 from ..config import StemConfig
-from .exchange import Lockstep, Tensors
+from .exchange import Lockstep, Tensors, in_order
 from .processor import project_keys_and_values, project_queries
-from .shared_em import CPU, gathered_tokens
+from .shared_em import CPU, gathered_tokens, own_tokens
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -71,7 +73,7 @@ def calibration_of(
             form=config.calibration,
         )
 
-    part = _attended(attn, query, tokens, projected, config.backend)
+    part = _attended(attn, query, tokens, projected, config, exchange)
     return merge([part]) if exchange is None else exchange.meet(part, merge)
 
 
@@ -80,7 +82,66 @@ def _attended(
     query: torch.Tensor,
     tokens: torch.Tensor,
     projected: Projected | None,
-    backend: str,
+    config: StemConfig,
+    exchange: Lockstep | None,
 ) -> PartialAttention:
+    if config.key_share < 1:
+        features = tokens.flatten(1, 2)
+        total = features.shape[1] if exchange is None else tokens.shape[2] * exchange.num_frames
+        index = spread_tokens(total, max(1, round(config.key_share * total)), CPU)
+        own = index if exchange is None else own_tokens(exchange, index, tokens.shape[2])
+        tokens, projected = features.index_select(1, own.to(features.device)).unsqueeze(1), None
     key, value = projected or project_keys_and_values(attn, tokens, tokens.shape[0])
-    return partial_attention(query, key, value, backend=backend)
+    return partial_attention(query, key, value, backend=config.backend)
+
+
+def moments_of(
+    attn: Attention,
+    features: torch.Tensor,
+    projected: Projected | None,
+    found: SoftEM,
+    bases: Projected,
+    total: int,
+    exchange: Lockstep | None,
+) -> Calibration:
+    """The covariance of keys and values that bases leave out, as a correction of each head.
+
+    Args:
+        attn: Attention module, for its projections.
+        features: Tokens [videos, n, C] that EM read, of the running chunk where there is an
+            exchange.
+        projected: Keys and values [videos, h, n, d] of these tokens in key space, else None.
+        found: Result of EM on the tokens or, in key space, on their keys.
+        bases: Keys and values [videos, h, K, d] of the bases.
+        total: Number of all tokens that EM read.
+        exchange: Exchange in which the chunks meet, once; None: the tokens are all of them.
+
+    Returns:
+        `Calibration` without values of its own.
+    """
+    key, value = bases
+    if projected is None and attn.norm_k is not None:  # keys are no linear map of the features
+        projected = project_keys_and_values(attn, features, features.shape[0])
+        found = SoftEM(key, None, found.mass.unsqueeze(1))
+    products = token_products(*(projected or (features, features)), total)
+    if exchange is not None:
+        products = exchange.meet((products,), lambda parts: in_order(parts)[0])
+    left_out = moments(products, found, found.bases if projected is None else value)
+    if projected is None:
+        left_out = _of_heads(attn, left_out.to(features.dtype)).to(left_out.dtype)
+    correction = pad(left_out * left_out.shape[-2] ** -0.5, (0, 0, 0, 1))
+    return Calibration(None, correction, torch.zeros_like(correction[..., :-1, 0]))
+
+
+def _of_heads(attn: Attention, matrix: torch.Tensor) -> torch.Tensor:
+    """W_k S W_v^T of each head, [videos, h, d, d], of a matrix S [videos, C, C] of features."""
+    of_keys = _without_bias(attn.to_k, matrix).mT
+    both = _without_bias(attn.to_v, of_keys).unflatten(-1, (attn.heads, -1))
+    # [videos, h, d, h, d], of which each head has its own values
+    return both.unflatten(1, (attn.heads, -1)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def _without_bias(project: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """What a linear projection makes of rows [videos, m, C] but for its bias."""
+    found: torch.Tensor = project(pad(rows, (0, 0, 0, 1)))
+    return found[:, :-1] - found[:, -1:]

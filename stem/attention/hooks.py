@@ -103,12 +103,16 @@ class LayerBases(NamedTuple):
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> LayerBases:
         """The bases that these are the tensors of."""
-        fitted = [tensors[name] for name in Calibration._fields if name in tensors]
+        calibration = None
+        if "correction" in tensors:
+            calibration = Calibration(
+                tensors.get("value"), tensors["correction"], tensors["query_mean"]
+            )
         return cls(
             tensors["bases"],
             tensors.get("payload"),
             tensors["mass"],
-            Calibration(*fitted) if fitted else None,
+            calibration,
         )
 
 
@@ -261,8 +265,8 @@ class Recording(Hook):
         self.found[layer] = LayerBases(found.bases.detach(), payload, found.mass.detach())
 
     def calibrated(self, layer: int, found: Calibration) -> None:
-        calibration = Calibration(*(part.detach() for part in found))
-        self.found[layer] = self.found[layer]._replace(calibration=calibration)
+        detached = found.each(torch.Tensor.detach)
+        self.found[layer] = self.found[layer]._replace(calibration=detached)
 
 
 class Replay(Hook):

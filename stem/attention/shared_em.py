@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -14,6 +15,8 @@ from stem_kernels.shared.spread import spread_tokens
 
 from ..config import StemConfig
 from .exchange import Lockstep, Tensors, in_order
+
+Found = TypeVar("Found")
 
 
 def shared_em(
@@ -95,31 +98,91 @@ def _m_step(
 def gathered_tokens(
     exchange: Lockstep, features: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
-    """Tokens of the whole video, by their numbers in it.
+    """Tokens [..., m, D] of the whole video, by their numbers in it; arguments as `gathered`."""
+    return gathered(exchange, features, index, lambda tokens: tokens)
+
+
+def gathered(
+    exchange: Lockstep,
+    features: torch.Tensor,
+    index: torch.Tensor,
+    made: Callable[[torch.Tensor], Found],
+) -> Found:
+    """What is made of tokens of the whole video; every chunk of this process takes the same.
 
     Args:
         exchange: Exchange in which the chunks meet.
         features: Tokens [..., n, D] of the running chunk.
         index: Numbers of the tokens wanted, int64 [m] on the CPU, ascending.
-
-    Returns:
-        [..., m, D].
+        made: Function of the tokens [..., m, D], called once.
     """
     tokens = features.shape[-2] // len(exchange.running)
+    edges = _edges(exchange, index, tokens)
+    counts = [end - start for start, end in pairwise(edges)]
+    own = own_tokens(exchange, index, tokens)
+    mine = features.index_select(-2, own.to(features.device))
+    return exchange.meet(
+        (mine,),
+        lambda parts: made(torch.cat([part for (part,) in parts], dim=-2)),
+        counts=counts,
+        dim=features.ndim - 2,
+    )
+
+
+def own_tokens(exchange: Lockstep, index: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Which of some tokens of the whole video are the running chunk's, by their numbers in it.
+
+    Args:
+        exchange: Exchange in which the chunks meet.
+        index: Numbers of the tokens in the video, int64 [m] on the CPU, ascending.
+        tokens: Number of tokens a frame.
+    """
+    start, end = _edges(exchange, index, tokens)[exchange.number :][:2]
+    return index[start:end] - exchange.position * tokens
+
+
+def _edges(exchange: Lockstep, index: torch.Tensor, tokens: int) -> list[int]:
+    """Where in an ascending index the tokens of each chunk begin, and the end of the last."""
     edges, seen = [0], 0
     for frames in exchange.chunks:
         seen += len(frames) * tokens
         edges.append(int(torch.searchsorted(index, seen)))
-    counts = [end - start for start, end in pairwise(edges)]
-    start = edges[exchange.number]
-    own = index[start : start + counts[exchange.number]] - exchange.position * tokens
-    mine = features.index_select(-2, own.to(features.device))
-    return exchange.meet(
-        (mine,),
-        lambda parts: torch.cat([part for (part,) in parts], dim=-2),
-        counts=counts,
-        dim=features.ndim - 2,
-    )
+    return edges
+
+
+class Sample(Generic[Found]):
+    """Tokens of the whole video that EM reads, and what the chunks of this process find in them.
+
+    Args:
+        tokens: Tokens [videos, m, C].
+    """
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._tokens: torch.Tensor | None = tokens
+        self._found: Found | None = None
+
+    def find(self, search: Callable[[torch.Tensor], Found]) -> Found:
+        """What `search` finds in the tokens; later chunks take what the first one found."""
+        if self._tokens is not None:
+            self._found = search(self._tokens)
+            self._tokens = None
+        assert self._found is not None
+        return self._found
+
+
+def sampled(features: torch.Tensor, count: int, exchange: Lockstep | None) -> Sample[Any]:
+    """Some of a video's tokens, spread evenly over it, whatever its chunks.
+
+    Args:
+        features: Tokens [videos, n, C], of the running chunk where there is an exchange.
+        count: Number of tokens.
+        exchange: Exchange in which the chunks meet, once; None: the tokens are whole videos'.
+    """
+    if exchange is None:
+        index = spread_tokens(features.shape[1], count, features.device)
+        return Sample(features.index_select(1, index))
+    total = features.shape[1] // len(exchange.running) * exchange.num_frames
+    return gathered(exchange, features, spread_tokens(total, count, CPU), Sample)
 
 
 def _moments(

@@ -7,16 +7,16 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from stem_kernels import basis_attention, initial_bases, standard_normals
-from stem_kernels.ops.calibration import Calibration
+from stem_kernels.ops.calibration import CALIBRATIONS, Calibration
 from stem_kernels.ops.soft_em import AttendedBases, SoftEM, attended_bases
 
 from ..config import StemConfig
-from .calibrated import calibration_of
+from .calibrated import calibration_of, moments_of
 from .exchange import Lockstep
 from .frames import all_frame_operands
 from .hooks import Hooks, LayerBases, Operands
@@ -27,7 +27,7 @@ from .processor import (
     project_keys_and_values,
     project_queries,
 )
-from .shared_em import shared_em
+from .shared_em import Sample, sampled, shared_em
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -92,7 +92,7 @@ class StemState:
                 f"calibration is {self.config.calibration!r}, and the replayed bases of layer "
                 f"{layer} hold none; record them with it, or take calibration='none'"
             )
-        return Calibration(*(_placed(part, tokens, tokens.shape[0]) for part in given.calibration))
+        return given.calibration.each(lambda part: _placed(part, tokens, tokens.shape[0]))
 
     def converge(
         self,
@@ -155,6 +155,24 @@ def _placed(recorded: torch.Tensor, like: torch.Tensor, videos: int) -> torch.Te
     return recorded.to(like.device).expand(videos, *recorded.shape[1:])
 
 
+class _Found(NamedTuple):
+    """What attention takes of a layer's bases.
+
+    Args:
+        key: Keys [videos, h, K, d].
+        value: Values [videos, h, K, d].
+        bias: Bias [videos, 1 or h, K] of the logits, or None.
+        calibration: Calibration by the moments of the tokens that EM read, or None.
+        projected: Keys and values [videos, h, n, d] of these tokens in key space, else None.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None
+    calibration: Calibration | None
+    projected: tuple[torch.Tensor, torch.Tensor] | None
+
+
 class StemProcessor(VideoAttentionProcessor):
     """STEM in one self-attention: EM over all tokens of a video, then attention to its bases.
 
@@ -172,44 +190,83 @@ class StemProcessor(VideoAttentionProcessor):
 
     def operands(self, attn: Attention, tokens: torch.Tensor) -> Operands:
         config, exchange = self.state.config, self.layout.exchange
-        videos, frames, num_tokens, _ = tokens.shape
+        _, frames, num_tokens, _ = tokens.shape
         total = num_tokens * (frames if exchange is None else exchange.num_frames)
         if total <= config.dense_below:
             if not torch.compiler.is_compiling():
                 _log_dense_once(self.name, total)
             return all_frame_operands(attn, tokens, exchange)
-        projected = None
-        if config.space == "feature":
-            bases = self._converged(tokens.flatten(1, 2), None)
-            key, value = project_keys_and_values(attn, bases.bases, videos)
-            bias = None if bases.bias is None else bases.bias.unsqueeze(1)
+        features = tokens.flatten(1, 2)
+        count = config.sampled(total)
+        if count == total or self.state.given(self.layer) is not None:
+            found = self._attended_bases(attn, features, total, exchange)
         else:
-            projected = project_keys_and_values(attn, tokens, videos)
-            bases = self._converged(*projected)
-            assert bases.payload is not None
-            key, value, bias = bases.bases, bases.payload, bases.bias
-        correction = mean = None
-        if config.calibration != "none":
-            bases_of = (key, value, bias)
-            fitted, correction, mean = self.state.calibrate(
+            sample: Sample[_Found] = sampled(features, count, exchange)
+            found = sample.find(lambda some: self._attended_bases(attn, some, count, None))
+        key, value, bias, calibration, projected = found
+        if config.calibration in CALIBRATIONS:
+            of_all = projected if count == total else None
+            calibration = self.state.calibrate(
                 self.layer,
                 tokens,
-                lambda: calibration_of(attn, tokens, projected, bases_of, config, exchange),
+                lambda: calibration_of(attn, tokens, of_all, found[:3], config, exchange),
             )
-            value = fitted.to(value.dtype)
+        correction = mean = None
+        if calibration is not None:
+            correction, mean = calibration.correction, calibration.query_mean
+            value = value if calibration.value is None else calibration.value
         optional = (
             None if part is None else part.unsqueeze(1) for part in (bias, correction, mean)
         )
         return Operands(
             project_queries(attn, tokens).unsqueeze(1),
             key.unsqueeze(1),
-            value.unsqueeze(1),
+            value.to(key.dtype).unsqueeze(1),
             *optional,
         )
 
-    def _converged(self, features: torch.Tensor, payload: torch.Tensor | None) -> AttendedBases:
+    def _attended_bases(
+        self, attn: Attention, features: torch.Tensor, total: int, exchange: Lockstep | None
+    ) -> _Found:
+        """What attention takes of the bases that EM finds in tokens.
+
+        Args:
+            attn: Attention module, for its projections.
+            features: Tokens [videos, n, C] that EM reads, of the running chunk where there is an
+                exchange.
+            total: Number of all tokens that EM reads.
+            exchange: Exchange in which the chunks meet; None: the tokens are all that EM reads.
+        """
+        config, videos = self.state.config, features.shape[0]
+        projected = None
+        if config.space == "feature":
+            bases = self._converged(features, None, exchange)
+            key, value = project_keys_and_values(attn, bases.bases, videos)
+            bias = None if bases.bias is None else bases.bias.unsqueeze(1)
+        else:
+            projected = project_keys_and_values(attn, features, videos)
+            bases = self._converged(*projected, exchange)
+            assert bases.payload is not None
+            key, value, bias = bases.bases, bases.payload, bases.bias
+        calibration = None
+        if config.calibration == "moments":
+            calibration = self.state.calibrate(
+                self.layer,
+                features,
+                lambda: moments_of(
+                    attn, features, projected, bases.found, (key, value), total, exchange
+                ),
+            )
+        return _Found(key, value, bias, calibration, projected)
+
+    def _converged(
+        self,
+        features: torch.Tensor,
+        payload: torch.Tensor | None,
+        exchange: Lockstep | None,
+    ) -> AttendedBases:
         """The bases of every video of the batch."""
-        state, exchange = self.state, self.layout.exchange
+        state = self.state
         if features.shape[0] == 1 or not state.hooks.joint_bases:
             return state.converge(self.layer, features, payload, exchange)
         carried = [*features[1:], *([] if payload is None else payload)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from ..shared.outputs import compute_dtype
 from .basis_attention import check_bases, fitting_bias
 from .checks import check_choice, check_floating
+from .soft_em import SoftEM
 
 OP = "calibrate_bases"
 
@@ -21,12 +23,17 @@ QUERY_WEIGHT = 10.0
 
 
 class Calibration(NamedTuple):
-    """Values [B, h, K, e], correction [B, h, d + 1, e] and mean query [B, h, d]; float32 or
-    float64. The last two are what `basis_attention` takes."""
+    """Values [B, h, K, e], or None for those of the bases, correction [B, h, d + 1, e] and mean
+    query [B, h, d]; float32 or float64. The last two are what `basis_attention` takes."""
 
-    value: torch.Tensor
+    value: torch.Tensor | None
     correction: torch.Tensor
     query_mean: torch.Tensor
+
+    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Calibration:
+        """The same with a function of each of the tensors."""
+        value = None if self.value is None else function(self.value)
+        return Calibration(value, function(self.correction), function(self.query_mean))
 
 
 def calibrate_bases(
@@ -117,6 +124,52 @@ def calibrate_bases(
             value = value + per_weight * (weights.mT @ share)
         correction = torch.cat([fitted[..., :-1, :] * scale, fitted[..., -1:, :]], dim=-2)
     return Calibration(value, correction, mean.squeeze(-2))
+
+
+def token_products(features: torch.Tensor, payload: torch.Tensor, total: int) -> torch.Tensor:
+    r"""$X^T P / n$, the first term of `moments`, of all tokens or of a part of them.
+
+    Args:
+        features: Tokens [..., m, D] of any floating dtype.
+        payload: Payload [..., m, E] of the same tokens and dtype.
+        total: Number n of all tokens; the terms of their parts add up.
+
+    Returns:
+        [..., D, E] in float32 (float64 for float64).
+    """
+    compute = compute_dtype(features)
+    with torch.autocast(features.device.type, enabled=False):
+        if features.device.type == "cpu":  # elsewhere half precision has matrix units
+            features, payload = features.to(compute), payload.to(compute)
+        share = total**-0.5  # of each factor, so that no sum leaves half's range
+        return ((features.mT * share) @ (payload * share)).to(compute)
+
+
+def moments(products: torch.Tensor, found: SoftEM, payload_bases: torch.Tensor) -> torch.Tensor:
+    r"""How features and payloads of tokens go together within the bases, in the mean.
+
+    $$S = \frac{1}{n} \sum_n x_n^T p_n - \sum_k \frac{M_k}{\sum_j M_j} m_k^T v_k$$
+
+    Attention to a base takes its tokens for one. To first order in the query it misses
+    $\text{scale}\, q S$, with keys for features and values for payloads: one matrix a head, for
+    which no query is needed. As the correction of `basis_attention` it is
+    $[\text{scale}\, S; 0]$, with 0 for the mean query.
+
+    Args:
+        products: Products [..., D, E] of all tokens that EM read, from `token_products`.
+        found: Result of EM, bases [..., K, D] and mass [..., K].
+        payload_bases: Payload bases [..., K, E] under the same responsibilities; the bases
+            themselves where both are projected later.
+
+    Returns:
+        [..., D, E] in the products' dtype.
+
+    Source: this package's.
+    """
+    shares = found.mass / found.mass.sum(-1, keepdim=True)
+    with torch.autocast(products.device.type, enabled=False):
+        between = (found.bases * shares.unsqueeze(-1)).mT @ payload_bases.to(found.bases.dtype)
+        return products - between.to(products.dtype)
 
 
 def _mean_diagonal(matrices: torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..backends import BACKENDS, select
 from ..shared.spread import spread_tokens
 from .basis_attention import basis_attention
-from .calibration import CALIBRATIONS, calibrate_bases
+from .calibration import CALIBRATIONS, calibrate_bases, moments, token_products
 from .checks import (
     check_choice,
     check_count,
@@ -37,12 +37,13 @@ def stem_attention(
     enable_gqa: bool = False,
     num_bases: int = 256,
     num_iters: int = 2,
+    sample_per_base: int | None = 16,
     temperature: float = 0.01,
     init: str = "tokens",
     seed: int = 0,
     empty: str = "mask",
     proportional: bool = True,
-    calibration: str = "none",
+    calibration: str = "moments",
     num_queries: int = 256,
     allow_exact: bool = True,
     backend: str = "auto",
@@ -65,6 +66,8 @@ def stem_attention(
         enable_gqa: Argument of SDPA; False is the only value taken.
         num_bases: Number K of bases, at least 1.
         num_iters: Number R of EM iterations, at least 1.
+        sample_per_base: Number of keys a base that EM reads, at least 1: K times as many, spread
+            evenly over all. None: EM reads all keys.
         temperature: Temperature tau > 0 of the responsibilities.
         init: Kind of initial bases, "tokens" (no random numbers) or "gaussian" (the authors'
             code; `seed` counts).
@@ -72,8 +75,9 @@ def stem_attention(
         empty: Policy for empty bases, "zero", "mask" or "reseed", see `soft_em`.
         proportional: Whether bases weigh as much as their mass, see `attention_bias`; without it
             bases that stand for few tokens weigh as much as those that stand for many.
-        calibration: Form of the correction that brings the output nearer, "none", "linear" or
-            "joint", see `ops.calibration`: fitted to the exact attention of some queries.
+        calibration: Form of the correction that brings the output nearer: "none"; "moments", the
+            covariance of keys and values that bases leave out; "linear" or "joint", fitted to the
+            exact attention of some queries. See `ops.calibration`.
         num_queries: Number of these queries at most, at least 1.
         allow_exact: Whether SDPA itself is called where it takes no more FLOPs, see below.
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".
@@ -109,15 +113,24 @@ def stem_attention(
     check_positive(OP, "temperature", temperature)
     check_choice(OP, "init", init, INITIALIZATIONS)
     check_seed(OP, seed)
-    check_choice(OP, "calibration", calibration, ("none", *CALIBRATIONS))
+    check_choice(OP, "calibration", calibration, ("none", "moments", *CALIBRATIONS))
+    if sample_per_base is not None:
+        check_count(OP, "sample_per_base", sample_per_base)
     check_count(OP, "num_queries", num_queries)
     check_choice(OP, "empty", empty, EMPTY_POLICIES)
     check_choice(OP, "backend", backend, ("auto", *BACKENDS))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    count = 0 if calibration == "none" else min(num_queries, query.shape[-2])
+    count = min(num_queries, query.shape[-2]) if calibration in CALIBRATIONS else 0
     sizes = (query.shape[-2], *key.shape[-2:], value.shape[-1])
+    read = key.shape[-2] if sample_per_base is None else num_bases * sample_per_base
+    read = min(read, key.shape[-2])
     if allow_exact and exact_is_cheaper(
-        *sizes, num_bases=num_bases, num_iters=num_iters, calibrating=count
+        *sizes,
+        num_bases=num_bases,
+        num_iters=num_iters,
+        read=read,
+        corrected=calibration != "none",
+        calibrating=count,
     ):
         return exact_attention(query, key, value, scale)
     # All steps are asked before the first one runs.
@@ -126,27 +139,45 @@ def stem_attention(
     select("basis_attention", backend, tensors, num_bases)
     if count > 0:
         select("partial_attention", backend, tensors, 0)
+    read_key, read_value = key, value
+    if read < key.shape[-2]:
+        index = spread_tokens(key.shape[-2], read, key.device)
+        read_key, read_value = key.index_select(-2, index), value.index_select(-2, index)
     start: torch.Tensor | int = num_bases
     if init == "gaussian":
         shape = (key.shape[1], num_bases, key.shape[3])
         timestep = torch.zeros((), dtype=torch.int64)
         normals = standard_normals(timestep, [shape[0] * shape[1] * shape[2]], seed=seed)
         normals = normals.view(shape).to(key.device)
-        start = initial_bases(key, num_bases, init=init, normals=normals)
+        start = initial_bases(read_key, num_bases, init=init, normals=normals)
     bases = attended_bases(
-        key,
+        read_key,
         start,
         num_iters=num_iters,
         temperature=temperature,
-        payload=value,
+        payload=read_value,
         empty=empty,
         proportional=proportional,
         backend=backend,
     )
     assert bases.payload is not None
-    if count == 0:
+    if calibration == "none" or (calibration in CALIBRATIONS and count == 0):
         return basis_attention(
             query, bases.bases, bases.payload, scale=scale, bias=bases.bias, backend=backend
+        )
+    if calibration == "moments":
+        assert bases.found.payload is not None
+        products = token_products(read_key, read_value, read)
+        correction = pad(moments(products, bases.found, bases.found.payload) * scale, (0, 0, 0, 1))
+        return basis_attention(
+            query,
+            bases.bases,
+            bases.payload,
+            scale=scale,
+            bias=bases.bias,
+            correction=correction,
+            query_mean=torch.zeros_like(correction[..., :-1, 0]),
+            backend=backend,
         )
     chosen = query.index_select(-2, spread_tokens(query.shape[-2], count, query.device))
     attended = partial_attention(
@@ -164,6 +195,7 @@ def stem_attention(
         bias=bases.bias,
         form=calibration,
     )
+    assert fitted.value is not None
     return basis_attention(
         query,
         bases.bases.expand(query.shape[0], *bases.bases.shape[1:]),
@@ -184,6 +216,8 @@ def exact_is_cheaper(
     *,
     num_bases: int,
     num_iters: int,
+    read: int | None = None,
+    corrected: bool = False,
     calibrating: int = 0,
 ) -> bool:
     r"""Whether SDPA takes no more FLOPs than attention through bases.
@@ -191,16 +225,19 @@ def exact_is_cheaper(
     Counted are the matrix products of one head, with n queries, m keys, widths d and e:
 
     - exact: $2 n m (d + e)$, the logits and the sum of the values;
-    - through bases: $4 R m K d$ for R passes over the keys, $2 m K e$ for the values' sums in the
-      last, and $2 n K (d + e)$ for the queries; with a calibration by q of them $2 q m (d + e)$
-      for their exact attention and $2 n d e$ for the correction.
+    - through bases: $4 R s K d$ for R passes over the s keys that EM reads, $2 s K e$ for the
+      values' sums in the last, and $2 n K (d + e)$ for the queries; with a correction $2 n d e$ for
+      it and, for what it is, $2 s d e$ ("moments") or $2 q m (d + e)$ for the exact attention of
+      q queries.
     """
-    both = key_width + value_width
+    both, read = key_width + value_width, num_keys if read is None else read
     exact = 2 * num_queries * num_keys * both
-    passes = num_keys * num_bases * (4 * num_iters * key_width + 2 * value_width)
+    passes = read * num_bases * (4 * num_iters * key_width + 2 * value_width)
     bases = passes + 2 * num_queries * num_bases * both
-    if calibrating > 0:
-        bases += 2 * calibrating * num_keys * both + 2 * num_queries * key_width * value_width
+    if corrected:
+        bases += 2 * num_queries * key_width * value_width
+        moments_of = read if calibrating == 0 else 0
+        bases += 2 * moments_of * key_width * value_width + 2 * calibrating * num_keys * both
     return exact <= bases
 
 

@@ -17,8 +17,13 @@ from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import max_error
 
 
+@pytest.mark.parametrize("space", ["feature", "key"])
+@pytest.mark.parametrize("sample", [None, 8])
+@pytest.mark.parametrize("calibration", ["none", "moments"])
 @pytest.mark.parametrize("proportional", [False, True])
-def test_one_self_attention_follows_the_formula(proportional: bool) -> None:
+def test_one_self_attention_follows_the_formula(
+    proportional: bool, calibration: str, sample: int | None, space: str
+) -> None:
     unet = make_unet()
     attention = next(iter(self_attentions(unet).values()))
     tokens = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(0))
@@ -28,24 +33,40 @@ def test_one_self_attention_follows_the_formula(proportional: bool) -> None:
         temperature=0.7,
         empty="zero",
         proportional=proportional,
+        calibration=calibration,
+        sample_per_base=sample,
+        space=space,
         num_frames=3,
     )
     with stem.enabled(unet, config), torch.no_grad():
         found = attention(tokens)
     with torch.no_grad():
         x = tokens.reshape(60, 32).double()
-        start = x[spread_tokens(60, 5, x.device)]
-        directions = start / (start.norm(dim=-1, keepdim=True) + 1e-4)
-        z = torch.softmax(x @ directions.T / 0.7, -1)
-        bases = z.T @ x / (z.sum(0) + 1e-4).unsqueeze(-1)
         weights = {n: p.double() for n, p in attention.named_parameters()}
-        heads = attention.heads
-        q, k, v = (
-            (rows @ weights[f"to_{which}.weight"].T).unflatten(-1, (heads, -1)).transpose(0, 1)
-            for which, rows in (("q", x), ("k", bases), ("v", bases))
-        )
-        bias = z.sum(0).log() if proportional else 0.0
-        mixed = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + bias, -1) @ v
+
+        def projected(which: str, rows: torch.Tensor) -> torch.Tensor:
+            every = rows @ weights[f"to_{which}.weight"].T
+            return every.unflatten(-1, (attention.heads, -1)).transpose(0, 1)
+
+        # [60, ...]: the tokens that EM reads, and their keys and values
+        read = x if sample is None else x[spread_tokens(60, 5 * sample, x.device)]
+        keys, values = projected("k", read), projected("v", read)
+        points = read if space == "feature" else keys
+        start = points[..., spread_tokens(len(read), 5, x.device), :]
+        directions = start / (start.norm(dim=-1, keepdim=True) + 1e-4)
+        z = torch.softmax(points @ directions.mT / 0.7, -1)
+        shares = (z / (z.sum(-2, keepdim=True) + 1e-4)).mT
+        if space == "feature":
+            k, v = projected("k", shares @ read), projected("v", shares @ read)
+        else:
+            k, v = shares @ keys, shares @ values
+        q, mass = projected("q", x), z.sum(-2)
+        scale = q.shape[-1] ** -0.5
+        bias = mass.log().unsqueeze(-2) if proportional else 0.0
+        mixed = torch.softmax(q @ k.mT * scale + bias, -1) @ v
+        if calibration == "moments":
+            within = keys.mT @ values / len(read) - (k * (mass / len(read))[..., None]).mT @ v
+            mixed = mixed + scale * q @ within
         expected = mixed.transpose(0, 1).flatten(1) @ weights["to_out.0.weight"].T
         expected = (expected + weights["to_out.0.bias"]).reshape(3, 20, 32)
     assert max_error(found, expected) < 1e-6

@@ -61,14 +61,33 @@ def test_a_calibrated_layer_is_nearer_to_all_frames(space: str) -> None:
         form: relative(
             attended(layer, tokens, dataclasses.replace(config, calibration=form)), exact
         )
-        for form in ("none", *CALIBRATIONS)
+        for form in ("none", "moments", *CALIBRATIONS)
     }
+    assert errors["moments"] < 0.8 * errors["none"]
     assert errors["linear"] < 0.6 * errors["none"]
     assert errors["joint"] < 0.3 * errors["none"]
     dense = dataclasses.replace(config, dense_below=FRAMES * 256, calibration="joint")
     assert relative(attended(layer, tokens, dense), exact) < 1e-6
     fewer = dataclasses.replace(dense, dense_below=FRAMES * 256 - 1)
     assert relative(attended(layer, tokens, fewer), exact) > 1e-3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [None, "rms_norm"])
+def test_moments_are_those_of_the_keys_and_values(bias: bool, norm: str | None) -> None:
+    layer, tokens = smooth_layer()
+    if bias or norm:
+        own = layer.to_q, layer.to_k, layer.to_v
+        layer = Attention(query_dim=24, heads=2, dim_head=12, bias=bias, qk_norm=norm).eval()
+        for made, kept in zip((layer.to_q, layer.to_k, layer.to_v), own, strict=True):
+            made.weight.data.copy_(kept.weight)
+    config = StemConfig(num_bases=16, num_frames=FRAMES)
+    exact = attended(layer, tokens, InflatedConfig(num_frames=FRAMES))
+    with_them = relative(attended(layer, tokens, config), exact)
+    without = relative(
+        attended(layer, tokens, dataclasses.replace(config, calibration="none")), exact
+    )
+    assert with_them < 0.85 * without
 
 
 def test_calibration_runs_on_the_backend_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +114,9 @@ def test_videos_of_a_batch_are_calibrated_each_by_itself() -> None:
 CALIBRATED = [
     StemConfig(num_bases=16, num_queries=20, num_iters=1, calibration="joint", num_frames=FRAMES),
     StemConfig(num_bases=16, space="key", calibration="linear", num_frames=FRAMES),
+    StemConfig(num_bases=8, sample_per_base=None, calibration="moments", num_frames=FRAMES),
+    StemConfig(num_bases=8, sample_per_base=2, space="key", num_frames=FRAMES),
+    StemConfig(num_bases=8, num_queries=20, key_share=0.5, calibration="joint", num_frames=FRAMES),
     StemConfig(num_bases=16, calibration="joint", dense_below=FRAMES * 16, num_frames=FRAMES),
 ]
 
@@ -113,7 +135,7 @@ def test_calibration_in_chunks(config: StemConfig) -> None:
     assert torch.equal(output(FRAMES), expected)
 
 
-@pytest.mark.parametrize("config", CALIBRATED[:2], ids=lambda config: config.calibration)
+@pytest.mark.parametrize("config", CALIBRATED[:5], ids=lambda config: config.calibration)
 def test_calibrated_bases_are_recorded_and_replayed(config: StemConfig, tmp_path: Path) -> None:
     unet = make_unet()
     recording = Recording()

@@ -15,6 +15,7 @@ from pipelines import SHAPES, call, make_pipeline, make_unet, unet_inputs
 import stem
 from stem import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
 from stem.attention import Recording, Replay, shared_em
+from stem.attention import stem as stem_module
 from stem.attention.chunks import spread_frames
 from stem.attention.exchange import Lockstep
 from stem.attention.handle import self_attentions
@@ -31,16 +32,17 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-OPTIONS = list(
-    itertools.product(
-        ["feature", "key"], [1, 5], ["zero", "mask", "reseed"], ["gaussian", "tokens"]
-    )
-)
+OPTIONS = [
+    *itertools.product(
+        ["feature", "key"], [1, 5], ["zero", "mask", "reseed"], ["gaussian", "tokens"], [None]
+    ),
+    *itertools.product(["feature", "key"], [2], ["reseed"], ["gaussian", "tokens"], [4]),
+]
 
 
-@pytest.mark.parametrize(("space", "iterations", "empty", "init"), OPTIONS)
+@pytest.mark.parametrize(("space", "iterations", "empty", "init", "sample"), OPTIONS)
 def test_stem_in_chunks_is_stem_in_one_batch(
-    space: str, iterations: int, empty: str, init: str
+    space: str, iterations: int, empty: str, init: str, sample: int | None
 ) -> None:
     unet = make_unet()
     config = StemConfig(
@@ -49,6 +51,8 @@ def test_stem_in_chunks_is_stem_in_one_batch(
         space=space,
         empty=empty,
         init=init,
+        sample_per_base=sample,
+        calibration="none",
         num_frames=FRAMES,
     )
     expected = output(unet, config)
@@ -294,9 +298,50 @@ def layers_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_chunks_take_turns_layer_by_layer(layers_seen: list[int]) -> None:
     unet = make_unet()
-    with stem.enabled(unet, StemConfig(num_bases=8, num_frames=6, chunk=2)):
+    config = StemConfig(num_bases=8, sample_per_base=None, num_frames=6, chunk=2)
+    with stem.enabled(unet, config):
         call(unet, rows=6)
     assert layers_seen == [0, 1, 2] * len(self_attentions(unet))
+
+
+@pytest.mark.parametrize("space", ["feature", "key"])
+def test_em_on_a_sample_meets_once_and_runs_once_a_layer(
+    space: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, runs, meetings = make_unet(), [], []
+    em, meet = stem_module.attended_bases, Lockstep.meet
+
+    def counted(features: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+        runs.append(features.shape[-2])
+        return em(features, *arguments, **settings)
+
+    def met(exchange: Lockstep, *arguments: Any, **settings: Any) -> Any:
+        meetings.append(exchange.number)
+        return meet(exchange, *arguments, **settings)
+
+    monkeypatch.setattr(stem_module, "attended_bases", counted)
+    monkeypatch.setattr(Lockstep, "meet", met)
+    layers = len(self_attentions(unet))
+    config = StemConfig(num_bases=4, sample_per_base=4, space=space, num_frames=6, chunk=2)
+    with stem.enabled(unet, config):
+        call(unet, rows=6)
+    assert runs == [16] * layers
+    assert meetings == [0, 1, 2] * layers
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_the_sample_is_the_same_in_any_chunks(chunk: int) -> None:
+    features = torch.randn(2, 6 * 9, 5, generator=torch.Generator().manual_seed(0))
+    whole = shared_em.sampled(features, 20, None).find(lambda tokens: tokens)
+    exchange = Lockstep(range(6), chunk)
+
+    def find(frames: list[int]) -> torch.Tensor:
+        mine = features.unflatten(1, (6, 9))[:, frames].flatten(1, 2)
+        found = shared_em.sampled(mine, 20, exchange).find(lambda tokens: tokens)
+        assert torch.equal(found, whole)
+        return mine
+
+    assert torch.equal(exchange.run(find, dim=1), features)
 
 
 @pytest.mark.parametrize(
