@@ -23,7 +23,7 @@ FLOWS = ("dis", "raft")
 CLIP_MODEL = "openai/clip-vit-base-patch32"
 FORMS = ("defaults", "paper", "released")
 """Configurations that an ablation changes."""
-ABLATED = ("K", "R", "form", "space", "init", "empty", "proportional", "calibration")
+ABLATED = ("K", "R", "sample", "form", "space", "init", "empty", "proportional", "calibration")
 """Options that an ablation changes."""
 REPORTED = "stem compare, edit, demo, analyse or ablate"
 """Commands that write what a report is made of."""

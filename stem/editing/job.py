@@ -77,8 +77,8 @@ class Job:
         """The attention that the inversion was made with, in its chunks.
 
         All frames at once are one chunk here, so that it can be halved where memory runs out: an
-        edit has up to three branches, the inversion had one. Bases are not calibrated: methods mix
-        the queries, keys and values of several branches, and a calibration belongs to one.
+        edit has up to three branches, the inversion had one. Bases have no correction: methods mix
+        the queries, keys and values of several branches, and a correction belongs to one.
         """
         found = inversion_attention(self.inversion)
         if isinstance(found, StemConfig):

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from stem_kernels.ops.calibration import CALIBRATIONS
+
 from ..diffusion.environment import numeric_environment
 from ..diffusion.loop import denoise
 from ..diffusion.pipeline import decode_latents, encode_prompt, execution_device
@@ -182,7 +184,8 @@ def run_edit(
         options=chosen,
     )
     check_same_pipeline(pipeline, inversion)
-    if inversion.settings["attention"].get("calibration", "none") != "none":
+    calibration = inversion.settings["attention"].get("calibration", "none")
+    if calibration in CALIBRATIONS:
         logger.warning(
             "%s has calibrated bases; the edit goes on with bases that are not", inversion.path
         )

@@ -19,7 +19,7 @@ from ..config import (
     StemConfig,
 )
 from ..names import INVERSION_METHODS
-from .folder import InversionFolder
+from .folder import InversionError, InversionFolder
 
 _CONFIGS = (PerFrameConfig, SparseCausalConfig, InflatedConfig, StemConfig)
 METHODS: dict[str, type[AttentionConfig]] = dict(zip(INVERSION_METHODS, _CONFIGS, strict=True))
@@ -92,8 +92,16 @@ def inversion_attention(inversion: InversionFolder, chunk: int | None = None) ->
         chunk: Number of frames that go through the UNet at once; None: as in the inversion.
     """
     options = dict(inversion.settings["attention"])
+    method = inversion.settings["method"]
+    expected = {field.name for field in dataclasses.fields(METHODS[method])}
+    if set(options) != expected:
+        raise InversionError(
+            f"{inversion.path} is another version's: its attention's options differ from this "
+            f"version's in {', '.join(sorted(expected ^ set(options)))}",
+            "invert the video again",
+        )
     frames, begun = options.pop("num_frames"), options.pop("chunk")
-    return attention_config(inversion.settings["method"], options, frames, chunk or begun)
+    return attention_config(method, options, frames, chunk or begun)
 
 
 def attention_on(

@@ -30,6 +30,10 @@ def _form(name: str) -> dict[str, Any]:
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "K": {str(number): {"num_bases": number} for number in (16, 32, 64, 128, 256, 512)},
     "R": {str(number): {"num_iters": number} for number in (1, 2, 3, 5, 8)},
+    "sample": {
+        "all" if number is None else str(number): {"sample_per_base": number}
+        for number in (2, 4, 8, 16, 32, None)
+    },
     "form": {name: _form(name) for name in FORMS},
     "space": {space: {"space": space} for space in SPACES},
     "init": {init: {"init": init} for init in INITIALIZATIONS},

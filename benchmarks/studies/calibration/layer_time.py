@@ -43,14 +43,13 @@ ROUNDS = 7
 VARIANTS: dict[str, AttentionConfig] = {
     "per-frame": PerFrameConfig(num_frames=FRAMES),
     "defaults": StemConfig(num_frames=FRAMES),
-    "R=1": StemConfig(num_frames=FRAMES, num_iters=1),
+    "all tokens": StemConfig(num_frames=FRAMES, sample_per_base=None, calibration="none"),
     **{
-        f"joint, R=1, m={count}": StemConfig(
-            num_frames=FRAMES, num_iters=1, calibration="joint", num_queries=count
+        f"joint, m={count}, {share:g} of the keys": StemConfig(
+            num_frames=FRAMES, calibration="joint", num_queries=count, key_share=share
         )
-        for count in QUERIES
+        for count, share in ((128, 1.0), (128, 0.5), (128, 0.25), (256, 1.0))
     },
-    "joint, R=2, m=256": StemConfig(num_frames=FRAMES, calibration="joint"),
 }
 
 Calls = Mapping[str, Callable[[], object]]

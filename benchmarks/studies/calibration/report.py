@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .variants import DEFAULTS, PER_FRAME, SHARPENED, VARIANTS
+from .variants import ALL_TOKENS, PER_FRAME, SHARPENED, VARIANTS
 
 
 def widest_layers(results: dict[str, Any]) -> Iterator[dict[str, dict[str, float]]]:
@@ -61,7 +61,7 @@ def table(results: dict[str, Any]) -> str:
     commits = ", ".join(sorted({f"`{case['commit']}`" for case in results["cases"].values()}))
     sharp = factors(results)
     heads = [
-        "", "widest layers, mean", "worst", "against defaults (worst)", "nearer than per-frame",
+        "", "widest layers, mean", "worst", "against all tokens (worst)", "nearer than per-frame",
         "all layers, mean", *(f"logits x {factor}" for factor in sharp), "UNet's prediction",
         "CPU seconds a layer" if wheres["gpu"] is None else "seconds a layer",
     ]  # fmt: skip
@@ -78,16 +78,16 @@ def table(results: dict[str, Any]) -> str:
     everywhere = [
         layer["figures"] for case in results["cases"].values() for layer in case["layers"].values()
     ]
-    of_defaults, per_frame = errors(results, DEFAULTS), errors(results, PER_FRAME)
+    baseline, per_frame = errors(results, ALL_TOKENS), errors(results, PER_FRAME)
     for variant in VARIANTS:
         own = errors(results, variant)
-        ratios = [error / other for error, other in zip(own, of_defaults, strict=True)]
+        ratios = [error / other for error, other in zip(own, baseline, strict=True)]
         nearer = sum(error < other for error, other in zip(own, per_frame, strict=True))
         whole = predictions(results, variant)
         cells = [
             percent(statistics.fmean(own)),
             percent(max(own)),
-            f"{statistics.fmean(own) / statistics.fmean(of_defaults):.2f} ({max(ratios):.2f})",
+            f"{statistics.fmean(own) / statistics.fmean(baseline):.2f} ({max(ratios):.2f})",
             "" if variant == PER_FRAME else f"{nearer} of {count}",
             percent(statistics.fmean(figures[variant]["error"] for figures in everywhere)),
             *(

@@ -8,30 +8,44 @@ from stem import PerFrameConfig, SparseCausalConfig, StemConfig
 from stem.config import AttentionConfig
 
 DEFAULTS = "defaults"
+ALL_TOKENS = "all tokens"
+"""EM on all tokens, without a correction: what the others are compared with."""
 PER_FRAME = "per-frame"
+SAMPLES = (2, 4, 8, 16, 32)
+"""Tokens a base that EM reads."""
+_EVERY = StemConfig(sample_per_base=None, calibration="none")
+_JOINT = StemConfig(calibration="joint", num_queries=128)
 VARIANTS: dict[str, AttentionConfig] = {
     PER_FRAME: PerFrameConfig(),
     "sparse-causal": SparseCausalConfig(),
     "paper": StemConfig.paper(),
     "released": StemConfig.released(),
-    DEFAULTS: StemConfig(calibration="none"),
-    "R=1": StemConfig(calibration="none", num_iters=1),
-    "K=512": StemConfig(calibration="none", num_bases=512),
-    "linear R=1": StemConfig(calibration="linear", num_iters=1),
+    ALL_TOKENS: _EVERY,
+    "all tokens, R=1": dataclasses.replace(_EVERY, num_iters=1),
+    "all tokens, K=512": dataclasses.replace(_EVERY, num_bases=512),
+    "all tokens, moments": StemConfig(sample_per_base=None),
+    **{
+        f"{count} a base": StemConfig(sample_per_base=count, calibration="none")
+        for count in SAMPLES
+    },
+    **{f"{count} a base, moments": StemConfig(sample_per_base=count) for count in SAMPLES},
+    DEFAULTS: StemConfig(),
+    "moments, R=1": StemConfig(num_iters=1),
+    "moments, R=5": StemConfig(num_iters=5),
+    "moments, space=key": StemConfig(space="key"),
     "linear": StemConfig(calibration="linear"),
-    "joint R=1": StemConfig(calibration="joint", num_iters=1),
-    "joint": StemConfig(calibration="joint"),
-    "joint R=5": StemConfig(calibration="joint", num_iters=5),
-    "joint R=1 K=64": StemConfig(calibration="joint", num_iters=1, num_bases=64),
-    "joint R=1 K=128": StemConfig(calibration="joint", num_iters=1, num_bases=128),
-    "joint R=1 m=128": StemConfig(calibration="joint", num_iters=1, num_queries=128),
-    "joint R=1 m=512": StemConfig(calibration="joint", num_iters=1, num_queries=512),
-    "joint R=1 space=key": StemConfig(calibration="joint", num_iters=1, space="key"),
+    "joint, all tokens": dataclasses.replace(_JOINT, sample_per_base=None),
+    "joint": _JOINT,
+    "joint, m=256": StemConfig(calibration="joint"),
+    "joint, R=5": dataclasses.replace(_JOINT, num_iters=5),
+    "joint, half of the keys": dataclasses.replace(_JOINT, key_share=0.5),
+    "joint, a quarter of the keys": dataclasses.replace(_JOINT, key_share=0.25),
 }
-"""What is not named has its default; m is the number of queries."""
+"""What is not named has its default; "a base" is `sample_per_base`, m the number of queries, 128
+for "joint" here."""
 SHARPENED = (
-    PER_FRAME, "sparse-causal", DEFAULTS, "R=1", "linear R=1", "linear", "joint R=1", "joint",
-    "joint R=1 m=128",
+    PER_FRAME, "sparse-causal", ALL_TOKENS, "all tokens, moments", "16 a base", DEFAULTS, "joint",
+    "joint, half of the keys",
 )  # fmt: skip
 """The variants that attention with larger logits is tried with."""
 
