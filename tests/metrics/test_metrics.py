@@ -16,6 +16,7 @@ from stem.metrics import (
     ssim,
     warp_error,
     warped_similarity,
+    warped_ssim,
 )
 from stem_kernels.measure import PeakMemory
 
@@ -74,6 +75,42 @@ def test_ssim() -> None:
     a, b, c = 100 / 255, 120 / 255, 0.01**2
     expected = (2 * a * b + c) / (a * a + b * b + c)
     assert ssim(flat, flat + 20) == pytest.approx(expected, abs=1e-4)
+
+
+def test_ssim_is_that_of_torchmetrics_in_float64() -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    smooth = torch.arange(40 * 24 * 3).remainder(251).view(1, 40, 24, 3).to(torch.uint8)
+    for video in (frames(1), smooth, smooth // 2 + 90):
+        for other in (255 - video, video // 3, video.flip(2)):
+            pictures = [(each.permute(0, 3, 1, 2) / 255).double() for each in (video, other)]
+            expected = structural_similarity_index_measure(
+                *pictures, gaussian_kernel=True, sigma=1.5, kernel_size=11, data_range=1.0
+            )
+            assert ssim(video, other) == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_figures_stay_in_their_range() -> None:
+    for level in (0, 1, 100, 128, 231, 255):
+        flat = torch.full((2, 40, 24, 3), level, dtype=torch.uint8)
+        assert ssim(flat, flat) == 1
+        assert psnr(flat, flat) == pooled_psnr(flat, flat) == math.inf
+        for other in (flat + 1, flat - 1):  # 255 and 0 are next to each other here
+            assert -1 <= ssim(flat, other) <= 1
+            assert 0 <= psnr(flat, other) < 49
+            assert psnr(flat, other) == pytest.approx(pooled_psnr(flat, other), abs=1e-3)
+    ramp = torch.arange(24, dtype=torch.uint8).view(1, 1, 24, 1).expand(2, 40, 24, 3)
+    for video in (frames(), ramp, ramp * 10, torch.full_like(ramp, 100)):
+        assert ssim(video, video) == 1
+        still = torch.zeros(len(video) - 1, *video.shape[1:3], 2)
+        assert 1 - 1e-9 < warped_ssim(video[:1].expand_as(video), still) <= 1
+    dark, light = (torch.full((1, 64, 64, 3), level, dtype=torch.uint8) for level in (0, 255))
+    assert psnr(dark, light) == pooled_psnr(dark, light) == 0
+    # Constant pictures leave the luminance term alone; in float32 it came out as 1.000116.
+    a, b, c = 100 / 255, 101 / 255, 0.01**2
+    assert ssim(dark + 100, dark + 101) == pytest.approx(
+        (2 * a * b + c) / (a * a + b * b + c), abs=1e-8
+    )
 
 
 def test_videos_that_cannot_be_compared() -> None:
