@@ -157,7 +157,8 @@ def check_output(path: Path, needed_bytes: int = 0) -> None:
         needed_bytes: Number of bytes that will be written there.
 
     Raises:
-        OSError: its folder is no folder or refuses files, or the disk has too little space.
+        OSError: its folder is no folder or refuses files, its name is too long, or the disk has
+            too little space.
     """
     folder = path
     while not folder.is_dir():
@@ -171,6 +172,14 @@ def check_output(path: Path, needed_bytes: int = 0) -> None:
             pass
     except OSError as error:
         raise OSError(error.errno, f"{path} cannot be written: {_cause(error)}") from error
+    if folder != path:
+        longest = os.pathconf(folder, "PC_NAME_MAX")
+        if len(os.fsencode(partial_name(path).name)) > longest:
+            raise OSError(
+                errno.ENAMETOOLONG,
+                f"{path} cannot be written: its name is too long; while it is written it is "
+                f"{partial_name(path).name}, and its disk takes {longest} bytes",
+            )
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OSError(
@@ -178,6 +187,21 @@ def check_output(path: Path, needed_bytes: int = 0) -> None:
             f"{path} needs {needed_bytes:,} bytes, and {free:,} are free on its disk; free some "
             "space, or name a folder on another disk",
         )
+
+
+def check_output_file(path: Path, needed_bytes: int = 0) -> None:
+    """As `check_output`, of what is to be a file.
+
+    Args:
+        path: File that is to be written.
+        needed_bytes: Number of bytes that will be written there.
+
+    Raises:
+        OSError: as for `check_output`, or it is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it")
+    check_output(path, needed_bytes)
 
 
 def remove_stale(folder: Path) -> list[tuple[Path, int]]:

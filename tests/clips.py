@@ -61,7 +61,8 @@ def encode(
     options: dict[str, str] | None = None,
     **context: Any,
 ) -> Path:
-    """Write frames with PyAV alone; FFV1 in bgr0 keeps every pixel."""
+    """Write frames, RGB or RGBA, with PyAV alone; FFV1 in bgr0 keeps every pixel of RGB."""
+    given = {3: "rgb24", 4: "rgba"}[frames.shape[3]]
     with av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
@@ -69,12 +70,20 @@ def encode(
         for name, value in context.items():
             setattr(stream.codec_context, name, value)
         for index, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(picture.contiguous().numpy(), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(picture.contiguous().numpy(), format=given)
             frame = frame.reformat(format=pix_fmt)
             frame.pts, frame.time_base = index, 1 / Fraction(rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def encode_fields(path: Path, moments: torch.Tensor) -> Path:
+    """Frames of two moments each; the first is that of the odd lines, as libx264 marks them."""
+    frames = moments[0::2].clone()
+    frames[:, 0::2] = moments[1::2, 0::2]
+    options = {"flags": "+ildct+ilme", "crf": "4"}
+    return encode(path, frames, "libx264", "yuv422p", 25, options=options)
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:

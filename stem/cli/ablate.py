@@ -16,7 +16,7 @@ from .arguments import (
     one_of,
 )
 from .ranks import one_process
-from .request import Request
+from .request import Request, read_options
 from .run_options import RunOptions, takes_run_options
 
 
@@ -50,7 +50,7 @@ def ablate_command(
     request = Request.checked(run)
     options = {"seed": run.seed, **request.options.get("stem", {})}
     chosen = names_of(only)
-    clip = read_video(video, frames=run.frames, size=run.size, multiple_of=1)
+    clip = read_video(video, **read_options(run), multiple_of=1)
     check_measurable(clip, ["stem"], {})
     variants_of(base_config(form, options, clip.num_frames), chosen)
     pipeline, clip = request.load_for(clip, video)

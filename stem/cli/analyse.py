@@ -15,7 +15,7 @@ from .arguments import (
     one_of,
 )
 from .ranks import one_process
-from .request import Request
+from .request import Request, read_options
 from .run_options import RunOptions, takes_run_options
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ def analyse_command(
     one_process("analyse")
     request = Request.checked(run)
     prompt, known = run.prompt, cast("str | Flow | None", flow)
-    if str(video).startswith(WORLD):
+    if str(video).startswith(WORLD) and not video.exists():
         clip, caption, exact = world_video(str(video), run.frames or "8", run.size or "64")
         prompt, known = prompt or caption, flow or exact
     else:
-        clip = read_video(video, frames=run.frames, size=run.size, multiple_of=1)
+        clip = read_video(video, **read_options(run), multiple_of=1)
     check_analysable(clip, request.methods, request.options)
     pipeline, clip = request.load_for(clip, video)
     found = analyse(

@@ -64,6 +64,13 @@ Frames = Annotated[
 Size = Annotated[
     str | None, typer.Option(help="256 (shorter side) or 512x320. Default: the source's.")
 ]
+Deinterlace = Annotated[
+    bool,
+    typer.Option(
+        "--deinterlace",
+        help="Every frame is two fields, as of a television camera: show the first one alone.",
+    ),
+]
 Steps = Annotated[int, typer.Option(help="DDIM steps; must divide the training steps.")]
 Seed = Annotated[int, typer.Option(help="Of STEM's Gaussian initial bases, and of a random model.")]
 Options = Annotated[

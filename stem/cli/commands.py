@@ -28,7 +28,7 @@ from .run_options import RunOptions, takes_run_options
 
 
 @app.command("demo")
-@takes_run_options(without=("prompt", "frames", "chunk"), out=Path("out/demo"))
+@takes_run_options(without=("prompt", "frames", "deinterlace", "chunk"), out=Path("out/demo"))
 def demo_command(
     run: RunOptions,
     videos: Annotated[int, typer.Option(help="World videos; one natural clip comes on top.")] = 4,
@@ -83,7 +83,7 @@ def compare_command(video: VideoPath, run: RunOptions) -> None:
     from .tables import comparison_table
 
     request = Request.checked(run)
-    clip = request.read(video, run.frames, run.size)
+    clip = request.read(video, run)
     check_measurable(clip, request.methods, request.options)
     with ranks(run.device) as group:
         pipeline, clip = request.load_for(clip, video)
@@ -129,7 +129,7 @@ def invert_command(
             f"only stem has bases, and --methods is {run.methods}", param_hint="--keep-bases"
         )
     with ranks(run.device) as group:
-        pipeline, clip = request.load_for(request.open(video, run.frames, run.size), video)
+        pipeline, clip = request.load_for(request.open(video, run), video)
         for method in request.methods:
             inversion = invert(
                 pipeline,

@@ -84,7 +84,7 @@ def edit_command(
                 seed=seed,
             )
         )
-        clip = request.open(source, run.frames, run.size)
+        clip = request.open(source, run)
         plan.check_space(run.out, clip.num_frames, clip.height, clip.width)
         pipeline, clip = request.load_for(clip, source)
         inverted = invert(

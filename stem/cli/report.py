@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..names import REPORTED
-from ..storage import check_output
+from ..storage import check_output_file
 from .app import app, say
 
 
@@ -27,11 +27,7 @@ def report_command(
     from ..report.page import write_report
 
     path = out or (folder.parent if folder.is_file() else folder) / "report.html"
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"{path} is a folder; name a file in it, such as {path / 'report.html'}"
-        )
+    check_output_file(path)
     found = read_report(folder)
-    check_output(path)
     write_report(found, path)
     say(f"{path}, {path.stat().st_size / 2**20:.1f} MiB")

@@ -78,19 +78,19 @@ class Request:
         """What to say of a model of random numbers; empty for any other."""
         return random_note(self.model)
 
-    def read(self, path: Path, frames: str | None, size: str | None) -> Video:
+    def read(self, path: Path, run: RunOptions) -> Video:
         """The frames asked for, cropped to what the model's VAE takes as far as that is known."""
         from ..video import read_video
 
-        clip = read_video(path, frames=frames, size=size, multiple_of=self._factor or 1)
+        clip = read_video(path, **read_options(run), multiple_of=self._factor or 1)
         self.check_space([clip])
         return clip
 
-    def open(self, path: Path, frames: str | None, size: str | None) -> VideoFile:
+    def open(self, path: Path, run: RunOptions) -> VideoFile:
         """As `read`, but the frames stay in the file."""
         from ..video import open_video
 
-        clip = open_video(path, frames=frames, size=size, multiple_of=self._factor or 1)
+        clip = open_video(path, **read_options(run), multiple_of=self._factor or 1)
         self.check_space([clip])
         return clip
 
@@ -140,6 +140,11 @@ class Request:
         from ..models import known_vae_factor
 
         return known_vae_factor(self.model)
+
+
+def read_options(run: RunOptions) -> dict[str, Any]:
+    """What the options ask of `read_video`."""
+    return {"frames": run.frames, "size": run.size, "deinterlace": run.deinterlace}
 
 
 def load(model: str, device: str | None, dtype: str | None) -> Any:

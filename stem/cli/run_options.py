@@ -15,6 +15,7 @@ from .arguments import (
     ALL_METHODS,
     Chunk,
     Config,
+    Deinterlace,
     Device,
     Dtype,
     Frames,
@@ -38,6 +39,7 @@ class RunOptions:
     methods: Methods = ALL_METHODS
     frames: Frames = None
     size: Size = None
+    deinterlace: Deinterlace = False
     steps: Steps = 50
     seed: Seed = 0
     option: Options = None

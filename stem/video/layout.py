@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,12 @@ _TOO_LARGE = (
 # chroma samples of 4:2:0 video, which costs some 14 dB on smooth pictures.
 SCALER = 0x4 | 0x2000 | 0x40000
 _SIZE_FORMS = 'an integer or "256" (the shorter side), or (width, height) or "512x320"'
-_BT709 = 1  # AVCOL_SPC_BT709, the value of frame.colorspace
+# AVCOL_SPC_*, the values of frame.colorspace that swscale converts by tables of their own: BT.709,
+# FCC, BT.601 twice, SMPTE 240M, BT.2020 with constant luminance not among them.
+_BT709, _BT601 = 1, 5
+_CONVERTED = (_BT709, 4, _BT601, 6, 7, 9)
+_UNTAGGED = (0, 2, 3)  # RGB's, which says nothing of other pixels, unspecified, reserved
+_HD_LINES = 720
 
 
 @dataclass(frozen=True)
@@ -31,21 +36,30 @@ class Layout:
     """How a stored frame becomes a picture; chosen at the first one and kept for all of them.
 
     Args:
+        stored: Width and height that the frame is stored in.
         swapped: Whether rows and columns are exchanged.
         steps: Steps in x and y, 1 or -1, with which they are then read.
         scaled: Width and height of the upright picture before the crop.
         crop: Left, top, width and height of the crop.
+        untagged: Matrix, as `frame.colorspace` has it, of frames that name none.
     """
 
+    stored: tuple[int, int]
     swapped: bool
     steps: tuple[int, int]
     scaled: tuple[int, int]
     crop: tuple[int, int, int, int]
+    untagged: int
 
     def apply(self, frame: av.VideoFrame) -> np.ndarray:
-        """The picture of a frame, uint8 [H, W, 3]."""
-        # PyAV before 17 converts BT.709 as if it were BT.601 unless both ends are named.
-        source, target = ("ITU709", "DEFAULT") if frame.colorspace == _BT709 else (None, None)
+        """The picture of a frame, uint8 [H, W, 3].
+
+        Raises:
+            VideoError: its colours are stored by a matrix that swscale does not know.
+        """
+        if (frame.width, frame.height) != self.stored:
+            return self._refitted((frame.width, frame.height)).apply(frame)
+        source, target = _matrices(frame, self.untagged)
         width, height = reversed(self.scaled) if self.swapped else self.scaled
         rgb = frame.reformat(width, height, "rgb24", source, target, interpolation=SCALER)
         picture = rgb.to_ndarray()
@@ -54,6 +68,18 @@ class Layout:
         step_x, step_y = self.steps
         left, top, width, height = self.crop
         return picture[::step_y, ::step_x][top : top + height, left : left + width]
+
+    def _refitted(self, stored: tuple[int, int]) -> Layout:
+        """The layout that has frames of another size cover the same picture."""
+        shown = stored[::-1] if self.swapped else stored
+        factor = max(Fraction(self.scaled[side], shown[side]) for side in (0, 1))
+        scaled = (round(shown[0] * factor), round(shown[1] * factor))
+        left, top, width, height = self.crop
+        left, top = (
+            left + (scaled[0] - self.scaled[0]) // 2,
+            top + (scaled[1] - self.scaled[1]) // 2,
+        )
+        return replace(self, stored=stored, scaled=scaled, crop=(left, top, width, height))
 
 
 def plan(
@@ -66,7 +92,8 @@ def plan(
 ) -> Layout:
     """Choose the layout for frames like this one, and add to notes what it changes."""
     swapped, step_x, step_y = _orientation(frame)
-    shown = (frame.height, frame.width) if swapped else (frame.width, frame.height)
+    stored = (frame.width, frame.height)
+    shown = stored[::-1] if swapped else stored
     if swapped or step_x < 0 or step_y < 0:
         notes.append("the pictures were turned upright, as the file's display matrix says")
     if pixel_aspect and pixel_aspect != 1:
@@ -100,7 +127,24 @@ def plan(
     if cropped:
         notes.append(cropped)
     left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
-    return Layout(swapped, (step_x, step_y), scaled, (left, top, width, height))
+    untagged = _BT709 if frame.height >= _HD_LINES else _BT601
+    return Layout(stored, swapped, (step_x, step_y), scaled, (left, top, width, height), untagged)
+
+
+def _matrices(frame: av.VideoFrame, untagged: int) -> tuple[int | None, str | None]:
+    """The source's and the target's matrix as `reformat` takes them; None for RGB, which has none.
+
+    PyAV before 17 converts by BT.601's, whatever the frame says, unless both ends are named.
+    """
+    if frame.format.is_rgb or frame.format.has_palette:
+        return None, None
+    matrix = untagged if frame.colorspace in _UNTAGGED else int(frame.colorspace)
+    if matrix not in _CONVERTED:
+        raise VideoError(
+            f"the colours are stored by matrix {matrix} of ITU-T H.273, which cannot be read; "
+            "first run ffmpeg -i FILE -vf zscale=m=bt709,format=yuv420p bt709.mp4"
+        )
+    return matrix, "DEFAULT"
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, int, int]:

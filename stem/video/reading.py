@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,13 +17,13 @@ import torch
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from .deinterlacing import DEINTERLACED, deinterlaced
 from .frames import FrameRange, Video, VideoError, usable_size
 from .layout import Layout, parse_size, plan
+from .streams import colour_notes, frame_rate, holds_times, video_stream
+from .tally import Tally
 
 Pictures = TypeVar("Pictures", bound="Video | VideoFile")
-
-_UNEVEN = Fraction(1, 10)  # of the time between two frames
-_WRONG_RATE = Fraction(1, 100)  # 30 for 29.97 fps is 0.1 % off
 
 
 def read_video(
@@ -33,6 +32,7 @@ def read_video(
     frames: FrameRange | str | None = None,
     size: int | tuple[int, int] | str | None = None,
     multiple_of: int = 8,
+    deinterlace: bool = False,
 ) -> Video:
     """Decode a video into RGB frames, holding only the frames asked for at their final size.
 
@@ -42,13 +42,20 @@ def read_video(
         size: Size in pixels. None keeps the source's; an int or "256" scales the shorter side to
             it; a (width, height) or "512x320" scales to cover that size and crops the centre.
         multiple_of: Number that width and height are then centre-cropped to multiples of.
+        deinterlace: Whether every frame is two fields of different moments and is to show the
+            first alone, with its missing lines interpolated (FFmpeg's filter bwdif).
+
+    What is not as the pictures show it is said in the video's notes: a frame rate that varies,
+    transparency, interlaced frames, HDR read as SDR and the like. Where the file does not say by
+    which matrix its colours were stored, it is BT.709's from 720 lines on, as players have it, and
+    BT.601's below.
 
     Raises:
         TypeError: `frames` is of another type.
         VideoError: the file is absent, has no video, is damaged before the range is complete or
             has too few frames, or the range or the size cannot be used.
     """
-    reader = _Reader(path, frames, size, multiple_of)
+    reader = _Reader(path, frames, size, multiple_of, deinterlace)
     pixels = bytearray()  # grows in place: a list of frames would need twice the memory to stack
     for picture in reader.pictures():
         pixels += picture.tobytes()
@@ -62,6 +69,7 @@ def open_video(
     frames: FrameRange | str | None = None,
     size: int | tuple[int, int] | str | None = None,
     multiple_of: int = 8,
+    deinterlace: bool = False,
 ) -> VideoFile:
     """A video that is decoded a few frames at a time, whenever they are asked for.
 
@@ -72,17 +80,19 @@ def open_video(
         frames: Frames to keep, as for `read_video`.
         size: Size in pixels, as for `read_video`.
         multiple_of: Number that width and height become multiples of, as for `read_video`.
+        deinterlace: Whether frames are deinterlaced, as for `read_video`.
 
     Raises:
         TypeError, VideoError: as for `read_video`.
     """
-    reader = _Reader(path, frames, size, multiple_of)
+    reader = _Reader(path, frames, size, multiple_of, deinterlace)
     count = sum(1 for _ in reader.pictures())
     return VideoFile(
         reader.path,
         reader.asked,
         size,
         multiple_of,
+        deinterlace,
         count,
         reader.height,
         reader.width,
@@ -101,6 +111,7 @@ class VideoFile:
         asked: Frames to keep.
         size: Size in pixels that was asked for.
         multiple_of: Number that width and height are multiples of.
+        deinterlace: Whether frames are deinterlaced.
         num_frames: Number N of frames.
         height: Height H in pixels.
         width: Width W in pixels.
@@ -113,6 +124,7 @@ class VideoFile:
     asked: FrameRange
     size: int | tuple[int, int] | str | None
     multiple_of: int
+    deinterlace: bool
     num_frames: int
     height: int
     width: int
@@ -126,7 +138,7 @@ class VideoFile:
         Raises:
             VideoError: the file has other frames than when it was opened.
         """
-        reader = _Reader(self.path, self.asked, self.size, self.multiple_of)
+        reader = _Reader(self.path, self.asked, self.size, self.multiple_of, self.deinterlace)
         seen, held = 0, []
         for picture in reader.pictures():
             held.append(torch.from_numpy(picture.copy()))
@@ -152,6 +164,7 @@ class _Reader:
         frames: Frames to keep, a `FrameRange` or its text; None keeps all.
         size: Size in pixels, as `read_video` takes it.
         multiple_of: Number that width and height become multiples of.
+        deinterlace: Whether frames are deinterlaced.
     """
 
     def __init__(
@@ -160,6 +173,7 @@ class _Reader:
         frames: FrameRange | str | None,
         size: int | tuple[int, int] | str | None,
         multiple_of: int,
+        deinterlace: bool,
     ) -> None:
         self.path = Path(path)
         if not isinstance(frames, FrameRange | str | None):
@@ -173,6 +187,7 @@ class _Reader:
         self.height = self.width = 0
         self._size = parse_size(size)
         self._multiple_of = multiple_of
+        self._deinterlace = deinterlace
         if multiple_of < 1:
             raise VideoError(f"multiple_of must be at least 1, got {multiple_of}")
         if self.path.is_dir():
@@ -183,7 +198,8 @@ class _Reader:
     def pictures(self) -> Iterator[np.ndarray]:
         """The frames asked for, uint8 [H, W, 3], as they are decoded."""
         try:
-            container = av.open(str(self.path))
+            # Absolute, for FFmpeg takes what stands before a colon for a protocol.
+            container = av.open(str(self.path.absolute()))
         except av.FFmpegError as error:
             raise VideoError(
                 f"{self.path}: cannot be read as a video ({error.strerror}, "
@@ -194,34 +210,33 @@ class _Reader:
 
     def _read(self, container: InputContainer) -> Iterator[np.ndarray]:
         path, asked = self.path, self.asked
-        if not container.streams.video:
-            raise VideoError(f"{path}: has no video stream; use a file with pictures in it")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            raise VideoError(
-                f"{path}: this FFmpeg has no decoder for its codec; convert it to H.264"
-            )
-        rate = stream.average_rate or stream.guessed_rate
-        if not rate:
-            raise VideoError(f"{path}: states no frame rate; convert it with an explicit one")
+        stream = video_stream(container, path, self.notes)
+        self.fps = frame_rate(container, stream, path, self.notes) / asked.stride
         stream.thread_type = "SLICE"  # with frame threads FFmpeg hides decoding errors
-        self.fps = rate / asked.stride
 
         wanted = range(asked.start, sys.maxsize if asked.stop is None else asked.stop, asked.stride)
         layout: Layout | None = None
-        stamps: list[int | None] = []
-        decoded = damaged = 0
-        for frame in _decode(container, stream, path):
+        tally = Tally()
+        decoded = 0
+        frames = _decode(container, stream, path)
+        if self._deinterlace:
+            frames = deinterlaced(frames)
+            self.notes.append(DEINTERLACED)
+        for frame in frames:
             index, decoded = decoded, decoded + 1
             if index not in wanted:
                 continue
             if layout is None:
                 aspect, multiple_of = stream.sample_aspect_ratio, self._multiple_of
                 layout = plan(path, frame, aspect, self._size, multiple_of, self.notes)
+                self.notes += colour_notes(stream.codec_context)
                 _, _, self.width, self.height = layout.crop
-            damaged += bool(frame.is_corrupt)
-            stamps.append(frame.pts)
-            yield layout.apply(frame)
+            tally.add(index, frame)
+            try:
+                picture = layout.apply(frame)
+            except VideoError as error:
+                raise VideoError(f"{path}: {error}") from error
+            yield picture
             if index == wanted[-1]:
                 break
         else:
@@ -237,11 +252,9 @@ class _Reader:
                 self.notes.append(
                     f"the file announces {stream.frames} frames, and only {decoded} came out"
                 )
-        if damaged:
-            self.notes.append(
-                f"frames damaged in the file, used as far as they could be decoded: {damaged}"
-            )
-        self.notes += _rate_notes(stamps, stream.time_base, self.fps)
+        self.notes += tally.notes()
+        if holds_times(container):
+            self.notes += tally.rate_notes(self.fps)
 
 
 def crop_to_multiple(video: Pictures, multiple_of: int) -> Pictures:
@@ -278,29 +291,3 @@ def _decode(container: InputContainer, stream: VideoStream, path: Path) -> Itera
             f"{path}: damaged, only {count} frames could be read ({error.strerror}); "
             "use an undamaged copy, or ask for fewer frames"
         ) from error
-
-
-def _rate_notes(
-    stamps: Sequence[int | None], tick: Fraction | None, fps: Fraction
-) -> Iterator[str]:
-    """Say so where frames do not come evenly, or not at the rate that they will be shown at.
-
-    Time stamps are whole numbers of ticks, up to one beside the exact time. That, and the jitter
-    of a stamp that another container had rounded, does not make a rate vary.
-    """
-    known = [stamp for stamp in stamps if stamp is not None]
-    if not tick or len(known) < len(stamps) or len(known) < 3 or known[-1] <= known[0]:
-        return
-    gap = Fraction(known[-1] - known[0], len(known) - 1)
-    strayed = max(abs(stamp - known[0] - gap * index) for index, stamp in enumerate(known))
-    gaps = [1000 * float((after - before) * tick) for before, after in pairwise(known)]
-    if strayed > max(Fraction(1), _UNEVEN * gap):
-        yield (
-            f"the frame rate varies: frames are {min(gaps):.1f} to {max(gaps):.1f} ms apart, and "
-            f"were taken as {float(fps):.5g} a second"
-        )
-    elif abs(gap * tick * fps - 1) > _WRONG_RATE + 1 / (gap * (len(known) - 1)):
-        yield (
-            f"the frames come at {float(1 / (gap * tick)):.5g} a second, and were taken as "
-            f"{float(fps):.5g}, the rate that the file states"
-        )

@@ -106,6 +106,17 @@ def test_a_disk_that_is_too_small(
     assert loads == ["random:0"]
 
 
+def test_a_file_whose_name_begins_as_a_world_video(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("world:3.mp4").write_bytes(b"no video")
+    assert run("analyse", "world:3.mp4") == 2
+    assert "world:3.mp4: cannot be read as a video" in capfd.readouterr().err
+    assert run("analyse", "world:4.mp4") == 2
+    assert "a world video takes a seed" in " ".join(capfd.readouterr().err.replace("│", "").split())
+
+
 def test_the_output_of_a_reconstruction_is_checked_first(
     model: str,
     video: str,

@@ -81,26 +81,57 @@ def test_grey_video(tmp_path: Path, pix_fmt: str) -> None:
 
 @pytest.mark.parametrize(
     ("colorspace", "color_range", "yuv"),
-    [(1, 1, (63, 102, 240)), (6, 1, (81, 90, 240)), (2, 0, (81, 90, 240)), (5, 2, (76, 85, 255))],
+    [
+        (1, 1, (63, 102, 240)),
+        (6, 1, (81, 90, 240)),
+        (2, 0, (81, 90, 240)),
+        (5, 2, (76, 85, 255)),
+        (7, 1, (62, 102, 240)),
+        (9, 1, (74, 97, 240)),
+    ],
 )
 def test_red_stays_red(
     tmp_path: Path, colorspace: int, color_range: int, yuv: tuple[int, int, int]
 ) -> None:
-    path = tmp_path / "red.mp4"
+    path = encode_plain(tmp_path / "red.mp4", colorspace, color_range, yuv, 32)
+    assert_red(read_video(path).frames)
+
+
+@pytest.mark.parametrize(("lines", "yuv"), [(704, (81, 90, 240)), (720, (63, 102, 240))])
+def test_large_untagged_video_is_read_as_players_read_it(
+    tmp_path: Path, lines: int, yuv: tuple[int, int, int]
+) -> None:
+    assert_red(read_video(encode_plain(tmp_path / "red.mp4", 2, 0, yuv, lines)).frames)
+
+
+def test_a_matrix_that_cannot_be_read(tmp_path: Path) -> None:
+    path = encode_plain(tmp_path / "red.mp4", 8, 1, (81, 90, 240), 32)
+    with pytest.raises(VideoError, match=r"red.mp4: the colours are stored by matrix 8 of"):
+        read_video(path)
+
+
+def assert_red(frames: torch.Tensor) -> None:
+    colour = frames.float().mean((0, 1, 2))
+    assert (colour - torch.tensor([255.0, 0.0, 0.0])).abs().max() < 5
+
+
+def encode_plain(
+    path: Path, colorspace: int, color_range: int, yuv: tuple[int, int, int], height: int
+) -> Path:
+    """A frame of one colour, with tags of one's own."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=5, options={"crf": "1"})
-        stream.width = stream.height = 32
+        stream.width, stream.height = 32, height
         stream.pix_fmt = "yuv420p"
         stream.codec_context.colorspace = colorspace
         stream.codec_context.color_range = color_range
-        frame = av.VideoFrame(32, 32, "yuv420p")
+        frame = av.VideoFrame(32, height, "yuv420p")
         frame.colorspace, frame.color_range = colorspace, color_range
         for plane, level in zip(frame.planes, yuv, strict=True):
             plane.update(bytes([level]) * plane.buffer_size)
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    colour = read_video(path).frames.float().mean((0, 1, 2))
-    assert (colour - torch.tensor([255.0, 0.0, 0.0])).abs().max() < 5
+    return path
 
 
 def test_colour_of_420_video_is_interpolated(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from clips import encode, noise, smooth
 
 from stem.video import FrameRange, VideoError, read_video, reading, write_video
@@ -112,10 +113,19 @@ def test_codec_without_a_decoder(tmp_path: Path) -> None:
 
 def test_no_frame_rate(tmp_path: Path) -> None:
     """With a stub: FFmpeg finds some rate for every file that the tests can make."""
-    stream = SimpleNamespace(codec_context=object(), average_rate=None, guessed_rate=None)
-    container: Any = SimpleNamespace(streams=SimpleNamespace(video=[stream]))
+    stream = SimpleNamespace(
+        index=0,
+        disposition=Disposition(0),
+        codec_context=object(),
+        average_rate=None,
+        guessed_rate=None,
+    )
+    container: Any = SimpleNamespace(
+        format=SimpleNamespace(name="mov", flags=0),
+        streams=SimpleNamespace(video=[stream], best=lambda kind: stream),
+    )
     path = tmp_path / "clip.mp4"
     path.touch()
-    reader = reading._Reader(path, FrameRange(), None, 8)
+    reader = reading._Reader(path, FrameRange(), None, 8, False)
     with pytest.raises(VideoError, match=r"clip.mp4: states no frame rate"):
         next(reader._read(container))
