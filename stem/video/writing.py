@@ -10,8 +10,9 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.container import OutputContainer
 
-from ..storage import check_output, replacing
+from ..storage import check_output_file, replacing
 from .layout import SCALER
 
 _BT601 = 6  # AVCOL_SPC_SMPTE170M, what swscale makes of RGB unless told otherwise
@@ -41,6 +42,7 @@ def write_video(
     """
     path = Path(path)
     _check_name(path)
+    check_output_file(path)
     if not isinstance(frames, Iterable):
         raise TypeError(f"frames is a {type(frames).__name__}; pass tensors, such as video.frames")
     given = iter([frames] if isinstance(frames, torch.Tensor) else frames)
@@ -57,7 +59,7 @@ def write_video(
     height, width = first.shape[1:3]
     padding = ((0, height % 2), (0, width % 2), (0, 0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+    with replacing(path) as partial, _mp4(partial) as container:
         # swscale puts chroma midway between luma samples; untagged, it is read as beside one.
         options = {"crf": "12", "chroma_sample_location": "center"}
         # x264's AVX-512 code for macroblock trees goes past the end of a row of macroblocks: with
@@ -76,6 +78,11 @@ def write_video(
             frame.pts, frame.time_base = index, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def _mp4(path: Path) -> OutputContainer:
+    # Absolute, for FFmpeg takes what stands before a colon for a protocol.
+    return av.open(str(path.absolute()), "w", format="mp4")
 
 
 def _pictures(first: torch.Tensor, rest: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -117,9 +124,7 @@ def check_video_output(path: Path, num_frames: int, height: int, width: int) -> 
         OSError: it is a folder, its folder refuses files, or the disk has too little space.
     """
     _check_name(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; name a file in it, such as {path / 'a.mp4'}")
-    check_output(path, most_bytes(num_frames, height, width))
+    check_output_file(path, most_bytes(num_frames, height, width))
 
 
 def most_bytes(num_frames: int, height: int, width: int) -> int:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from clips import encode_fields, smooth
 from commands import run
 from PIL import Image
 
@@ -69,6 +70,29 @@ def test_invert_then_reconstruct(
     assert read_video(target).frames.shape == (4, 32, 40, 3)
     assert run("reconstruct", folder) == 0
     assert (Path(folder) / "reconstruction.mp4").is_file()
+
+
+def test_what_is_unusual_in_a_video_is_printed_and_mended_where_asked(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    encode_fields(tmp_path / "take:1.mp4", smooth(4, 32, 32))
+    arguments = ["take:1.mp4", "--model", model, "--methods", "ddim", "--steps", "1"]
+    assert run("invert", *arguments, "--out", "out:1") == 0
+    printed = capfd.readouterr().out
+    assert "take:1.mp4: 2 frames are interlaced and were read as they are" in printed
+    assert run("invert", *arguments, "--out", "out:1", "--deinterlace") == 0
+    printed = capfd.readouterr().out
+    assert "take:1.mp4: the frames were deinterlaced (bwdif)" in printed
+    assert "are interlaced" not in printed
+    (tmp_path / "run.yaml").write_text("deinterlace: true\n")
+    assert run("compare", *arguments, "--config", "run.yaml") == 0
+    assert "take:1.mp4: the frames were deinterlaced (bwdif)" in capfd.readouterr().out
+    first, second = (InversionFolder.open(path) for path in Path("out:1", "inversions").iterdir())
+    assert first.settings["video"]["frames_sha256"] != second.settings["video"]["frames_sha256"]
+    target = "back:1.mp4"
+    assert run("reconstruct", str(first.path), "--out", target) == 0
+    assert read_video(target).frames.shape == (2, 32, 32, 3)
 
 
 def test_a_file_sets_any_option_and_the_command_line_wins(

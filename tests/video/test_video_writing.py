@@ -15,7 +15,7 @@ import pytest
 import torch
 from clips import noise, psnr, smooth
 
-from stem.video import check_video_output, read_video, write_video
+from stem.video import check_video_output, open_video, read_video, write_video
 from stem.video.writing import most_bytes
 
 
@@ -122,6 +122,29 @@ def test_only_mp4_is_written(tmp_path: Path) -> None:
         write_video(tmp_path / "clip.gif", smooth(1), 10)
 
 
+@pytest.mark.parametrize("name", ["take:1.mp4", "http:a.mp4"])
+def test_a_colon_in_a_name_is_no_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_video_output(Path(name), 6, 48, 64)
+    write_video(name, smooth(), 10)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    result = read_video(name)
+    assert (result.num_frames, result.notes, result.name) == (6, (), name.removesuffix(".mp4"))
+    assert torch.equal(torch.cat(list(open_video(name).parts(4))), result.frames)
+
+
+def test_a_file_that_cannot_be_written_takes_no_frame(tmp_path: Path) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("folder.mp4", "file/clip.mp4", f"{'a' * 240}.mp4", "clip.gif"):
+        parts = iter([smooth()])
+        with pytest.raises((OSError, ValueError), match=Path(name).stem[:8]):
+            write_video(tmp_path / name, parts, 10)
+        assert next(parts, None) is not None, name
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, smooth(2), 10)
@@ -159,6 +182,10 @@ def test_an_output_is_refused_before_any_work(
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=r"file is a file, not a folder"):
         check_video_output(tmp_path / "file" / "clip.mp4", 16, 64, 64)
+    for name in (f"{'a' * 240}.mp4", f"to come/{'a' * 240}.mp4"):  # 244 bytes, with the rest 255
+        with pytest.raises(OSError, match=r"a.mp4 cannot be written: its name is too long"):
+            check_video_output(tmp_path / name, 16, 64, 64)
+    check_video_output(tmp_path / f"{'a' * 230}.mp4", 16, 64, 64)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"clip.mp4 needs 86,016 bytes, and 1,000 are free"):
         check_video_output(tmp_path / "clip.mp4", 16, 64, 64)
