@@ -1,10 +1,10 @@
-# `make demo` and `make test` do all of their own set-up, in $(VENV).
+# `make demo`, `make test` and `make docs` do all of their own set-up, in $(VENV).
 VENV ?= .venv
 PYTHON ?= python3
 RESULT ?= latest
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit interpreter bench profile lowest clean
+.PHONY: demo test lint unit interpreter docs bench profile lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stem demo
@@ -28,6 +28,11 @@ interpreter: $(VENV)/.dev
 	@echo "== interpreter: the Triton kernels, on the CPU"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interpreter \
 		-n logical --maxprocesses 8
+
+# The docstrings are read, not imported: nothing of this package is installed for it.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/site.py
+	@echo out/docs/site/index.html
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --results=benchmarks/results/$(RESULT).json
@@ -63,6 +68,11 @@ $(VENV)/.demo $(VENV)/.dev: pyproject.toml setup.py $(CONSTRAINTS) \
 	$(PIP) torch setuptools
 	$(if $(findstring .dev,$@),$(REQUIRE)) $(PIP) --no-build-isolation \
 		$(EDITABLE) '.$(if $(findstring .dev,$@),[dev])'
+	touch $@
+
+$(VENV)/.docs: $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) griffe mkdocs mkdocstrings-python
 	touch $@
 
 clean:

@@ -178,6 +178,9 @@ def random_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     It has SD's blocks, its VAE factor of 8 and its schedule, in about 8 million parameters, and
     knows nothing: for plumbing, speed and memory. Equal seeds give equal weights; the global
     random state is left as it was.
+
+    Args:
+        seed: Seed of the weights, a whole number of 64 bits.
     """
     from diffusers import (
         AutoencoderKL,

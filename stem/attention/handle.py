@@ -49,6 +49,13 @@ class _Owner:
 class Handle:
     """An attention mechanism that is on in a UNet; made by `enable`.
 
+    Args:
+        unet: UNet that the mechanism is in.
+        config: Configuration of the mechanism.
+        pipeline: Pipeline that the UNet belongs to, which knows its guidance branches, or None.
+        group: Process group whose ranks share the chunks, or None.
+        hooks: Hooks that are called in the attention, or None.
+
     Attributes:
         unet: UNet that the mechanism is in.
         config: Configuration that it was enabled with.
@@ -333,7 +340,14 @@ def enabled(
 ) -> Iterator[Handle]:
     """`enable` for the length of a `with` block; afterwards what was on before is on again.
 
+    Args:
+        target: Pipeline or UNet, as for `enable`.
+        config: Configuration of the mechanism; `StemConfig()` if None.
+        group: Process group whose ranks share the chunks, or None.
+        hooks: Hooks that are called in the attention, or None.
+
     Raises:
+        TypeError, ValueError: as `enable`.
         RuntimeError: another thread has this UNet in such a block. Blocks of one thread nest.
     """
     with plain(target):
@@ -345,6 +359,13 @@ def plain(target: Any) -> Iterator[None]:
     """The UNet's own attention for the length of a `with` block.
 
     Whatever is enabled inside is disabled at the end; what was on before is on again.
+
+    Args:
+        target: Pipeline or UNet, as for `enable`.
+
+    Raises:
+        TypeError: `target` has no UNet2DConditionModel.
+        RuntimeError: another thread has this UNet in such a block.
     """
     unet = unet_of(target)
     with _owned(unet):

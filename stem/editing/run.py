@@ -51,7 +51,7 @@ class Edit:
     Args:
         latents: Latents [N, c, h, w], float32.
         masks: Where the video may change, bool [N, h, w] in latent cells; None: everywhere.
-        cores: The masks before they were dilated, likewise, where a method has them.
+        cores: Masks before they were dilated, bool [N, h, w], where a method has them, or None.
         pivots: Frames that TokenFlow drew, int64 [steps, chunks]; None: another method.
         settings: Settings that shaped the latents, as JSON types.
     """
@@ -75,10 +75,25 @@ def edit(
     options: Options | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
-    """Edit a video by a prompt: `edit_latents` with the same arguments, decoded.
+    """Edit a video by a prompt: `edit_latents`, decoded.
+
+    Args:
+        pipeline: Pipeline that the inversion was made with.
+        inversion: Inversion to start from, complete.
+        prompt: Prompt that describes the edited video.
+        method: Name of the method, a key of `stem.editing.METHODS`.
+        negative_prompt: Negative prompt, used with guidance only.
+        guidance: Classifier-free guidance scale; None: the one that goes with the method.
+        seed: Seed of whatever the method draws.
+        options: Options of the method: its dataclass in `stem.editing`, or some of its fields by
+            name.
+        progress: Whether to show progress.
 
     Returns:
         uint8 [N, H, W, 3] on the CPU.
+
+    Raises:
+        ValueError, InversionError, NonFiniteError: as `edit_latents`.
     """
     latents = edit_latents(
         pipeline,
@@ -160,8 +175,8 @@ def run_edit(
     """`edit_latents`, with all that the method tells of the edit.
 
     Args:
-        pipeline: Pipeline, as this and what follows for `edit_latents`.
-        inversion: Inversion to start from.
+        pipeline: Pipeline that the inversion was made with.
+        inversion: Inversion to start from, complete.
         prompt: Prompt that describes the edited video.
         method: Name of the method.
         negative_prompt: Negative prompt.
@@ -172,6 +187,9 @@ def run_edit(
             from what an earlier call of equal arguments kept there.
         progress: Whether to show progress.
         on_step: Function called after each step that this call did.
+
+    Raises:
+        ValueError, InversionError, NonFiniteError: as `edit_latents`.
     """
     chosen = edit_options(method, options)
     check_edit(

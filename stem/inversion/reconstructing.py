@@ -186,5 +186,17 @@ def sample(
 
 
 def reconstruct(pipeline: Any, inversion: InversionFolder, **settings: Any) -> torch.Tensor:
-    """`reconstruct_latents` with the same arguments, decoded: uint8 [N, H, W, 3] on the CPU."""
+    """The video that an inversion leads back to: `reconstruct_latents`, decoded.
+
+    Args:
+        pipeline: Pipeline that the inversion was made with.
+        inversion: Inversion to start from, complete.
+        settings: Keyword arguments of `reconstruct_latents`.
+
+    Returns:
+        uint8 [N, H, W, 3] on the CPU.
+
+    Raises:
+        InversionError: as `reconstruct_latents`.
+    """
     return decode_latents(pipeline, reconstruct_latents(pipeline, inversion, **settings))

@@ -44,6 +44,9 @@ def round_trip(
 
     Returns:
         float32 [N, c, h, w].
+
+    Raises:
+        ValueError: `cached` without a StemConfig, or a number of steps that cannot be inverted.
     """
     if cached and not isinstance(config, StemConfig):
         raise ValueError(f"cached is True and config is {config!r}; only StemConfig has bases")

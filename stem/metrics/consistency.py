@@ -39,17 +39,34 @@ def warped_similarity(features: torch.Tensor, flow: torch.Tensor, occlusion: tor
 def similarity_maps(
     features: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor
 ) -> torch.Tensor:
-    """What `warped_similarity` is the mean of, with the same arguments.
+    """Cosine similarity of each cell with what the flow leads to, see `warped_similarity`.
+
+    Args:
+        features: Features [N, C, h, w], floating point, N >= 2.
+        flow: Flow [N-1, h, w, 2], floating point, (dx, dy) in cells, from each frame to the next.
+        occlusion: Mask [N-1, h, w], bool, True where the cell is not seen in the next frame.
 
     Returns:
         float32 [N-1, h, w], cells that are not seen in the next frame included.
+
+    Raises:
+        ValueError: the shapes do not belong together.
     """
     fetched = _fetched(features.float(), flow, occlusion)
     return cosine_similarity(features[:-1].float(), fetched, dim=1)
 
 
 def warp_error(frames: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor) -> float:
-    """Warp-Err: the mean of `pair_warp_errors`, with the same arguments."""
+    """Warp-Err: the mean of `pair_warp_errors`.
+
+    Args:
+        frames: Frames, uint8 [N, H, W, 3], N >= 2.
+        flow: Flow [N-1, H, W, 2], floating point, (dx, dy) in pixels, from each frame to the next.
+        occlusion: Mask [N-1, H, W], bool, True where a pixel is not seen in the next frame.
+
+    Raises:
+        ValueError: as `pair_warp_errors`.
+    """
     return statistics.fmean(pair_warp_errors(frames, flow, occlusion))
 
 

@@ -18,9 +18,15 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class FrameRange:
-    """The frames `start, start + stride, ...` before `stop` (None: to the end), as in a slice.
+    """The frames `start, start + stride, ...` before `stop`, as in a slice.
 
-    Raises VideoError unless 0 <= start < stop and stride >= 1.
+    Args:
+        start: Number of the first frame, at least 0.
+        stop: Number after that of the last frame, above `start`; None: to the end.
+        stride: Number of frames from one to the next, at least 1.
+
+    Raises:
+        VideoError: one of them is out of its range.
     """
 
     start: int = 0

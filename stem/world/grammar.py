@@ -126,6 +126,9 @@ def caption(scene: Scene) -> str:
 
     Such as "a small striped red ball moves right in front of a large green star that spins on a
     checked blue background while the camera pans left".
+
+    Args:
+        scene: Scene to describe.
     """
     front, *others = scene.things
     parts = ["a", front.words(), _VERBS[front.motion]]

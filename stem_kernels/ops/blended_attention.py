@@ -46,7 +46,7 @@ def blended_attention(
         mask: Share [B, n] of the target, floating, 0 ... 1 (not checked), for all heads. It gets
             no gradient.
         scale: Factor of the logits; 1 / sqrt(d) if None.
-        bias: Bias of both maps' logits, as `basis_attention` takes it, or None.
+        bias: Bias [..., K] of both maps' logits, as `basis_attention` takes it, or None.
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
