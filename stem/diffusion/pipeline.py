@@ -99,7 +99,7 @@ def check_pipeline(pipeline: Any) -> None:
             "have; use a model that is told by text alone"
         )
     try:
-        check_schedule(pipeline.scheduler.config)
+        check_schedule(pipeline.scheduler)
     except ValueError as error:
         raise ValueError(f"the pipeline, a {name}, cannot be inverted: {error}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +10,8 @@ if TYPE_CHECKING:
     from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
+SCHEDULE_ATOL = 1e-6
+"""Difference of two schedules' `alphas_cumprod`, of 0 ... 1, that rounding explains."""
 
 
 def inverse_scheduler(pipeline: Any, num_steps: int) -> DDIMInverseScheduler:
@@ -28,12 +29,43 @@ def sampling_scheduler(pipeline: Any, num_steps: int) -> DDIMScheduler:
 
 
 def _prepared(scheduler_class: Any, pipeline: Any, num_steps: int) -> Any:
-    config = pipeline.scheduler.config
-    check_steps(num_steps, config.num_train_timesteps, config.get("steps_offset", 0))
-    scheduler = scheduler_class.from_config(
-        pipeline.scheduler.config, clip_sample=False, timestep_spacing="leading"
-    )
+    given = pipeline.scheduler
+    scheduler = _of_schedule(scheduler_class, given)
+    check_steps(num_steps, scheduler.config.num_train_timesteps, scheduler.config.steps_offset)
     scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+def _of_schedule(scheduler_class: Any, given: Any) -> Any:
+    """A DDIM scheduler on the noise schedule of any scheduler.
+
+    Every value is passed: `from_config` drops those that the given scheduler has by its class's
+    default, and takes DDIM's own. Clipping and thresholding of the clean latents are off, because
+    an inversion cannot undo them.
+
+    Raises:
+        ValueError: the schedule is not the one of the scheduler's betas.
+    """
+    config = given.config
+    scheduler = scheduler_class(
+        num_train_timesteps=config.num_train_timesteps,
+        trained_betas=given.betas.tolist(),  # rescaled already, where they are
+        steps_offset=config.get("steps_offset", 0),
+        set_alpha_to_one=config.get(
+            "set_alpha_to_one", config.get("final_sigmas_type") != "sigma_min"
+        ),
+        prediction_type=config.get("prediction_type", "epsilon"),
+        clip_sample=False,
+        timestep_spacing="leading",
+    )
+    own, found = given.alphas_cumprod.double().cpu(), scheduler.alphas_cumprod.double()
+    # Where the terminal SNR is zero, some schedulers keep the last a little above it.
+    if own.shape != found.shape or float((own - found).abs().max()) > SCHEDULE_ATOL:
+        raise ValueError(
+            f"the alphas_cumprod of its scheduler, a {type(given).__name__}, are not those of its "
+            "betas, so DDIM would follow another schedule; give the pipeline a DDIMScheduler with "
+            "the values that the model was trained with"
+        )
     return scheduler
 
 
@@ -67,27 +99,36 @@ def check_steps(num_steps: int, train_steps: int, steps_offset: int) -> None:
     raise ValueError(f"{num_steps} steps {reason}; take {', '.join(map(str, nearest))}")
 
 
-def check_schedule(config: Mapping[str, Any]) -> None:
-    """Raise where a scheduler's configuration is of no noise schedule that DDIM can follow.
+def check_schedule(scheduler: Any) -> None:
+    """Raise where a scheduler has no noise schedule that DDIM can follow.
 
     Args:
-        config: Configuration of a diffusers scheduler.
+        scheduler: Scheduler of diffusers.
 
     Raises:
-        ValueError: it is a flow-matching or sigma schedule, or the UNet predicts something else
-            than the noise, the sample or the velocity.
+        ValueError: it is a flow-matching or sigma schedule, its timesteps are no whole numbers, or
+            the UNet predicts something else than the noise, the sample or the velocity.
     """
+    from diffusers import DDIMScheduler
+
+    config, name = scheduler.config, type(scheduler).__name__
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    if flow or not ("beta_schedule" in config or "trained_betas" in config):
+    if flow or "beta_schedule" not in config:
         raise ValueError(
-            "its scheduler is no variance-preserving diffusion schedule (no betas, or flow "
-            "matching); DDIM inversion needs one, as Stable Diffusion 1.x, 2.x and XL have"
+            f"its scheduler, a {name}, is no variance-preserving diffusion schedule (no betas, or "
+            "flow matching); DDIM inversion needs one, as Stable Diffusion 1.x, 2.x and XL have"
+        )
+    if config.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"its scheduler, a {name}, gives the UNet logarithms of sigmas for timesteps "
+            "(timestep_type='continuous'); DDIM needs a UNet trained on whole timesteps"
         )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(
             f"its UNet predicts {prediction!r}; DDIM needs one of {', '.join(PREDICTIONS)}"
         )
+    _of_schedule(DDIMScheduler, scheduler)
 
 
 def clean_of(

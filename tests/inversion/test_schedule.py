@@ -3,15 +3,120 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+from types import SimpleNamespace
+from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
 import torch
-from pipelines import make_pipeline
+from pipelines import SCHEDULE, make_pipeline
 
 from stem.diffusion.loop import NonFiniteError, denoise, guided
 from stem.diffusion.pipeline import encode_prompt, predict
-from stem.diffusion.schedule import check_steps, inverse_scheduler, sampling_scheduler
+from stem.diffusion.schedule import (
+    check_schedule,
+    check_steps,
+    inverse_scheduler,
+    sampling_scheduler,
+)
 from stem_kernels.testing import max_error
+
+# What each class can be made with, beside its defaults.
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"beta_schedule": "scaled_linear"},
+    {"beta_schedule": "squaredcos_cap_v2"},
+    {"beta_end": 0.012, "steps_offset": 1, "prediction_type": "v_prediction"},
+    {"set_alpha_to_one": False},
+    {"rescale_betas_zero_snr": True},
+    {"trained_betas": np.linspace(1e-4, 0.015, 1000, dtype=np.float32)},
+    {"thresholding": True},
+    {"final_sigmas_type": "sigma_min", "algorithm_type": "dpmsolver++"},
+]
+ADMITTED = (
+    "DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep "
+    "DPMSolverMultistepInverse DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete "
+    "HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LCM LMSDiscrete PNDM RePaint SASolver TCD "
+    "UnCLIP UniPCMultistep"
+).split()
+
+
+def schedulers(name: str) -> list[Any]:
+    """A class of diffusers, made with every one of the changes that it can be made with."""
+    scheduler_class = getattr(diffusers, f"{name}Scheduler")
+    known = inspect.signature(scheduler_class).parameters
+    made = []
+    for change in CHANGES:
+        with contextlib.suppress(ValueError):  # UnCLIP's refuses every schedule but its own
+            if known.keys() >= change.keys():
+                made.append(scheduler_class(**change))
+    if name != "UnCLIP":
+        made.append(scheduler_class.from_config(diffusers.DDIMScheduler(**SCHEDULE).config))
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+@pytest.mark.parametrize("name", ADMITTED)
+def test_every_scheduler_s_own_schedule_is_followed(name: str) -> None:
+    for given in schedulers(name):
+        pipeline, config = SimpleNamespace(scheduler=given), given.config
+        check_schedule(given)
+        one = config.get("set_alpha_to_one", config.get("final_sigmas_type") != "sigma_min")
+        offset, final = config.get("steps_offset", 0), 1.0 if one else given.alphas_cumprod[0]
+        for made in (inverse_scheduler(pipeline, 10), sampling_scheduler(pipeline, 10)):
+            assert max_error(made.alphas_cumprod, given.alphas_cumprod) < 1e-6, config
+            assert made.config.prediction_type == config.get("prediction_type", "epsilon")
+            assert sorted(made.timesteps.tolist()) == [offset + 100 * step for step in range(10)]
+            ends = [getattr(made, f"{end}_alpha_cumprod", None) for end in ("initial", "final")]
+            assert [float(end) for end in ends if end is not None] == [pytest.approx(float(final))]
+        if made.config.prediction_type != "epsilon":
+            continue
+        # Whatever is on in the given one, the sampling undoes an inversion's last step.
+        generator = torch.Generator().manual_seed(0)
+        before, output = torch.randn(2, 1, 4, 3, 3, generator=generator).mul(3).unbind()
+        there, back = inverse_scheduler(pipeline, 10), sampling_scheduler(pipeline, 10)
+        after = there.step(output, there.timesteps[-1], before).prev_sample
+        undone = back.step(output, back.timesteps[0], after).prev_sample
+        assert max_error(undone, before) < 1e-3, config
+
+
+def test_a_schedule_that_is_not_of_its_betas_is_refused() -> None:
+    message = "the alphas_cumprod of its scheduler, a {}, are not those of its betas.*DDIMScheduler"
+    shifted = diffusers.CogVideoXDDIMScheduler(snr_shift_scale=3.0)
+    with pytest.raises(ValueError, match=message.format("CogVideoXDDIMScheduler")):
+        check_schedule(shifted)
+    changed = diffusers.EulerDiscreteScheduler()
+    changed.alphas_cumprod = changed.alphas_cumprod**2
+    with pytest.raises(ValueError, match=message.format("EulerDiscreteScheduler")):
+        sampling_scheduler(SimpleNamespace(scheduler=changed), 10)
+
+
+def test_schedules_that_ddim_cannot_follow_are_refused() -> None:
+    with pytest.raises(ValueError, match="a IPNDMScheduler, is no variance-preserving"):
+        check_schedule(diffusers.IPNDMScheduler())
+    continuous = diffusers.EulerDiscreteScheduler(
+        timestep_type="continuous", prediction_type="v_prediction", sigma_min=0.1, sigma_max=9.0
+    )
+    with pytest.raises(ValueError, match="gives the UNet logarithms of sigmas"):
+        check_schedule(continuous)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+def test_no_other_scheduler_is_admitted() -> None:
+    admitted = []
+    for name in dir(diffusers):
+        if not name.endswith("Scheduler"):
+            continue
+        try:
+            scheduler = getattr(diffusers, name)()
+        except (ImportError, TypeError):  # of an extra, or without defaults
+            continue
+        with contextlib.suppress(ValueError):
+            check_schedule(scheduler)
+            admitted.append(name.removesuffix("Scheduler"))
+    assert sorted(admitted) == sorted(ADMITTED)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
