@@ -86,7 +86,16 @@ class RowLayout:
         # inside their UNet.
         pipeline = None if self._pipeline is None else self._pipeline()
         scale = getattr(pipeline, "guidance_scale", None)
-        return 2 if scale is not None and scale > 1 and not self._scale_embedded else 1
+        of_image = getattr(pipeline, "image_guidance_scale", None)
+        branches = 1
+        if scale is not None and scale > 1 and not self._scale_embedded:
+            if of_image is None:
+                branches = 2
+            elif of_image >= 1:  # InstructPix2Pix: with text and picture, with the picture, neither
+                branches = 3
+        if getattr(pipeline, "pag_scale", 0) > 0 and pipeline.pag_applied_layers:
+            branches += 1  # perturbed attention guidance: the prompt's once more
+        return branches
 
 
 class VideoAttentionProcessor(ABC):

@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import (
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from pipelines import call, make_pipeline, make_unet
 
@@ -197,3 +202,49 @@ def test_many_threads_leave_nothing_behind() -> None:
     assert all("with` block" in text for text in refused)
     assert all(unet.attn_processors[name] is old for name, old in processors.items())
     assert not unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+@pytest.mark.parametrize("scale", [3.0, 0.0])
+def test_perturbed_attention_guidance_is_a_branch(guidance: float, scale: float) -> None:
+    parts = make_pipeline().components
+    pipeline = StableDiffusionPAGPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"prompt": "a duck", "guidance_scale": guidance, "pag_scale": scale}
+    with stem.enabled(pipeline, StemConfig(num_bases=8, num_frames=1)):
+        expected = generated(pipeline, **given)
+    with stem.enabled(pipeline, StemConfig(num_bases=8)):
+        assert torch.equal(generated(pipeline, **given), expected)
+    branches = (2 if guidance > 1 else 1) + (scale > 0)
+    with (
+        stem.enabled(pipeline, StemConfig(num_bases=8, num_frames=5)),
+        pytest.raises(ValueError, match=rf"of {branches} rows \({branches} guidance branch"),
+    ):
+        generated(pipeline, **given)
+
+
+@pytest.mark.parametrize(("guidance", "of_image"), [(7.5, 1.5), (7.5, 0.5), (1.0, 1.5)])
+def test_instructions_have_three_branches(guidance: float, of_image: float) -> None:
+    parts = make_pipeline().components
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel.from_config(parts["unet"].config, in_channels=8).eval()
+    pipeline = StableDiffusionInstructPix2PixPipeline(
+        **{**parts, "unet": unet}, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    found = []
+    for config in (StemConfig(num_bases=8, num_frames=1), StemConfig(num_bases=8)):
+        with stem.enabled(pipeline, config):
+            found.append(
+                pipeline(
+                    "make it red",
+                    image=torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16),
+                    guidance_scale=guidance,
+                    image_guidance_scale=of_image,
+                    num_inference_steps=2,
+                    output_type="latent",
+                    generator=torch.Generator().manual_seed(0),
+                ).images
+            )
+    assert torch.equal(*found)
