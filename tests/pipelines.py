@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -140,6 +141,23 @@ def make_pipeline(shape: str = "sd1", prediction_type: str = "epsilon") -> Any:
                 **common,
             )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def with_textual_inversion(shape: str = "sd1", encoders: int = 2, vectors: int = 3) -> Any:
+    """A pipeline of its own that knows <cat>, a word of several vectors."""
+    pipeline = make_pipeline.__wrapped__(shape)
+    names = [""]
+    if shape == "sdxl":
+        pipeline.tokenizer_2 = copy.deepcopy(pipeline.tokenizer)
+        names.append("_2")
+    for name in names[:encoders]:
+        pipeline.load_textual_inversion(
+            torch.randn(vectors, 16, generator=torch.Generator().manual_seed(0)),
+            token="<cat>",
+            tokenizer=getattr(pipeline, f"tokenizer{name}"),
+            text_encoder=getattr(pipeline, f"text_encoder{name}"),
+        )
     return pipeline
 
 

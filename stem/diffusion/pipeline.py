@@ -15,6 +15,7 @@ from .schedule import check_schedule
 
 logger = logging.getLogger("stem")
 
+_BASE_MODELS = "use a Stable Diffusion 1.x, 2.x or XL model"
 VAE_FRAMES = 8
 """Frames that the VAE takes at once; each is independent of the others."""
 
@@ -63,12 +64,16 @@ def check_pipeline(pipeline: Any) -> None:
 
     Raises:
         TypeError: it has no UNet2DConditionModel.
-        ValueError: it has no VAE, its control would be ignored, its UNet takes more than latents,
-            or its scheduler is of another kind. The message gives the reason.
+        ValueError: it has no VAE or text encoder, its control would be ignored, its UNet takes
+            more than latents, it is a refiner, or its scheduler is of another kind. The message
+            gives the reason.
     """
     unet, name = unet_of(pipeline), type(pipeline).__name__
     if getattr(pipeline, "vae", None) is None:
-        raise ValueError(f"the pipeline, a {name}, has no VAE")
+        raise ValueError(
+            f"the pipeline, a {name}, has no VAE: it denoises pixels (as DeepFloyd IF does) or has "
+            f"latents of another kind; {_BASE_MODELS}"
+        )
     for part in ("controlnet", "adapter", "motion_adapter"):
         if getattr(pipeline, part, None) is not None:
             raise ValueError(
@@ -76,10 +81,23 @@ def check_pipeline(pipeline: Any) -> None:
                 "pass a plain pipeline of the same model, for example "
                 "StableDiffusionPipeline(**{the components it shares})"
             )
-    if getattr(unet.config, "encoder_hid_dim_type", None) is not None:
+    projected = getattr(unet.config, "encoder_hid_dim_type", None)
+    if projected == "ip_image_proj":
         raise ValueError(
             f"the UNet of the pipeline, a {name}, wants image embeddings (an IP-Adapter), which an "
             "inversion does not have; call pipeline.unload_ip_adapter() first"
+        )
+    if projected is not None:
+        raise ValueError(
+            f"the UNet of the pipeline, a {name}, projects the embeddings of another encoder than "
+            f"CLIP's (encoder_hid_dim_type={projected!r}, as Kolors, DeepFloyd IF and Kandinsky "
+            f"do), which an inversion does not make; {_BASE_MODELS}"
+        )
+    if getattr(getattr(pipeline, "config", {}), "requires_aesthetics_score", False):
+        raise ValueError(
+            f"the pipeline, a {name}, is a refiner (requires_aesthetics_score): it is told an "
+            "aesthetics score in place of the target's size, and was trained on the last, least "
+            "noisy timesteps only, so no inversion can go through it; use the base model"
         )
     latents, taken = pipeline.vae.config.latent_channels, unet.config.in_channels
     if taken != latents:
@@ -102,6 +120,12 @@ def check_pipeline(pipeline: Any) -> None:
         check_schedule(pipeline.scheduler)
     except ValueError as error:
         raise ValueError(f"the pipeline, a {name}, cannot be inverted: {error}") from error
+    for part in ("text_encoder", "tokenizer"):
+        if getattr(pipeline, part, None) is None:
+            raise ValueError(
+                f"the pipeline, a {name}, has no {part}, and an inversion encodes its prompt; load "
+                f"it with its {part}"
+            )
 
 
 @torch.no_grad()
@@ -139,9 +163,10 @@ def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Condit
 def truncated_words(pipeline: Any, prompt: str) -> str:
     """The words of a prompt that its tokenizers cut off; empty where all fit."""
     lost = ""
-    for tokenizer in _tokenizers(pipeline):
+    for tokenizer in tokenizers_of(pipeline):
+        text = as_encoded(pipeline, prompt, tokenizer)
         encoded = tokenizer(
-            prompt, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
+            text, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
         )
         if len(encoded.input_ids) <= tokenizer.model_max_length:
             continue
@@ -149,7 +174,7 @@ def truncated_words(pipeline: Any, prompt: str) -> str:
         first = tokenizer.model_max_length - 1
         if tokenizer.is_fast:
             starts = [start for start, end in encoded["offset_mapping"][first:] if end > start]
-            rest = prompt[min(starts) :] if starts else ""
+            rest = text[min(starts) :] if starts else ""
         else:
             rest = tokenizer.decode(encoded.input_ids[first:], skip_special_tokens=True)
         lost = max(lost, rest.strip(), key=len)
@@ -159,7 +184,7 @@ def truncated_words(pipeline: Any, prompt: str) -> str:
 def unknown_words(pipeline: Any, prompt: str) -> str:
     """The words of a prompt that a tokenizer of whole words has no token for."""
     unknown = []
-    for tokenizer in _tokenizers(pipeline):
+    for tokenizer in tokenizers_of(pipeline):
         mark = tokenizer.unk_token_id
         if mark is None or mark == tokenizer.eos_token_id:  # CLIP's spells everything
             continue
@@ -169,7 +194,20 @@ def unknown_words(pipeline: Any, prompt: str) -> str:
     return ", ".join(unknown)
 
 
-def _tokenizers(pipeline: Any) -> list[Any]:
+def as_encoded(pipeline: Any, text: str, tokenizer: Any) -> str:
+    """A prompt or one of its words as the pipeline's text encoder is given it.
+
+    A word of textual inversion with several vectors is written out, a token for each vector.
+    """
+    known = tokenizer.added_tokens_encoder
+    several = any(word in text and f"{word}_1" in known for word in known)
+    if not several or not hasattr(pipeline, "maybe_convert_prompt"):
+        return text
+    return str(pipeline.maybe_convert_prompt(text, tokenizer))
+
+
+def tokenizers_of(pipeline: Any) -> list[Any]:
+    """The pipeline's tokenizers: one, or Stable Diffusion XL's two."""
     found = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
     return [tokenizer for tokenizer in found if tokenizer is not None]
 
@@ -194,7 +232,7 @@ def encode_frames(pipeline: Any, frames: torch.Tensor | Iterable[torch.Tensor]) 
         ValueError: another dtype or shape, or a size that the VAE cannot divide.
     """
     vae, device = pipeline.vae, execution_device(pipeline)
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    shift, scale = _shift_and_scale(vae, device)
     given = [frames] if isinstance(frames, torch.Tensor) else frames
     latents: list[torch.Tensor] = []
     with _upcast_vae(pipeline) as dtype:
@@ -202,12 +240,27 @@ def encode_frames(pipeline: Any, frames: torch.Tensor | Iterable[torch.Tensor]) 
         def encoded(part: torch.Tensor) -> torch.Tensor:
             images = part.to(device).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1.0
             mean = vae.encode(images).latent_dist.mean.float()
-            return (mean - shift) * vae.config.scaling_factor
+            return (mean - shift) * scale
 
         for frames in given:
             _check_frames(pipeline, frames)
             latents += _in_parts(encoded, frames)
     return torch.cat(latents)
+
+
+def _shift_and_scale(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What latents [N, c, h, w] are made of the VAE's by: (its - shift) * scale, float32.
+
+    Source: diffusers' StableDiffusionXLImg2ImgPipeline, for `latents_mean` and `latents_std`.
+    """
+
+    def by_channel(name: str, default: float) -> torch.Tensor:
+        value = getattr(vae.config, name, None)
+        found = torch.tensor(default if value is None else value, device=device).float()
+        return found.reshape(1, -1, 1, 1)
+
+    shift = by_channel("shift_factor", 0.0) + by_channel("latents_mean", 0.0)
+    return shift, by_channel("scaling_factor", 1.0) / by_channel("latents_std", 1.0)
 
 
 def _check_frames(pipeline: Any, frames: torch.Tensor) -> None:
@@ -232,11 +285,11 @@ def decode_latents(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def decoded_parts(pipeline: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:
     """The frames of `decode_latents`, a few at a time."""
-    vae = pipeline.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    vae, device = pipeline.vae, execution_device(pipeline)
+    shift, scale = _shift_and_scale(vae, device)
 
     def decoded(part: torch.Tensor) -> torch.Tensor:
-        part = part.to(execution_device(pipeline)) / vae.config.scaling_factor + shift
+        part = part.to(device) / scale + shift
         images = vae.decode(part.to(dtype)).sample
         pixels = ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).cpu()
@@ -295,6 +348,10 @@ def predict(
 ) -> torch.Tensor:
     """The UNet's prediction at one timestep.
 
+    A UNet that was distilled with its guidance (`time_cond_proj_dim`) is told a scale of 1, as its
+    pipeline does without guidance, so that it predicts what the prompt says and no more: the same
+    in either direction, and in every branch of an edit's guidance.
+
     Args:
         pipeline: Pipeline whose UNet is called.
         latents: Latents [branches * N, c, h, w], float32, rows [branch, frame].
@@ -304,6 +361,16 @@ def predict(
     Returns:
         float32 [branches * N, c, h, w].
     """
-    unet = pipeline.unet
+    unet, given = pipeline.unet, latents.to(pipeline.unet.dtype)
     arguments = conditioning.for_frames(latents.shape[0] // conditioning.branches)
-    return unet(latents.to(unet.dtype), timestep, return_dict=False, **arguments)[0].float()
+    if unet.config.time_cond_proj_dim is not None:
+        arguments["timestep_cond"] = _unguided(unet.config.time_cond_proj_dim, given)
+    return unet(given, timestep, return_dict=False, **arguments)[0].float()
+
+
+def _unguided(channels: int, latents: torch.Tensor) -> torch.Tensor:
+    """diffusers' `get_guidance_scale_embedding` of w = 0: sines, cosines; [rows, channels]."""
+    half = channels // 2
+    row = latents.new_zeros(channels)
+    row[half : 2 * half] = 1.0
+    return row.expand(latents.shape[0], -1)

@@ -115,7 +115,7 @@ def check_schedule(scheduler: Any) -> None:
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     if flow or "beta_schedule" not in config:
         raise ValueError(
-            f"its scheduler, a {name}, is no variance-preserving diffusion schedule (no betas, or "
+            f"its scheduler is no variance-preserving diffusion schedule (a {name}: no betas, or "
             "flow matching); DDIM inversion needs one, as Stable Diffusion 1.x, 2.x and XL have"
         )
     if config.get("timestep_type") == "continuous":

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..diffusion.pipeline import as_encoded, tokenizers_of
+
 
 def words_of(prompt: str) -> list[str]:
     """The words of a prompt, as spaces part them."""
@@ -117,17 +119,30 @@ class PromptTokens:
 
 
 def prompt_tokens(pipeline: Any, prompt: str) -> PromptTokens:
-    """The tokens of a prompt, by the pipeline's (first) tokenizer.
+    """The tokens of a prompt as the pipeline's text encoder gets them.
 
     Both of Stable Diffusion XL's tokenizers are CLIP's and cut words alike.
 
     Raises:
-        ValueError: the tokenizer joins words, so that no tokens belong to one word alone.
+        ValueError: the tokenizer joins words, so that no tokens belong to one word alone, or two
+            tokenizers cut them differently.
     """
-    tokenizer = pipeline.tokenizer
+    found, *others = (_tokens_by(pipeline, each, prompt) for each in tokenizers_of(pipeline))
+    if any(other.of_words != found.of_words for other in others):
+        raise ValueError(
+            f"the pipeline's two tokenizers cut {prompt!r} differently, so no tokens belong to one "
+            "word alone; load a textual inversion into both tokenizers and text encoders, with as "
+            "many vectors"
+        )
+    return found
+
+
+def _tokens_by(pipeline: Any, tokenizer: Any, prompt: str) -> PromptTokens:
     length: int = tokenizer.model_max_length
-    whole: list[int] = tokenizer(prompt, truncation=False, verbose=False).input_ids
-    by_word = [tokenizer(word, add_special_tokens=False).input_ids for word in words_of(prompt)]
+    text = as_encoded(pipeline, prompt, tokenizer)
+    whole: list[int] = tokenizer(text, truncation=False, verbose=False).input_ids
+    words = [as_encoded(pipeline, word, tokenizer) for word in words_of(prompt)]
+    by_word = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
     joined = [token for word in by_word for token in word]
     first = len(whole) - 1 - len(joined)
     if first < 0 or whole[first:-1] != joined:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipelines import make_pipeline, tokens_of
+from pipelines import make_pipeline, tokens_of, with_textual_inversion
 
 from stem.editing.prompts import (
     alignment,
@@ -75,3 +75,30 @@ def test_tokens_of_a_prompt_that_is_cut_off(shape: str) -> None:
     with pytest.raises(ValueError, match=r"'end' in 'duck .* cut off, .* 77 tokens"):
         long.positions([60])
     assert refined_columns(found, long).matrix.shape == (77, 77)
+
+
+@pytest.mark.parametrize("shape", ["sd1", "sdxl"])
+def test_a_word_of_several_vectors_has_as_many_tokens(shape: str) -> None:
+    pipeline = with_textual_inversion(shape, vectors=3)
+    found = prompt_tokens(pipeline, "a <cat>, red <cat>")
+    # A letter is a token, the comma, too.
+    assert found.of_words == ((1,), (2, 3, 4, 5), (6, 7, 8), (9, 10, 11))
+    given = pipeline.maybe_convert_prompt("a <cat>, red <cat>", pipeline.tokenizer)
+    assert list(found.tokens) == pipeline.tokenizer(given).input_ids
+    assert found.positions(places_of(["red"], found.text)) == [6, 7, 8]
+    # 72 letters and the first two vectors fit; the embeddings say so, too.
+    long = prompt_tokens(pipeline, "abc " * 24 + "ab <cat> red")
+    assert long.of_words[25:] == ((75,), ())
+    with pytest.raises(ValueError, match=r"'red' in .* cut off"):
+        long.positions([26])
+    # Words map to words across prompts, as without textual inversion.
+    columns = replaced_columns(prompt_tokens(pipeline, "a dog, red <cat>"), found)
+    assert columns.matrix[5, 6] == 0
+    assert columns.matrix[[6, 7, 8], [6, 7, 8]].tolist() == [1.0] * 3
+
+
+def test_a_word_that_two_encoders_cut_differently_is_refused() -> None:
+    pipeline = with_textual_inversion("sdxl", encoders=1)
+    assert prompt_tokens(pipeline, "a dog").end == 5
+    with pytest.raises(ValueError, match=r"two tokenizers cut 'a <cat>' differently.*into both"):
+        prompt_tokens(pipeline, "a <cat>")

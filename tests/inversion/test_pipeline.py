@@ -14,12 +14,15 @@ from diffusers import (
     ControlNetModel,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from pipelines import SHAPES, make_pipeline
+from pipelines import SHAPES, make_pipeline, with_textual_inversion
 
 import stem
+from stem.diffusion.loop import denoise, guided
 from stem.diffusion.pipeline import (
     check_pipeline,
     decode_latents,
@@ -28,6 +31,7 @@ from stem.diffusion.pipeline import (
     predict,
     truncated_words,
 )
+from stem.diffusion.schedule import inverse_scheduler, sampling_scheduler
 from stem.models import load_pipeline, random_pipeline
 from stem.world import caption, sample_scene
 from stem_kernels.testing import max_error
@@ -104,11 +108,23 @@ def test_words_of_another_language_are_named(caplog: pytest.LogCaptureFixture) -
     assert set(lost.split()) == {"tennis"}
 
 
+@pytest.mark.parametrize("shape", ["sd1", "sdxl"])
+def test_vectors_of_a_textual_inversion_take_the_room_of_words(
+    shape: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = with_textual_inversion(shape)
+    caplog.clear()
+    fits = "abc " * 24 + "<cat>"  # 72 letters and 3 vectors
+    encode_prompt(pipeline, fits, 16, 16)
+    assert not caplog.text
+    encode_prompt(pipeline, fits + " swan", 16, 16)
+    assert "these words are lost: swan" in caplog.text
+
+
 def with_parts(**parts: object) -> SimpleNamespace:
     """What `check_pipeline` looks at of a pipeline, with some parts exchanged."""
     pipeline = make_pipeline()
-    known = {"unet": pipeline.unet, "vae": pipeline.vae, "scheduler": pipeline.scheduler}
-    return SimpleNamespace(**{**known, **parts})
+    return SimpleNamespace(**{**pipeline.components, **parts})
 
 
 def other_unet(**changes: int) -> UNet2DConditionModel:
@@ -166,3 +182,81 @@ def test_a_control_net_pipeline_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="StableDiffusionControlNetPipeline, has a controlnet"):
         check_pipeline(control)
+
+
+def test_a_vae_s_statistics_of_latents_count_in_both_directions() -> None:
+    pipeline = with_parts(vae=copy.deepcopy(make_pipeline().vae))
+    pipeline.device = torch.device("cpu")
+    frames = torch.randint(256, (3, 16, 16, 3), dtype=torch.uint8)
+    plain, decoded = (
+        encode_frames(pipeline, frames),
+        decode_latents(pipeline, torch.zeros(1, 4, 8, 8)),
+    )
+    mean, std = [0.5, -1.0, 0.0, 2.0], [1.0, 2.0, 0.5, 4.0]
+    pipeline.vae.register_to_config(latents_mean=mean, latents_std=std)
+    by_channel = [torch.tensor(value).reshape(1, 4, 1, 1) for value in (mean, std)]
+    # As StableDiffusionXLImg2ImgPipeline encodes and StableDiffusionXLPipeline decodes.
+    expected = (plain / 5.0 - by_channel[0]) * 5.0 / by_channel[1]
+    assert max_error(encode_frames(pipeline, frames), expected) < 1e-5
+    zero = -by_channel[0] * 5.0 / by_channel[1]
+    assert torch.equal(decode_latents(pipeline, zero.expand(1, 4, 8, 8)), decoded)
+
+
+def test_a_unet_distilled_with_its_guidance_is_told_that_there_is_none() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = other_unet(time_cond_proj_dim=33).eval()
+    pipeline = StableDiffusionPipeline(**{**make_pipeline().components, "unet": unet})
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    told: list[torch.Tensor] = []
+    hook = unet.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs["timestep_cond"]), with_kwargs=True
+    )
+    ends = pipeline(
+        "a duck", 16, 16, num_inference_steps=2, guidance_scale=1.0, latents=latents,
+        output_type="latent",
+    ).images  # fmt: skip
+    prompt = encode_prompt(pipeline, "a duck", 16, 16)
+    scheduler = sampling_scheduler(pipeline, 2)
+    found = denoise(latents, scheduler, guided(pipeline, prompt), name="x")
+    assert max_error(found, ends) < 1e-5
+    # Both directions, every branch, a row each, in the UNet's dtype.
+    unet.to(torch.bfloat16)
+    prompt = encode_prompt(pipeline, "a duck", 16, 16)
+    both = guided(pipeline, prompt, negative=prompt, guidance=3.0)
+    denoise(latents, inverse_scheduler(pipeline, 2), both, name="x")
+    hook.remove()
+    assert [len(each) for each in told] == [1, 1, 1, 1, 2, 2]
+    assert told[-1].dtype == torch.bfloat16
+    assert all(torch.equal(row.float(), told[0][0]) for each in told for row in each)
+
+
+def refiner() -> StableDiffusionXLImg2ImgPipeline:
+    parts = {**make_pipeline("sdxl").components, "text_encoder": None, "tokenizer": None}
+    return StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True)
+
+
+def kolors() -> SimpleNamespace:
+    unet = other_unet(encoder_hid_dim=24, encoder_hid_dim_type="text_proj")
+    return with_parts(unet=unet)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (refiner, r"is a refiner \(requires_aesthetics_score\).*use the base model"),
+        (kolors, "embeddings of another encoder than CLIP's .*'text_proj', as Kolors.*or XL model"),
+        (
+            lambda: with_parts(vae=None),
+            r"denoises pixels \(as DeepFloyd IF.*use a Stable Diffusion",
+        ),
+        (lambda: with_parts(text_encoder=None), "has no text_encoder, and an inversion encodes"),
+        (lambda: with_parts(tokenizer=None), "has no tokenizer, and an inversion encodes"),
+    ],
+)
+def test_pipelines_of_other_kinds_are_refused_with_what_helps(
+    make: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_pipeline(make())
