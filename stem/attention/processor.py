@@ -84,7 +84,7 @@ class RowLayout:
     def _guidance_branches(self) -> int:
         # As the pipelines' own `do_classifier_free_guidance`, which torch.compile cannot trace from
         # inside their UNet.
-        pipeline = None if self._pipeline is None else self._pipeline()
+        pipeline: Any = None if self._pipeline is None else self._pipeline()
         scale = getattr(pipeline, "guidance_scale", None)
         of_image = getattr(pipeline, "image_guidance_scale", None)
         branches = 1

@@ -6,11 +6,13 @@ import hashlib
 import json
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import torch
 
 from ..storage import tensor_bytes
+from .weights import plain_tensors, state_of
 
 _THREADS = 4  # hashing releases the interpreter's lock
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -27,13 +29,14 @@ def fingerprint(pipeline: Any) -> dict[str, str]:
     which of them are active, and FreeU; so do the components' configurations, and the tokenizers.
     A component's bytes are read once; they are read again when a tensor was replaced or written to
     since (torch's version counter, and the sums of every tensor's rows for writes through `.data`,
-    which the counter does not see).
+    which the counter does not see). Weights that are offloaded to a disk are read from there,
+    and hash as they would in memory.
 
     Args:
         pipeline: Stable Diffusion 1.x, 2.x or XL pipeline.
 
     Raises:
-        ValueError: weights are on the meta device, so there is nothing to hash.
+        ValueError: weights are on the meta device, and nothing tells where they are kept.
     """
     configs = {
         name: _configuration(component)
@@ -74,29 +77,25 @@ def _configuration(component: Any) -> dict[str, Any] | str:
 
 
 def _weights_hash(name: str, module: torch.nn.Module) -> str:
-    tensors = {
-        key.removeprefix("_orig_mod."): tensor.detach()
-        for key, tensor in sorted(module.state_dict(keep_vars=True).items())
-    }
-    absent = [key for key, tensor in tensors.items() if tensor.is_meta]
-    if absent:
-        raise ValueError(
-            f"the {name}'s weights are on the meta device ({absent[0]} and others), as "
-            "enable_sequential_cpu_offload leaves them; use enable_model_cpu_offload instead"
-        )
+    entries = state_of(name, module)
     state = hashlib.sha256()
-    for key, tensor in tensors.items():
-        version = -1 if tensor.is_inference() else tensor._version
-        state.update(f"{key} {tensor.data_ptr()} {version} {tensor.shape}".encode())
-        state.update(tensor_bytes(_row_sums(tensor).cpu()))
+    for entry, read in entries.items():
+        for key, tensor in plain_tensors(entry, read()):
+            version = -1 if tensor.is_inference() else tensor._version
+            state.update(f"{key} {tensor.data_ptr()} {version} {tensor.shape}".encode())
+            state.update(tensor_bytes(_row_sums(tensor).cpu()))
     known = _hashed.get(module)
     if known is not None and known[0] == state.hexdigest():
         return known[1]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        digests = list(threads.map(_tensor_hash, tensors.values()))
+
+    def digests(entry: str) -> list[str]:
+        parts = plain_tensors(entry, entries[entry]())
+        return [f"{key} {_tensor_hash(tensor)}" for key, tensor in parts]
+
     total = hashlib.sha256()
-    for key, digest in zip(tensors, digests, strict=True):
-        total.update(f"{key} {digest}".encode())
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for digest in chain.from_iterable(threads.map(digests, entries)):
+            total.update(digest.encode())
     _hashed[module] = (state.hexdigest(), total.hexdigest())
     return total.hexdigest()
 
