@@ -23,6 +23,13 @@ RANDOM_VAE_FACTOR = 8
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in names.DTYPES}
 # Gives natural frames latents of about unit variance, as Stable Diffusion's own factor does.
 RANDOM_SCALING_FACTOR = 5.25
+# diffusion_pytorch_model.safetensors, model.fp16.safetensors, model-00001-of-00002.fp16.safetensors
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_|pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?"
+    r"\.(?:safetensors|bin)"
+)
+_WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+_HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _SD_SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -64,17 +71,21 @@ def load_pipeline(
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     seed = _random_seed(model)
+    _check_name(model)
     if seed is not None:
         pipeline = random_pipeline(seed).to(dtype=dtype)
     else:
         # diffusers 0.42 renamed it, and warns of the old name.
         renamed = Version(diffusers.__version__) >= Version("0.42")
+        folder = _local_folder(model)
+        variant = None if folder is None else _only_variant(folder)
         try:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                _local_folder(model) or model, **{"dtype" if renamed else "torch_dtype": dtype}
+                folder or model,
+                variant=variant,
+                **{"dtype" if renamed else "torch_dtype": dtype},
             )
         except (OSError, ValueError) as error:
-            folder = _local_folder(model)
             where = f"the folder {str(folder)!r}" if folder else f"the hub id {model!r}"
             raise ModelError(
                 f"no pipeline can be loaded from {where}: {error}. --model takes a hub "
@@ -116,6 +127,30 @@ def _local_folder(model: str) -> Path | None:
     if model == EMBEDDED_MODEL:
         return EMBEDDED_FOLDER
     return Path(model) if Path(model).is_dir() else None
+
+
+def _check_name(model: str) -> None:
+    """Raise ModelError where a name is of a file, or a path to nothing, and so no hub id."""
+    to_folder = (
+        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) (of diffusers; "
+        "StableDiffusionXLPipeline for XL) makes a folder of a checkpoint's file"
+    )
+    if Path(model).is_file():
+        raise ModelError(f"{model!r} is a file, and --model takes a folder; {to_folder}")
+    if _local_folder(model) is not None or _random_seed(model) is not None:
+        return
+    if Path(model).suffix in _WEIGHT_SUFFIXES or not _HUB_ID.fullmatch(model):
+        raise ModelError(f"{model!r} is no folder here, and cannot be a hub id; {to_folder}")
+
+
+def _only_variant(folder: Path) -> str | None:
+    """The variant ("fp16") of weights that a part of a model has no others of."""
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        found = [_WEIGHTS.fullmatch(file.name) for file in sorted(part.iterdir())]
+        variants = [match["variant"] for match in found if match is not None]
+        if variants and None not in variants:
+            return str(variants[0])
+    return None
 
 
 def _random_seed(model: str) -> int | None:

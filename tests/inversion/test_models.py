@@ -44,6 +44,37 @@ def test_models_that_cannot_be_used(tmp_path, monkeypatch) -> None:  # type: ign
         load_pipeline("no/such-model")
 
 
+def test_loading_a_folder_of_half_precision_weights_only(tmp_path: Path) -> None:
+    original = random_pipeline(3).to(dtype=torch.float16)
+    original.save_pretrained(tmp_path, variant="fp16")
+    expected = fingerprint(original)
+    assert not list(tmp_path.glob("*/*model.safetensors"))
+    assert fingerprint(load_pipeline(str(tmp_path), dtype="float16")) == expected
+    # Parts may have other weights, too, or those alone.
+    encoder = tmp_path / "text_encoder"
+    (encoder / "model.fp16.safetensors").rename(encoder / "model.safetensors")
+    assert fingerprint(load_pipeline(str(tmp_path), dtype="float16")) == expected
+    random_pipeline(4).save_pretrained(tmp_path)
+    assert fingerprint(load_pipeline(str(tmp_path))) == fingerprint(random_pipeline(4))
+
+
+def test_sharded_weights_have_variants_too(tmp_path: Path) -> None:
+    random_pipeline(3).save_pretrained(tmp_path, variant="fp16", max_shard_size="8MB")
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
+    loaded = load_pipeline(str(tmp_path), dtype="float32")
+    assert fingerprint(loaded) == fingerprint(random_pipeline(3))
+
+
+def test_a_file_and_a_path_to_nothing_are_no_hub_ids(tmp_path: Path) -> None:
+    file = tmp_path / "v1-5.safetensors"
+    file.touch()
+    with pytest.raises(ModelError, match=rf"'{file}' is a file, .*from_single_file\(FILE\)\.save"):
+        load_pipeline(str(file))
+    for model in ("v1-5.ckpt", str(tmp_path / "absent"), "~/model", "a/b/c"):
+        with pytest.raises(ModelError, match=f"'{model}' is no folder here, and cannot be a hub"):
+            load_pipeline(model)
+
+
 def test_loading_with_a_device_and_a_dtype(tmp_path: Path) -> None:
     assert load_pipeline("random", dtype="bfloat16").unet.dtype == torch.bfloat16
     assert load_pipeline("random", dtype=torch.float16, device="cpu").vae.dtype == torch.float16

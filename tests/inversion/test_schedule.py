@@ -35,12 +35,13 @@ CHANGES: list[dict[str, Any]] = [
     {"thresholding": True},
     {"final_sigmas_type": "sigma_min", "algorithm_type": "dpmsolver++"},
 ]
-ADMITTED = (
-    "DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep "
-    "DPMSolverMultistepInverse DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete "
-    "HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LCM LMSDiscrete PNDM RePaint SASolver TCD "
-    "UnCLIP UniPCMultistep"
-).split()
+ADMITTED = [
+    "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep",
+    "DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep",
+    "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete",
+    "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "RePaint", "SASolver", "TCD", "UnCLIP",
+    "UniPCMultistep",
+]  # fmt: skip
 
 
 def schedulers(name: str) -> list[Any]:
