@@ -24,6 +24,8 @@ from stem.workflows import ablation
 from stem.workflows.ablation_plan import FORMS, OPTIONS, base_config, variants_of
 from stem.world import render, sample_scene
 
+PLAIN: dict[str, Any] = {"options": {"num_bases": 8, "calibration": "none"}}
+
 
 def ablated(out: Path, *only: str, **settings: Any) -> ablation.Ablation:
     settings = {"num_steps": 2, "progress": False, "options": {"num_bases": 8}, **settings}
@@ -35,7 +37,8 @@ def test_every_option_of_the_specification_is_changed_alone() -> None:
     assert list(OPTIONS["K"]) == ["16", "32", "64", "128", "256", "512"]
     assert list(OPTIONS["R"]) == ["1", "2", "3", "5", "8"]
     fields = {
-        **{"K": "num_bases", "R": "num_iters", "space": "space", "init": "init"},
+        **{"K": "num_bases", "R": "num_iters", "sample": "sample_per_base"},
+        **{"space": "space", "init": "init"},
         **{"empty": "empty", "proportional": "proportional", "calibration": "calibration"},
     }
     found = variants_of(base, list(OPTIONS))
@@ -71,46 +74,47 @@ def test_an_interrupted_ablation_goes_on_and_measures_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[StemConfig] = []
+    forms = ["none", "moments", "linear", "joint"]
     measure = ablation.measure_config
 
     def counting(
         pipeline: Any, video: Any, latents: Any, prompt: str, config: Any, *rest: Any
     ) -> Any:
-        if len(measured) == 2:
+        if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(config)
         return measure(pipeline, video, latents, prompt, config, *rest)
 
     monkeypatch.setattr(ablation, "measure_config", counting)
     with pytest.raises(KeyboardInterrupt):
-        ablated(tmp_path, "calibration")
+        ablated(tmp_path, "calibration", **PLAIN)
     (file,) = tmp_path.glob("*/ablation.json")
-    assert [row["value"] for row in json.loads(file.read_text())["rows"]] == ["none", "linear"]
+    assert [row["value"] for row in json.loads(file.read_text())["rows"]] == forms[:3]
     with pytest.raises(ReportError, match=r"but not ablation\.png; run the command again"):
         read_report(file)
     measured.clear()
-    found = ablated(tmp_path, "calibration", "proportional")
-    # "on" is what "none" is, and "linear" is there already.
+    found = ablated(tmp_path, "calibration", "proportional", **PLAIN)
+    # "on" is what "none" is, and "moments" and "linear" are there already.
     assert [config.calibration for config in measured] == ["none", "joint"]
     assert [config.proportional for config in measured] == [False, True]
-    assert [row.value for row in found.rows] == ["on", "off", "none", "linear", "joint"]
+    assert [row.value for row in found.rows] == ["on", "off", *forms]
     by_value = {row.value: row for row in found.rows}
     assert by_value["on"].seconds == by_value["none"].seconds
     assert found.json == file
     before = file.read_bytes()
-    measured[:] = [StemConfig()] * 2  # any other is an interruption
-    assert ablated(tmp_path, "calibration").rows == found.rows[2:]
+    measured[:] = [StemConfig()] * 3  # any other is an interruption
+    assert ablated(tmp_path, "calibration", **PLAIN).rows == found.rows[2:]
     assert file.read_bytes() == before
     assert Image.open(found.plot).size[0] > 1000
     with pytest.raises(KeyboardInterrupt):
-        ablated(tmp_path, "space")
+        ablated(tmp_path, "space", **PLAIN)
     with pytest.raises(ReportError, match="are not those that it was written with"):
         read_report(file)  # the plot lacks "feature", which is what "none" is
     with pytest.raises(KeyboardInterrupt):
-        ablated(tmp_path, "calibration", num_steps=4)  # not those of two steps
+        ablated(tmp_path, "calibration", num_steps=4, **PLAIN)  # not those of two steps
     file.write_text("{")
     with pytest.raises(ValueError, match=r"ablation\.json is damaged .*; remove it"):
-        ablated(tmp_path, "calibration")
+        ablated(tmp_path, "calibration", **PLAIN)
 
 
 def test_what_cannot_be_ablated_is_said_before_any_work(tmp_path: Path) -> None:
