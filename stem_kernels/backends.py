@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -140,7 +140,18 @@ BACKENDS: dict[str, Backend] = {
 """Every backend, in the order in which `backend="auto"` tries them."""
 
 
-def select(op: str, backend: str, tensors: Tensors, num_bases: int | None) -> str:
+def named(backend: str) -> bool:
+    """Whether the argument `backend`, or the environment, asks for a backend by its name."""
+    return backend != "auto" or BACKEND_VARIABLE in os.environ
+
+
+def select(
+    op: str,
+    backend: str,
+    tensors: Tensors,
+    num_bases: int | None,
+    refused: Collection[str] = (),
+) -> str:
     """The name of the backend that runs this call.
 
     Args:
@@ -150,6 +161,7 @@ def select(op: str, backend: str, tensors: Tensors, num_bases: int | None) -> st
         tensors: Tensors of the call by argument name; None entries are ignored.
         num_bases: Number K of bases of the call; for an operator without them None, or 0 where
             backends limit its widths.
+        refused: Names of backends that "auto" does not take.
 
     Raises:
         ValueError: `backend` is not a backend's name.
@@ -168,6 +180,8 @@ def select(op: str, backend: str, tensors: Tensors, num_bases: int | None) -> st
         return backend
     passed_over: list[tuple[str, tuple[str, ...]]] = []
     for name, candidate in BACKENDS.items():
+        if name in refused:
+            continue
         reasons = candidate.reasons(tensors, num_bases)
         for device in {tensor.device for tensor in tensors.values() if tensor is not None}:
             reasons = reasons or candidate.auto(device)

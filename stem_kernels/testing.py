@@ -5,7 +5,21 @@ from __future__ import annotations
 import torch
 
 from .ops.em_statistics import EMStatistics
-from .shared.cosine import SMALLEST_NORM
+from .shared.cosine import SMALLEST_NORM, cosine_loss
+from .shared.parity import max_error, parity_bound
+
+__all__ = [
+    "clustered_tokens",
+    "cosine_loss",
+    "eager_basis_attention",
+    "eager_blended_attention",
+    "eager_calibrate_bases",
+    "eager_em_statistics",
+    "eager_nearest_token",
+    "eager_soft_em",
+    "max_error",
+    "parity_bound",
+]
 
 
 def eager_em_statistics(
@@ -126,22 +140,6 @@ def eager_calibrate_bases(
     return value.expand(*query.shape[:2], *value.shape[2:]), fitted
 
 
-def cosine_loss(query: torch.Tensor, keys: torch.Tensor, found: torch.Tensor) -> float:
-    """How much smaller than the largest cosine that of a found key is, at most; in float64.
-
-    Near ties may go either way, so this is what numbers of keys are judged by; inf where one is
-    out of range.
-    """
-    if query.numel() == 0:
-        return 0.0
-    if bool((found < 0).any()) or bool((found >= keys.shape[-2]).any()):
-        return float("inf")
-    cosines = torch.nn.functional.normalize(query.double(), dim=-1)
-    cosines = cosines @ torch.nn.functional.normalize(keys.double(), dim=-1).mT
-    chosen = cosines.gather(-1, found.long().unsqueeze(-1)).squeeze(-1)
-    return float((cosines.amax(-1) - chosen).max())
-
-
 def clustered_tokens(
     shape: tuple[int, ...], *, num_clusters: int = 16, spread: float = 0.3, seed: int = 0
 ) -> torch.Tensor:
@@ -151,31 +149,3 @@ def clustered_tokens(
     which = torch.randint(num_clusters, (shape[-2],), generator=generator)
     noise = torch.randn(shape, generator=generator)
     return centres.index_select(-2, which) + spread * noise
-
-
-def max_error(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest absolute difference, in float64; inf where `result` is not finite."""
-    if result.numel() == 0:
-        return 0.0
-    difference = (result.double() - reference.double()).abs()
-    return float(difference.nan_to_num(nan=float("inf")).max())
-
-
-def parity_bound(
-    reference: torch.Tensor,
-    same_dtype: torch.Tensor,
-    rounding: dict[torch.dtype, float],
-    largest_logit: float = 0.0,
-) -> float:
-    """2 max|same_dtype - reference| + rounding atol, the error that an operator may make.
-
-    Args:
-        reference: Result in float64.
-        same_dtype: Result of plain torch in the dtype under test.
-        rounding: Rounding tolerances of the operator by dtype, relative to max|reference|.
-        largest_logit: Largest |S|. Float32 rounds a logit by up to 2^-24 of it, which moves every
-            weight by as large a part; with few tokens plain torch's own error can miss that.
-    """
-    largest = float(reference.abs().max()) if reference.numel() else 0.0
-    relative = rounding[same_dtype.dtype] + largest_logit * torch.finfo(torch.float32).eps
-    return 2 * max_error(same_dtype, reference) + relative * largest

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from ..shared import forms
+
 FOLDER = Path(__file__).parent.parent
 BUILD_COMMAND = "pip install --no-deps ."
 OPERATORS = (
@@ -127,3 +129,10 @@ def auto_reasons(device: torch.device) -> list[str]:
 def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, copied only where its last dimension is not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def enter(op: str, tensor: torch.Tensor, *selecting: object) -> None:
+    """Tell of the form of a launch (see `shared.forms`): the device and dtype of `tensor`, and
+    what else selects a kernel."""
+    if not torch.compiler.is_compiling():
+        forms.enter((tensor.get_device(), op, "cuda", tensor.dtype, *selecting))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shared.outputs import attention_output
-from . import contiguous_rows
+from . import contiguous_rows, enter
 
 
 def basis_attention_cuda(
@@ -23,6 +23,10 @@ def basis_attention_cuda(
 
     Returns contiguous [B, n, h, e] of the query's dtype.
     """
+    enter(
+        "basis_attention", query,
+        query.shape[-1], value.shape[-1], key.shape[-2], bias is None, correction is None,
+    )  # fmt: skip
     lead = (*query.shape[:2], key.shape[-2])
     found: torch.Tensor = torch.ops.stem_kernels_ext.basis_attention(
         contiguous_rows(query),

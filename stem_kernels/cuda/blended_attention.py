@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shared.outputs import blended_output
-from . import contiguous_rows
+from . import contiguous_rows, enter
 
 
 def blended_attention_cuda(
@@ -22,6 +22,8 @@ def blended_attention_cuda(
 
     Returns contiguous [B, n, h, e] of the queries' dtype.
     """
+    shapes = query_target.shape[-1], value.shape[-1], value.shape[-2]
+    enter("blended_attention", query_target, *shapes, bias is None)
     lead = (*query_target.shape[:2], value.shape[-2])
     key_target, key_source, value = (
         contiguous_rows(bases).expand(*lead, bases.shape[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shared.outputs import statistics_output
-from . import contiguous_rows
+from . import contiguous_rows, enter
 
 
 def em_statistics_cuda(
@@ -19,6 +19,8 @@ def em_statistics_cuda(
 
     Returns float32 sums, mass and payload sums (E = 0 without a payload).
     """
+    width = 0 if payload is None else payload.shape[-1]
+    enter("em_statistics", features, features.shape[-1], width, bases.shape[-2], normalize)
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     found = torch.ops.stem_kernels_ext.em_statistics(
         contiguous_rows(features),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shared.outputs import partial_output
-from . import contiguous_rows
+from . import contiguous_rows, enter
 
 
 def partial_attention_cuda(
@@ -15,6 +15,7 @@ def partial_attention_cuda(
 
     Returns the float32 output [B, h, m, e] and logsumexp [B, h, m].
     """
+    enter("partial_attention", query, query.shape[-1], value.shape[-1])
     found: tuple[torch.Tensor, torch.Tensor] = torch.ops.stem_kernels_ext.partial_attention(
         contiguous_rows(query), contiguous_rows(key), contiguous_rows(value), scale
     )

@@ -6,7 +6,7 @@ import torch
 
 from ..shared.bases import candidates_of, least_mass, reseeded
 from ..shared.outputs import em_output
-from . import contiguous_rows
+from . import contiguous_rows, enter
 
 
 def soft_em_cuda(
@@ -22,6 +22,9 @@ def soft_em_cuda(
 
     Returns float32 bases, payload bases (E = 0 without a payload) and mass.
     """
+    width = 0 if payload is None else payload.shape[-1]
+    shapes = features.shape[-1], width, bases.shape[-2]
+    enter("soft_em", features, *shapes, min(num_iters, 2), normalize, empty)
     run = torch.ops.stem_kernels_ext.soft_em
     features = contiguous_rows(features)
     payload = None if payload is None else contiguous_rows(payload)

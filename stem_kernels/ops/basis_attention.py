@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..backends import select
 from ..reference.basis_attention import add_correction, basis_attention_torch
+from ..verification import attention, run
+from ..verification.comparison import Comparison
 from .checks import check_floating, check_same_dtype
 
 OP = "basis_attention"
@@ -68,22 +69,40 @@ def basis_attention(
         "query": query, "key": key, "value": value, "bias": bias,
         "correction": correction, "query_mean": query_mean,
     }  # fmt: skip
-    chosen = select(OP, backend, tensors, num_bases)
     scale = dim**-0.5 if scale is None else float(scale)
+    arguments = (query, key, value, bias, correction, query_mean, scale)
+
+    def check(out: torch.Tensor, _: str) -> list[Comparison] | None:
+        return attention.basis_attention(out, *arguments, ROUNDING_ATOL)
+
+    out = run(OP, backend, tensors, num_bases, lambda chosen: _on(chosen, *arguments), check)
+    return out.transpose(1, 2)
+
+
+def _on(
+    chosen: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    correction: torch.Tensor | None,
+    query_mean: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """[B, n, h, e] by one backend."""
     if chosen == "triton":
         from ..triton.basis_attention import basis_attention_triton
 
-        out = basis_attention_triton(query, key, value, bias, correction, query_mean, scale)
-    elif chosen == "cuda":
+        return basis_attention_triton(query, key, value, bias, correction, query_mean, scale)
+    if chosen == "cuda":
         from ..cuda.basis_attention import basis_attention_cuda
 
-        out = basis_attention_cuda(query, key, value, bias, correction, query_mean, scale)
-    else:
-        assert chosen == "torch"
-        out = basis_attention_torch(query, key, value, bias, scale)
-        if correction is not None and query_mean is not None:
-            add_correction(out, query, correction, query_mean)
-    return out.transpose(1, 2)
+        return basis_attention_cuda(query, key, value, bias, correction, query_mean, scale)
+    assert chosen == "torch"
+    out = basis_attention_torch(query, key, value, bias, scale)
+    if correction is not None and query_mean is not None:
+        add_correction(out, query, correction, query_mean)
+    return out
 
 
 def _check_correction(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..backends import select
-from .basis_attention import check_bases, fitting_bias
+from ..verification import attention, run
+from ..verification.comparison import Comparison
+from .basis_attention import ROUNDING_ATOL, check_bases, fitting_bias
 from .checks import check_floating, check_same_dtype
 
 OP = "blended_attention"
@@ -77,20 +78,25 @@ def blended_attention(
     if mask.shape != (batch, num_tokens):
         raise ValueError(f"{OP}: mask is {list(mask.shape)}; it must be {[batch, num_tokens]}")
     bias = fitting_bias(OP, bias, query_target, value.shape[-2])
-    chosen = select(OP, backend, {**tensors, "mask": mask, "bias": bias}, value.shape[-2])
     scale = dim**-0.5 if scale is None else float(scale)
     arguments = (query_target, key_target, query_source, key_source, value, mask, bias, scale)
-    if chosen == "triton":
-        from ..triton.blended_attention import blended_attention_triton
 
-        found = blended_attention_triton(*arguments)
-    elif chosen == "cuda":
-        from ..cuda.blended_attention import blended_attention_cuda
+    def on(chosen: str) -> torch.Tensor:
+        if chosen == "triton":
+            from ..triton.blended_attention import blended_attention_triton
 
-        found = blended_attention_cuda(*arguments)
-    else:
+            return blended_attention_triton(*arguments)
+        if chosen == "cuda":
+            from ..cuda.blended_attention import blended_attention_cuda
+
+            return blended_attention_cuda(*arguments)
         assert chosen == "torch"
         from ..reference.blended_attention import blended_attention_torch
 
-        found = blended_attention_torch(*arguments)
-    return found.transpose(1, 2)
+        return blended_attention_torch(*arguments)
+
+    def check(found: torch.Tensor, _: str) -> list[Comparison] | None:
+        return attention.blended_attention(found, *arguments, ROUNDING_ATOL)
+
+    tensors |= {"mask": mask, "bias": bias}
+    return run(OP, backend, tensors, value.shape[-2], on, check).transpose(1, 2)

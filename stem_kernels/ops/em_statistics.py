@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import select
+from ..verification import em, run
+from ..verification.comparison import Comparison
 from .checks import check_floating, check_positive, check_same_dtype
 
 OP = "em_statistics"
@@ -73,9 +74,28 @@ def em_statistics(
     Source: arXiv 2312.05856, the EM iteration of "A Video is Worth 256 Bases".
     """
     check_em_inputs(OP, features, bases, payload, temperature)
-    chosen = select(
-        OP, backend, {"features": features, "bases": bases, "payload": payload}, bases.shape[-2]
-    )
+
+    def check(found: EMStatistics, chosen: str) -> list[Comparison] | None:
+        def rerun(tokens: slice) -> EMStatistics:
+            ridden = None if payload is None else payload[..., tokens, :]
+            return _on(chosen, features[..., tokens, :], bases, ridden, temperature, normalize)
+
+        return em.em_statistics(found, *arguments, rerun, ROUNDING_ATOL)
+
+    arguments = (features, bases, payload, temperature, normalize)
+    tensors = {"features": features, "bases": bases, "payload": payload}
+    return run(OP, backend, tensors, bases.shape[-2], lambda chosen: _on(chosen, *arguments), check)
+
+
+def _on(
+    chosen: str,
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor | None,
+    temperature: float,
+    normalize: bool,
+) -> EMStatistics:
+    """The result of one backend."""
     if chosen == "triton":
         from ..triton.em_statistics import em_statistics_triton
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..backends import select
 from ..shared.bases import candidate_tokens, least_mass, m_step
+from ..verification import em, run
+from ..verification.comparison import Comparison
 from .checks import check_choice, check_count, check_floating, check_same_dtype
+from .em_statistics import ROUNDING_ATOL
 from .soft_em import EMPTY_POLICIES, SoftEM
 
 __all__ = ["candidate_tokens", "em_update"]
@@ -98,15 +100,19 @@ def em_update(
         candidates = candidates.to(sums.dtype)
     bases = bases.to(sums.dtype)
     tensors = {"sums": sums, "mass": mass, "bases": bases, "payload_sums": payload_sums}
-    chosen = select(OP, backend, tensors, None)
-    if chosen == "triton" and empty != "reseed" and sums.numel() > 0:
-        from ..triton.em_update import em_update_triton
+    least = least_mass(num_tokens, sums.shape[-2])
 
-        found, payload, mass = em_update_triton(
-            sums, mass, bases, payload_sums, num_tokens, empty == "mask"
-        )
-    else:
-        values = sums[..., :0] if payload_sums is None else payload_sums
-        least = least_mass(num_tokens, sums.shape[-2])
-        found, payload, mass = m_step(sums, mass, values, bases, least, empty, candidates)
-    return SoftEM(found, None if payload_sums is None else payload, mass)
+    def on(chosen: str) -> SoftEM:
+        if chosen == "triton" and empty != "reseed" and sums.numel() > 0:
+            from ..triton.em_update import em_update_triton
+
+            found = em_update_triton(sums, mass, bases, payload_sums, num_tokens, empty == "mask")
+        else:
+            values = sums[..., :0] if payload_sums is None else payload_sums
+            found = m_step(sums, mass, values, bases, least, empty, candidates)
+        return SoftEM(found[0], None if payload_sums is None else found[1], found[2])
+
+    def check(found: SoftEM, _: str) -> list[Comparison] | None:
+        return em.em_update(found, sums, mass, bases, payload_sums, least, empty, ROUNDING_ATOL)
+
+    return run(OP, backend, tensors, None, on, check)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..backends import select
+from ..verification import attention, run
+from ..verification.comparison import Comparison
 from .checks import check_floating, check_same_dtype
 
 OP = "nearest_token"
@@ -59,18 +60,22 @@ def nearest_token(
         raise ValueError(f"{OP}: there are {keys.shape[1]} keys; an int32 numbers less than 2^31")
     # The result is a number of a key, which has no gradient.
     query, keys = query.detach(), keys.detach()
-    chosen = select(OP, backend, {"query": query, "keys": keys}, None)
-    if chosen == "triton":
-        from ..triton.nearest_token import nearest_token_triton
 
-        found = nearest_token_triton(query, keys)
-    elif chosen == "cuda":
-        from ..cuda.nearest_token import nearest_token_cuda
+    def on(chosen: str) -> torch.Tensor:
+        if chosen == "triton":
+            from ..triton.nearest_token import nearest_token_triton
 
-        found = nearest_token_cuda(query, keys)
-    else:
+            return nearest_token_triton(query, keys)
+        if chosen == "cuda":
+            from ..cuda.nearest_token import nearest_token_cuda
+
+            return nearest_token_cuda(query, keys)
         assert chosen == "torch"
         from ..reference.nearest_token import nearest_token_torch
 
-        found = nearest_token_torch(query, keys)
-    return found
+        return nearest_token_torch(query, keys)
+
+    def check(found: torch.Tensor, _: str) -> list[Comparison] | None:
+        return attention.nearest_token(found, query, keys, ROUNDING_ATOL)
+
+    return run(OP, backend, {"query": query, "keys": keys}, None, on, check)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import select
 from ..reference.partial_attention import partial_attention_torch
+from ..verification import attention, run
+from ..verification.comparison import Comparison
 from .checks import check_floating, check_same_dtype
 
 OP = "partial_attention"
@@ -85,17 +86,24 @@ def partial_attention(
             f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    chosen = select(OP, backend, {"query": query, "key": key, "value": value}, 0)
-    if chosen == "triton":
-        from ..triton.partial_attention import partial_attention_triton
+    arguments = (query, key, value, scale)
 
-        return PartialAttention(*partial_attention_triton(query, key, value, scale))
-    if chosen == "cuda":
-        from ..cuda.partial_attention import partial_attention_cuda
+    def on(chosen: str) -> PartialAttention:
+        if chosen == "triton":
+            from ..triton.partial_attention import partial_attention_triton
 
-        return PartialAttention(*partial_attention_cuda(query, key, value, scale))
-    assert chosen == "torch"
-    return PartialAttention(*partial_attention_torch(query, key, value, scale))
+            return PartialAttention(*partial_attention_triton(*arguments))
+        if chosen == "cuda":
+            from ..cuda.partial_attention import partial_attention_cuda
+
+            return PartialAttention(*partial_attention_cuda(*arguments))
+        assert chosen == "torch"
+        return PartialAttention(*partial_attention_torch(*arguments))
+
+    def check(found: PartialAttention, _: str) -> list[Comparison] | None:
+        return attention.partial_attention(found, *arguments, ROUNDING_ATOL)
+
+    return run(OP, backend, {"query": query, "key": key, "value": value}, 0, on, check)
 
 
 def merged_attention(parts: Sequence[PartialAttention]) -> PartialAttention:

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import select
+from ..backends import Tensors
+from ..verification import em, run
+from ..verification.comparison import Comparison
 from .checks import check_choice, check_count
-from .em_statistics import check_em_inputs
+from .em_statistics import ROUNDING_ATOL, check_em_inputs
 from .initialization import initial_bases
 
 OP = "soft_em"
@@ -103,8 +105,12 @@ def soft_em(
     Source: arXiv 2312.05856; `empty="mask"` and `"reseed"` are this package's.
     """
     call = _Call(features, bases, payload, num_iters, temperature, normalize, empty)
-    chosen = call.checked(backend)
-    return call.on_triton("none").found if chosen == "triton" else call.on(chosen)
+    tensors = call.checked()
+
+    def check(found: SoftEM, chosen: str) -> list[Comparison] | None:
+        return call.check(found, chosen)
+
+    return run(OP, backend, tensors, _num_bases(bases), call.on, check)
 
 
 def attended_bases(
@@ -138,11 +144,23 @@ def attended_bases(
         ValueError, TypeError, BackendError: as `soft_em`.
     """
     call = _Call(features, bases, payload, num_iters, temperature, True, empty)
-    chosen = call.checked(backend)
-    if chosen == "triton":
-        return call.on_triton("log" if proportional else "none" if empty == "zero" else "mask")
-    found = call.on(chosen)
-    return AttendedBases.of(found, features.dtype, empty=empty, proportional=proportional)
+    tensors = call.checked()
+
+    def on(chosen: str) -> AttendedBases:
+        if chosen == "triton":
+            return call.on_triton("log" if proportional else "none" if empty == "zero" else "mask")
+        return AttendedBases.of(
+            call.on(chosen), features.dtype, empty=empty, proportional=proportional
+        )
+
+    def check(found: AttendedBases, chosen: str) -> list[Comparison] | None:
+        listed = call.check(found.found, chosen)
+        right = AttendedBases.of(
+            found.found, features.dtype, empty=empty, proportional=proportional
+        )
+        return listed and listed + em.attended(found[1:], right[1:])
+
+    return run(OP, backend, tensors, _num_bases(bases), on, check)
 
 
 class _Call(NamedTuple):
@@ -156,8 +174,8 @@ class _Call(NamedTuple):
     normalize: bool
     empty: str
 
-    def checked(self, backend: str) -> str:
-        """The backend that runs it; raises the error that a caller should see, if any."""
+    def checked(self) -> Tensors:
+        """Its tensors by name; raises the error that a caller should see, if any."""
         features, bases, payload, num_iters, temperature, _, empty = self
         given = None if isinstance(bases, int) else bases
         check_em_inputs(OP, features, given, payload, temperature)
@@ -169,8 +187,7 @@ class _Call(NamedTuple):
             raise ValueError(
                 f"{OP}: features are {list(features.shape)}; there must be a token and a channel"
             )
-        tensors = {"features": features, "bases": given, "payload": payload}
-        return select(OP, backend, tensors, _num_bases(bases))
+        return {"features": features, "bases": given, "payload": payload}
 
     def on_triton(self, bias: str) -> AttendedBases:
         """The result, with the bias "none", "log" or "mask" (see `attention_bias`)."""
@@ -190,8 +207,24 @@ class _Call(NamedTuple):
             values, rounded_values = found[..., :0], rounded[..., :0]
         return AttendedBases(SoftEM(found, values, mass), rounded, rounded_values, of_mass)
 
+    def check(self, found: SoftEM, chosen: str) -> list[Comparison] | None:
+        """What `found` of a backend is beside torch's."""
+
+        def rerun(tokens: slice | None, num_iters: int, with_payload: bool) -> SoftEM:
+            part = slice(None) if tokens is None else tokens
+            ridden = self.payload if with_payload else None
+            return self._replace(
+                features=self.features[..., part, :],
+                payload=None if ridden is None else ridden[..., part, :],
+                num_iters=num_iters,
+            ).on(chosen)
+
+        return em.soft_em(found, *self, rerun, ROUNDING_ATOL)
+
     def on(self, chosen: str) -> SoftEM:
-        """The result of another backend."""
+        """The result of a backend."""
+        if chosen == "triton":
+            return self.on_triton("none").found
         features, bases, payload, num_iters, temperature, normalize, empty = self
         if isinstance(bases, int):
             bases = initial_bases(features, bases)

@@ -15,8 +15,7 @@ from .chunks import groups, token_chunks
 NEGLIGIBLE = 80.0
 
 
-@torch.library.custom_op("stem_kernels::em_statistics_torch", mutates_args=())
-def em_statistics_torch(
+def em_statistics_eager(
     features: torch.Tensor,
     bases: torch.Tensor,
     payload: torch.Tensor | None,
@@ -57,6 +56,11 @@ def em_statistics_torch(
     return outputs
 
 
+# What makes no graph and needs no gradient calls the function itself: an operator's first call
+# imports torch's compiler, which takes seconds.
+em_statistics_torch = torch.library.custom_op(
+    "stem_kernels::em_statistics_torch", em_statistics_eager, mutates_args=()
+)
 em_statistics_torch.register_fake(statistics_output)
 
 

@@ -10,8 +10,7 @@ from ..shared.outputs import partial_output
 from .chunks import groups, token_chunks
 
 
-@torch.library.custom_op("stem_kernels::partial_attention_torch", mutates_args=())
-def partial_attention_torch(
+def partial_attention_eager(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query [B, h, m, d], key [B, h, n, d], value [B, h, n, e].
@@ -48,6 +47,11 @@ def _key_chunks(query: torch.Tensor, key: torch.Tensor) -> list[slice]:
     return list(token_chunks(key, max(1, query.shape[-2])))
 
 
+# What makes no graph and needs no gradient calls the function itself: an operator's first call
+# imports torch's compiler, which takes seconds.
+partial_attention_torch = torch.library.custom_op(
+    "stem_kernels::partial_attention_torch", partial_attention_eager, mutates_args=()
+)
 partial_attention_torch.register_fake(partial_output)
 
 

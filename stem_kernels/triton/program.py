@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 
+from ..shared import forms
 from . import on_device_of
 from .precision import tf32_asked_for
 
@@ -129,6 +130,7 @@ class Program:
         self._allocated: dict[tuple[str, Layout], Buffer] = {}
         self._sizes: list[tuple[tuple[int, ...], torch.dtype]] = []
         self._num_inputs = 0
+        self._settled = False
 
     def input(self, layout: Layout) -> Buffer:
         """The next tensor that calls are given; all are named before any memory is."""
@@ -161,10 +163,13 @@ class Program:
             numbers: Numbers.
             constants: Constexprs, and the options num_warps and num_stages.
         """
-        self._launches.append(_Launch(kernel, grid, buffers, numbers, constants))
+        form = (self._device, *_form(kernel, buffers, numbers, constants))
+        self._launches.append(_Launch(kernel, grid, buffers, numbers, constants, form))
 
     def __call__(self, *inputs: torch.Tensor | None) -> list[torch.Tensor]:
         """Launch everything on these inputs, None for absent ones; gives all buffers' tensors."""
+        if not self._settled:
+            self._settled = all([forms.enter(launch.form) for launch in self._launches])
         tensors = [tensor for tensor in inputs if tensor is not None]
         like = tensors[0]
         tensors += [like.new_empty(size, dtype=dtype) for size, dtype in self._sizes]
@@ -184,7 +189,9 @@ class _Launch:
         buffers: Sequence[Buffer],
         numbers: Sequence[float],
         constants: dict[str, Any],
+        form: tuple[object, ...],
     ) -> None:
+        self.form = form
         self._kernel, self._numbers, self._constants = kernel, tuple(numbers), constants
         self._grid = (*grid, 1, 1)[:3]
         self._chosen = itemgetter(*(buffer.place for buffer in buffers))
@@ -202,3 +209,21 @@ class _Launch:
         # None where nothing was compiled: in the interpreter, or for one of Triton's own hooks.
         if compiled is not None:
             self._run = compiled[self._grid]
+
+
+def _form(
+    kernel: Any,
+    buffers: Sequence[Buffer],
+    numbers: Sequence[float],
+    constants: Mapping[str, Any],
+) -> tuple[object, ...]:
+    """What Triton compiles a kernel for: types, alignment, constants, and what it sees of numbers.
+
+    Of a whole number that is whether it is 1, a multiple of 16, and beyond 32 bits.
+    """
+    pointers = tuple((buffer.layout.dtype, buffer.layout.aligned) for buffer in buffers)
+    seen = tuple(
+        isinstance(number, float) or (number == 1, number % ALIGNMENT == 0, number >= 2**31)
+        for number in numbers
+    )
+    return (kernel.__name__, "triton", pointers, seen, tuple(sorted(constants.items())))

@@ -39,7 +39,8 @@ FLOORS: dict[str, dict[str, str]] = {
     "stem_kernels": {
         "stem_kernels.testing": "ops shared",
         "stem_kernels.info": "backends triton cuda",
-        "stem_kernels.ops": "backends reference triton cuda shared",
+        "stem_kernels.ops": "verification backends reference triton cuda shared",
+        "stem_kernels.verification": "backends reference triton cuda shared",
         "stem_kernels.backends": "triton cuda",
         "stem_kernels.reference": "shared",
         "stem_kernels.triton": "shared",

@@ -1,0 +1,88 @@
+"""Kernel forms: which of them this process has launched, found right, or found wrong.
+
+A form is all that selects another compiled kernel: a hashable value that starts with the device and
+the kernel's name. Backends tell of a form before they launch it (`enter`); who called them collects
+what is not settled yet (`collect`), and settles or refuses it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
+MOST_TRIES = 8
+"""Calls in which there may be nothing to compare before a form counts as settled all the same."""
+
+
+class RefusedFormError(RuntimeError):
+    """A kernel form that was found wrong before is not launched again; the message says why."""
+
+
+class _Calls(threading.local):
+    collected: list[Hashable] | None = None
+    suspended: bool = False
+
+
+_calls = _Calls()
+_settled: set[Hashable] = set()
+_refused: dict[Hashable, str] = {}
+_tries: dict[Hashable, int] = {}
+
+
+def enter(form: Hashable) -> bool:
+    """Tell that `form` is about to be launched; whether it is settled.
+
+    Raises:
+        RefusedFormError: it was found wrong before.
+    """
+    if form in _settled:
+        return True
+    if not _calls.suspended:
+        if form in _refused:
+            raise RefusedFormError(_refused[form])
+        if _calls.collected is not None:
+            _calls.collected.append(form)
+    return False
+
+
+def collect(into: list[Hashable] | None) -> None:
+    """Add the forms that this thread enters from now on, if not settled, to `into`; None: to none.
+
+    A pair of plain calls and no context manager, because every call of an operator makes them.
+    """
+    _calls.collected = into
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Within it this thread's forms are neither collected nor refused."""
+    before, _calls.suspended = _calls.suspended, True
+    try:
+        yield
+    finally:
+        _calls.suspended = before
+
+
+def settle(forms: list[Hashable]) -> None:
+    """These forms are right."""
+    _settled.update(forms)
+
+
+def refuse(forms: list[Hashable], reason: str) -> None:
+    """These forms are wrong: entering one raises `RefusedFormError` from now on."""
+    _refused.update(dict.fromkeys(forms, reason))
+
+
+def put_off(forms: list[Hashable]) -> None:
+    """A call had nothing to compare; the next one may. Settled after `MOST_TRIES` such calls."""
+    for form in forms:
+        _tries[form] = _tries.get(form, 0) + 1
+        if _tries[form] >= MOST_TRIES:
+            _settled.add(form)
+
+
+def forget() -> None:
+    """Nothing is known of any form any more."""
+    for known in (_settled, _refused, _tries):
+        known.clear()
