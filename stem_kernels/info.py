@@ -1,4 +1,7 @@
-"""`python -m stem_kernels.info`: which backends can run here, and why the others cannot."""
+"""`python -m stem_kernels.info`: which backends can run here, and why the others cannot.
+
+With `--check` it runs them all against float64, and ends with status 1 where a kernel is wrong.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import torch
 from . import cuda
 from .backends import BACKEND_VARIABLE, BACKENDS
 from .triton import interpreted
+from .verification import VERIFY_VARIABLE, policy
 
 
 def describe() -> str:
@@ -24,6 +29,7 @@ def describe() -> str:
         f"stem-inversion {_version('stem-inversion')}, torch {torch.__version__}, "
         f"triton {_version('triton')}" + (" (interpreter)" if interpreted() else ""),
         f"{BACKEND_VARIABLE}: {os.environ.get(BACKEND_VARIABLE, 'not set')}",
+        f"{VERIFY_VARIABLE}: {policy()}",
     ]
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
@@ -44,6 +50,14 @@ def describe() -> str:
         lines.append(f"  {part:<7}{reason or 'loaded' + kernels}")
         lines += [f"         built with {built}"] if built else []
     return "\n".join(lines)
+
+
+def check() -> tuple[str, bool]:
+    """The table that `python -m stem_kernels.info --check` prints, and whether all is right."""
+    from .selfcheck import rows, table
+
+    found = list(rows())
+    return table(found), not any(row.wrong for row in found)
 
 
 def provenance(*distributions: str) -> dict[str, Any]:
@@ -102,5 +116,18 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """Print what was asked for; the exit status."""
+    if arguments not in ([], ["--check"]):
+        print(f"{' '.join(arguments)}: the only option is --check", file=sys.stderr)
+        return 2
     print(describe())
+    if not arguments:
+        return 0
+    text, right = check()
+    print(text)
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

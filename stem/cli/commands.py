@@ -190,8 +190,18 @@ def reconstruct_command(
 
 
 @app.command("info")
-def info_command() -> None:
+def info_command(
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Also run every operator, dtype and backend of this machine against float64; the "
+            "exit status is 1 where one is wrong.",
+        ),
+    ] = False,
+) -> None:
     """What is installed, and which backends can run here."""
+    from stem_kernels.info import check as checked
     from stem_kernels.info import describe
 
     say(describe())
@@ -199,3 +209,8 @@ def info_command() -> None:
         found = importlib.util.find_spec(name) is not None
         version = importlib.metadata.version(name) if found else "not installed"
         say(f"{name} {version}")
+    if check:
+        text, right = checked()
+        say(text)
+        if not right:
+            raise typer.Exit(1)

@@ -37,8 +37,9 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.exports": "",
     },
     "stem_kernels": {
+        "stem_kernels.info": "selfcheck verification backends triton cuda",
+        "stem_kernels.selfcheck": "testing ops backends shared",
         "stem_kernels.testing": "ops shared",
-        "stem_kernels.info": "backends triton cuda",
         "stem_kernels.ops": "verification backends reference triton cuda shared",
         "stem_kernels.verification": "backends reference triton cuda shared",
         "stem_kernels.backends": "triton cuda",
