@@ -64,7 +64,11 @@ class Backend:
         """The same for a machine on which it runs."""
         found: list[str] = []
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        devices = {tensor.device for tensor in present.values()}
+        devices: list[torch.device] = []  # a set of one takes longer
+        for tensor in present.values():
+            device = tensor.device
+            if device not in devices:
+                devices.append(device)
         for device in sorted(devices, key=str) if len(devices) > 1 else devices:
             found += self.device(device)
         for name, tensor in present.items():
@@ -88,8 +92,10 @@ class Backend:
         found = []
         if self.max_bases is not None and num_bases > self.max_bases:
             found.append(f"{num_bases} bases; it takes at most {self.max_bases}")
-        for name, tensor in present.items():
-            most = self.max_widths(tensor.device).get(name)
+        # One question a call, not one a tensor: operators have checked that they share a device.
+        widths = self.max_widths(next(iter(present.values())).device) if present else {}
+        for name, tensor in present.items() if widths else ():
+            most = widths.get(name)
             if most is not None and tensor.shape[-1] > most:
                 found.append(f"{name} has {tensor.shape[-1]} channels a head; it takes {most}")
         return found

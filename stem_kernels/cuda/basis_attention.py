@@ -25,7 +25,7 @@ def basis_attention_cuda(
     """
     enter(
         "basis_attention", query,
-        query.shape[-1], value.shape[-1], key.shape[-2], bias is None, correction is None,
+        query.size(-1), value.size(-1), key.size(-2), bias is None, correction is None,
     )  # fmt: skip
     lead = (*query.shape[:2], key.shape[-2])
     found: torch.Tensor = torch.ops.stem_kernels_ext.basis_attention(

@@ -22,8 +22,8 @@ def soft_em_cuda(
 
     Returns float32 bases, payload bases (E = 0 without a payload) and mass.
     """
-    width = 0 if payload is None else payload.shape[-1]
-    shapes = features.shape[-1], width, bases.shape[-2]
+    width = 0 if payload is None else payload.size(-1)
+    shapes = features.size(-1), width, bases.size(-2)
     enter("soft_em", features, *shapes, min(num_iters, 2), normalize, empty)
     run = torch.ops.stem_kernels_ext.soft_em
     features = contiguous_rows(features)

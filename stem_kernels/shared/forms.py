@@ -1,8 +1,8 @@
 """Kernel forms: which of them this process has launched, found right, or found wrong.
 
 A form is all that selects another compiled kernel: a hashable value that starts with the device and
-the kernel's name. Backends tell of a form before they launch it (`enter`); who called them collects
-what is not settled yet (`collect`), and settles or refuses it.
+the kernel's name. Backends tell of a form before they launch it (`enter`); who called them finds
+in `entered` what is not settled yet, and settles or refuses it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ class RefusedFormError(RuntimeError):
 
 
 class _Calls(threading.local):
-    collected: list[Hashable] | None = None
-    suspended: bool = False
+    suspended = False
+
+    def __init__(self) -> None:
+        self.entered: list[Hashable] = []
 
 
 _calls = _Calls()
@@ -41,22 +43,24 @@ def enter(form: Hashable) -> bool:
     if not _calls.suspended:
         if form in _refused:
             raise RefusedFormError(_refused[form])
-        if _calls.collected is not None:
-            _calls.collected.append(form)
+        _calls.entered.append(form)
     return False
 
 
-def collect(into: list[Hashable] | None) -> None:
-    """Add the forms that this thread enters from now on, if not settled, to `into`; None: to none.
+def entered() -> list[Hashable]:
+    """The forms that this thread has entered and that were not settled, emptied of earlier calls'.
 
-    A pair of plain calls and no context manager, because every call of an operator makes them.
+    It is the very list that grows: who calls a backend asks for it before, and looks after.
     """
-    _calls.collected = into
+    found = _calls.entered
+    if found:
+        found.clear()
+    return found
 
 
 @contextmanager
 def suspended() -> Iterator[None]:
-    """Within it this thread's forms are neither collected nor refused."""
+    """Within it this thread's forms are neither kept in `entered` nor refused."""
     before, _calls.suspended = _calls.suspended, True
     try:
         yield

@@ -80,27 +80,25 @@ def run(
         chosen = select(op, backend, tensors, num_bases, refused)
         if chosen == "torch" or torch.compiler.is_compiling():
             return on(chosen)
-        fresh: list[Hashable] = []
+        entered = forms.entered()
         wrong: Comparison | Exception | None
-        forms.collect(fresh)
         try:
             out = on(chosen)
-            if not fresh:
+            if not entered:
                 return out
-            forms.collect(None)
+            fresh = entered[:]  # what a comparison launches beside is no part of it
             wrong = _wrong(fresh, tensors, lambda: check(out, chosen))  # noqa: B023
             if wrong is None:
                 return out
         except Exception as error:
             # Memory that is lacking, and a policy that is none, are no fault of the kernel.
             known = isinstance(error, forms.RefusedFormError)
+            fresh = entered[:]
             if not known and (not fresh or isinstance(error, torch.OutOfMemoryError)):
                 raise
             if policy() == "never":
                 raise
             wrong = error
-        finally:
-            forms.collect(None)
         known = isinstance(wrong, forms.RefusedFormError)
         fault = str(wrong) if known else said(op, chosen, tensors, wrong)
         if not known:
