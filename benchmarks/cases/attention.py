@@ -25,7 +25,12 @@ SDPA = {
     "sdpa math": SDPBackend.MATH,
 }
 """The names of contenders."""
-REFUSALS = ("No available kernel", "No viable backend")  # on a GPU, on a CPU
+REFUSALS = (
+    "No available kernel",  # on a GPU
+    "No viable backend",  # on a CPU
+    "cuDNN Frontend error",
+    "CUDNN_STATUS_NOT_SUPPORTED",
+)
 CHECKED = 4096
 CHECKED_OF_FEW = 16
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,10 +61,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     side, count = (8192, 2**28) if on_gpu else (1024, 2**24)
     left = torch.randn(side, side, device=device, dtype=dtype)
     product = torch.empty_like(left)
-    matrix = time_call(lambda: torch.mm(left, left, out=product), device=device).median
+    matrix = _warm_seconds(lambda: torch.mm(left, left, out=product), device)
     source = torch.zeros(count, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    copy = time_call(lambda: target.copy_(source), device=device).median
+    copy = _warm_seconds(lambda: target.copy_(source), device)
     return Ceilings(
         flops=2 * side**3 / matrix,
         exponentials=_gpu_exponentials(device) if on_gpu else _cpu_exponentials(device),
@@ -71,17 +72,31 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     )
 
 
+def _warm_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time of a call that is not the first: that one also starts a library."""
+    work()
+    return time_call(work, device=device).median
+
+
 def _gpu_exponentials(device: torch.device) -> float:
     properties = torch.cuda.get_device_properties(device)
-    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
-    if shutil.which(query[0]) is None:
-        raise SystemExit("nvidia-smi is not found; it tells the clock that floors are counted with")
-    clocks = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-    hertz = int(clocks[device.index or 0]) * 1e6
+    hertz = 1e6 * (_highest_megahertz(str(properties.uuid)) or properties.clock_rate / 1e3)
     return properties.multi_processor_count * EXPONENTIALS_PER_CLOCK * hertz
+
+
+def _highest_megahertz(uuid: str) -> int | None:
+    """The clock that nvidia-smi says a GPU can reach; None where it says none, as "[N/A]"."""
+    query = ["nvidia-smi", "--query-gpu=uuid,clocks.max.sm", "--format=csv,noheader,nounits"]
+    if shutil.which(query[0]) is None:
+        return None
+    # Its numbers are not torch's: it lists what CUDA_VISIBLE_DEVICES hides, too.
+    said = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    clocks = dict(line.split(", ", 1) for line in said.splitlines() if ", " in line)
+    found = clocks.get(f"GPU-{uuid}", "").strip()
+    return int(found) if found.isdecimal() else None
 
 
 def _cpu_exponentials(device: torch.device) -> float:
     numbers = torch.rand(2**16, device=device)
     out = torch.empty_like(numbers)
-    return len(numbers) / time_call(lambda: torch.exp(numbers, out=out), device=device).median
+    return len(numbers) / _warm_seconds(lambda: torch.exp(numbers, out=out), device)

@@ -65,13 +65,18 @@ def _equal(one: Outputs, other: Outputs) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def _poison(dtype: torch.dtype) -> float:
+    """A number that no operator answers."""
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
 def _replayed(call: Call) -> Outputs:
     """The outputs of a captured graph of `call`, poisoned before the replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = call()
     for output in outputs:
-        output.fill_(float("nan"))
+        output.fill_(_poison(output.dtype))
     graph.replay()
     torch.cuda.synchronize()
     return outputs

@@ -71,7 +71,8 @@ class SuiteFile:
         """Note what is about to be measured.
 
         Args:
-            parts: Names of the parts of this call; their time starts anew.
+            parts: Names of the parts of this call; their time starts anew, and what failed in them
+                in an earlier call is measured again.
             died: Reason why this call's process before this one ended; the contender that it was
                 at has failed. "" in a call's first process.
         """
@@ -83,6 +84,12 @@ class SuiteFile:
         if not died:
             for part in parts:
                 self.results["seconds"].pop(part, None)
+            # Rows that failed are tried again, but by no process that goes on for this call's.
+            self.results["rows"] = [
+                row
+                for row in self.results["rows"]
+                if row["part"] not in parts or row["outcome"] != FAILED
+            ]
             machine = {name: self._provenance[name] for name in ("cpu", "threads", "commit")}
             self.results["calls"].append({"parts": list(parts), **machine})
         self.write()

@@ -20,7 +20,7 @@ from ..cases.bench import FAILED, SKIPPED, WRONG, Bench, Examination, Row, Survi
 from ..cases.case import AnyCase
 from ..cases.floors import Ceilings
 from ..cases.timing import time_call
-from . import correctness
+from . import compiling, correctness
 from . import report as suite_report
 from .file import SuiteFile
 from .gpu_suite import LOST, PARTS
@@ -61,6 +61,8 @@ def measure(file: SuiteFile, part: str, device: torch.device, *, small: bool) ->
         SystemExit: with status LOST, where an error took the device from this process.
     """
     bench, ceilings = Bench(), Ceilings(**file.results["ceilings"])
+    if device.type == "cuda":
+        compiling.compile_ahead(part, device, small=small, said=file.write)
     begin = time.monotonic() - file.begin_part(part)
     with Survived(part) as survived:
         cases, examine = plan(part, device, ceilings, small=small)

@@ -14,7 +14,7 @@ from ..cases.editing import PRODUCTS
 from ..cases.em import COMPILED, EAGER, FLASH_KMEANS, NUM_BASES
 
 OURS = "triton"
-PARTIAL_PROGRAMS = 264  # of `programs` in the tables: each leaves a partial sum
+PARTIAL_PROGRAMS = 264  # of an H100, two for each multiprocessor: each leaves a partial sum
 FREE_BYTES = 32 * 2**20
 EM = "soft_em d=40"
 COMPARED = (

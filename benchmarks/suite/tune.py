@@ -46,22 +46,22 @@ TILES: dict[str, dict[str, tuple[int, ...]]] = {
 }
 WITHOUT_PROGRAMS = ("em_wide logits", "basis_attention", "blended_attention", "nearest_token")
 MARK = 77  # a number of stages that no row has
-PROGRAMS_PER_MULTIPROCESSOR = (1, 2, 3, 4)  # of the ops whose rows have "programs"
+PROGRAMS = (1, 2, 3, 4)  # for each multiprocessor, of the ops whose rows have "programs"
 
 
-def candidates(op: str, arch: int, multiprocessors: int) -> Iterator[dict[str, int]]:
+def candidates(op: str, arch: int) -> Iterator[dict[str, int]]:
     """Rows for `op` that compile for sm_`arch` without a fault in any form that takes them."""
     (tiles,) = (found for prefix, found in TILES.items() if op.startswith(prefix))
     choices = {**tiles, "num_warps": WARPS, "num_stages": STAGES}
-    programs = {} if op.startswith(WITHOUT_PROGRAMS) else {"programs": multiprocessors}
+    programs = {} if op.startswith(WITHOUT_PROGRAMS) else {"programs": 1}
     calls: list[Form] = []
     for values in itertools.product(*choices.values()):
         row = dict(zip(choices, values, strict=True)) | programs
         if not calls:
             calls, kernels = forms_of(op, row, arch)
         if not _faulty(op, row, arch, calls, kernels):
-            for each in PROGRAMS_PER_MULTIPROCESSOR if programs else (0,):
-                yield row | {name: each * number for name, number in programs.items()}
+            for each in PROGRAMS if programs else (0,):
+                yield row | dict.fromkeys(programs, each)
 
 
 def forms_of(op: str, row: dict[str, int], arch: int) -> tuple[list[Form], set[str]]:
@@ -128,13 +128,12 @@ def tune(op: str, device: torch.device) -> dict[str, int]:
     """The fastest row for `op`; the one in use stays where nothing is faster by a hundredth."""
     major, minor = device_capability(device)
     arch = 10 * major + minor
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     trial = Trial(case_for(op, device))
     rows = table(f"sm{arch}")
     used = rows.get(op)
     best, least = used, float("inf") if used is None else 0.99 * _seconds(trial, device)
     try:
-        for row in candidates(op, arch, multiprocessors):
+        for row in candidates(op, arch):
             rows[op] = row
             forget_programs()
             seconds = _seconds(trial, device)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks import readme, records, test_cpu
-from benchmarks.cases import timing
+from benchmarks.cases import attention, floors, timing
 from benchmarks.cases.bench import MEASURED, UNAVAILABLE, WRONG, Bench, Row, timed
 from benchmarks.cases.case import Call, Case, Contender, Outputs, UnavailableError
 from benchmarks.cases.floors import Ceilings, Work
@@ -28,6 +31,134 @@ def test_timing() -> None:
     found = timing.time_call(lambda: calls.append(1), device=CPU, budget=0.0)
     assert found.rounds == timing.MIN_ROUNDS == len(calls) - 1
     assert 0 <= found.p20 <= found.median <= found.p80
+
+
+class Device:
+    """A GPU, its stream and the host's clock, in seconds that nothing takes.
+
+    Args:
+        launch: Time that the host takes to launch something.
+    """
+
+    L2_cache_size = 1
+    flush = 30e-6
+
+    def __init__(self, launch: float) -> None:
+        self.launch = launch
+        self.host = self.stream = 0.0
+
+    def run(self, seconds: float) -> None:
+        self.host += self.launch
+        self.stream = max(self.stream, self.host) + seconds
+
+    def synchronize(self, device: torch.device) -> None:
+        self.host = max(self.host, self.stream)
+
+    def event(self, enable_timing: bool) -> Event:
+        return Event(self)
+
+    def empty(self, *sizes: int, **options: Any) -> Device:
+        return self
+
+    def zero_(self) -> None:
+        self.run(self.flush)
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device, self.time = device, 0.0
+
+    def record(self) -> None:
+        self.time = max(self.device.stream, self.device.host)
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1000 * (other.time - self.time)
+
+
+@pytest.mark.parametrize("kernels", [1, 5])
+def test_the_host_is_not_timed(kernels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(launch=40e-6)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", device.synchronize)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: device.run(cycles / 3e9))
+    monkeypatch.setattr(torch, "empty", device.empty)
+    monkeypatch.setattr(time, "perf_counter", lambda: device.host)
+
+    def work() -> None:
+        for _ in range(kernels):
+            device.run(10e-6)
+
+    found = timing.time_call(work, device=torch.device("cuda"), budget=0.0)
+    assert found.median == pytest.approx(kernels * 10e-6)
+
+
+def test_no_first_call_is_a_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: dict[Any, int] = {}
+
+    def clock(work: Callable[[], object], device: torch.device) -> timing.Timing:
+        before = called.copy()
+        work()
+        (name,) = (name for name in called if called[name] != before.get(name, 0))
+        assert before.get(name, 0) >= 1, f"{name} starts in time that is measured"
+        return timing.summary([1.0, 1.0])
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called[name] = called.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(floors, "time_call", clock)
+    monkeypatch.setattr(torch, "mm", noted("product", torch.mm))
+    monkeypatch.setattr(torch, "exp", noted("exponentials", torch.exp))
+    monkeypatch.setattr(torch.Tensor, "copy_", noted("copy", torch.Tensor.copy_))
+    assert floors.measure_ceilings(CPU, torch.float32).flops == 2 * 1024**3
+    assert called == {"product": 2, "exponentials": 2, "copy": 2}
+
+
+@pytest.mark.parametrize(
+    ("said", "megahertz"),
+    [
+        ("GPU-another, 2100\nGPU-1234, 1980\n", 1980),
+        ("GPU-another, 2100\nGPU-1234, [N/A]\n", 1700),
+        ("GPU-1234, [Not Supported]\n", 1700),
+        ("No devices were found\n", 1700),
+        (None, 1700),
+    ],
+)
+def test_the_clock_that_exponentials_are_counted_with(
+    said: str | None, megahertz: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if said is not None:
+        command = tmp_path / "nvidia-smi"
+        command.write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\n")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin:/bin")
+    properties = SimpleNamespace(uuid="1234", clock_rate=1_700_000, multi_processor_count=100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    found = floors._gpu_exponentials(torch.device("cuda"))
+    assert found == pytest.approx(100 * 16 * megahertz * 1e6)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "cuDNN Frontend error: [cudnn_frontend] Error: No valid execution plans built.",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+        "No available kernel. Aborting execution.",
+    ],
+)
+def test_what_a_rival_refuses_is_unavailable(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*tensors: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(said)
+
+    case = attention.attention_case(1, 16, 16, CPU, torch.float32, num_bases=4)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", refuse)
+    examined = Bench().examine("part", case, "sdpa cudnn", lambda case, call: {})
+    assert examined.outcome == UNAVAILABLE
+    assert said[:20] in examined.note
 
 
 def contender(

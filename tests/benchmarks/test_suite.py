@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from benchmarks.cases.case import AnyCase, Call, Trial
 from benchmarks.cases.memory import holders_at_peak
 from benchmarks.counting.forms import forms
 from benchmarks.counting.launches import launches
-from benchmarks.suite import correctness, gpu_suite, targets, tune
+from benchmarks.suite import compiling, correctness, gpu_suite, targets, tune
 from benchmarks.suite import parts as suite_parts
 from benchmarks.suite import report as suite_report
+from benchmarks.suite.file import SuiteFile
 from benchmarks.suite.gpu_suite import PARTS
 from stem_kernels.triton import tuning
 from stem_kernels.triton.tuning import table
@@ -219,6 +222,100 @@ def test_what_no_time_is_left_for_is_measured_by_the_next_call(
 
 
 @pytest.mark.usefixtures("few")
+def test_what_failed_is_measured_again_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = ("basis attention d=40", "torch")
+    with monkeypatch.context() as broken:
+        raise_in(broken, LaunchError("once"), {where})
+        with pytest.raises(SystemExit, match="1 rows are wrong or failed"):
+            run(tmp_path, "operators")
+    # Another part's call leaves it, as does a process that goes on for one that died.
+    run_and_fail = pytest.raises(SystemExit, match="1 rows are wrong or failed")
+    with run_and_fail:
+        run(tmp_path, "correctness")
+    with run_and_fail:
+        suite_parts.run(tmp_path, ["operators"], CPU, small=True, died="died with status 9")
+    run(tmp_path, "operators")
+    assert outcomes(tmp_path)["operators", *where] == MEASURED
+    assert len(records.read(tmp_path / "results.json")["rows"]) == 3 + 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32, torch.int64], ids=str)
+def test_outputs_of_every_dtype_are_poisoned_before_a_graph_is_replayed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = torch.tensor([0, 7], dtype=dtype)
+    seen: list[torch.Tensor] = []
+
+    class Graph:
+        def replay(self) -> None:
+            seen.append(answer.clone())
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    correctness._replayed(lambda: (answer,))
+    (poisoned,) = seen
+    assert not torch.equal(poisoned, torch.tensor([0, 7], dtype=dtype))
+    assert torch.equal(poisoned, poisoned[:1].expand(2)) or bool(poisoned.isnan().all())
+
+
+@pytest.mark.usefixtures("few")
+def test_what_is_compiled_ahead_is_not_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from triton import knobs
+
+    from benchmarks.counting.launch_counts import ARCH, SilentDriver
+    from benchmarks.counting.launches import absent_gpu
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(correctness, "DTYPES", (torch.float16,))
+    monkeypatch.setattr(compiling, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(compiling, "device_capability", lambda _: divmod(ARCH, 10))
+    said: list[int] = []
+    compiling.wanted.cache_clear()
+    compiling.compile_ahead(
+        "correctness", torch.device("cuda"), small=True, said=lambda: said.append(1)
+    )
+    wanted = compiling.wanted("correctness", ARCH, True)
+    compiling.wanted.cache_clear()
+    assert len(said) == len(wanted) > 0
+    hits: list[bool] = []
+    monkeypatch.setattr(
+        knobs.compilation, "listener", lambda cache_hit, **_: hits.append(cache_hit)
+    )
+    for launch in wanted:
+        launch.kernel.device_caches.clear()
+    (case,) = correctness.cases(CPU, small=True)
+    with absent_gpu(ARCH, SilentDriver()):
+        Trial(case).start("triton")()
+    assert hits
+    assert all(hits)
+
+
+def test_kernels_are_compiled_before_a_parts_clock_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def compile_ahead(part: str, device: torch.device, *, small: bool, said: Any) -> None:
+        clock[0] += 1000.0
+        said()
+
+    monkeypatch.setattr(suite_parts.compiling, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(suite_parts, "plan", lambda *_, **__: ((), None))
+    file = SuiteFile(tmp_path / "results.json", CPU, torch.float32, small=True)
+    begun: list[float] = []
+    monkeypatch.setattr(file, "begin_part", lambda part: begun.append(clock[0]) or 0.0)
+    suite_parts.measure(file, "operators", torch.device("cuda"), small=True)
+    assert begun == [1000.0]
+
+
+@pytest.mark.usefixtures("few")
 def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
     run(tmp_path, "correctness")
     path = tmp_path / "results.json"
@@ -304,8 +401,8 @@ def test_tuning_drops_what_spills_and_writes_tables_as_they_are(
     monkeypatch.setattr(tune, "WARPS", (8,))
     monkeypatch.setattr(tune, "STAGES", (2,))
     monkeypatch.setitem(tune.TILES, "em_fused", {"block_n": (32, 128)})
-    found = list(tune.candidates("em_fused 160", 90, 132))
+    found = list(tune.candidates("em_fused 160", 90))
     assert {row["block_n"] for row in found} == {32}
-    assert [row["programs"] for row in found] == [132, 264, 396, 528]
+    assert [row["programs"] for row in found] == [1, 2, 3, 4]
     committed = (tune.CONFIGS / "sm90.json").read_text()
     assert tune.text(table("sm90")) == committed
