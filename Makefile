@@ -58,7 +58,7 @@ CONSTRAINTS := constraints.txt
 EDITABLE := -e
 COMPILER := $(shell command -v $${CXX:-c++})
 NVCC := $(shell PATH="$${CUDA_HOME:-/usr/local/cuda}/bin:$$PATH" command -v nvcc)
-ARCHITECTURES := $(if $(shell command -v nvidia-smi),,TORCH_CUDA_ARCH_LIST=9.0a)
+ARCHITECTURES := $(if $(shell command -v nvidia-smi),,TORCH_CUDA_ARCH_LIST=9.0)
 REQUIRE := $(if $(COMPILER),STEM_REQUIRE_EXT=1 $(if $(NVCC),STEM_CUDA=1 $(ARCHITECTURES)))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 

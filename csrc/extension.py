@@ -5,7 +5,8 @@ has CUDA and nvcc is there (no GPU is needed). What cannot be built is left out,
 STEM_SKIP_EXT=1, and `python -m stem_kernels.info` says why. STEM_REQUIRE_EXT=1 makes an error of a
 missing CPU part, and of a CUDA part that fails; STEM_CUDA=1 builds the CUDA part with any torch,
 and makes an error of a missing one.
-CXX, CUDA_HOME and TORCH_CUDA_ARCH_LIST (as "8.0;9.0a+PTX") mean what they mean elsewhere.
+CXX, CUDA_HOME and TORCH_CUDA_ARCH_LIST (as "8.0;9.0+PTX" or "Ampere;Hopper") mean what they mean
+elsewhere; architectures before 8.0 are left out, and the letter of "9.0a", as no kernel needs it.
 
 The objects hold torch operators and no Python module, so they serve every Python; they use only
 torch's stable ABI, so they serve every torch from 2.10 on.
@@ -37,7 +38,15 @@ INSTRUCTIONS: dict[str, tuple[int, list[str]]] = {"baseline": (4, [])}
 if platform.machine() == "x86_64":
     wide = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
     INSTRUCTIONS |= {"avx2": (8, ["-mavx2", "-mfma"]), "avx512": (16, ["-mavx2", "-mfma", *wide])}
-ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+OLDEST_ARCHITECTURE = 80
+# As torch.utils.cpp_extension reads them in TORCH_CUDA_ARCH_LIST.
+NAMED_ARCHITECTURES = {
+    "kepler+tesla": "3.7", "kepler": "3.5+PTX", "maxwell+tegra": "5.3", "maxwell": "5.0;5.2+PTX",
+    "pascal": "6.0;6.1+PTX", "volta+tegra": "7.2", "volta": "7.0+PTX", "turing": "7.5+PTX",
+    "ampere+tegra": "8.7", "ampere": "8.0;8.6+PTX", "ada": "8.9+PTX", "hopper": "9.0+PTX",
+    "blackwell+tegra": "11.0", "blackwell": "10.0;10.3;12.0;12.1+PTX",
+}  # fmt: skip
 
 
 class NotBuiltError(Exception):
@@ -137,9 +146,12 @@ def cuda_part(target: Path, scratch: Path) -> Part:
     nvcc = shutil.which("nvcc", path=f"{toolkit}/bin{os.pathsep}{os.environ['PATH']}")
     if nvcc is None:
         raise NotBuiltError("nvcc is not found; install the CUDA toolkit, or set CUDA_HOME")
+    compiler = run([nvcc, "--version"]).splitlines()[-2]
+    refuse_another_cuda(compiler, torch)
     sources = sorted((CSRC / "cuda").glob("*.cu"))
+    wanted = architectures(run([nvcc, "--list-gpu-arch"]))
     flags = [*FLAGS, "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
-    flags += ["-ccbin", cxx[0], *gencode(run([nvcc, "--list-gpu-arch"]))]
+    flags += [*host_compiler(cxx), *gencode(wanted)]
     objects = [scratch / f"{source.stem}.cu.o" for source in sources]
     compilations = [
         [nvcc, *flags, *includes, "-c", source, "-o", to]
@@ -152,23 +164,91 @@ def cuda_part(target: Path, scratch: Path) -> Part:
         library = scratch / "libtorch_cuda.so"
         named = f"-Wl,-soname,{library.name}"
         links.insert(0, [*cxx, "-shared", "-x", "c++", "/dev/null", named, "-o", library])
-    compiler = run([nvcc, "--version"]).splitlines()[-2]
-    report = {"compiler": compiler, "flags": shlex.join(flags), "torch": torch.version}
+    report = {
+        "compiler": compiler,
+        "flags": shlex.join(flags),
+        "torch": torch.version,
+        "architectures": " ".join(capability(*each) for each in wanted.items()),
+    }
     return Part(compilations, links, report)
 
 
-def gencode(listed: str) -> list[str]:
-    """Flags for the architectures asked for, or for those that this nvcc knows."""
-    known = set(re.findall(r"compute_(\d+)", listed))
-    wanted = [arch for arch in ARCHITECTURES if arch.rstrip("a") in known]
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", ";".join(wanted) + "+PTX")
-    flags = []
-    for entry in re.split(r"[;\s]+", asked.strip()):
-        arch = entry.removesuffix("+PTX").replace(".", "")
-        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-        if entry.endswith("+PTX"):
-            flags += ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
-    return flags
+def refuse_another_cuda(compiler: str, torch: Torch) -> None:
+    """The objects hold the compiler's CUDA runtime, which the driver that suffices for torch's may
+    be too old for."""
+    release = re.search(r"release (\d+)\.", compiler)
+    if torch.cuda is None or release is None:
+        return
+    found, own = release[1], torch.cuda.split(".")[0]
+    if found != own:
+        raise NotBuiltError(
+            f"nvcc is of CUDA {found} and torch {torch.version} of CUDA {torch.cuda}; install the "
+            f"toolkit of CUDA {own}, and set CUDA_HOME to it"
+        )
+
+
+def host_compiler(cxx: list[str]) -> list[str]:
+    """nvcc's flags for the C++ compiler, without what launches it, as ccache does."""
+    while len(cxx) > 1 and shutil.which(cxx[1]):
+        cxx = cxx[1:]
+    return ["-ccbin", cxx[0], *(part for flag in cxx[1:] for part in ("-Xcompiler", flag))]
+
+
+def architectures(listed: str) -> dict[int, bool]:
+    """Those asked for, such as 90, and whether PTX of each is kept, which newer GPUs can run.
+
+    Without TORCH_CUDA_ARCH_LIST, or where it is empty, those that this nvcc knows, with PTX of the
+    oldest and of the newest.
+
+    Args:
+        listed: What `nvcc --list-gpu-arch` prints.
+
+    Raises:
+        NotBuiltError: an entry is none, or all are too old.
+    """
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    entries = [entry for entry in re.split(r"[;,\s]+", asked) if entry]
+    if not entries:
+        known = set(re.findall(r"compute_(\d+)", listed))
+        own = [int(arch) for arch in ARCHITECTURES if arch in known]
+        return {arch: arch in (OLDEST_ARCHITECTURE, own[-1]) for arch in own}
+    found: dict[int, bool] = {}
+    old = []
+    for entry in entries:
+        for part in NAMED_ARCHITECTURES.get(entry.lower(), entry).split(";"):
+            arch = re.fullmatch(r"(\d+)\.?(\d)[af]?(\+PTX)?", part)
+            if arch is None:
+                names = ", ".join(name.title() for name in NAMED_ARCHITECTURES)
+                raise NotBuiltError(
+                    f"TORCH_CUDA_ARCH_LIST has {entry!r}; its entries are such as 8.0, 9.0+PTX, "
+                    f"or {names}"
+                )
+            number = int(arch[1] + arch[2])
+            if number < OLDEST_ARCHITECTURE:
+                old.append(part)
+            else:
+                found[number] = found.get(number, False) or arch[3] is not None
+    if not found:
+        raise NotBuiltError(f"TORCH_CUDA_ARCH_LIST is {asked!r}; the kernels need 8.0 or newer")
+    if old:
+        print(
+            f"stem_kernels: {', '.join(old)} of TORCH_CUDA_ARCH_LIST left out: the kernels need "
+            "8.0 or newer"
+        )
+    return found
+
+
+def capability(arch: int, ptx: bool) -> str:
+    """An architecture as TORCH_CUDA_ARCH_LIST has it, such as "9.0+PTX"."""
+    major, minor = divmod(arch, 10)
+    return f"{major}.{minor}{'+PTX' if ptx else ''}"
+
+
+def gencode(wanted: dict[int, bool]) -> list[str]:
+    """nvcc's flags for these architectures."""
+    codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in wanted]
+    codes += [f"arch=compute_{arch},code=compute_{arch}" for arch, ptx in wanted.items() if ptx]
+    return [part for code in codes for part in ("-gencode", code)]
 
 
 def build_extension(package: Path) -> None:

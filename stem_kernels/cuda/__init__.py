@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,26 @@ GPU_WIDTHS = {
     "features": 1280, "payload": 1280,
     "query": 160, "query_target": 160, "query_source": 160, "value": 160,
 }  # fmt: skip
+
+
+class Image(NamedTuple):
+    """What the CUDA part was compiled for, "8.6" or "8.6+PTX": the capability, and whether there
+    is PTX of it, which drivers compile for any newer GPU."""
+
+    name: str
+    capability: tuple[int, int]
+    ptx: bool
+
+    @classmethod
+    def of(cls, name: str) -> Image:
+        """The image of one architecture of the build's record."""
+        major, minor = name.removesuffix("+PTX").split(".")
+        return cls(name, (int(major), int(minor)), name.endswith("+PTX"))
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU runs it: machine code serves later ones of the same major number, too."""
+        same = self.capability[0] == capability[0]
+        return self.capability <= capability and (same or self.ptx)
 
 
 def build_info(folder: Path = FOLDER) -> dict[str, dict[str, str]]:
@@ -69,6 +90,7 @@ def load(part: str, folder: Path = FOLDER) -> str | None:
 _load_errors = {"cpu": load("cpu")}
 # The CPU part holds the operators' schemas, so there is no loading the other without it.
 _load_errors["cuda"] = _load_errors["cpu"] or load("cuda")
+_images = tuple(map(Image.of, build_info()["cuda"].get("architectures", "").split()))
 
 
 def load_error(part: str) -> str | None:
@@ -102,6 +124,13 @@ def device_reasons(device: torch.device) -> list[str]:
     if capability < MIN_CAPABILITY:
         have, need = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
         return [f"{device} has compute capability {have}; it needs {need} or newer"]
+    # Records of older builds name none.
+    if _images and not any(image.runs_on(capability) for image in _images):
+        have, built = ".".join(map(str, capability)), ", ".join(image.name for image in _images)
+        return [
+            f"{device} has compute capability {have}; its kernels were compiled for {built}; build "
+            f"it again, in the source tree, with: TORCH_CUDA_ARCH_LIST={have} {BUILD_COMMAND}"
+        ]
     return []
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.testing import clustered_tokens
 
 ROOT = Path(__file__).parents[2]
+
+LISTED = "compute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\n"
+"""What an nvcc lists."""
 
 built = pytest.mark.skipif(
     cuda.load_error("cpu") is not None, reason=f"no extension: {cuda.load_error('cpu')}"
@@ -199,16 +203,148 @@ def test_sources_compile_at_once(
 
 
 def test_architectures(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = "compute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\n"
-    flags = extension.gencode(listed)[1::2]
-    assert flags[0] == "arch=compute_80,code=sm_80"
-    assert flags[-2:] == ["arch=compute_90a,code=sm_90a", "arch=compute_90a,code=compute_90a"]
+    def flags() -> list[str]:
+        return extension.gencode(extension.architectures(LISTED))[1::2]
+
+    own = flags()
+    assert own[0] == "arch=compute_80,code=sm_80"
+    assert own[-3:] == [
+        "arch=compute_90,code=sm_90",
+        "arch=compute_80,code=compute_80",
+        "arch=compute_90,code=compute_90",
+    ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 10.0+PTX")
-    assert extension.gencode(listed)[1::2] == [
+    assert flags() == [
         "arch=compute_80,code=sm_80",
         "arch=compute_100,code=sm_100",
         "arch=compute_100,code=compute_100",
     ]
+    for empty in ("", " ", ";"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", empty)
+        assert flags() == own
+
+
+@pytest.mark.parametrize(
+    ("asked", "built", "left_out"),
+    [
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "8.0 8.6 9.0 10.0 12.0+PTX", "7.5"),
+        ("6.0;7.0+PTX;8.0", "8.0", "6.0, 7.0+PTX"),
+        ("Ampere;Hopper", "8.0 8.6+PTX 9.0+PTX", ""),
+        ("Turing;ada", "8.9+PTX", "7.5+PTX"),
+        ("9.0a+PTX,10.0f", "9.0+PTX 10.0", ""),
+        ("9.0+PTX;9.0", "9.0+PTX", ""),
+        ("90", "9.0", ""),
+    ],
+)
+def test_architectures_as_they_are_asked_for(
+    extension: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: str,
+    built: str,
+    left_out: str,
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    found = extension.architectures(LISTED)
+    assert " ".join(extension.capability(*each) for each in found.items()) == built
+    said = capsys.readouterr().out
+    whole = f"stem_kernels: {left_out} of TORCH_CUDA_ARCH_LIST left out: the kernels need 8.0"
+    assert said.startswith(whole) if left_out else said == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("Amper", "has 'Amper'; its entries are such as 8.0, 9.0\\+PTX, or Kepler"),
+        ("8.0;sm_90", "has 'sm_90'; its entries are"),
+        ("7.0 7.5+PTX", "is '7.0 7.5\\+PTX'; the kernels need 8.0 or newer"),
+    ],
+)
+def test_architectures_that_are_none(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str, message: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(extension.NotBuiltError, match=f"TORCH_CUDA_ARCH_LIST {message}"):
+        extension.architectures(LISTED)
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A toolkit of CUDA 13.0 whose nvcc compiles nothing."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    release = "Cuda compilation tools, release 13.0, V13.0.88\nBuild cuda_13.0.r13.0/compiler"
+    nvcc.write_text(f'#!/bin/sh\ncase $1 in --version) echo "{release}";; *) echo "{LISTED}";; esac')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_the_toolkit_is_of_torchs_cuda(
+    extension: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def part(cuda: str | None) -> Any:
+        found = extension.Torch("2.12.0", cuda, str(tmp_path))
+        monkeypatch.setattr(extension, "tools", lambda: (found, ["c++"]))
+        return extension.cuda_part(tmp_path / "out.so", tmp_path)
+
+    with pytest.raises(
+        extension.NotBuiltError,
+        match=r"nvcc is of CUDA 13 and torch 2\.12\.0 of CUDA 12\.8; install the toolkit of CUDA 12",
+    ):
+        part("12.8")
+    monkeypatch.setenv("STEM_CUDA", "1")
+    for cuda in ("13.2", None):
+        assert part(cuda).report["architectures"] == "8.0+PTX 8.6 8.9 9.0+PTX"
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_nvcc_takes_the_compiler_and_not_what_launches_it(
+    extension: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ccache", "sccache", "g++-9"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    found = extension.Torch("2.12.0", "13.0", str(tmp_path))
+    for command, flags in (
+        (["g++-9"], ["-ccbin", "g++-9"]),
+        (["ccache", "g++-9"], ["-ccbin", "g++-9"]),
+        (["ccache", "sccache", "g++-9", "-m64"], ["-ccbin", "g++-9", "-Xcompiler", "-m64"]),
+    ):
+        monkeypatch.setattr(extension, "tools", lambda command=command: (found, command))
+        part = extension.cuda_part(tmp_path / "out.so", tmp_path)
+        for line in (*part.compilations, part.links[-1]):
+            place = line.index("-ccbin")
+            assert line[place : place + len(flags)] == flags
+            assert "ccache" not in line
+
+
+def test_a_gpu_that_the_object_has_no_image_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "load_error", lambda part: None)
+    device = torch.device("cuda", 0)
+
+    def reasons(built: str, capability: tuple[int, int]) -> list[str]:
+        monkeypatch.setattr(cuda, "_images", tuple(map(cuda.Image.of, built.split())))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        return cuda.device_reasons(device)
+
+    for built, capability in (
+        ("9.0", (9, 0)),
+        ("8.0", (8, 9)),
+        ("8.0 8.6+PTX", (12, 0)),
+        ("10.0", (10, 3)),
+        ("", (9, 0)),
+    ):
+        assert reasons(built, capability) == []
+    for built, capability in (("9.0", (8, 0)), ("9.0", (12, 0)), ("8.6 9.0+PTX", (8, 0))):
+        (reason,) = reasons(built, capability)
+        have = ".".join(map(str, capability))
+        names = built.replace(" ", ", ")
+        assert f"cuda:0 has compute capability {have}; its kernels were compiled for {names}; " in (
+            reason
+        )
+        assert reason.endswith(f"with: TORCH_CUDA_ARCH_LIST={have} pip install --no-deps .")
 
 
 def test_without_a_report(package: Path) -> None:
