@@ -31,6 +31,12 @@ from stem_kernels.triton.program import forget_programs
 from stem_kernels.verification import VERIFY_VARIABLE
 
 
+DEFAULTS = {"enable_fp_fusion": True}
+"""Options that this Triton takes where none are given: with and without, the same is compiled."""
+MULTIPROCESSORS = 132
+"""Of a GPU that is not here: as many as an H100 has."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch of a kernel.
@@ -65,7 +71,7 @@ class Launch:
         but sizes that the compiler does not see."""
         told = (
             _source(self.kernel), self.arch, dict(self.signature), dict(self.constants),
-            dict(self.attributes), sorted(self.options.items()),
+            dict(self.attributes), sorted(self.options.items() - DEFAULTS.items()),
         )  # fmt: skip
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
@@ -127,12 +133,16 @@ def absent_gpu(arch: int, stand_in: Any) -> Iterator[None]:
     def capability(device: object) -> tuple[int, int]:
         return divmod(arch, 10)
 
+    def multiprocessors(device: object) -> int:
+        return MULTIPROCESSORS
+
     present = replace(BACKENDS["triton"], device=lambda device: [])
     with ExitStack() as stack:
         for patch in (
             mock.patch.object(driver, "_active", stand_in),
             mock.patch.object(stem_kernels.triton, "device_capability", capability),
             mock.patch.object(stem_kernels.triton.tuning, "device_capability", capability),
+            mock.patch.object(stem_kernels.triton.tuning, "multiprocessors", multiprocessors),
             mock.patch.dict(BACKENDS, triton=present),
             # Nothing is computed that could be compared.
             mock.patch.dict(os.environ, {VERIFY_VARIABLE: "never"}),

@@ -20,9 +20,9 @@ from .forms import DTYPES, forms
 from .launches import Launch, launches
 
 OUT = records.RESULTS / "triton-resources.json"
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """What one block may ask for, by compute capability."""
-MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
+MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma", 103: "tcgen05.mma"}
 """What a product is in PTX, of half precision; "mma.sync" on the others."""
 WITHOUT_PRODUCTS = ("directions", "update", "merge")
 

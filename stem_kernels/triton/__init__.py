@@ -74,3 +74,8 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
 def device_capability(device: torch.device) -> tuple[int, int]:
     """The compute capability (major, minor) of a CUDA device."""
     return torch.cuda.get_device_capability(device)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -8,9 +8,11 @@ from importlib import resources
 
 import torch
 
-from . import device_capability, interpreted
+from . import device_capability, interpreted, multiprocessors
 
 MIN_TILE = 16
+ALIKE = {"sm103": "sm100", "sm121": "sm120"}
+"""GPUs that take the table of another: of one family, with as much of everything a block has."""
 
 
 def tiles(op: str, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, int]:
@@ -19,6 +21,9 @@ def tiles(op: str, device: torch.device, dtype: torch.dtype | None = None) -> di
     `default.json` is safe on every GPU that is served, and a table such as `sm90.json` takes the
     place of its rows on GPUs of that compute capability. In the interpreter a program costs
     milliseconds whatever its size, so `interpreter.json` has few and large ones.
+
+    "programs" of a row is for each multiprocessor, here for all that the device has; in
+    `interpreter.json` it is for all.
 
     Args:
         op: Name of a row of the tables, such as "em_fused 48".
@@ -34,14 +39,20 @@ def tiles(op: str, device: torch.device, dtype: torch.dtype | None = None) -> di
     if dtype == torch.float32:
         op = f"{op} float32"
     major, minor = device_capability(device)
-    return dict(table(f"sm{major}{minor}").get(op) or table("default").get(op) or {})
+    found = dict(table(f"sm{major}{minor}").get(op) or table("default").get(op) or {})
+    if "programs" in found:
+        found["programs"] *= multiprocessors(device)
+    return found
 
 
 @functools.cache
 def table(name: str) -> dict[str, dict[str, int]]:
-    """The rows of one file of `configs/` by operator; none where there is no such file."""
+    """The rows of one file of `configs/` by operator, of a GPU without one those of the GPU that it
+    is alike; none where there is neither."""
     file = resources.files("stem_kernels").joinpath(f"configs/{name}.json")
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if file.is_file():
+        return json.loads(file.read_text())
+    return table(ALIKE[name]) if name in ALIKE else {}
 
 
 def tile_for(size: int, largest: int) -> int:
@@ -63,8 +74,8 @@ def two_tiles(width: int) -> tuple[int, int]:
 def token_ranges(num_tokens: int, block_n: int, programs: int) -> tuple[int, int]:
     """Into how many ranges tokens are cut for about so many programs, and the tokens of each.
 
-    It depends on the shapes alone, and partial sums are added in order: equal calls give equal
-    bits.
+    It depends on the shapes and the device alone, and partial sums are added in order: equal calls
+    give equal bits.
     """
     wanted = max(1, min(-(-num_tokens // block_n), programs))
     tokens = -(-num_tokens // (wanted * block_n)) * block_n

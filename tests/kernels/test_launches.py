@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -152,3 +153,52 @@ def test_a_base_of_faint_tokens_has_their_mean(backend: str, width: int, num_bas
     )
     assert float(mass[0, -1]) == pytest.approx(512 * 2.06e-9, rel=1e-2)
     assert float(sums[0, -1, 0] / mass[0, -1]) == pytest.approx(1.0, rel=1e-2)
+
+
+def test_grids_are_for_the_multiprocessors_of_the_gpu(
+    counts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.counting import launches
+
+    features = torch.empty(8, 131072, 40, dtype=torch.float16)
+    bases = torch.empty(8, 256, 40, dtype=torch.float16)
+    query, key = features[None], bases[None]
+    wide = torch.empty(1, 131072, 320, dtype=torch.float16)
+    calls = {
+        "fused_rows": lambda: em_statistics(features, bases, backend="triton"),
+        "products": lambda: em_statistics(wide, wide[:, :256], backend="triton"),
+        "resident": lambda: basis_attention(query, key, key, backend="triton"),
+        "partial_attention": lambda: partial_attention(key, query, query, backend="triton"),
+    }
+
+    def programs(kernel: str, multiprocessors: int) -> float:
+        monkeypatch.setattr(launches, "MULTIPROCESSORS", multiprocessors)
+        found = launches.launches(counts.ARCH, calls[kernel])
+        grids = [launch.grid for launch in found if launch.name == kernel]
+        return math.prod(grids[0]) / multiprocessors
+
+    # As sm90.json and default.json say, as far as whole tiles go.
+    for kernel, each in (("fused_rows", 2), ("products", 1), ("resident", 3)):
+        for multiprocessors in (24, 108, 132, 148):
+            assert each * 0.8 <= programs(kernel, multiprocessors) <= each, kernel
+    assert [programs("partial_attention", count) for count in (24, 132)] == [4, pytest.approx(4, 0.1)]
+
+
+def test_products_and_sums_are_fused_whatever_tritons_default(counts: Any) -> None:
+    from benchmarks.counting.launches import launches
+
+    features = torch.empty(1, 1024, 320, dtype=torch.float16)
+    found = launches(counts.ARCH, lambda: soft_em(features, 256, num_iters=2, backend="triton"))
+    assert found
+    assert all(launch.options["enable_fp_fusion"] is True for launch in found)
+
+
+@pytest.mark.parametrize(("arch", "alike"), [(103, "sm100"), (121, "sm120"), (87, "default")])
+def test_gpus_take_the_table_of_their_family(
+    counts: Any, arch: int, alike: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stem_kernels.triton import tuning
+
+    monkeypatch.setattr(tuning, "device_capability", lambda _: divmod(arch, 10))
+    found = tuning.tiles("basis_attention", torch.device("cuda"))
+    assert found == tuning.table(alike)["basis_attention"]
