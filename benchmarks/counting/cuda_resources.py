@@ -8,12 +8,14 @@ spill.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,10 +27,15 @@ from .resource_table import Resources
 
 CSRC = records.RESULTS.parent.parent / "csrc"
 OUT = records.RESULTS / "cuda-resources.md"
-SHARED_KIB = {"sm_80": 163, "sm_90a": 227, "sm_100": 227}
+SHARED_KIB = {
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227,
+    "sm_120": 99, "sm_121": 99,
+}  # fmt: skip
 """What one block may ask for, by architecture."""
-RESERVED = {"sm_80": 0, "sm_90a": 1024, "sm_100": 1024}
+RESERVED = {arch: 0 if arch in ("sm_80", "sm_86", "sm_89") else 1024 for arch in SHARED_KIB}
 """Bytes that the system takes beside that, and that cuobjdump counts to each kernel."""
+IN_TESTS = ("sm_86", "sm_90", "sm_120")
+"""What tests compile anew; of the others they read the table, which is of the same sources."""
 KERNELS = ("float16", "bfloat16", "float32")
 """The sources with kernels; the others hold no device code."""
 FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
@@ -85,24 +92,24 @@ def version() -> str:
     return f"nvcc {found[1]}"
 
 
-def dynamic_shared(scratch: Path) -> dict[tuple[str, str, int], int]:
+def dynamic_shared(scratch: Path, archs: Sequence[str]) -> dict[tuple[str, str, int], int]:
     """The bytes that a launch asks for, by architecture, kernel and number in its template."""
     program = scratch / "shared_memory"
     source = Path(__file__).parent / "cuda_shared_memory.cu"
-    run(nvcc(), *FLAGS, "-O0", "-arch=sm_90a", "-I", CSRC / "include", source, "-o", program)
+    run(nvcc(), *FLAGS, "-O0", "-arch=sm_90", "-I", CSRC / "include", source, "-o", program)
     sizes: dict[tuple[str, str, int], int] = {}
-    for arch, limit in SHARED_KIB.items():
-        for line in run(program, limit * 1024).splitlines():
+    for arch in archs:
+        for line in run(program, SHARED_KIB[arch] * 1024).splitlines():
             kernel, number, size = line.split()
             place = (arch, kernel, int(number))
             sizes[place] = max(int(size), sizes.get(place, 0))
     return sizes
 
 
-def compiled(source: Path, scratch: Path) -> Path:
-    """The object of one source, for all architectures if it has kernels."""
+def compiled(source: Path, scratch: Path, archs: Sequence[str]) -> Path:
+    """The object of one source, for all of these architectures if it has kernels."""
     target = scratch / f"{source.stem}.o"
-    archs = list(SHARED_KIB) if source.stem in KERNELS else ["sm_90a"]
+    archs = archs if source.stem in KERNELS else ["sm_90"]
     codes = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in archs]
     torch_headers = Path(torch.__file__).parent / "include"
     includes = ["-I", CSRC / "include", "-isystem", torch_headers]
@@ -124,14 +131,14 @@ def by_kernel(listing: str, arch: str, pattern: str) -> dict[str, str]:
     }
 
 
-def measure() -> list[Resources]:
-    """Compiles everything; all kernels of all architectures."""
+def measure(archs: Sequence[str] = tuple(SHARED_KIB)) -> list[Resources]:
+    """Compiles everything; all kernels of these architectures."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         sources = sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: path.stem not in KERNELS)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            shared = pool.submit(dynamic_shared, scratch)
-            objects = list(pool.map(lambda source: compiled(source, scratch), sources))
+            shared = pool.submit(dynamic_shared, scratch, archs)
+            objects = list(pool.map(lambda source: compiled(source, scratch, archs), sources))
         found: dict[tuple[str, str], Resources] = {}
         for target in objects:
             usage = run(cuobjdump(), "--dump-resource-usage", target)
@@ -140,14 +147,13 @@ def measure() -> list[Resources]:
                 continue
             # It calls nvdisasm, which lies beside it.
             code = run(cuobjdump(), "-sass", target, path=str(Path(cuobjdump() or "").parent))
-            for arch in SHARED_KIB:
+            for arch in archs:
                 numbers = by_kernel(usage, arch, r"Function (.*):\n")
                 assembly = by_kernel(code, arch, r"Function : (.*)\n")
                 for kernel, text in numbers.items():
                     row = resources(kernel, arch, text, assembly[kernel], shared.result())
                     found[kernel, arch] = row
-        order = list(SHARED_KIB)
-        return sorted(found.values(), key=lambda row: (row.kernel, order.index(row.arch)))
+        return sorted(found.values(), key=lambda row: (row.kernel, archs.index(row.arch)))
 
 
 def resources(
@@ -164,12 +170,21 @@ def resources(
     return Resources(kernel, arch, registers, stack, own, assembly.count("HMMA"))
 
 
-def text(found: list[Resources]) -> str:
-    """The table in Markdown."""
-    return resource_table.text(
-        f"{version()}; written by `python -m benchmarks.counting.cuda_resources`. Shared memory "
-        "is that of the largest launch.",
-        found,
+def sources() -> str:
+    """A hash of the kernels' code, whatever its comments and spaces."""
+    digest = hashlib.sha256()
+    for path in sorted([*CSRC.glob("cuda/*"), *CSRC.glob("include/stem/*.cuh")]):
+        code = re.sub(r"//.*", "", path.read_text())
+        digest.update(f"{path.name}\n{' '.join(code.split())}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def heading() -> str:
+    """The first line of the table: which compiler, and which sources."""
+    return (
+        f"{version()}; sources `{sources()}`; written by "
+        "`python -m benchmarks.counting.cuda_resources`. Shared memory is that of the largest "
+        "launch."
     )
 
 
@@ -178,8 +193,8 @@ if __name__ == "__main__":
     if reason is not None:
         sys.exit(reason)
     found = measure()
-    OUT.write_text(text(found))
-    print(text(found))
+    OUT.write_text(resource_table.text(heading(), found))
+    print(OUT.read_text())
     spilled = [row for row in found if row.spilled_bytes > 0]
     if spilled:
         sys.exit(f"{len(spilled)} kernels spill registers: {spilled}")

@@ -26,9 +26,12 @@ def text(heading: str, found: Sequence[Resources]) -> str:
         "| kernel | architecture | registers | spilled bytes | shared KiB | matrix instructions |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [
+    return "\n".join([*lines, *map(line, found)]) + "\n"
+
+
+def line(row: Resources) -> str:
+    """The line of one kernel."""
+    return (
         f"| {row.kernel} | {row.arch} | {row.registers} | {row.spilled_bytes} "
         f"| {row.shared_bytes / 1024:.0f} | {row.matrix_instructions} |"
-        for row in found
-    ]
-    return "\n".join(lines) + "\n"
+    )

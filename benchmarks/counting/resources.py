@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
+from triton import knobs
+
 from .. import records
 from . import sass
 from .forms import DTYPES, forms
@@ -24,7 +26,7 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121
 """What one block may ask for, by compute capability."""
 MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma", 103: "tcgen05.mma"}
 """What a product is in PTX, of half precision; "mma.sync" on the others."""
-WITHOUT_PRODUCTS = ("directions", "update", "merge")
+WITHOUT_PRODUCTS = ("directions", "update", "merge", "nearest_merge")
 
 SCATTERED = ("update",)
 """Kernels whose loads are single numbers far apart, the parts of one base's mass."""
@@ -77,6 +79,7 @@ class Resources:
 
 def measure(launch: Launch, form: str, dtype: str) -> Resources:
     """Compile a launch of a form, and look at what came out."""
+    assert isinstance(launch.arch, int)
     binary = launch.compiled()
     listing, usage = sass.disassemble(binary.asm["cubin"])
     small = launch.name in WITHOUT_PRODUCTS
@@ -110,8 +113,10 @@ def wanted(archs: Iterable[int] = SHARED_KIB) -> Iterator[tuple[str, Launch, str
 
 
 def version() -> str:
-    """Of Triton, as the file says it."""
-    return importlib.metadata.version("triton")
+    """Of Triton and of the compilers of machine code, as the file says it."""
+    before, since = knobs.nvidia.ptxas.version, knobs.nvidia.ptxas_blackwell.version
+    own = importlib.metadata.version("triton")
+    return f"{own}, ptxas {before}" + (f", from sm_100 on {since}" if since != before else "")
 
 
 def committed() -> dict[str, Resources]:
@@ -129,7 +134,8 @@ def text(triton: str, found: Mapping[str, Resources]) -> str:
         rows.setdefault((each.form, each.kernel, each.dtype), {}).setdefault(each.arch, each)
     columns = " | ".join(f"sm_{arch}" for arch in SHARED_KIB)
     lines = [
-        f"Triton {triton}, K = 256; written by `python -m benchmarks.counting.resources`. "
+        f"Triton {triton}; K = 256, for 132 multiprocessors. Written by "
+        "`python -m benchmarks.counting.resources`. "
         "Registers a thread / KiB of shared memory a block, each form as its launcher "
         "specialises it; a kernel that",
         "several forms launch stands where it comes first. None spills, and none moves less than",

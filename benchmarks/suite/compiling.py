@@ -59,7 +59,7 @@ def wanted(part: str, arch: int, small: bool) -> Sequence[Any]:
     """Launches of kernels that differ, on a GPU of capability `arch`, in the same order always."""
     from ..counting.launches import launches
 
-    found = {}
+    found: dict[str, Any] = {}
     with torch.no_grad(), Recorded():
         for call in calls(part, small=small):
             for launch in launches(arch, call):

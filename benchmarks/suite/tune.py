@@ -44,7 +44,7 @@ TILES: dict[str, dict[str, tuple[int, ...]]] = {
     "nearest_token": {"block_n": (64, 128), "block_m": (64, 128), "block_d": (32, 64)},
     "partial_attention": {"query_bytes": (16384, 32768), "key_bytes": (4096, 8192, 16384)},
 }
-WITHOUT_PROGRAMS = ("em_wide logits", "basis_attention", "blended_attention", "nearest_token")
+WITHOUT_PROGRAMS = ("em_wide logits", "basis_attention", "blended_attention")
 MARK = 77  # a number of stages that no row has
 PROGRAMS = (1, 2, 3, 4)  # for each multiprocessor, of the ops whose rows have "programs"
 
@@ -177,6 +177,8 @@ def main(
             raise typer.BadParameter(f"{op!r} is none of {', '.join(every)}")
     if not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA GPU, and tiles are timed on one")
+    if torch.version.hip is not None:
+        raise typer.BadParameter("tiles of AMD's GPUs cannot be tuned yet")
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = device_capability(device)
     rows = dict(table(f"sm{major}{minor}"))

@@ -85,11 +85,9 @@ class Device {
     const int index = tensor.get_device_index();
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    int limit = 0;
-    const cudaError_t status =
-        cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    STD_TORCH_CHECK(status == cudaSuccess, "cudaDeviceGetAttribute: ", cudaGetErrorString(status));
-    context = {static_cast<cudaStream_t>(stream), limit, [this, tensor](int64_t bytes) {
+    context = {static_cast<cudaStream_t>(stream),
+               attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+               attribute(cudaDevAttrMultiProcessorCount, index), [this, tensor](int64_t bytes) {
                  kept_.push_back(empty(tensor, {bytes}, ScalarType::Byte));
                  return kept_.back().data_ptr();
                }};
@@ -99,6 +97,13 @@ class Device {
   Context context;
 
  private:
+  static int attribute(cudaDeviceAttr name, int index) {
+    int found = 0;
+    const cudaError_t status = cudaDeviceGetAttribute(&found, name, index);
+    STD_TORCH_CHECK(status == cudaSuccess, "cudaDeviceGetAttribute: ", cudaGetErrorString(status));
+    return found;
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   std::vector<Tensor> kept_;
 };

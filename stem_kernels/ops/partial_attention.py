@@ -62,7 +62,7 @@ def partial_attention(
     Returns:
         `PartialAttention`, in float32 (float64 for float64 input): not rounded to the input's
         dtype, because parts are yet to be merged. Keys are cut into parts, each on a core of its
-        own, by the shapes alone and merged in their order: equal calls give equal bits.
+        own, by the shapes and the device and merged in order: equal calls give equal bits.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit.

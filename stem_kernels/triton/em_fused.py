@@ -125,7 +125,7 @@ def fused_pass(
     payload: Buffer | None,
     scale: float,
 ) -> Parts:
-    """Add a pass to a program; how many parts it leaves depends on the shapes alone.
+    """Add a pass to a program; how many parts it leaves depends on shapes and device.
 
     Args:
         program: Program to add it to.

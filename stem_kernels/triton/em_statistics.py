@@ -26,7 +26,7 @@ def em_pass(
 ) -> Parts:
     """Add a pass to a program; arguments as for `em_fused.fused_pass`, but for the temperature.
 
-    How many parts it leaves depends on the shapes alone, so equal calls give equal bits.
+    How many parts it leaves depends on shapes and device, so equal calls give equal bits.
     """
     scale = math.log2(math.e) / temperature
     layouts = [tokens.layout for tokens in (features, payload) if tokens is not None]

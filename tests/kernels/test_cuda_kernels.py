@@ -57,9 +57,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 
 @pytest.fixture
 def kernels(built: Kernels) -> Iterator[Kernels]:
-    before = (built.shared_limit, built.chunk_bytes)
+    before = (built.shared_limit, built.multiprocessors, built.chunk_bytes)
     yield built
-    built.shared_limit, built.chunk_bytes = before
+    built.shared_limit, built.multiprocessors, built.chunk_bytes = before
 
 
 def interleaved(tokens: torch.Tensor, padding: int) -> torch.Tensor:
@@ -353,6 +353,34 @@ def test_of_equal_cosines_the_first_counts(kernels: Kernels, dtype: torch.dtype)
     assert int(found.max()) < 50
     assert found[0, 0, 8] == 0
     assert found.unique().numel() > 5
+
+
+@pytest.mark.parametrize(("multiprocessors", "ranges"), [(1, 1), (3, 2), (132, 4)])
+def test_few_queries_look_through_ranges_of_keys(
+    kernels: Kernels, multiprocessors: int, ranges: int
+) -> None:
+    keys = clustered_tokens((1, 2, 490, 24)).half()
+    keys[:, :, 300:] = keys[:, :, :190]  # the first of equal ones is in another range
+    query = clustered_tokens((1, 2, 40, 24), seed=1).half()
+    query[:, :, 7] = NAN
+    kernels.multiprocessors = multiprocessors
+    found = kernels.nearest_token(query, keys)
+    assert kernels.extra_bytes == (ranges * 2 * 40 * 8 if ranges > 1 else 0)
+    kernels.multiprocessors = 1
+    assert torch.equal(found, kernels.nearest_token(query, keys))
+    assert int(found.max()) < 300
+
+
+def test_em_makes_parts_for_the_multiprocessors_of_the_gpu(kernels: Kernels) -> None:
+    features, bases = clustered_tokens((1, 1, 2048, 40)).half(), clustered_tokens((1, 1, 16, 40))
+    extra = {}
+    for multiprocessors in (4, 16):
+        kernels.multiprocessors = multiprocessors
+        found = kernels.em_statistics(features, bases, None, 2.0)
+        check_em(found, features, bases, None, 2.0)
+        extra[multiprocessors] = kernels.extra_bytes
+    part = 16 * (40 + 1) * 4
+    assert extra[16] - extra[4] == (32 - 8) * part
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 40, 24, 0), (70, 100, 37, 5, 0), (40, 300, 80, 80, 8)])

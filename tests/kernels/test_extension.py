@@ -274,7 +274,8 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     release = "Cuda compilation tools, release 13.0, V13.0.88\nBuild cuda_13.0.r13.0/compiler"
-    nvcc.write_text(f'#!/bin/sh\ncase $1 in --version) echo "{release}";; *) echo "{LISTED}";; esac')
+    said = f'--version) echo "{release}";; *) echo "{LISTED}";;'
+    nvcc.write_text(f"#!/bin/sh\ncase $1 in {said} esac")
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
 
@@ -290,12 +291,12 @@ def test_the_toolkit_is_of_torchs_cuda(
 
     with pytest.raises(
         extension.NotBuiltError,
-        match=r"nvcc is of CUDA 13 and torch 2\.12\.0 of CUDA 12\.8; install the toolkit of CUDA 12",
+        match=r"nvcc is of CUDA 13 and torch 2\.12\.0 of CUDA 12\.8; install the toolkit of CUDA",
     ):
         part("12.8")
     monkeypatch.setenv("STEM_CUDA", "1")
-    for cuda in ("13.2", None):
-        assert part(cuda).report["architectures"] == "8.0+PTX 8.6 8.9 9.0+PTX"
+    for own in ("13.2", None):
+        assert part(own).report["architectures"] == "8.0+PTX 8.6 8.9 9.0+PTX"
 
 
 @pytest.mark.usefixtures("toolkit")

@@ -219,7 +219,7 @@ void launch_attention(const Context& context, const AttentionCall<T>& call) {
   using Shape = AttentionShape<STEPS>;
   const int resident = Shape::resident(call.bases, context.shared_limit);
   const int64_t tiles = ceil_div<int64_t>(call.n, Shape::QUERIES);
-  const int64_t blocks = smaller(tiles, larger<int64_t>(1, 2 * PROGRAMS / call.leads));
+  const int64_t blocks = smaller(tiles, larger<int64_t>(1, 2 * context.programs() / call.leads));
   launch("attention_kernel", attention_kernel<T, STEPS>,
          dim3(static_cast<unsigned>(call.leads), static_cast<unsigned>(blocks)), LARGEST_BLOCK,
          Shape::shared(resident), context, AttentionArgs<T>{call, resident});

@@ -1,7 +1,7 @@
 // `em_statistics` and `soft_em` from raw pointers: which kernels a shape takes, and their order.
 //
-// Every sum is made in parts whose number depends on the shapes alone, and which are added in a
-// fixed order, so equal calls give equal bits.
+// Every sum is made in parts whose number depends on the shapes and the GPU alone, and which are
+// added in a fixed order, so equal calls give equal bits.
 #pragma once
 
 #include "em_fused.cuh"
@@ -64,7 +64,7 @@ class EmPass {
     directions.p = context.make<T>(call.leads * directions.stride);
 
     if (fused_) {
-      ranges_ = Ranges(call.n, 8 * fused_tiles(steps), PROGRAMS / call.leads);
+      ranges_ = Ranges(call.n, 8 * fused_tiles(steps), context.programs() / call.leads);
       mass = make_parts(ranges_.count, 1);
       sums = make_parts(ranges_.count, dim());
       payload = make_parts(ranges_.count, call.payload.width);
@@ -79,7 +79,8 @@ class EmPass {
     payload = make_parts(payload_ranges_.count, call.payload.width);
     if constexpr (!SINGLE) {
       const int64_t tile = call.bases <= FUSED_BASES ? WideShape<2>::TOKENS : WideShape<8>::TOKENS;
-      mass_ranges_ = Ranges(smaller(chunk_.tokens, call.n), tile, PROGRAMS / chunk_.leads);
+      mass_ranges_ = Ranges(smaller(chunk_.tokens, call.n), tile,
+                            context.programs() / chunk_.leads);
       mass = make_parts(mass_ranges_.count, 1);
     } else {
       mass = make_parts(ranges_.count, 1);
@@ -133,7 +134,7 @@ class EmPass {
     const int columns = SINGLE ? ProductShape::N : ProductsShape::CHANNELS;
     const int64_t tiles = ceil_div(call_.bases, rows) * ceil_div(width, columns);
     const int64_t blocks = larger<int64_t>(1, chunk_.leads * tiles);
-    return Ranges(smaller(chunk_.tokens, call_.n), WIDE_TILE, PROGRAMS / blocks);
+    return Ranges(smaller(chunk_.tokens, call_.n), WIDE_TILE, context_.programs() / blocks);
   }
 
   void fused(const View<T>& values, bool separate, float* p_sums, float* p_mass) {

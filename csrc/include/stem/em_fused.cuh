@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, STEPS < 4 ? 2 : 1)
   float b_mass[M_TILES][2] = {};
   fetch(0, 0);
   copy_commit();
-  int stage = 0;
-  for (int start = 0; start < count; start += TOKENS, stage ^= 1) {
+  for (int start = 0; start < count; start += TOKENS) {
+    const int stage = start / TOKENS % 2;  // kept from tile to tile it would be spilled on sm_120
     copy_wait<0>();
     __syncthreads();
     if (start + TOKENS < count) fetch(start + TOKENS, stage ^ 1);

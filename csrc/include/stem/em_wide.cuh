@@ -141,6 +141,14 @@ struct ProductsArgs {
   bool add;
 };
 
+// Blocks that are to share a multiprocessor. On sm_100 and 103 nvcc is not told (0), and finds 128
+// registers a thread, which let two; on others it would then spill some of them in the loop.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
+constexpr int PRODUCTS_BLOCKS = 0;
+#else
+constexpr int PRODUCTS_BLOCKS = 1;
+#endif
+
 // A block makes the sums of 128 bases and 160 channels, a warp those of 32 and 80.
 struct ProductsShape {
   static constexpr int BASES = 128, CHANNELS = 160, TOKENS = 32, STAGES = 3;
@@ -151,7 +159,7 @@ struct ProductsShape {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(LARGEST_BLOCK) em_products_kernel(
+__global__ void __launch_bounds__(LARGEST_BLOCK, PRODUCTS_BLOCKS) em_products_kernel(
     const ProductsArgs<T> args) {
   using Shape = ProductsShape;
   constexpr int M_TILES = Shape::M_TILES, N_TILES = Shape::N_TILES, STAGES = Shape::STAGES;

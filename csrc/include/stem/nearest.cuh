@@ -1,7 +1,8 @@
 // For every query the key of the largest cosine: arg max_j q k_j / |k_j|.
 //
 // 16 bits: keys pass by a block's queries, a tile of both at a time; a warp owns 16 queries, and
-// each lane keeps the best of the keys that it has seen. float32: products of a chunk of queries
+// each lane keeps the best of the keys that it has seen; where queries are few, the keys come in
+// ranges, whose best are compared afterwards. float32: products of a chunk of queries
 // go through memory, and a warp looks through each row. Products are scaled afterwards, because
 // keys rounded to 16 bits again would be other keys.
 #pragma once
@@ -43,9 +44,19 @@ struct NearestShape {
   static constexpr int SHARED = 2 * (QUERIES + KEYS) * PITCH * 2;
 };
 
+// The keys in ranges, of which each finds its best; p_product is null where there is one range.
 template <typename T>
-__global__ void __launch_bounds__(LARGEST_BLOCK, 2) nearest_kernel(const NearestCall<T> call) {
+struct NearestArgs {
+  NearestCall<T> call;
+  float* p_product;  // [ranges, leads, n]
+  int32_t* p_key;    // the same; with one range the result
+  int range;         // keys, a multiple of KEYS
+};
+
+template <typename T>
+__global__ void __launch_bounds__(LARGEST_BLOCK, 2) nearest_kernel(const NearestArgs<T> args) {
   using Shape = NearestShape;
+  const NearestCall<T>& call = args.call;
   constexpr int N_TILES = Shape::KEYS / 8, PITCH = Shape::PITCH, DEPTH = Shape::DEPTH;
   const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
   const int64_t tiles = ceil_div<int64_t>(call.n, Shape::QUERIES);
@@ -54,11 +65,14 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, 2) nearest_kernel(const Nearest
   T* b_query = reinterpret_cast<T*>(shared);          // [2, QUERIES, PITCH]
   T* b_keys = b_query + 2 * Shape::QUERIES * PITCH;   // [2, KEYS, PITCH]
   const T* p_query = call.query.at(lead) + start * call.query.stride_n;
-  const T* p_keys = call.keys.at(lead);
-  const float* p_inverse = call.p_inverse + lead * call.num_keys;
+  // From the range's first key on, and so are the numbers of keys until they are written.
+  const int begin = blockIdx.y * args.range;
+  const int num_keys = smaller(args.range, call.num_keys - begin);
+  const T* p_keys = call.keys.at(lead) + begin * call.keys.stride_n;
+  const float* p_inverse = call.p_inverse + lead * call.num_keys + begin;
   const int queries = static_cast<int>(smaller<int64_t>(Shape::QUERIES, call.n - start));
   const int depths = ceil_div(call.query.width, DEPTH);
-  const int64_t steps = static_cast<int64_t>(ceil_div(call.num_keys, Shape::KEYS)) * depths;
+  const int64_t steps = static_cast<int64_t>(ceil_div(num_keys, Shape::KEYS)) * depths;
   auto fetch = [&](int64_t step, int stage) {
     const int first = static_cast<int>(step / depths) * Shape::KEYS;
     const int channel = static_cast<int>(step % depths) * DEPTH;
@@ -67,7 +81,7 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, 2) nearest_kernel(const Nearest
         call.query.width - channel, call.query.vectors, thread, LARGEST_BLOCK);
     load_rows<Shape::KEYS, DEPTH>(
         b_keys + stage * Shape::KEYS * PITCH, p_keys + first * call.keys.stride_n + channel,
-        call.keys.stride_n, call.num_keys - first, call.keys.width - channel, call.keys.vectors,
+        call.keys.stride_n, num_keys - first, call.keys.width - channel, call.keys.vectors,
         thread, LARGEST_BLOCK);
   };
   Best best[2];  // of rows lane / 4 and lane / 4 + 8
@@ -102,7 +116,7 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, 2) nearest_kernel(const Nearest
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int key = first + 8 * i + c % 2;
-        if (key < call.num_keys) best[c / 2].offer(b_s[i][c] * p_inverse[key], key);
+        if (key < num_keys) best[c / 2].offer(b_s[i][c] * p_inverse[key], key);
         b_s[i][c] = 0.0f;
       }
   }
@@ -111,8 +125,32 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, 2) nearest_kernel(const Nearest
     best[row].exchange(1);
     best[row].exchange(2);
     const int64_t n = start + warp * Shape::ROWS + 8 * row + lane / 4;
-    if (lane % 4 == 0 && n < call.n) call.p_found[lead * call.n + n] = best[row].key;
+    if (lane % 4 != 0 || n >= call.n) continue;
+    const int64_t place = (blockIdx.y * call.leads + lead) * call.n + n;
+    args.p_key[place] = best[row].key + blockIdx.y * args.range;
+    if (args.p_product != nullptr) args.p_product[place] = best[row].product;
   }
+}
+
+template <typename T>
+struct NearestMergeArgs {  // T as nearest_kernel's: each dtype's source has its own
+  const float* p_product;  // [ranges, rows]
+  const int32_t* p_key;
+  int32_t* p_found;  // [rows]
+  int64_t rows;
+  int ranges;
+};
+
+// A thread per row.
+template <typename T>
+__global__ void __launch_bounds__(LARGEST_BLOCK)
+    nearest_merge_kernel(const NearestMergeArgs<T> args) {
+  const int64_t row = blockIdx.x * int64_t{LARGEST_BLOCK} + threadIdx.x;
+  if (row >= args.rows) return;
+  Best best;
+  for (int64_t place = row; place < args.ranges * args.rows; place += args.rows)
+    best.offer(args.p_product[place], args.p_key[place]);
+  args.p_found[row] = best.key;
 }
 
 template <typename T>
@@ -170,9 +208,24 @@ void nearest_token(const Context& context, const NearestCall<T>& call) {
   if constexpr (std::is_same_v<T, float>) {
     float32_nearest(context, call);
   } else {
-    const int64_t tiles = ceil_div<int64_t>(call.n, NearestShape::QUERIES);
-    launch("nearest_kernel", nearest_kernel<T>, dim3(static_cast<unsigned>(call.leads * tiles)),
-           LARGEST_BLOCK, NearestShape::SHARED, context, call);
+    const int64_t blocks = call.leads * ceil_div<int64_t>(call.n, NearestShape::QUERIES);
+    const int64_t tiles = ceil_div(call.num_keys, NearestShape::KEYS);
+    const int64_t wanted = smaller(tiles, larger<int64_t>(1, context.programs() / blocks));
+    NearestArgs<T> args{call, nullptr, call.p_found, 0};
+    args.range = static_cast<int>(ceil_div(tiles, wanted)) * NearestShape::KEYS;
+    const int ranges = ceil_div(call.num_keys, args.range);
+    const int64_t rows = call.leads * call.n;
+    if (ranges > 1) {
+      args.p_product = context.make<float>(ranges * rows);
+      args.p_key = context.make<int32_t>(ranges * rows);
+    }
+    launch("nearest_kernel", nearest_kernel<T>,
+           dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(ranges)), LARGEST_BLOCK,
+           NearestShape::SHARED, context, args);
+    if (ranges == 1) return;
+    launch("nearest_merge_kernel", nearest_merge_kernel<T>,
+           dim3(static_cast<unsigned>(ceil_div<int64_t>(rows, LARGEST_BLOCK))), LARGEST_BLOCK, 0,
+           context, NearestMergeArgs<T>{args.p_product, args.p_key, call.p_found, rows, ranges});
   }
 }
 

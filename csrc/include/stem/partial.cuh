@@ -40,10 +40,10 @@ struct PartialShape {
   static int64_t shared(int width, int value_width) {
     return ((QUERIES + KEYS) * (width + 1) + KEYS * (value_width + 1) + QUERIES * (KEYS + 1)) * 4;
   }
-  // By the shapes alone, so that equal calls give equal bits on any GPU.
-  static int64_t parts(int64_t leads, int64_t queries, int64_t n) {
+  // By the shapes and the GPU alone, so that equal calls give equal bits.
+  static int64_t parts(const Context& context, int64_t leads, int64_t queries, int64_t n) {
     const int64_t blocks = leads * ceil_div<int64_t>(queries, QUERIES);
-    return smaller(ceil_div<int64_t>(n, 8 * KEYS), ceil_div<int64_t>(4 * PROGRAMS, blocks));
+    return smaller(ceil_div<int64_t>(n, 8 * KEYS), ceil_div(4 * context.programs(), blocks));
   }
 };
 
@@ -177,7 +177,7 @@ void partial_attention(const Context& context, const PartialCall<T>& call) {
   const int64_t rows = call.leads * call.queries;
   if (rows == 0) return;
   const int width = call.value.width;
-  const int64_t parts = Shape::parts(call.leads, call.queries, call.n);
+  const int64_t parts = Shape::parts(context, call.leads, call.queries, call.n);
   const PartialStates states{
       context.make<float>(parts * rows * width), context.make<float>(parts * rows),
       context.make<float>(parts * rows), parts};

@@ -25,7 +25,6 @@ namespace stem {
 
 constexpr int WARP = 32;
 constexpr int LARGEST_BLOCK = 256;  // threads
-constexpr int PROGRAMS = 264;       // blocks to aim at: two for each multiprocessor of an H100
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float MASS_EPS = 1e-4f;  // added to a base's mass, and
 constexpr float NORM_EPS = 1e-4f;  // to its length, before the division
@@ -33,10 +32,14 @@ constexpr float NORM_EPS = 1e-4f;  // to its length, before the division
 // Where an operator runs, and where it gets memory from.
 struct Context {
   cudaStream_t stream;
-  int shared_limit;  // bytes of shared memory that a block may ask for
+  int shared_limit;     // bytes of shared memory that a block may ask for
+  int multiprocessors;
   std::function<void*(int64_t bytes)> allocate;  // lives until the operator returns
   // Of logits or responsibilities that go through memory: they should stay in the L2 cache mostly.
   int64_t chunk_bytes = 1 << 24;
+
+  // Blocks to aim at.
+  int64_t programs() const { return 2 * int64_t{multiprocessors}; }
 
   template <typename T>
   T* make(int64_t count) const {

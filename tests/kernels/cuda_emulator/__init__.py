@@ -19,14 +19,14 @@ OPERATORS = (
     "em_statistics", "soft_em", "basis_attention", "blended_attention", "nearest_token",
     "partial_attention",
 )  # fmt: skip
+SIZES = (
+    "batch", "heads", "n", "bases", "dtype", "shared_limit", "multiprocessors", "chunk_bytes"
+)  # fmt: skip
 MARGIN = 64  # numbers of a tensor's dtype
 
 
 class Sizes(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in ("batch", "heads", "n", "bases", "dtype", "shared_limit", "chunk_bytes")
-    )
+    _fields_ = tuple((name, ctypes.c_int64) for name in SIZES)
 
 
 class Rows(ctypes.Structure):
@@ -64,6 +64,8 @@ class Kernels:
 
     Attributes:
         shared_limit: bytes of shared memory that the GPU gives a block.
+        multiprocessors: number of them.
+        extra_bytes: memory that the last em_statistics or nearest_token asked for.
         chunk_bytes: of responsibilities that are held at a time.
     """
 
@@ -79,11 +81,13 @@ class Kernels:
         for name in OPERATORS:
             getattr(self.library, name).restype = ctypes.c_int64
         self.shared_limit = 227 * 1024
+        self.multiprocessors = 132
+        self.extra_bytes = 0
         self.chunk_bytes = 1 << 24
 
     def _sizes(self, tokens: torch.Tensor, bases: torch.Tensor) -> Sizes:
-        numbers = (DTYPES.index(tokens.dtype), self.shared_limit, self.chunk_bytes)
-        return Sizes(*tokens.shape[:3], bases.shape[2], *numbers)
+        numbers = (DTYPES.index(tokens.dtype), self.shared_limit, self.multiprocessors)
+        return Sizes(*tokens.shape[:3], bases.shape[2], *numbers, self.chunk_bytes)
 
     def em_statistics(
         self,
@@ -101,6 +105,7 @@ class Kernels:
             *(output.pointer for output in outputs),
         )
         assert extra >= 0
+        self.extra_bytes = extra
         return tuple(output.result() for output in outputs)
 
     def soft_em(
@@ -186,6 +191,7 @@ class Kernels:
             output.pointer,
         )
         assert extra >= 0
+        self.extra_bytes = extra
         return output.result()
 
     def partial_attention(

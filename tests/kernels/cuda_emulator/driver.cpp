@@ -45,13 +45,14 @@ struct Rows {
 };
 
 struct Sizes {
-  int64_t batch, heads, n, bases, dtype, shared_limit, chunk_bytes;
+  int64_t batch, heads, n, bases, dtype, shared_limit, multiprocessors, chunk_bytes;
 };
 
 template <typename Function>
 int64_t run(const Sizes& sizes, Function function) {
   Memory memory;
   const stem::Context context{nullptr, static_cast<int>(sizes.shared_limit),
+                              static_cast<int>(sizes.multiprocessors),
                               [&](int64_t bytes) { return memory.allocate(bytes); },
                               sizes.chunk_bytes};
   try {
