@@ -120,7 +120,7 @@ BACKENDS: dict[str, Backend] = {
         differentiable=False,
         machine=triton.machine_reasons,
         device=triton.device_reasons,
-        auto=_any_device,
+        auto=triton.auto_reasons,
     ),
     "cuda": Backend(
         name="cuda",

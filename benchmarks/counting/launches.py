@@ -30,7 +30,6 @@ from stem_kernels.backends import BACKENDS
 from stem_kernels.triton.program import forget_programs
 from stem_kernels.verification import VERIFY_VARIABLE
 
-
 DEFAULTS = {"enable_fp_fusion": True}
 """Options that this Triton takes where none are given: with and without, the same is compiled."""
 MULTIPROCESSORS = 132
@@ -43,7 +42,8 @@ class Launch:
 
     Args:
         kernel: Kernel, a function under `triton.jit`.
-        arch: Compute capability that it is compiled for, such as 90.
+        arch: Compute capability that it is compiled for, such as 90; of AMD's GPUs the
+            architecture, such as "gfx942".
         signature: Type of every argument by name; "constexpr" for constants.
         constants: Values of the constants by their places.
         attributes: What is known of the other arguments by their places, such as divisibility.
@@ -53,7 +53,7 @@ class Launch:
     """
 
     kernel: Any
-    arch: int
+    arch: int | str
     signature: Mapping[str, str]
     constants: Mapping[tuple[int, ...], Any]
     attributes: Mapping[tuple[int, ...], Any]
@@ -80,8 +80,14 @@ class Launch:
         source = self.kernel.ASTSource(
             self.kernel, dict(self.signature), dict(self.constants), dict(self.attributes)
         )
-        target = GPUTarget("cuda", self.arch, 32)
-        return triton.compile(source, target=target, options=dict(self.options))
+        return triton.compile(source, target=target(self.arch), options=dict(self.options))
+
+
+def target(arch: int | str) -> GPUTarget:
+    """What Triton compiles for."""
+    if isinstance(arch, int):
+        return GPUTarget("cuda", arch, 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
 @functools.cache
@@ -108,30 +114,36 @@ class _AbsentGPU:
     """What Triton asks of a driver before it compiles. Its caches are kept by device, so a device's
     number is its compute capability."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int | str) -> None:
         self.arch = arch
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> int | str:
         return self.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return target(self.arch)
 
 
 @contextmanager
-def absent_gpu(arch: int, stand_in: Any) -> Iterator[None]:
+def absent_gpu(arch: int | str, stand_in: Any) -> Iterator[None]:
     """Within it, tensors that are on no GPU are served by Triton, as on a GPU.
 
     Args:
-        arch: Compute capability of that GPU, such as 90.
+        arch: Compute capability of that GPU, such as 90, or AMD's architecture.
         stand_in: Driver that Triton gets in place of CUDA's.
     """
 
+    amd = arch if isinstance(arch, str) else None
+
     def capability(device: object) -> tuple[int, int]:
+        assert isinstance(arch, int)
         return divmod(arch, 10)
+
+    def amd_architecture(device: object) -> str | None:
+        return amd
 
     def multiprocessors(device: object) -> int:
         return MULTIPROCESSORS
@@ -143,6 +155,7 @@ def absent_gpu(arch: int, stand_in: Any) -> Iterator[None]:
             mock.patch.object(stem_kernels.triton, "device_capability", capability),
             mock.patch.object(stem_kernels.triton.tuning, "device_capability", capability),
             mock.patch.object(stem_kernels.triton.tuning, "multiprocessors", multiprocessors),
+            mock.patch.object(stem_kernels.triton.tuning, "amd_architecture", amd_architecture),
             mock.patch.dict(BACKENDS, triton=present),
             # Nothing is computed that could be compared.
             mock.patch.dict(os.environ, {VERIFY_VARIABLE: "never"}),
@@ -155,7 +168,7 @@ def absent_gpu(arch: int, stand_in: Any) -> Iterator[None]:
 
 
 @contextmanager
-def recorded(arch: int) -> Iterator[list[Launch]]:
+def recorded(arch: int | str) -> Iterator[list[Launch]]:
     """Within it, operators with `backend="triton"` compute nothing; their launches are listed."""
     found: list[Launch] = []
     run = JITFunction.run
@@ -183,7 +196,7 @@ def recorded(arch: int) -> Iterator[list[Launch]]:
         yield found
 
 
-def launches(arch: int, call: Callable[[], object]) -> list[Launch]:
+def launches(arch: int | str, call: Callable[[], object]) -> list[Launch]:
     """The launches of one call of operators."""
     with recorded(arch) as found:
         call()

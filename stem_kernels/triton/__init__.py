@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 MIN_CAPABILITY = (8, 0)
+AMD_ARCHITECTURES = ("gfx942",)
+"""AMD's GPUs for which all kernels compile within their means; `configs/` has a table of each."""
 OLDEST_TRITON = (3, 6)  # that of the oldest torch; tl.range(disable_licm=...) came with 3.5
 
 
@@ -54,10 +56,29 @@ def device_reasons(device: torch.device) -> list[str]:
         return []
     if device.type != "cuda":
         return [f"tensors are on {device}; it needs a CUDA GPU (or TRITON_INTERPRET=1, for tests)"]
+    amd = amd_architecture(device)
+    if amd is not None:
+        if amd in AMD_ARCHITECTURES:
+            return []
+        served = ", ".join(AMD_ARCHITECTURES)
+        return [
+            f"{device} is {amd}; of AMD's GPUs it serves {served}, as on others kernels spill "
+            "registers or ask for more shared memory than there is"
+        ]
     capability = device_capability(device)
     if capability < MIN_CAPABILITY:
         have, need = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
         return [f"{device} has compute capability {have}; it needs {need} or newer"]
+    return []
+
+
+def auto_reasons(device: torch.device) -> list[str]:
+    """Why `backend="auto"` passes it over on `device` though it can run there."""
+    if device.type == "cuda" and not interpreted() and amd_architecture(device) is not None:
+        return [
+            "no GPU of AMD's has run its kernels yet, they were only compiled for it; "
+            'backend="triton" tries them'
+        ]
     return []
 
 
@@ -69,6 +90,14 @@ def max_widths(device: torch.device) -> Mapping[str, int]:
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device; make that the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def amd_architecture(device: torch.device) -> str | None:
+    """The name of an AMD GPU's architecture, such as "gfx942"; None with a torch for others."""
+    if torch.version.hip is None:
+        return None
+    name: str = torch.cuda.get_device_properties(device).gcnArchName
+    return name.partition(":")[0]  # features, such as "sramecc+", follow
 
 
 def device_capability(device: torch.device) -> tuple[int, int]:

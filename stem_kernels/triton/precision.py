@@ -20,9 +20,9 @@ def dot_options(dtype: torch.dtype) -> dict[str, str | bool]:
 
 
 def tf32_asked_for() -> bool:
-    """Whether torch was asked to multiply float32 in TF32."""
+    """Whether torch was asked to multiply float32 in TF32, on GPUs that have it: not AMD's."""
     setting: str = torch.backends.cuda.matmul.fp32_precision
-    return setting == "tf32"
+    return setting == "tf32" and torch.version.hip is None
 
 
 def weight_unit(dtype: torch.dtype) -> float:

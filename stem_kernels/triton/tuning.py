@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import ChainMap
+from collections.abc import Mapping
 from importlib import resources
 
 import torch
 
-from . import device_capability, interpreted, multiprocessors
+from . import amd_architecture, device_capability, interpreted, multiprocessors
 
 MIN_TILE = 16
 ALIKE = {"sm103": "sm100", "sm121": "sm120"}
@@ -18,8 +20,9 @@ ALIKE = {"sm103": "sm100", "sm121": "sm120"}
 def tiles(op: str, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, int]:
     """The tile sizes and launch options of one operator; the caller may change the copy.
 
-    `default.json` is safe on every GPU that is served, and a table such as `sm90.json` takes the
-    place of its rows on GPUs of that compute capability. In the interpreter a program costs
+    `default.json` is safe on every GPU of NVIDIA's that is served, and a table such as `sm90.json`
+    takes the place of its rows on GPUs of that compute capability. AMD's have tables of their own,
+    such as `gfx942.json`. In the interpreter a program costs
     milliseconds whatever its size, so `interpreter.json` has few and large ones.
 
     "programs" of a row is for each multiprocessor, here for all that the device has; in
@@ -38,11 +41,19 @@ def tiles(op: str, device: torch.device, dtype: torch.dtype | None = None) -> di
         return dict(table("interpreter")[op])
     if dtype == torch.float32:
         op = f"{op} float32"
-    major, minor = device_capability(device)
-    found = dict(table(f"sm{major}{minor}").get(op) or table("default").get(op) or {})
+    found = dict(_rows(device).get(op) or {})
     if "programs" in found:
         found["programs"] *= multiprocessors(device)
     return found
+
+
+def _rows(device: torch.device) -> Mapping[str, dict[str, int]]:
+    """All rows for a GPU; of AMD's GPUs only those of their own table."""
+    amd = amd_architecture(device)
+    if amd is not None:
+        return table(amd)
+    major, minor = device_capability(device)
+    return ChainMap(table(f"sm{major}{minor}"), table("default"))
 
 
 @functools.cache

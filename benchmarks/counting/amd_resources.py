@@ -1,0 +1,162 @@
+"""What every Triton kernel takes of AMD's GPUs, which are not here.
+
+`python -m benchmarks.counting.amd_resources` compiles what the launchers launch there (`launches`)
+in every form of the suite (`forms`), and writes registers, spills, shared memory and matrix
+instructions to benchmarks/results/amd-resources.{json,md}. What the file already holds of the same
+sources, arguments and Triton is not compiled again. Fails where a kernel is not within its means.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from stem_kernels.triton import AMD_ARCHITECTURES
+
+from .. import records
+from .forms import forms
+from .launches import Launch, launches
+from .resources import WITHOUT_PRODUCTS
+
+OUT = records.RESULTS / "amd-resources.json"
+DTYPES = (torch.float16, torch.float32)
+"""bfloat16's kernels are float16's with other matrix instructions."""
+SHARED_BYTES = 65536
+"""What one block may ask for."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel.
+
+    Args:
+        kernel: Name of the kernel.
+        form: Name of the first form of the suite that launches it.
+        dtype: Type of the features, queries and keys, such as "float16".
+        arch: Architecture, such as "gfx942".
+        registers: Number of vector registers a thread.
+        spilled: Registers that are kept in a thread's own memory.
+        shared_bytes: Shared memory of a block.
+        matrix: Matrix instructions.
+    """
+
+    kernel: str
+    form: str
+    dtype: str
+    arch: str
+    registers: int
+    spilled: int
+    shared_bytes: int
+    matrix: int
+
+    def faults(self) -> list[str]:
+        """What is wrong with it; none where it is within its means."""
+        found = []
+        if self.spilled:
+            found.append(f"{self.spilled} registers are spilled")
+        if self.shared_bytes > SHARED_BYTES:
+            found.append(f"{self.shared_bytes} bytes of shared memory; a block has {SHARED_BYTES}")
+        if not self.matrix and self.kernel not in WITHOUT_PRODUCTS:
+            found.append("no matrix instruction")
+        return found
+
+
+def measure(launch: Launch, form: str, dtype: str) -> Resources:
+    """Compile a launch of a form, and look at what came out."""
+    binary = launch.compiled()
+    assembly = binary.asm["amdgcn"]
+
+    def said(name: str) -> int:
+        return sum(map(int, re.findall(rf"\.{name}:\s+(\d+)", assembly)))
+
+    return Resources(
+        launch.name,
+        form,
+        dtype,
+        str(launch.arch),
+        said("vgpr_count"),
+        said("vgpr_spill_count") + said("sgpr_spill_count"),
+        binary.metadata.shared,
+        len(re.findall(r"\bv_s?w?mfmac?\w*|\bv_s?wmmac?\w*", assembly)),
+    )
+
+
+def wanted() -> Iterator[tuple[str, Launch, str, str]]:
+    """Every different launch of all forms: digest, launch, form and dtype."""
+    seen = set()
+    for arch in AMD_ARCHITECTURES:
+        for dtype in DTYPES:
+            for form in forms(dtype):
+                for launch in launches(arch, form.call):
+                    if launch.name in WITHOUT_PRODUCTS and dtype != DTYPES[0]:
+                        continue
+                    digest = launch.digest()
+                    if digest not in seen:
+                        seen.add(digest)
+                        yield digest, launch, form.name, form.dtype_name
+
+
+def version() -> str:
+    """Of Triton, whose wheel has the compiler."""
+    return importlib.metadata.version("triton")
+
+
+def committed() -> dict[str, Resources]:
+    """The file's kernels by digest; none where it is of another Triton."""
+    results = records.read(OUT) if OUT.is_file() else {}
+    if results.get("triton") != version():
+        return {}
+    return {digest: Resources(**row) for digest, row in results["kernels"].items()}
+
+
+def text(found: Mapping[str, Resources]) -> str:
+    """The table in Markdown."""
+    lines = [
+        f"Triton {version()}; K = 256, for 132 multiprocessors. Written by "
+        "`python -m benchmarks.counting.amd_resources`. A kernel that several forms launch stands "
+        "where it comes first.",
+        "",
+        "| form | kernel | dtype | architecture | registers | spilled | shared KiB | matrix |",
+        "|---" * 8 + "|",
+    ]
+    lines += [
+        f"| {row.form} | {row.kernel} | {row.dtype} | {row.arch} | {row.registers} | {row.spilled} "
+        f"| {row.shared_bytes / 1024:.0f} | {row.matrix} |"
+        for row in found.values()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(found: Mapping[str, Resources]) -> None:
+    """Write both files."""
+    rows = {digest: asdict(each) for digest, each in found.items()}
+    records.write({"triton": version(), "kernels": rows}, OUT)
+    OUT.with_suffix(".md").write_text(text(found))
+
+
+def main() -> None:
+    """Compile what is new, and write the files; where this is interrupted, what it has so far."""
+    known = committed()
+    found: dict[str, Resources] = {}
+    try:
+        for digest, launch, form, dtype in wanted():
+            new = digest not in known
+            found[digest] = measure(launch, form, dtype) if new else known[digest]
+            if new:
+                print(found[digest], *found[digest].faults(), flush=True)
+    except BaseException:
+        write(known | found)
+        raise
+    write(found)
+    faults = [f"{row}: {'; '.join(row.faults())}" for row in found.values() if row.faults()]
+    if faults:
+        sys.exit("\n".join([f"{len(faults)} kernels are not within their means:", *faults]))
+
+
+if __name__ == "__main__":
+    main()
