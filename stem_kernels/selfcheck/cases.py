@@ -205,20 +205,20 @@ def _blended(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         keys = [_tokens(device, dtype, 1, HEADS, 256, width, seed=seed) for seed in (2, 3)]
         value = _tokens(device, dtype, 1, HEADS, 256, width, seed=4)
         mask = torch.linspace(-0.2, 1.2, 2 * TOKENS, device=device).clamp(0, 1).view(2, TOKENS)
-        tensors = (queries[0], keys[0], queries[1], keys[1], value)
+        tensors = (queries[0], keys[0], queries[1], keys[1], value, mask)
         exact, plain = (
-            eager_blended_attention(*(tensor.to(of) for tensor in tensors), mask.to(of))
+            eager_blended_attention(*[tensor.to(of) for tensor in tensors])
             for of in (torch.float64, dtype)
         )
 
-        def call(
-            backend: str,
-            tensors: tuple[torch.Tensor, ...] = tensors,
-            mask: torch.Tensor = mask,
-        ) -> Outputs:
-            return (blended_attention.blended_attention(*tensors, mask, backend=backend),)
+        def call(backend: str, tensors: tuple[torch.Tensor, ...] = tensors) -> Outputs:
+            target, key_target, source, key_source, value, mask = tensors
+            out = blended_attention.blended_attention(
+                target, key_target, source, key_source, value, mask, backend=backend
+            )
+            return (out,)
 
-        yield Case(call, _judge((exact,), (plain,), blended_attention.ROUNDING_ATOL, dtype))
+        yield Case(call, _judge((exact,), (plain,), basis_attention.ROUNDING_ATOL, dtype))
 
 
 def _partial(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
