@@ -72,7 +72,7 @@ $(VENV)/.demo $(VENV)/.dev: pyproject.toml setup.py $(CONSTRAINTS) \
 
 $(VENV)/.docs: $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) griffe mkdocs mkdocstrings-python
+	$(PIP) latex2mathml mkdocs mkdocstrings-python ruff
 	touch $@
 
 clean:

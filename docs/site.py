@@ -6,13 +6,16 @@ import ast
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "out" / "docs" / "pages"
+SITE = ROOT / "out" / "docs" / "site"
 STAGED = (
     "docs/*.md", "docs/*.png", "benchmarks/results/*.*", "stem/world/model/README.md",
-    "CONTRIBUTING.md", "CHANGELOG.md", "examples/*.py",
+    "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "examples/*.py",
 )  # fmt: skip
 PACKAGES = (
     "stem", "stem_kernels", "stem.attention", "stem.inversion", "stem.editing", "stem.metrics",
@@ -47,7 +50,51 @@ def stage() -> None:
         (PAGES / "api" / f"{package}.md").write_text(f"{page}\n")
 
 
+class Page(HTMLParser):
+    """A built page: its anchors, and its links with the tags that they stand in."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[tuple[str, str]] = []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if value and name == "id":
+                self.anchors.add(value)
+            elif value and name in ("href", "src"):
+                self.links.append((tag, value))
+
+
+def faults(site: Path) -> list[str]:
+    """Dead links of built pages, and what the pages would load from another host.
+
+    Args:
+        site: Folder of the pages.
+
+    Returns:
+        A line for each fault: the page, and the link.
+    """
+    pages = {path: Page(path) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
+    found = []
+    for path, page in pages.items():
+        for tag, link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                dead = tag != "a"  # a reader may follow a link; the page itself loads nothing
+            else:
+                target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+                known = pages[target].anchors if target in pages else {parts.fragment}
+                dead = not target.exists() or parts.fragment not in {"", *known}
+            if dead:
+                found.append(f"{path.relative_to(site)}: {link}")
+    return found
+
+
 if __name__ == "__main__":
     stage()
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "-f", "docs/mkdocs.yml"]
-    sys.exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+    subprocess.run(command, cwd=ROOT, check=True)
+    if found := faults(SITE):
+        sys.exit("\n".join(["dead links, or resources of other hosts:", *found]))

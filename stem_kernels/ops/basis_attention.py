@@ -28,7 +28,7 @@ def basis_attention(
 ) -> torch.Tensor:
     r"""Attention to bases: $\mathrm{softmax}_k(\text{scale}\, q_n \cdot k_k + b_k)\, v$.
 
-    Equivalent to, without ever holding the weights `[B, h, n, K]`::
+    Equivalent to, without ever holding the weights `[B, h, n, K]`:
 
         weights = torch.softmax(query @ key.mT * scale + bias.unsqueeze(-2), dim=-1)
         return weights @ value

@@ -29,7 +29,7 @@ def blended_attention(
     $$m_n\, \mathrm{softmax}_k(\text{scale}\, q^t_n \cdot k^t_k + b_k)\, v +
       (1 - m_n)\, \mathrm{softmax}_k(\text{scale}\, q^s_n \cdot k^s_k + b_k)\, v$$
 
-    Equivalent to, without ever holding the weights `[B, h, n, K]` of either map::
+    Equivalent to, without ever holding the weights `[B, h, n, K]` of either map:
 
         share = mask[:, None, :, None]
         target = basis_attention(query_target, key_target, value, scale=scale, bias=bias)

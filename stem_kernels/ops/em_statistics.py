@@ -45,7 +45,7 @@ def em_statistics(
       \text{sums}_k = \sum_n z_{nk} x_n, \quad \text{mass}_k = \sum_n z_{nk}, \quad
       \text{payload\_sums}_k = \sum_n z_{nk} p_n$$
 
-    Equivalent to, without ever holding the responsibilities `[..., n, K]`::
+    Equivalent to, without ever holding the responsibilities `[..., n, K]`:
 
         directions = bases / (bases.norm(dim=-1, keepdim=True) + 1e-4)
         z = torch.softmax(features @ directions.mT / temperature, dim=-1)

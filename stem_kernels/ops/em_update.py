@@ -33,7 +33,7 @@ def em_update(
       v_k = \text{payload\_sums}_k / (\text{mass}_k + 10^{-4})$$
 
     and empty bases by their policy (see `soft_em`). Where tokens come in chunks, or lie on several
-    devices, this is `soft_em`, to rounding::
+    devices, this is `soft_em`, to rounding:
 
         for iteration in range(num_iters):
             parts = [em_statistics(chunk, bases) for chunk in chunks]

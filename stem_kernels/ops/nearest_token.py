@@ -20,7 +20,7 @@ def nearest_token(
 ) -> torch.Tensor:
     r"""The key with the largest cosine: $\arg\max_j\, q_i \cdot k_j / \lVert k_j \rVert$.
 
-    Equivalent to, without ever holding the products `[B, n, m]`::
+    Equivalent to, without ever holding the products `[B, n, m]`:
 
         norms = keys.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return (query @ (keys / norms).mT).argmax(-1).to(torch.int32)

@@ -37,7 +37,7 @@ def partial_attention(
 ) -> PartialAttention:
     r"""Exact attention of a few queries to many keys, and the log of its denominator.
 
-    Equivalent to, without ever holding the weights `[B, h, m, n]`::
+    Equivalent to, without ever holding the weights `[B, h, m, n]`:
 
         logits = query @ key.mT * scale
         return torch.softmax(logits, -1) @ value, torch.logsumexp(logits, -1)

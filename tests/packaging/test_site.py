@@ -1,0 +1,34 @@
+"""`make docs` fails where a built page has a dead link or loads something from another host."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+_spec = importlib.util.spec_from_file_location(
+    "docs_site", Path(__file__).parents[2] / "docs" / "site.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+site = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(site)
+
+PAGE = """
+<link href="https://fonts.example.org/font.css" rel="stylesheet"><script src="search.js"></script>
+<h1 id="top">A page</h1> <a href="https://arxiv.org/abs/2312.05856">A paper</a>
+<a href="#top">Up</a>
+<a href="docs/more.html#below">More</a> <a href="docs/more.html#gone">Less</a>
+<a href="LICENSE">License</a>
+"""
+
+
+def test_dead_links_and_resources_of_other_hosts_are_found(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "index.html").write_text(PAGE)
+    (tmp_path / "docs" / "more.html").write_text('<p id="below"><a href="../index.html">Back</a>')
+    (tmp_path / "search.js").touch()
+    assert site.faults(tmp_path.resolve()) == [
+        "index.html: https://fonts.example.org/font.css",
+        "index.html: docs/more.html#gone",
+        "index.html: LICENSE",
+    ]
