@@ -11,6 +11,7 @@ how many devices hold them.
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from greenlet import GreenletExit, getcurrent, greenlet
+
+from .settings import Settings
 
 Merged = TypeVar("Merged")
 Tensors = tuple[torch.Tensor, ...]
@@ -61,6 +64,11 @@ class Lockstep:
         self.chunks = [list(frames[start : start + chunk]) for start in starts]
         self._group = group
         ranks = 1 if group is None else group.size()
+        if len(frames) < ranks:
+            raise ValueError(
+                f"{ranks} processes cannot share {len(frames)} frames, of which each takes one at "
+                f"least; start {len(frames)} processes at most"
+            )
         if len(self.chunks) < ranks:
             raise ValueError(
                 f"{len(frames)} frames in chunks of {chunk} are {len(self.chunks)} chunks, fewer "
@@ -70,6 +78,7 @@ class Lockstep:
         self._of_rank = [range(start, end) for start, end in pairwise(edges)]
         self._own = self._of_rank[0 if group is None else group.rank()]
         self._running = 0
+        self._outside = Settings.now()
 
     @property
     def running(self) -> list[int]:
@@ -89,6 +98,9 @@ class Lockstep:
     def run(self, call: Callable[[list[int]], torch.Tensor], dim: int = 0) -> torch.Tensor:
         """Run every chunk, and join the results.
 
+        Autocast, grad mode and the other `Settings` that a chunk puts on are its own: they are put
+        on and off where chunks take turns.
+
         Args:
             call: Function of the numbers of a chunk's frames; inside it `meet` may be called, by
                 every chunk equally often.
@@ -103,6 +115,9 @@ class Lockstep:
         """
         waiting: dict[int, Any] = {index: self.chunks[index] for index in self._own}
         greenlets = {index: greenlet(call) for index in self._own}
+        for running in greenlets.values():
+            running.gr_context = contextvars.copy_context()
+        self._outside = Settings.now()
         results: list[Tensors] = []
         try:
             while waiting:
@@ -110,6 +125,7 @@ class Lockstep:
                 for index, given in waiting.items():
                     self._running = index
                     answer = greenlets[index].switch(given)
+                    self._outside.set()
                     if isinstance(answer, _Meeting):
                         meetings.append(answer)
                     else:
@@ -131,6 +147,7 @@ class Lockstep:
             for running in greenlets.values():
                 if not running.dead:
                     running.throw(GreenletExit)
+            self._outside.set()
         counts = [len(frames) for frames in self.chunks]
         gathered = self._collect(results, counts, dim)
         return torch.cat([result for (result,) in gathered], dim)
@@ -152,7 +169,8 @@ class Lockstep:
             counts: Sizes of the tensors along `dim`, a chunk each; None: all have one shape.
             dim: Dimension along which sizes differ.
         """
-        found: Merged = getcurrent().parent.switch(_Meeting(tensors, merge, counts, dim))
+        with self._outside.on():
+            found: Merged = getcurrent().parent.switch(_Meeting(tensors, merge, counts, dim))
         return found
 
     def _collect(self, own: list[Tensors], counts: Sequence[int] | None, dim: int) -> list[Tensors]:

@@ -159,3 +159,5 @@ class ThreeRanks:
 def test_fewer_chunks_than_processes() -> None:
     with pytest.raises(ValueError, match="are 2 chunks, fewer than the 3 processes; take chunks"):
         Lockstep(range(4), 2, ThreeRanks())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"3 processes cannot share 2 frames.*start 2 processes"):
+        Lockstep(range(2), 1, ThreeRanks())  # type: ignore[arg-type]
