@@ -183,6 +183,9 @@ class Hooks:
         for name, hook in hooks.items():
             self.add(name, hook)
 
+    def __bool__(self) -> bool:
+        return bool(self._hooks)
+
     def __iter__(self) -> Iterator[Hook]:
         return iter(tuple(self._hooks.values()))
 

@@ -72,6 +72,20 @@ class RowLayout:
         exchange = self.exchange
         return Site(name, attn, range(frames) if exchange is None else exchange.running, exchange)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowLayout:
+        """The copied pipeline's layout; of a UNet copied alone, the layout of no pipeline."""
+        copied = RowLayout(self.num_frames)
+        pipeline = None if self._pipeline is None else memo.get(id(self._pipeline()))
+        copied._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        copied._scale_embedded = self._scale_embedded
+        return copied
+
+    def __getstate__(self) -> None:
+        raise TypeError(
+            "an attention mechanism is on in this UNet, which cannot be pickled so; call "
+            "stem.disable(...) first, and stem.enable(...) where it is loaded"
+        )
+
     @contextlib.contextmanager
     def exchanging(self, exchange: Lockstep) -> Iterator[None]:
         """Rows are those of the exchange's running chunk for the length of a `with` block."""
@@ -143,6 +157,18 @@ class VideoAttentionProcessor(ABC):
                 "attention over a whole video cannot mask single tokens. Call the UNet without "
                 "attention_mask, or disable this attention first"
             )
+        if torch.compiler.is_compiling() and self.layout.exchange is None:
+            # Without the name, which would be one graph a layer in place of one a kind of block.
+            return self._forward(attn, hidden_states, temb)
+        return self._uncompiled(attn, hidden_states, temb)
+
+    @torch.compiler.disable(
+        reason="chunks of a video take turns in their attention, which no graph can hold; "
+        "compile without fullgraph, or run all frames at once (chunk=None)"
+    )
+    def _uncompiled(
+        self, attn: Attention, hidden_states: torch.Tensor, temb: torch.Tensor | None
+    ) -> torch.Tensor:
         with nvtx_range(self.name):
             return self._forward(attn, hidden_states, temb)
 
@@ -172,17 +198,26 @@ class VideoAttentionProcessor(ABC):
 
     def _attended(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
         """What takes the place of the tokens, after the output projection."""
+        if not self.hooks:
+            attended = self.attend(self.operands(attn, tokens))
+            return self._projected(attn, attended, tokens.shape)
         site = self.layout.site(self.name, attn, tokens.shape[1])
         for hook in self.hooks.having("before"):
             given = hook.before(site, tokens)
             if given is not None:
                 return given
         attended = self.hooks.attend(site, self.operands(attn, tokens), self.attend)
-        project, dropout = attn.to_out
-        output = dropout(project(join_heads(attended, tokens.shape)))
+        output = self._projected(attn, attended, tokens.shape)
         for hook in self.hooks.having("after"):
             hook.after(site, tokens, output)
         return output
+
+    def _projected(
+        self, attn: Attention, attended: torch.Tensor, shape: torch.Size
+    ) -> torch.Tensor:
+        project, dropout = attn.to_out
+        projected: torch.Tensor = dropout(project(join_heads(attended, shape)))
+        return projected
 
 
 class PerFrameProcessor(VideoAttentionProcessor):

@@ -36,6 +36,17 @@ logger = logging.getLogger("stem")
 
 
 @dataclass
+class Start:
+    """What a layer's EM starts from in this forward pass.
+
+    Args:
+        normals: Standard normals in the shape of the bases; None: it starts from tokens.
+    """
+
+    normals: torch.Tensor | None = None
+
+
+@dataclass
 class StemState:
     """What the layers of one UNet share while STEM is on.
 
@@ -44,24 +55,32 @@ class StemState:
         bases_shapes: Shapes of one video's bases, a layer each: (K, C) in feature space,
             (h, K, d) in key space.
         hooks: Hooks that give the layers bases, or see those that EM found.
+
+    Attributes:
+        starts: What each layer's EM starts from in this forward pass.
     """
 
     config: StemConfig
     bases_shapes: list[tuple[int, ...]]
     hooks: Hooks
-    _normals: list[torch.Tensor] = field(default_factory=list)
+    starts: list[Start] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.starts = [Start() for _ in self.bases_shapes]
 
     def begin(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> None:
         """Before each forward pass of the UNet: draw what the layers need at this timestep."""
-        self._normals = []
+        for start in self.starts:
+            start.normals = None
         if self.hooks.having("bases") or self.config.init != "gaussian":
             return
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.tensor(timestep)
         sizes = [math.prod(shape) for shape in self.bases_shapes]
         drawn = standard_normals(timestep, sizes, seed=self.config.seed).to(sample.device)
-        pairs = zip(drawn.split(sizes), self.bases_shapes, strict=True)
-        self._normals = [numbers.view(shape) for numbers, shape in pairs]
+        parts = drawn.split(sizes)
+        for start, numbers, shape in zip(self.starts, parts, self.bases_shapes, strict=True):
+            start.normals = numbers.view(shape)
 
     def given(self, layer: int) -> LayerBases | None:
         """The bases that a hook gives a layer, or None."""
@@ -99,6 +118,7 @@ class StemState:
         layer: int,
         features: torch.Tensor,
         payload: torch.Tensor | None,
+        start: Start,
         exchange: Lockstep | None = None,
     ) -> AttendedBases:
         """The bases of one layer for this forward pass.
@@ -107,6 +127,7 @@ class StemState:
             layer: Index of the layer.
             features: Tokens [videos, (h,) n, D], of the running chunk where there is an exchange.
             payload: Values [videos, (h,) n, E] that ride along, or None.
+            start: What the layer's EM starts from.
             exchange: Exchange through which the chunks of a video share their bases; None: the
                 tokens are those of whole videos.
         """
@@ -117,14 +138,18 @@ class StemState:
             bases, mass = (_placed(part, features, videos) for part in (given.bases, given.mass))
             riding = None if given.payload is None else _placed(given.payload, features, videos)
             return self.attended(SoftEM(bases, riding, mass), features.dtype)
-        normals = self._normals[layer].to(features.device) if self._normals else None
+        normals = start.normals
+        if normals is not None:
+            normals = normals.to(features.device)
         if exchange is None:
-            start: torch.Tensor | int = config.num_bases
+            initial: torch.Tensor | int = config.num_bases
             if config.init != "tokens":
-                start = initial_bases(features, config.num_bases, init=config.init, normals=normals)
+                initial = initial_bases(
+                    features, config.num_bases, init=config.init, normals=normals
+                )
             found = attended_bases(
                 features,
-                start,
+                initial,
                 num_iters=config.num_iters,
                 temperature=config.temperature,
                 payload=payload,
@@ -187,6 +212,7 @@ class StemProcessor(VideoAttentionProcessor):
         super().__init__(name, layout, state.hooks)
         self.layer = layer
         self.state = state
+        self.start = state.starts[layer]
 
     def operands(self, attn: Attention, tokens: torch.Tensor) -> Operands:
         config, exchange = self.state.config, self.layout.exchange
@@ -268,10 +294,14 @@ class StemProcessor(VideoAttentionProcessor):
         """The bases of every video of the batch."""
         state = self.state
         if features.shape[0] == 1 or not state.hooks.joint_bases:
-            return state.converge(self.layer, features, payload, exchange)
+            return state.converge(self.layer, features, payload, self.start, exchange)
         carried = [*features[1:], *([] if payload is None else payload)]
         joint = state.converge(
-            self.layer, features[:1], torch.cat(carried, dim=-1).unsqueeze(0), exchange
+            self.layer,
+            features[:1],
+            torch.cat(carried, dim=-1).unsqueeze(0),
+            self.start,
+            exchange,
         ).found
         assert joint.payload is not None
         videos, width = features.shape[0], features.shape[-1]
