@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from .exchange import Lockstep
 from .hooks import Recording, Replay
+from .others import check_chunks
 from .processor import RowLayout
 from .stem import StemState
 from .waiting import released_when_used
@@ -21,7 +23,8 @@ logger = logging.getLogger("stem")
 class ChunkedForward:
     """Takes the place of a UNet's `forward`: rows [video, frame] go through it chunk by chunk.
 
-    A compiled UNet runs uncompiled here. Where memory runs out within a chunk, the chunk is halved
+    A compiled UNet runs uncompiled here; of blocks that are compiled one by one, their
+    self-attention does. Where memory runs out within a chunk, the chunk is halved
     and the pass begins again; the log says so. (Not with several processes: there a rank that fails
     ends the run.)
 
@@ -32,6 +35,10 @@ class ChunkedForward:
         fit_frames: Number of frames that STEM's bases are found on; None: all.
         state: State of STEM's layers; None for other mechanisms.
         group: Process group whose ranks share the chunks; None: this process runs all.
+
+    Attributes:
+        on: Whether it cuts. Off, it only calls the UNet: another's wrapper around it may stay
+            when the mechanism goes.
     """
 
     def __init__(
@@ -51,9 +58,24 @@ class ChunkedForward:
         self.fit_frames = fit_frames
         self.state = state
         self.group = group
+        self.on = False
 
-    @torch.compiler.disable  # chunks that take turns cannot be traced
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChunkedForward:
+        """A copy that has the same process group, of which a process has but one."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            setattr(copied, name, value if name == "group" else copy.deepcopy(value, memo))
+        return copied
+
+    @torch.compiler.disable(
+        reason="chunks of a video take turns, which no graph can hold; "
+        "run all frames at once (chunk=None)"
+    )
     def __call__(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.on:
+            return self.forward(sample, *args, **kwargs)
+        self._check()
         return_dict = kwargs.pop("return_dict", True)
         while True:
             try:
@@ -79,6 +101,23 @@ class ChunkedForward:
 
         return UNet2DConditionOutput(sample=found)
 
+    def _check(self) -> None:
+        """Raise where the UNet cannot run in chunks."""
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "torch.export cannot hold chunks of a video, which take turns; export with all "
+                "frames at once (chunk=None, no fit_frames, no group)"
+            )
+        if torch.is_grad_enabled() and self.unet.is_gradient_checkpointing:
+            raise ValueError(
+                "gradient checkpointing runs layers again where the chunks of a video no longer "
+                "meet; call unet.disable_gradient_checkpointing(), run under torch.no_grad(), or "
+                "run all frames at once (chunk=None)"
+            )
+        frames = self.layout.num_frames
+        if self.fit_frames is not None or frames is None or self.chunk < frames:
+            check_chunks(self.unet)
+
     def _in_chunks(self, sample: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
         rows = sample.shape[0]
         frames = self.layout.frames(rows)
@@ -96,7 +135,10 @@ class ChunkedForward:
             if group is not None and len(chosen) < frames and not self._enough(len(chosen)):
                 group = None  # a part of the video too short to share: every rank runs it
             exchange = Lockstep(chosen, min(self.chunk, len(chosen)), group)
-            with self.layout.exchanging(exchange), released_when_used(self.unet, exchange):
+            with (
+                self.layout.exchanging(exchange),
+                released_when_used(self.unet, self.forward, exchange),
+            ):
                 return exchange.run(call, dim=1)
 
         state = self.state

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +14,7 @@ from ..config import AttentionConfig, PerFrameConfig, SparseCausalConfig, StemCo
 from .chunks import ChunkedForward
 from .frames import InflatedProcessor, SparseCausalProcessor
 from .hooks import Hooks
+from .owners import check_owner, lock, owned
 from .processor import (
     PerFrameProcessor,
     RowLayout,
@@ -32,18 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("stem")
 
 _ATTRIBUTE = "_stem_handle"
-# Held while processors are exchanged, and for as long as it takes to look at who owns a UNet.
-_lock = threading.RLock()
-_owners: weakref.WeakKeyDictionary[torch.nn.Module, _Owner] = weakref.WeakKeyDictionary()
-
-
-@dataclass
-class _Owner:
-    """The thread whose `with` blocks a UNet's attention belongs to, and how many there are."""
-
-    thread: int
-    name: str
-    blocks: int = 0
 
 
 class Handle:
@@ -78,6 +64,8 @@ class Handle:
         self._saved: dict[str, Any] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._forward_before: Any = None
+        # What stands in the UNet's forward, and stays where another has wrapped it.
+        self._in_chunks: Any = None
         self._warned = False
         self._attentions = self_attentions(unet)
         layout = RowLayout(config.num_frames, pipeline)
@@ -136,8 +124,8 @@ class Handle:
         Raises:
             RuntimeError: another thread has this UNet in a `with` block.
         """
-        with _lock:
-            _check_owner(self.unet)
+        with lock:
+            check_owner(self.unet)
             self._remove()
 
     def _remove(self) -> None:
@@ -157,10 +145,13 @@ class Handle:
                 "others have put a processor into %s since this was enabled; those stay",
                 ", ".join(f"{name} ({type(other).__name__})" for name, other in replaced.items()),
             )
-        if self._chunked is not None and self.unet.__dict__.get("forward") is self._chunked:
-            del self.unet.forward
-            if self._forward_before is not None:
-                self.unet.forward = self._forward_before
+        if self._chunked is not None:
+            self._chunked.on = False
+            if self.unet.__dict__.get("forward") is self._in_chunks:
+                del self.unet.forward
+                if self._forward_before is not None:
+                    self.unet.forward = self._forward_before
+                self._in_chunks = None
         if self._hook is not None:
             self._hook.remove()
         self._saved = {}
@@ -172,21 +163,34 @@ class Handle:
             self._saved[name] = self._attentions[name].processor
             self._attentions[name].set_processor(processor)
         if self._chunked is not None:
-            self._forward_before = self.unet.__dict__.get("forward")
-            # Now, not when this handle was made: then another's chunks may have been on.
-            self._chunked.forward = self.unet.forward
-            self.unet.forward = self._chunked
+            if self._in_chunks is None:
+                self._forward_before = self.unet.__dict__.get("forward")
+                # Now, not when this handle was made: then another's chunks may have been on.
+                self._chunked.forward = self.unet.forward
+                # A method: export and others look for a function's code.
+                self._in_chunks = self.unet.forward = self._chunked.__call__
+            self._chunked.on = True
         self._hook = self.unet.register_forward_pre_hook(self._begin, with_kwargs=True)
         setattr(self.unet, _ATTRIBUTE, self)
 
     def _begin(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            _check_owner(self.unet)
+            check_owner(self.unet)
             self._warn_once_of_replaced()
+            self._check_checkpointing()
         if self.state is not None:
             sample = args[0] if args else kwargs["sample"]
             timestep = args[1] if len(args) > 1 else kwargs["timestep"]
             self.state.begin(sample, timestep)
+
+    def _check_checkpointing(self) -> None:
+        gaussian = isinstance(self.config, StemConfig) and self.config.init == "gaussian"
+        if gaussian and torch.is_grad_enabled() and self.unet.is_gradient_checkpointing:
+            raise ValueError(
+                "init='gaussian' draws numbers for each call of the UNet, and gradient "
+                "checkpointing runs layers again with those of the last call; take init='tokens', "
+                "or call unet.disable_gradient_checkpointing()"
+            )
 
     def _warn_once_of_replaced(self) -> None:
         replaced = self._replaced()
@@ -202,33 +206,6 @@ class Handle:
                 ", ".join(sorted(others)),
             )
         self._warned = bool(replaced)
-
-
-def _check_owner(unet: torch.nn.Module) -> None:
-    owner = _owners.get(unet)
-    if owner is not None and owner.thread != threading.get_ident():
-        raise RuntimeError(
-            f"thread {owner.name!r} has changed this UNet's attention for a `with` block that is "
-            "still open; wait until it ends, or give each thread a pipeline of its own"
-        )
-
-
-@contextlib.contextmanager
-def _owned(unet: torch.nn.Module) -> Iterator[None]:
-    """The UNet's attention belongs to this thread for the length of a `with` block."""
-    with _lock:
-        _check_owner(unet)
-        owner = _owners.setdefault(
-            unet, _Owner(threading.get_ident(), threading.current_thread().name)
-        )
-        owner.blocks += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            owner.blocks -= 1
-            if not owner.blocks:
-                del _owners[unet]
 
 
 def make_processors(
@@ -308,8 +285,8 @@ def enable(
     if group is not None and config.num_frames is None:
         raise ValueError("a process group needs num_frames, the frames of one video")
     handle = Handle(unet, config, target if hasattr(target, "unet") else None, group, hooks)
-    with _lock:
-        _check_owner(unet)
+    with lock:
+        check_owner(unet)
         _remove_from(unet)
         handle._install()
     return handle
@@ -325,8 +302,8 @@ def disable(target: Any) -> None:
         RuntimeError: another thread has this UNet in a `with` block.
     """
     unet = unet_of(target)
-    with _lock:
-        _check_owner(unet)
+    with lock:
+        check_owner(unet)
         _remove_from(unet)
 
 
@@ -368,12 +345,12 @@ def plain(target: Any) -> Iterator[None]:
         RuntimeError: another thread has this UNet in such a block.
     """
     unet = unet_of(target)
-    with _owned(unet):
+    with owned(unet):
         outer = _remove_from(unet)
         try:
             yield
         finally:
-            with _lock:
+            with lock:
                 _remove_from(unet)
                 if outer is not None:
                     outer._install()
@@ -381,7 +358,7 @@ def plain(target: Any) -> Iterator[None]:
 
 def _remove_from(unet: torch.nn.Module) -> Handle | None:
     """Undo what is enabled, whoever owns the UNet. Returns its handle, to install it again."""
-    with _lock:
+    with lock:
         handle: Handle | None = getattr(unet, _ATTRIBUTE, None)
         if handle is not None:
             handle._remove()

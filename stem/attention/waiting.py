@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
 from .exchange import Lockstep
+from .others import nobody_looks_in
 
 
 @contextlib.contextmanager
-def released_when_used(unet: torch.nn.Module, exchange: Lockstep) -> Iterator[None]:
+def released_when_used(
+    unet: torch.nn.Module, forward: Callable[..., Any], exchange: Lockstep
+) -> Iterator[None]:
     """Free the memory of decoder inputs and skip connections as soon as they are used.
 
     `UNet2DConditionModel.forward` has names for the input of the decoder block that runs and for
     its skip connections until the block ends; its resnets alone read them. In lockstep a chunk
     waits inside the block, so these would be held for all frames.
 
-    Nothing is freed while gradients are recorded, nor where another's forward hook is on a module
-    of the UNet, which may have kept these tensors.
+    Nothing is freed while gradients are recorded, nor where a hook or another's `forward` is on a
+    module of the UNet, which may have kept these tensors (see `nobody_looks_in`).
 
     Args:
         unet: UNet2DConditionModel that runs in chunks.
+        forward: What runs for each chunk, the UNet's own `forward` or what took its place.
         exchange: Exchange of its chunks.
     """
-    watched = any(module._forward_hooks for module in unet.modules())
-    if torch.is_grad_enabled() or watched or len(exchange.chunks) == 1:
+    alone = len(exchange.chunks) == 1
+    if alone or torch.is_grad_enabled() or not nobody_looks_in(unet, forward):
         yield
         return
     entered: dict[int, tuple[torch.Tensor, ...]] = {}

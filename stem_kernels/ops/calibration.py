@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -138,7 +139,7 @@ def token_products(features: torch.Tensor, payload: torch.Tensor, total: int) ->
         [..., D, E] in float32 (float64 for float64).
     """
     compute = compute_dtype(features)
-    with torch.autocast(features.device.type, enabled=False):
+    with _without_autocast(features.device):
         if features.device.type == "cpu":  # elsewhere half precision has matrix units
             features, payload = features.to(compute), payload.to(compute)
         share = total**-0.5  # of each factor, so that no sum leaves half's range
@@ -167,9 +168,16 @@ def moments(products: torch.Tensor, found: SoftEM, payload_bases: torch.Tensor) 
     Source: this package's.
     """
     shares = found.mass / found.mass.sum(-1, keepdim=True)
-    with torch.autocast(products.device.type, enabled=False):
+    with _without_autocast(products.device):
         between = (found.bases * shares.unsqueeze(-1)).mT @ payload_bases.to(found.bases.dtype)
         return products - between.to(products.dtype)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Tensors without data, such as kernels are counted with, know no autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _mean_diagonal(matrices: torch.Tensor) -> torch.Tensor:
