@@ -21,7 +21,6 @@ _PUBLISHED: dict[str, Any] = {
     "num_iters": 5,
     "temperature": 0.01,
     "init": "gaussian",
-    "sample_per_base": None,
     "proportional": False,
     "calibration": "none",
     "dense_below": 0,
@@ -83,11 +82,11 @@ class StemConfig:
     num_iters: int = 2
     temperature: float = 0.01
     space: str = "feature"
-    sample_per_base: int | None = 16
+    sample_per_base: int | None = None
     init: str = "tokens"
     empty: str = "mask"
     proportional: bool = True
-    calibration: str = "moments"
+    calibration: str = "none"
     num_queries: int = 256
     key_share: float = 1.0
     dense_below: int = 0

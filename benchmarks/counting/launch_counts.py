@@ -149,7 +149,9 @@ def host_microseconds(config: StemConfig) -> float:
 
 def row(num_iters: int, frames: int) -> dict[str, Any]:
     """What is counted of one layer; host times are of two chunks, as N = 32 has."""
-    config = StemConfig(num_iters=num_iters, backend="triton")
+    config = StemConfig(
+        num_iters=num_iters, sample_per_base=None, calibration="none", backend="triton"
+    )
     found = kernels(config, frames, SIDE, CHANNELS)
     projections = sum(found[name] for name in PROJECTIONS)
     return {

@@ -179,10 +179,26 @@ def sampled(features: torch.Tensor, count: int, exchange: Lockstep | None) -> Sa
         exchange: Exchange in which the chunks meet, once; None: the tokens are whole videos'.
     """
     if exchange is None:
-        index = spread_tokens(features.shape[1], count, features.device)
-        return Sample(features.index_select(1, index))
+        return Sample(features.index_select(1, _places(features.shape[1], count, features.device)))
     total = features.shape[1] // len(exchange.running) * exchange.num_frames
     return gathered(exchange, features, spread_tokens(total, count, CPU), Sample)
+
+
+_known: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+
+
+def _places(num_tokens: int, count: int, device: torch.device) -> torch.Tensor:
+    """`spread_tokens`, made once for each number of tokens: it takes eight small kernels."""
+    key = (num_tokens, count, device)
+    if torch.compiler.is_compiling():
+        return spread_tokens(*key)
+    if key not in _known:
+        with torch.inference_mode(False):
+            found = spread_tokens(*key)
+        if type(found) is not torch.Tensor:  # a fake one
+            return found
+        _known[key] = found
+    return _known[key]
 
 
 def _moments(

@@ -16,7 +16,7 @@ from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.ops.soft_em import AttendedBases, attended_bases
 from stem_kernels.testing import clustered_tokens, max_error
 
-STEM = StemConfig(backend="triton")
+STEM = StemConfig(backend="triton", sample_per_base=None, calibration="none")
 
 
 @pytest.fixture(scope="module")

@@ -43,10 +43,15 @@ ROUNDS = 7
 VARIANTS: dict[str, AttentionConfig] = {
     "per-frame": PerFrameConfig(num_frames=FRAMES),
     "defaults": StemConfig(num_frames=FRAMES),
-    "all tokens": StemConfig(num_frames=FRAMES, sample_per_base=None, calibration="none"),
+    "16 a base": StemConfig(num_frames=FRAMES, sample_per_base=16),
+    "16 a base, moments": StemConfig(num_frames=FRAMES, sample_per_base=16, calibration="moments"),
     **{
-        f"joint, m={count}, {share:g} of the keys": StemConfig(
-            num_frames=FRAMES, calibration="joint", num_queries=count, key_share=share
+        f"16 a base, joint, m={count}, {share:g} of the keys": StemConfig(
+            num_frames=FRAMES,
+            sample_per_base=16,
+            calibration="joint",
+            num_queries=count,
+            key_share=share,
         )
         for count, share in ((128, 1.0), (128, 0.5), (128, 0.25), (256, 1.0))
     },

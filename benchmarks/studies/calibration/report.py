@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .variants import ALL_TOKENS, PER_FRAME, SHARPENED, VARIANTS
+from .variants import DEFAULTS, PER_FRAME, SHARPENED, VARIANTS
 
 
 def widest_layers(results: dict[str, Any]) -> Iterator[dict[str, dict[str, float]]]:
@@ -61,7 +61,7 @@ def table(results: dict[str, Any]) -> str:
     commits = ", ".join(sorted({f"`{case['commit']}`" for case in results["cases"].values()}))
     sharp = factors(results)
     heads = [
-        "", "widest layers, mean", "worst", "against all tokens (worst)", "nearer than per-frame",
+        "", "widest layers, mean", "worst", "against defaults (worst)", "nearer than per-frame",
         "all layers, mean", *(f"logits x {factor}" for factor in sharp), "UNet's prediction",
         "CPU seconds a layer" if wheres["gpu"] is None else "seconds a layer",
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def table(results: dict[str, Any]) -> str:
     everywhere = [
         layer["figures"] for case in results["cases"].values() for layer in case["layers"].values()
     ]
-    baseline, per_frame = errors(results, ALL_TOKENS), errors(results, PER_FRAME)
+    baseline, per_frame = errors(results, DEFAULTS), errors(results, PER_FRAME)
     for variant in VARIANTS:
         own = errors(results, variant)
         ratios = [error / other for error, other in zip(own, baseline, strict=True)]
@@ -113,7 +113,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         name: (seconds(results, name), statistics.fmean(errors(results, name))) for name in VARIANTS
     }
     for name, (cost, error) in points.items():
-        calibrated = name.startswith(("linear", "joint"))
+        calibrated = "joint" in name or "moments" in name
         axes.plot(cost, error, "o", color="C1" if calibrated else "C0")
         axes.annotate(name, (cost, error), fontsize=8, xytext=(4, 4), textcoords="offset points")
     front: list[tuple[float, float]] = []
