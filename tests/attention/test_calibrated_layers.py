@@ -81,7 +81,7 @@ def test_moments_are_those_of_the_keys_and_values(bias: bool, norm: str | None) 
         layer = Attention(query_dim=24, heads=2, dim_head=12, bias=bias, qk_norm=norm).eval()
         for made, kept in zip((layer.to_q, layer.to_k, layer.to_v), own, strict=True):
             made.weight.data.copy_(kept.weight)
-    config = StemConfig(num_bases=16, num_frames=FRAMES)
+    config = StemConfig(num_bases=16, calibration="moments", num_frames=FRAMES)
     exact = attended(layer, tokens, InflatedConfig(num_frames=FRAMES))
     with_them = relative(attended(layer, tokens, config), exact)
     without = relative(
@@ -114,8 +114,10 @@ def test_videos_of_a_batch_are_calibrated_each_by_itself() -> None:
 CALIBRATED = [
     StemConfig(num_bases=16, num_queries=20, num_iters=1, calibration="joint", num_frames=FRAMES),
     StemConfig(num_bases=16, space="key", calibration="linear", num_frames=FRAMES),
-    StemConfig(num_bases=8, sample_per_base=None, calibration="moments", num_frames=FRAMES),
-    StemConfig(num_bases=8, sample_per_base=2, space="key", num_frames=FRAMES),
+    StemConfig(num_bases=8, calibration="moments", num_frames=FRAMES),
+    StemConfig(
+        num_bases=8, sample_per_base=2, calibration="moments", space="key", num_frames=FRAMES
+    ),
     StemConfig(num_bases=8, num_queries=20, key_share=0.5, calibration="joint", num_frames=FRAMES),
     StemConfig(num_bases=16, calibration="joint", dense_below=FRAMES * 16, num_frames=FRAMES),
 ]
