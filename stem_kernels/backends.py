@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from . import cuda, triton
+from .shared.tangents import carries_tangent
 
 logger = logging.getLogger("stem_kernels")
 
@@ -36,7 +37,7 @@ class Backend:
         dtypes: Dtypes of features, payload, query, key and value that it takes.
         max_bases: Largest number K of bases, or None.
         max_widths: Function of a device: the largest last sizes, by argument name.
-        differentiable: Whether autograd passes through it.
+        differentiable: Whether autograd passes through it, backward and forward.
         machine: Function: the reasons why it cannot run on this machine at all.
         device: Function of a device: the reasons why it cannot run there.
         auto: Function of a device: the reasons why `backend="auto"` passes it over there though
@@ -86,7 +87,18 @@ class Backend:
                     f"{', '.join(needing)} require(s) grad and it has no backward pass; "
                     'use backend="torch" or torch.no_grad()'
                 )
+        if not self.differentiable:
+            found += self._forward_reasons(present)
         return found
+
+    def _forward_reasons(self, present: Mapping[str, torch.Tensor]) -> list[str]:
+        carrying = [name for name, tensor in present.items() if carries_tangent(tensor)]
+        if not carrying:
+            return []
+        return [
+            f"{', '.join(carrying)} carry or carries tangents of forward-mode derivatives, which "
+            'do not pass through it; use backend="torch"'
+        ]
 
     def _size_reasons(self, present: Mapping[str, torch.Tensor], num_bases: int) -> list[str]:
         found = []

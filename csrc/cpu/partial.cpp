@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <tuple>
+#include <vector>
 
 #include "tensors.h"
 
@@ -11,29 +12,31 @@ namespace {
 
 // A head's keys are cut into parts for threads. How many depends on the shapes alone, so that equal
 // calls give equal bits on any number of threads: a power of two, up to 64 for all heads, of at
-// least 1,024 keys.
-constexpr int64_t kTasks = 64, kKeysPerPart = 1024;
+// least 1,024 keys. Beyond 65,536 keys there are more parts: one long float32 sum rounds too often.
+constexpr int64_t kTasks = 64, kKeysPerPart = 1024, kMostKeysPerPart = 65536;
 
 // States [parts, rows, panel] of one panel of queries, `stride` apart -> the queries' rows of
 // outputs [count, value_width] and their logsumexp, taken one part after the other.
 void merge(const PartialSizes& sizes, int64_t panel, const float* states, int64_t parts,
            int64_t stride, int64_t count, float* outputs, float* logsumexp) {
+  std::vector<double> row(sizes.value_width);
   for (int64_t lane = 0; lane < count; ++lane) {
     float peak = states[lane];
     for (int64_t part = 1; part < parts; ++part)
       if (states[part * stride + lane] > peak) peak = states[part * stride + lane];
-    float* row = outputs + lane * sizes.value_width;
-    for (int64_t i = 0; i < sizes.value_width; ++i) row[i] = 0.0f;
-    float mass = 0.0f;
+    const float shift = std::isinf(peak) && peak < 0.0f ? 0.0f : peak;
+    row.assign(row.size(), 0.0);
+    double mass = 0.0;
     for (int64_t part = 0; part < parts; ++part) {
       const float* column = states + part * stride + lane;
-      const float share = std::exp2(column[0] - peak);
+      const float share = std::exp2(column[0] - shift);
       mass += column[panel] * share;
       for (int64_t i = 0; i < sizes.value_width; ++i) row[i] += column[(2 + i) * panel] * share;
     }
-    for (int64_t i = 0; i < sizes.value_width; ++i) row[i] /= mass;
+    for (int64_t i = 0; i < sizes.value_width; ++i)
+      outputs[lane * sizes.value_width + i] = static_cast<float>(row[i] / mass);
     constexpr double kLn2 = 0.69314718055994531;
-    logsumexp[lane] = static_cast<float>(peak * kLn2 + std::log(static_cast<double>(mass)));
+    logsumexp[lane] = static_cast<float>(peak * kLn2 + std::log(mass));
   }
 }
 
@@ -53,7 +56,9 @@ std::tuple<Tensor, Tensor> partial_attention(const Tensor& query, const Tensor& 
   const int64_t panels = (sizes.queries + kernel.panel - 1) / kernel.panel;
   const int64_t state = sizes.rows() * kernel.panel;
   int64_t parts = 1;
-  while (2 * parts * leads <= kTasks && 2 * parts * kKeysPerPart <= keys) parts *= 2;
+  while ((2 * parts * leads <= kTasks && 2 * parts * kKeysPerPart <= keys) ||
+         parts * kMostKeysPerPart < keys)
+    parts *= 2;
   const Tensor states = float_tensor(query, {leads, parts, panels, state});
   float* states_data = states.mutable_data_ptr<float>();
   const Tensor outputs = float_tensor(query, {batch, heads, sizes.queries, sizes.value_width});

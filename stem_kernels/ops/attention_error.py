@@ -50,6 +50,8 @@ def attention_error(
     """
     with torch.no_grad():
         out = stem_attention(query, key, value, scale=scale, **options)
+        if out.numel() == 0:
+            return AttentionError(0.0, 0.0)
         compute = torch.promote_types(query.dtype, torch.float32)
         key, value = key.to(compute), value.to(compute)
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)

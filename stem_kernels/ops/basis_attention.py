@@ -7,7 +7,7 @@ import torch
 from ..reference.basis_attention import add_correction, basis_attention_torch
 from ..verification import attention, run
 from ..verification.comparison import Comparison
-from .checks import check_floating, check_same_dtype
+from .checks import check_floating, check_same_dtype, check_width
 
 OP = "basis_attention"
 
@@ -38,13 +38,14 @@ def basis_attention(
 
     Args:
         query: Queries [B, h, n, d], any strides (a head-interleaved view costs no
-            copy); n may be 0.
+            copy); n may be 0, and d is at least 1.
         key: Keys [B, h, K, d], or [1, h, K, d] to serve the whole batch.
         value: Values [B, h, K, e], or [1, h, K, e].
         scale: Factor of the logits; 1 / sqrt(d) if None.
         bias: Bias of the logits, floating, [h, K], [1, h, K] or [B, h, K], where h may be 1.
             -inf excludes a base; a head whose bases are all excluded gives NaN, as in
-            `torch.nn.functional.scaled_dot_product_attention`.
+            `torch.nn.functional.scaled_dot_product_attention`. On a GPU, "triton" and "cuda" may
+            take a finite bias beyond 1e37 for infinite.
         correction: Correction E [B or 1, h, d + 1, e] of calibrated bases, floating, or None.
         query_mean: Mean query [B or 1, h, d] of the correction, floating; given with it.
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".
@@ -143,6 +144,7 @@ def check_bases(
     """
     if query.ndim != 4:
         raise ValueError(f"{op}: {names[0]} must be [B, h, n, d], not {list(query.shape)}")
+    check_width(op, names[0], query)
     batch, heads, _, dim = query.shape
     shapes = key.shape, value.shape
     for name, shape in zip((names[1], "value"), shapes, strict=True):

@@ -34,6 +34,12 @@ def check_same_dtype(op: str, **tensors: torch.Tensor | None) -> None:
         raise TypeError(f"{op}: {' and '.join(dtypes)} must have one dtype; {listed}")
 
 
+def check_width(op: str, name: str, tensor: torch.Tensor) -> None:
+    """The rows of `tensor`, its last size, have at least one channel."""
+    if tensor.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} is {list(tensor.shape)}; its last size must be at least 1")
+
+
 def check_positive(op: str, name: str, value: float) -> None:
     """`value` is a positive finite number."""
     if not 0 < value < float("inf"):

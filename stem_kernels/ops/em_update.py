@@ -82,6 +82,8 @@ def em_update(
             f"{OP}: sums must be [..., K, D], mass [..., K], bases [..., K, D]; they are "
             f"{list(sums.shape)}, {list(mass.shape)}, {list(bases.shape)}"
         )
+    if mass.shape[-1] == 0:
+        raise ValueError(f"{OP}: sums are {list(sums.shape)}; K must be at least 1")
     if payload_sums is not None and payload_sums.shape[:-1] != mass.shape:
         raise ValueError(
             f"{OP}: payload_sums is {list(payload_sums.shape)}; it must be [..., K, E] with the "

@@ -10,7 +10,7 @@ import torch
 from ..reference.partial_attention import partial_attention_torch
 from ..verification import attention, run
 from ..verification.comparison import Comparison
-from .checks import check_floating, check_same_dtype
+from .checks import check_floating, check_same_dtype, check_width
 
 OP = "partial_attention"
 
@@ -53,7 +53,7 @@ def partial_attention(
     and 0.75 (1,280) times as many FLOPs, and values count the same. So keys are taken projected.
 
     Args:
-        query: Queries [B, h, m, d], any strides; m may be 0, B and h are at least 1.
+        query: Queries [B, h, m, d], any strides; m may be 0, B, h and d are at least 1.
         key: Keys [B, h, n, d] of the same dtype, n >= 1.
         value: Values [B, h, n, e] of the same dtype.
         scale: Factor of the logits; 1 / sqrt(d) if None.
@@ -61,8 +61,10 @@ def partial_attention(
 
     Returns:
         `PartialAttention`, in float32 (float64 for float64 input): not rounded to the input's
-        dtype, because parts are yet to be merged. Keys are cut into parts, each on a core of its
-        own, by the shapes and the device and merged in order: equal calls give equal bits.
+        dtype, because parts are yet to be merged. A query whose logits are all -inf has the output
+        NaN and the logsumexp -inf, which `merged_attention` with other keys makes good. Keys are
+        cut into parts, each on a core of its own, by the shapes and the device and merged in
+        order: equal calls give equal bits.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit.
@@ -85,6 +87,7 @@ def partial_attention(
             "n at least 1; they are "
             f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
         )
+    check_width(OP, "query", query)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (query, key, value, scale)
 
@@ -128,7 +131,14 @@ def merged_attention(parts: Sequence[PartialAttention]) -> PartialAttention:
     output, logsumexp = parts[0]
     for part in parts[1:]:
         total = torch.logaddexp(logsumexp, part.logsumexp)
-        ours, theirs = ((log - total).exp() for log in (logsumexp, part.logsumexp))
-        output = output * ours.unsqueeze(-1) + part.output * theirs.unsqueeze(-1)
+        output, others = (
+            # The attention to keys that all have the logit -inf is NaN, and 0 times NaN would be.
+            attended.masked_fill(share == 0, 0.0) * share
+            for attended, share in (
+                (one.output, (one.logsumexp - total).exp().unsqueeze(-1))
+                for one in (PartialAttention(output, logsumexp), part)
+            )
+        )
+        output = output + others
         logsumexp = total
     return PartialAttention(output, logsumexp)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -83,7 +85,7 @@ def stem_attention(
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
-        [B, h, n, e] of the query's dtype.
+        [B, h, n, e] of the query's dtype; under `torch.autocast` of autocast's, as SDPA's is.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit.
@@ -107,6 +109,7 @@ def stem_attention(
     of `stem.StemConfig`.
     """
     _refuse_what_only_sdpa_takes(attn_mask, dropout_p, is_causal, enable_gqa)
+    query, key, value = _cast_as_sdpa_does(query, key, value)
     _check_tensors(query, key, value)
     check_count(OP, "num_bases", num_bases)
     check_count(OP, "num_iters", num_iters)
@@ -244,9 +247,19 @@ def exact_is_cheaper(
 def exact_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """SDPA in the tensors' own dtype, under autocast too, as the operators here are."""
+    """SDPA in the tensors' own dtype, under autocast too."""
     with torch.autocast(query.device.type, enabled=False):
         return scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def _cast_as_sdpa_does(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors in the dtype that autocast, where it is on, gives SDPA's: never float64's."""
+    check_floating(OP, **dict(zip(("query", "key", "value"), tensors, strict=True)))
+    device = tensors[0].device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    for tensor in tensors:
+        cast = on and tensor.dtype != torch.float64
+        yield tensor.to(torch.get_autocast_dtype(device)) if cast else tensor
 
 
 def _refuse_what_only_sdpa_takes(
@@ -275,7 +288,6 @@ def _refuse_what_only_sdpa_takes(
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    check_floating(OP, query=query, key=key, value=value)
     check_same_dtype(OP, query=query, key=key, value=value)
     fits = (
         query.ndim == key.ndim == value.ndim == 4

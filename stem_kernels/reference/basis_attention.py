@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shared.outputs import attention_output, compute_dtype
+from ..shared.tangents import forward_mode
 from .chunks import groups, token_chunks
 
 
@@ -32,7 +33,7 @@ def _for_every_head(
     )
 
 
-def basis_attention_eager(
+def basis_attention_torch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -41,8 +42,29 @@ def basis_attention_eager(
 ) -> torch.Tensor:
     """query [B, h, n, d], key [B or 1, h, K, d], value [B or 1, h, K, e], bias [.., .., K].
 
-    Returns contiguous [B, n, h, e] of the query's dtype.
+    Returns [B, n, h, e] of the query's dtype.
     """
+    if not forward_mode():
+        return _operator(query, key, value, bias, scale)
+    # Of torch's own operators, because tangents do not pass through the one below.
+    key, value, bias = _for_every_head(query, key, value, bias)
+    with torch.autocast(query.device.type, enabled=False):
+        parts = [
+            _chunk_attention(query[..., part, :].to(key.dtype), key, value, bias, scale)
+            for part in token_chunks(query, key.shape[-2])
+        ]
+    parts = parts or [attention_output(query, key, value).transpose(1, 2)]
+    return torch.cat(parts, -2).to(query.dtype).transpose(1, 2).contiguous()
+
+
+def basis_attention_eager(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """`basis_attention_torch` as a function of its own, which tangents do not pass through."""
     key, value, bias = _for_every_head(query, key, value, bias)
     out = attention_output(query, key, value)
     by_head = out.transpose(1, 2)
@@ -57,10 +79,10 @@ def basis_attention_eager(
 
 # What makes no graph and needs no gradient calls the function itself: an operator's first call
 # imports torch's compiler, which takes seconds.
-basis_attention_torch = torch.library.custom_op(
+_operator = torch.library.custom_op(
     "stem_kernels::basis_attention_torch", basis_attention_eager, mutates_args=()
 )
-basis_attention_torch.register_fake(attention_output)
+_operator.register_fake(attention_output)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -95,7 +117,7 @@ def _backward(ctx, grad_out):  # type: ignore[no-untyped-def]
     return grad_query, *(None if leaf is None else next(reduced) for leaf in leaves), None
 
 
-basis_attention_torch.register_autograd(_backward, setup_context=_setup_context)
+_operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 def add_correction(

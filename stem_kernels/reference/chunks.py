@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,9 @@ import torch
 CPU_LOGITS_PER_HEAD = 2**17
 GPU_LOGITS = 2**22
 MIN_TOKENS = 16
+# A long float32 sum rounds as often as something is added, each time by more. So chunks are added
+# up in runs, and the runs' sums after that.
+CHUNKS_PER_RUN = 64
 
 
 def groups(tokens: torch.Tensor) -> Iterator[tuple[slice, slice]]:
@@ -35,3 +39,16 @@ def token_chunks(tokens: torch.Tensor, num_bases: int) -> Iterator[slice]:
     size = max(MIN_TOKENS, size)
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
+
+
+def token_runs(tokens: torch.Tensor, num_bases: int) -> Iterator[list[slice]]:
+    """The same slices, in lists of those whose sums are added up first; more where there are more.
+
+    Args:
+        tokens: Tokens [..., n, D].
+        num_bases: Number K of bases.
+    """
+    chunks = list(token_chunks(tokens, num_bases))
+    size = max(CHUNKS_PER_RUN, math.isqrt(len(chunks)))
+    for start in range(0, len(chunks), size):
+        yield chunks[start : start + size]

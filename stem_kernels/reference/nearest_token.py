@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..shared.cosine import inverse_norms
@@ -26,24 +28,36 @@ def nearest_token_torch(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor
     rows = CPU_QUERIES if query.device.type == "cpu" else GPU_QUERIES
     with torch.autocast(query.device.type, enabled=False):
         directions = keys.to(compute) * inverse_norms(keys).unsqueeze(-1)
+        # A key with NaN or infinity must not be found, nor keep others from it: a maximum is NaN
+        # where one number is. What is added to its products is -inf.
+        finite = directions.isfinite().all(-1)
+        directions.masked_fill_(~finite.unsqueeze(-1), 0.0)
+        penalties = torch.zeros_like(finite, dtype=compute).masked_fill_(~finite, float("-inf"))
         for batch in range(query.shape[0]):
-            parts = directions[batch].split(KEYS)
+            parts = [
+                part.split(KEYS, dim=-1)
+                for part in (directions[batch].mT, penalties[batch].unsqueeze(0))
+            ]
             for tokens, result in zip(
                 query[batch].split(rows), found[batch].split(rows), strict=True
             ):
                 if len(tokens):
-                    result.copy_(_nearest(tokens.to(compute), parts))
+                    result.copy_(_nearest(tokens.to(compute), list(zip(*parts, strict=True))))
     return found
 
 
-def _nearest(query: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _nearest(
+    query: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """Parts of the keys' directions [d, KEYS at most], and what is added to products [1, KEYS]."""
     best = query.new_full((len(query),), float("-inf"))
     found = torch.zeros_like(best, dtype=torch.int64)
-    tile = query.new_empty((len(query), -(-len(parts[0]) // GROUP) * GROUP))
-    for part, keys in enumerate(parts):
-        groups = -(-len(keys) // GROUP)
-        torch.mm(query, keys.mT, out=tile[:, : len(keys)])
-        tile[:, len(keys) : groups * GROUP] = float("-inf")
+    tile = query.new_empty((len(query), -(-parts[0][0].shape[1] // GROUP) * GROUP))
+    for part, (keys, penalties) in enumerate(parts):
+        count = keys.shape[1]
+        groups = -(-count // GROUP)
+        torch.addmm(penalties, query, keys, out=tile[:, :count])
+        tile[:, count : groups * GROUP] = float("-inf")
         largest, index = _first_largest(tile[:, : groups * GROUP].unflatten(1, (groups, GROUP)))
         better = largest > best  # not >=: of equal ones the first counts
         found = torch.where(better, index + part * KEYS, found)

@@ -6,17 +6,29 @@ import math
 
 import torch
 
-from ..shared.outputs import partial_output
-from .chunks import groups, token_chunks
+from ..shared.outputs import compute_dtype, partial_output
+from ..shared.tangents import forward_mode
+from .chunks import groups, token_chunks, token_runs
 
 
-def partial_attention_eager(
+def partial_attention_torch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query [B, h, m, d], key [B, h, n, d], value [B, h, n, e].
 
     Returns the output [B, h, m, e] and the logsumexp [B, h, m], in float32 or float64.
     """
+    if not forward_mode():
+        return _operator(query, key, value, scale)
+    # Of torch's own operators, because tangents do not pass through the one below.
+    with torch.autocast(query.device.type, enabled=False):
+        return _of_group(query.to(compute_dtype(query)) * (scale / math.log(2)), key, value)
+
+
+def partial_attention_eager(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`partial_attention_torch` as a function of its own, which tangents do not pass through."""
     output, logsumexp = partial_output(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
         for group in groups(key):
@@ -29,30 +41,46 @@ def _of_group(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """With powers of two, of logits scaled for that: exp2 takes a third of exp's time on a CPU."""
-    peak = query.new_full((*query.shape[:-1], 1), float("-inf"))
-    mass = torch.zeros_like(peak)
-    total = query.new_zeros((*query.shape[:-1], value.shape[-1]))
-    for part in _key_chunks(query, key):
-        logits = query @ key[..., part, :].to(query.dtype).mT
-        risen = torch.maximum(peak, logits.amax(-1, keepdim=True))
-        shrunk = (peak - risen).exp2()
-        weights = logits.sub_(risen).exp2_()
-        mass = mass * shrunk + weights.sum(-1, keepdim=True)
-        total = total * shrunk + weights @ value[..., part, :].to(query.dtype)
-        peak = risen
+    state = nothing = (
+        query.new_full((*query.shape[:-1], 1), float("-inf")),
+        query.new_zeros((*query.shape[:-1], 1)),
+        query.new_zeros((*query.shape[:-1], value.shape[-1])),
+    )
+    for run in token_runs(key, max(1, query.shape[-2])):
+        of_run = nothing
+        for part in run:
+            logits = query @ key[..., part, :].to(query.dtype).mT
+            peak = logits.amax(-1, keepdim=True)
+            weights = logits.sub_(_shift(peak)).exp2_()
+            values = weights @ value[..., part, :].to(query.dtype)
+            of_run = _joined(of_run, (peak, weights.sum(-1, keepdim=True), values))
+        state = _joined(state, of_run)
+    peak, mass, total = state
     return total / mass, ((peak + mass.log2()) * math.log(2)).squeeze(-1)
 
 
-def _key_chunks(query: torch.Tensor, key: torch.Tensor) -> list[slice]:
-    return list(token_chunks(key, max(1, query.shape[-2])))
+State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of some keys: largest logit [..., m, 1], sums of weights [..., m, 1], and of weighted values."""
+
+
+def _joined(one: State, other: State) -> State:
+    peak = torch.maximum(one[0], other[0])
+    ours, theirs = ((state[0] - _shift(peak)).exp2() for state in (one, other))
+    mass, total = (one[i] * ours + other[i] * theirs for i in (1, 2))
+    return peak, mass, total
+
+
+def _shift(peak: torch.Tensor) -> torch.Tensor:
+    """What is taken from logits; -inf - -inf is NaN, and later keys may have other logits."""
+    return peak.masked_fill(peak == float("-inf"), 0.0)
 
 
 # What makes no graph and needs no gradient calls the function itself: an operator's first call
 # imports torch's compiler, which takes seconds.
-partial_attention_torch = torch.library.custom_op(
+_operator = torch.library.custom_op(
     "stem_kernels::partial_attention_torch", partial_attention_eager, mutates_args=()
 )
-partial_attention_torch.register_fake(partial_output)
+_operator.register_fake(partial_output)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -69,7 +97,7 @@ def _backward(ctx, grad_output, grad_logsumexp):  # type: ignore[no-untyped-def]
     shift = ((grad_output * output).sum(-1) - grad_logsumexp).unsqueeze(-1)
     for group in groups(key):
         scaled, grads = query[group].to(output.dtype) * ctx.scale, grad_output[group]
-        for part in _key_chunks(scaled, key[group]):
+        for part in token_chunks(key[group], max(1, query.shape[-2])):
             keys, values = (tensor[group][..., part, :].to(output.dtype) for tensor in (key, value))
             weights = (scaled @ keys.mT - logsumexp[group].unsqueeze(-1)).exp()
             of_logits = weights * (grads @ values.mT - shift[group])
@@ -79,4 +107,4 @@ def _backward(ctx, grad_output, grad_logsumexp):  # type: ignore[no-untyped-def]
     return grad_query.to(query.dtype), grad_key, grad_value, None
 
 
-partial_attention_torch.register_autograd(_backward, setup_context=_setup_context)
+_operator.register_autograd(_backward, setup_context=_setup_context)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
+
+Probe = TypeVar("Probe", bound=Callable[[], str | None])
 
 MIN_CAPABILITY = (8, 0)
 AMD_ARCHITECTURES = ("gfx942",)
@@ -15,8 +19,17 @@ OLDEST_TRITON = (3, 6)  # that of the oldest torch; tl.range(disable_licm=...) c
 
 
 _import_errors: list[str | None] = []
+_compiler_errors: list[str | None] = []
 
 
+def _outside_tracing(probe: Probe) -> Probe:
+    """Decorates a function that torch.compile is to call, not to trace: it cannot trace imports."""
+    # What torch.compiler.assume_constant_result does, which imports all of torch._dynamo.
+    probe._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return probe
+
+
+@_outside_tracing
 def import_error() -> str | None:
     """Why triton cannot be imported or is too old, or None where it serves."""
     # A list and not functools.cache, which torch.compile warns about.
@@ -44,9 +57,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+@_outside_tracing
+def compiler_error() -> str | None:
+    """Why triton finds no C compiler, which it makes launchers with, or None where it does."""
+    if not _compiler_errors:
+        asked = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        missing = f"triton finds no C compiler ({', '.join(asked)}); install gcc, or set CC to one"
+        _compiler_errors.append(None if any(map(shutil.which, asked)) else missing)
+    return _compiler_errors[0]
+
+
 def machine_reasons() -> list[str]:
     """Why no call at all can run on this machine."""
-    error = import_error()
+    error = import_error() or (None if interpreted() else compiler_error())
     return [error] if error else []
 
 
@@ -88,7 +111,11 @@ def max_widths(device: torch.device) -> Mapping[str, int]:
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device; make that the tensor's."""
+    """Triton launches on the current device; make that the tensor's, or one that rounds as GPUs."""
+    if interpreted():
+        from .rounding import rounded_bfloat16
+
+        return rounded_bfloat16()
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 

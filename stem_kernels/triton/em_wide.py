@@ -20,7 +20,7 @@ from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
 from .tiles import aligned, in_eights, load_rows, reciprocal, store_rows
-from .tuning import tile_for, tiles, token_ranges, two_tiles
+from .tuning import LARGEST_RANGE, tile_for, tiles, token_ranges, two_tiles
 
 LARGEST_CHUNK_BYTES = 2**25  # of responsibilities
 
@@ -160,10 +160,10 @@ def wide_pass(
 
 
 class _Products:
-    """The sums of one kind of values, chunk after chunk."""
+    """The sums of one kind of values: those of some chunks one after the other, then others."""
 
     def __init__(self, program: Program, name: str, values: Buffer, z: Buffer) -> None:
-        batch, heads, _, width = values.layout.shape
+        batch, heads, n, width = values.layout.shape
         self.program, self.values, self.z = program, values, z
         self.options = tiles("em_wide products", values.layout.device)
         self.block_n = self.options.pop("block_n")
@@ -171,8 +171,10 @@ class _Products:
         self.slices = triton.cdiv(width, self.main + self.rest)
         programs = self.options.pop("programs") // (self.slices * batch * heads)
         _, chunk, num_bases = z.layout.shape
-        splits, self.tokens_per_split = token_ranges(chunk, self.block_n, programs)
-        size = (splits, batch, heads, num_bases, width)
+        self.splits, self.tokens_per_split = token_ranges(chunk, self.block_n, programs)
+        self.chunks = max(1, LARGEST_RANGE // self.tokens_per_split)  # of one sum
+        self.groups = triton.cdiv(n, chunk * self.chunks)
+        size = (self.groups * self.splits, batch, heads, num_bases, width)
         self.sums = program.memory(name, size, torch.float32)
 
     def add(self, first: int) -> None:
@@ -180,12 +182,16 @@ class _Products:
         values = self.values.layout
         batch, heads, n, width = values.shape
         _, chunk, num_bases = self.z.layout.shape
+        group, before = divmod(first // chunk, self.chunks)
+        sums = self.sums
+        if self.groups > 1:
+            sums = self.program.part(sums, group * self.splits, self.splits)
         self.program.launch(
             _products_kernel,
-            (batch * heads, self.slices, self.sums.layout.shape[0]),
-            (self.z, self.values, self.sums),
+            (batch * heads, self.slices, self.splits),
+            (self.z, self.values, sums),
             (n, first, chunk, num_bases, heads, self.tokens_per_split, *values.strides),
             E=width, BLOCK_N=self.block_n, BLOCK_K=tile_for(num_bases, LARGEST_BASES),
-            E_MAIN=self.main, E_REST=self.rest, ADD=first > 0,
+            E_MAIN=self.main, E_REST=self.rest, ADD=before > 0,
             ALIGNED=aligned(values), **dot_options(values.dtype), **self.options,
         )  # fmt: skip

@@ -80,10 +80,11 @@ def _partial_attention_kernel(
         # [BLOCK_M, BLOCK_N]
         b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-        # Every range has a key, so that this is -inf only where a logit is.
         b_new = tl.maximum(b_largest, tl.max(b_s, axis=1))
-        b_w = tl.exp2(b_s - b_new[:, None])
-        b_rescale = tl.exp2(b_largest - b_new)
+        # -inf - -inf is NaN, and a later key may have a logit that is not -inf.
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_w = tl.exp2(b_s - b_shift[:, None])
+        b_rescale = tl.exp2(b_largest - b_shift)
         b_mass = b_mass * b_rescale + tl.sum(b_w, axis=1)
         # [BLOCK_N, BLOCK_E]
         b_v = tl.load(
@@ -124,6 +125,7 @@ def _merge_kernel(
         b_largest = tl.maximum(b_largest, tl.load(p_part, mask=m_s, other=float("-inf")))
     # [BLOCK_R]
     b_peak = tl.max(b_largest, axis=1)
+    b_shift = tl.where(b_peak == float("-inf"), 0.0, b_peak)
     # [BLOCK_R, BLOCK_S], [BLOCK_R, BLOCK_S, BLOCK_E]
     b_mass = tl.zeros((BLOCK_R, BLOCK_S), dtype=tl.float32)
     b_sums = tl.zeros((BLOCK_R, BLOCK_S, BLOCK_E), dtype=tl.float32)
@@ -132,7 +134,7 @@ def _merge_kernel(
         m_s = m_r[:, None] & (s + o_s < SPLITS)[None, :]
         o_range = o_r[:, None] + o_part[None, :]
         b_part = tl.load(p_largest + o_range, mask=m_s, other=float("-inf"))
-        b_share = tl.exp2(b_part - b_peak[:, None])
+        b_share = tl.exp2(b_part - b_shift[:, None])
         b_mass += b_share * tl.load(p_mass + o_range, mask=m_s, other=0.0)
         b_sums += b_share[:, :, None] * tl.load(
             p_sums + o_value[:, None, :] + (o_part * E)[None, :, None],

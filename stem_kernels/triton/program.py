@@ -129,6 +129,7 @@ class Program:
         self._launches: list[_Launch] = []
         self._allocated: dict[tuple[str, Layout], Buffer] = {}
         self._sizes: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._parts: list[tuple[int, int, int]] = []
         self._num_inputs = 0
         self._settled = False
 
@@ -145,6 +146,13 @@ class Program:
             self._allocated[key] = Buffer(self._num_inputs + len(self._sizes), layout)
             self._sizes.append((layout.shape, dtype))
         return self._allocated[key]
+
+    def part(self, whole: Buffer, first: int, count: int) -> Buffer:
+        """`count` of a tensor's first axis, from `first` on, in the tensor's own memory."""
+        self._parts.append((whole.place, first, count))
+        layout = whole.layout._replace(shape=(count, *whole.layout.shape[1:]))
+        # Counted from the end, because memory may yet be added.
+        return Buffer(-len(self._parts), layout)
 
     def launch(
         self,
@@ -176,6 +184,8 @@ class Program:
         tensors = [tensor for tensor in inputs if tensor is not None]
         like = tensors[0]
         tensors += [like.new_empty(size, dtype=dtype) for size, dtype in self._sizes]
+        parts = reversed(self._parts)
+        tensors += [tensors[place][first : first + count] for place, first, count in parts]
         with on_device_of(like):
             for launch in self._launches:
                 launch(tensors)

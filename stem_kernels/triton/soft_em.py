@@ -79,6 +79,10 @@ def soft_em_triton(
     rounded to the features' dtype; with a payload its bases likewise, and the same rounded; with a
     bias "log" or "mask" that, [B, h, K].
     """
+    if features.shape[:-2].numel() == 0:
+        return _outputs(
+            features, bases, payload, num_bases, num_iters, temperature, normalize, empty, bias
+        )
     layout = Layout.of(features)
     rest = (temperature, normalize, empty != "zero")
     if empty == "reseed" and num_iters > 1:
@@ -100,7 +104,7 @@ def soft_em_triton(
 
 
 @torch.library.register_fake("stem_kernels::soft_em_triton")
-def _(
+def _outputs(
     features: torch.Tensor,
     bases: torch.Tensor | None,
     payload: torch.Tensor | None,

@@ -15,6 +15,9 @@ from . import amd_architecture, device_capability, interpreted, multiprocessors
 MIN_TILE = 16
 ALIKE = {"sm103": "sm100", "sm121": "sm120"}
 """GPUs that take the table of another: of one family, with as much of everything a block has."""
+# Tokens that one float32 sum is made of at most. A long sum rounds as often as something is added,
+# each time by more, and tensor cores truncate where others round.
+LARGEST_RANGE = 2**14
 
 
 def tiles(op: str, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, int]:
@@ -85,11 +88,12 @@ def two_tiles(width: int) -> tuple[int, int]:
 def token_ranges(num_tokens: int, block_n: int, programs: int) -> tuple[int, int]:
     """Into how many ranges tokens are cut for about so many programs, and the tokens of each.
 
-    It depends on the shapes and the device alone, and partial sums are added in order: equal calls
-    give equal bits.
+    There are more where a range would have more than LARGEST_RANGE tokens. It depends on the shapes
+    and the device alone, and partial sums are added in order: equal calls give equal bits.
     """
     wanted = max(1, min(-(-num_tokens // block_n), programs))
     tokens = -(-num_tokens // (wanted * block_n)) * block_n
+    tokens = min(tokens, max(block_n, LARGEST_RANGE // block_n * block_n))
     return -(-num_tokens // tokens), tokens
 
 

@@ -173,6 +173,46 @@ def test_without_triton() -> None:
     assert "pip install triton" in done.stdout
 
 
+COMPILED_FIRST = """
+import sys
+sys.modules["triton"] = None
+import torch
+from stem_kernels import basis_attention
+x, m = torch.randn(1, 2, 20, 4), torch.randn(1, 2, 3, 4)
+compiled = torch.compile(lambda x: basis_attention(x, m, m), fullgraph=True, backend="aot_eager")
+torch.testing.assert_close(compiled(x), basis_attention(x, m, m))
+"""
+
+
+def test_the_first_call_of_a_process_may_be_compiled_without_triton() -> None:
+    subprocess.run([sys.executable, "-c", COMPILED_FIRST], check=True)
+
+
+def test_triton_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(triton, "import_error", lambda: None)
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+
+    def reasons() -> list[str]:
+        monkeypatch.setattr(triton, "_compiler_errors", [])
+        return triton.machine_reasons()
+
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    none = "triton finds no C compiler (gcc, clang); install gcc, or set CC to one"
+    assert reasons() == [none]
+    monkeypatch.setattr(triton, "interpreted", lambda: True)
+    assert reasons() == []
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    for name in ("clang", "other"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    assert reasons() == []
+    monkeypatch.setenv("CC", str(tmp_path / "other"))
+    assert reasons() == []
+    monkeypatch.setenv("CC", "/nonexistent/cc")
+    assert reasons() == [none.replace("gcc, clang", "/nonexistent/cc")]
+
+
 def test_imports_run_one_way() -> None:
     rooms = Path(backends.__file__).parent
     inner = ("reference", "triton", "cuda")

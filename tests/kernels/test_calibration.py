@@ -11,7 +11,7 @@ from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
 from stem_kernels.ops.calibration import CALIBRATIONS, calibrate_bases
 from stem_kernels.ops.partial_attention import ROUNDING_ATOL as PARTIAL_ATOL
 from stem_kernels.ops.partial_attention import merged_attention, partial_attention
-from stem_kernels.reference.partial_attention import partial_attention_torch
+from stem_kernels.reference.partial_attention import _operator
 from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import (
     eager_basis_attention,
@@ -199,7 +199,7 @@ def test_calibrated_attention_is_nearer_to_exact(form: str) -> None:
 
 def test_it_compiles_whole() -> None:
     query, key, value, key_bases, value_bases, _ = (part.float() for part in smooth_case())
-    torch.library.opcheck(partial_attention_torch, (query[:, :, :9], key, value, 0.3))
+    torch.library.opcheck(_operator, (query[:, :, :9], key, value, 0.3))
     if cuda.load_error("cpu") is None:
         extension = torch.ops.stem_kernels_ext
         torch.library.opcheck(extension.partial_attention, (query[:, :, :9], key, value, 0.3))

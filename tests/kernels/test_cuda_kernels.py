@@ -26,6 +26,7 @@ from stem_kernels.testing import (
     eager_blended_attention,
     eager_em_statistics,
     eager_nearest_token,
+    iterations_bounds,
     max_error,
     parity_bound,
 )
@@ -192,12 +193,10 @@ def test_iterations(
     found = kernels.soft_em(features, bases, payload, 3, temperature, True, empty == "mask", least)
     double = (features.double(), bases.double(), payload.double())
     exact = soft_em_torch(*double, 3, temperature, True, empty)
-    # As in test_parity: logits of size 25 from directions rounded to the dtype, three times over.
-    tolerance = {torch.float32: 1e-4, torch.float16: 1.5e-2, torch.bfloat16: 1.2e-1}[dtype]
     assert torch.equal(found[2] == 0, exact[2] == 0)
     assert bool((exact[2] == 0).any()) == (empty == "mask")
-    for result, expected in zip(found, exact, strict=True):
-        assert max_error(result, expected) <= tolerance * float(expected.abs().max())
+    for result, expected, bound in zip(found, exact, iterations_bounds(dtype), strict=True):
+        assert max_error(result, expected) <= bound * float(expected.abs().max())
 
 
 def attention_case(

@@ -52,6 +52,7 @@ def test_it_is_exact_where_that_is_no_dearer() -> None:
     assert torch.equal(stem_attention(*few, **settings), dense)
     assert not torch.equal(stem_attention(*few, allow_exact=False, **settings), dense)
     with torch.autocast(DEVICE, torch.bfloat16):
+        dense = torch.nn.functional.scaled_dot_product_attention(*few, scale=0.5)
         assert torch.equal(stem_attention(*few, **settings), dense)
 
 
@@ -116,6 +117,24 @@ def test_attention_error_is_that_of_stem_attention(monkeypatch: pytest.MonkeyPat
     assert 1e-6 < attention_error(*half).overall < 1e-3
     with pytest.raises(ValueError, match="is_causal must be False"):
         attention_error(query, key, value, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "own", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+@pytest.mark.parametrize("asked", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_gives_the_dtype_that_it_gives_sdpa(asked: torch.dtype, own: torch.dtype) -> None:
+    query, key, value = (tokens(1, 2, 60, 8, seed=seed).to(own) for seed in range(3))
+    inexact = {"num_bases": 8, "allow_exact": False}
+    with torch.autocast(DEVICE, dtype=asked):
+        exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        found = stem_attention(query, key, value, **inexact)
+        assert torch.equal(stem_attention(query, key, value), exact)
+        mixed = stem_attention(query, key.float(), value, **inexact) if own == asked else found
+    assert found.dtype == exact.dtype
+    cast = [tensor.to(exact.dtype) for tensor in (query, key, value)]
+    torch.testing.assert_close(found, stem_attention(*cast, **inexact), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, mixed, rtol=1e-6, atol=1e-6)
 
 
 def forbid_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:

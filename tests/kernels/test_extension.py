@@ -453,6 +453,34 @@ def test_halves_are_read_and_rounded_as_torch_does(dtype: torch.dtype) -> None:
     assert torch.equal(out[numbers], expected[numbers])
 
 
+EXPONENTIALS = """
+#include "stem/cpu/exp.h"
+using namespace stem::cpu::baseline;
+int main() {
+  float last = 1.0f;
+  const float exponents[] = {0, -50, -99, -130, -300, -1e4f, -3e38f, -__builtin_inff()};
+  for (float t : exponents) {
+    const float weight = exp2_of_nonpositive(broadcast(t))[0];
+    if (!(weight <= last) || (t < -100.0f && weight != 0.0f)) return 2;
+    last = weight;
+  }
+  return 0;
+}
+"""
+
+
+def test_exponentials_overflow_no_integer(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not found")
+    source, program = tmp_path / "exponentials.cpp", tmp_path / "exponentials"
+    source.write_text(EXPONENTIALS)
+    flags = ["-std=c++17", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    flags += ["-DSTEM_ISA=baseline", "-DSTEM_LANES=4", f"-I{ROOT / 'csrc' / 'include'}"]
+    subprocess.run(["g++", *flags, source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @built
 def test_the_operators_check_what_they_are_given() -> None:
     operators = torch.ops.stem_kernels_ext

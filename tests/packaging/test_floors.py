@@ -42,7 +42,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem_kernels.testing": "ops shared",
         "stem_kernels.ops": "verification backends reference triton cuda shared",
         "stem_kernels.verification": "backends reference triton cuda shared",
-        "stem_kernels.backends": "triton cuda",
+        "stem_kernels.backends": "triton cuda shared",
         "stem_kernels.reference": "shared",
         "stem_kernels.triton": "shared",
         "stem_kernels.cuda": "shared",

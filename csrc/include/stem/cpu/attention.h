@@ -111,6 +111,14 @@ static void weigh_columns(int64_t bases, const float* bias, float* logits, float
   }
 }
 
+// Only -inf excludes a base: the lowest finite bias must not become it.
+STEM_INLINE float in_base_2(float bias) {
+  constexpr float kLog2E = 1.44269504f, kLargest = 0x1p127f;
+  const float scaled = bias * kLog2E;
+  if (__builtin_isinf(bias)) return bias;
+  return scaled > kLargest ? kLargest : scaled < -kLargest ? -kLargest : scaled;
+}
+
 static void pack_key(const AttentionSizes& sizes, const Rows& key, float factor, float* rows,
                      float* packed) {
   const int64_t bases = sizes.bases, width = sizes.width;
@@ -123,10 +131,9 @@ static void pack_key(const AttentionSizes& sizes, const Rows& key, float factor,
   }
 }
 
-// Values and bias; the latter in base 2.
+// Values and bias; the latter in base 2, where what is finite stays so.
 static void pack_value(const AttentionSizes& sizes, const Rows& value, const float* bias,
                        int64_t bias_stride, const AttentionScratch& scratch) {
-  constexpr float kLog2E = 1.44269504f;
   const int64_t bases = sizes.bases, width = sizes.value_width;
   for (int64_t base = 0; base < bases; ++base) {
     load_row(value, base, width, scratch.rows + base * width);
@@ -135,7 +142,7 @@ static void pack_value(const AttentionSizes& sizes, const Rows& value, const flo
   pack(width, bases, scratch.rows, width, scratch.shifts, scratch.packed_value);
   if (bias)
     for (int64_t base = 0; base < bases; ++base)
-      scratch.shifts[base] = bias[base * bias_stride] * kLog2E;
+      scratch.shifts[base] = in_base_2(bias[base * bias_stride]);
 }
 
 // Weights of `count` queries from `begin` on, by one map, undivided; inverse as weigh_columns.

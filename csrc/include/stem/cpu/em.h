@@ -18,6 +18,9 @@
 namespace stem::cpu::STEM_ISA {
 
 constexpr int64_t kTile = 8 * kRows;
+// Tiles that are added to one float32 sum before it joins the part's: a long sum rounds as often as
+// something is added, each time by more.
+constexpr int64_t kTilesPerSum = 128;
 
 STEM_INLINE int64_t num_panels(int64_t bases) { return (bases + kPanel - 1) / kPanel; }
 
@@ -28,7 +31,7 @@ STEM_INLINE int64_t tile_stride(const EmSizes& sizes) {
 
 static int64_t em_scratch(const EmSizes& sizes) {
   const int64_t weights = num_panels(sizes.bases) * kPanel;
-  return kTile * (tile_stride(sizes) + weights + sizes.columns() + 1);
+  return kTile * (tile_stride(sizes) + weights + sizes.columns() + 1) + sizes.columns() * weights;
 }
 
 // logits [panels, kTile, kPanel] -> 2^(logit - the token's largest), in place; inverse [count]:
@@ -62,6 +65,10 @@ static void weigh(int64_t count, int64_t bases, float* logits, float* inverse) {
   }
 }
 
+static void add_sums(const float* from, int64_t count, float* sums) {
+  for (int64_t i = 0; i < count; i += kLanes) store(sums + i, load(sums + i) + load(from + i));
+}
+
 static void em_pass(const EmSizes& sizes, const Rows& features, const Rows& payload, int64_t first,
                     int64_t last, const float* directions, float* sums, float* scratch) {
   const int64_t panels = num_panels(sizes.bases), width = sizes.width, columns = sizes.columns();
@@ -72,6 +79,7 @@ static void em_pass(const EmSizes& sizes, const Rows& features, const Rows& payl
   float* tokens = weights + panels * spacing;    // [kTile, stride]: features, 1, payload
   float* packed = tokens + kTile * stride;       // [blocks of columns, kTile, rows of the block]
   float* inverse = packed + kTile * columns;     // [kTile]
+  float* some = inverse + kTile;                 // [panels, columns, kPanel]: of kTilesPerSum tiles
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t begin = first + (last - first) * tile / tiles;
     const int64_t count = first + (last - first) * (tile + 1) / tiles - begin;
@@ -91,9 +99,12 @@ static void em_pass(const EmSizes& sizes, const Rows& features, const Rows& payl
     }
     weigh(count, sizes.bases, weights, inverse);
     pack(columns, count, tokens, stride, inverse, packed);
+    float* target = tile < kTilesPerSum ? sums : some;
     for (int64_t panel = 0; panel < panels; ++panel)
       multiply_packed(columns, count, packed, weights + panel * spacing,
-                      sums + panel * columns * kPanel, tile > 0);
+                      target + panel * columns * kPanel, tile % kTilesPerSum > 0);
+    if (target == some && (tile + 1 == tiles || (tile + 1) % kTilesPerSum == 0))
+      add_sums(some, panels * columns * kPanel, sums);
   }
 }
 

@@ -23,8 +23,9 @@ STEM_INLINE Vec exp2_of_nonpositive(Vec t) {
   p = p * f + 2.40226478e-1f;
   p = p * f + 6.93147203e-1f;
   p = p * f + 1.0f;
-  const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
-  const Vec scale = reinterpret_cast<Vec>(exponent + (127 << 23));
+  // Unsigned, because bits are shifted out of it.
+  const UintVec exponent = reinterpret_cast<UintVec>(shifted) << 23;
+  const Vec scale = reinterpret_cast<Vec>(exponent + (127u << 23));
   return t < kNegligible ? Vec{} : p * scale;
 }
 

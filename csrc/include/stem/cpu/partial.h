@@ -31,10 +31,12 @@ static void weigh_keys(int64_t keys, int64_t value_width, float* logits, float* 
     for (int64_t key = 0; key < keys; ++key)
       most[key % 4] = larger(load(column + key * kPanel), most[key % 4]);
     const Vec peak = larger(larger(most[0], most[1]), larger(most[2], most[3]));
-    const Vec shrunk = exp2_of_nonpositive(before - peak);
+    // -inf - -inf is NaN, and a later key may have a logit that is not -inf.
+    const Vec shift = peak == -__builtin_inff() ? Vec{} : peak;
+    const Vec shrunk = exp2_of_nonpositive(before - shift);
     Vec sum = {};
     for (int64_t key = 0; key < keys; ++key) {
-      const Vec weight = exp2_of_nonpositive(load(column + key * kPanel) - peak);
+      const Vec weight = exp2_of_nonpositive(load(column + key * kPanel) - shift);
       store(column + key * kPanel, weight);
       sum += weight;
     }

@@ -23,6 +23,7 @@ constexpr int kRows = STEM_LANES == 16 ? 14 : 6;
 
 typedef float Vec __attribute__((vector_size(4 * STEM_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * STEM_LANES)));
+typedef uint32_t UintVec __attribute__((vector_size(4 * STEM_LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * STEM_LANES), aligned(4), may_alias));
 
 STEM_INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
