@@ -65,13 +65,7 @@ class Backend:
         """The same for a machine on which it runs."""
         found: list[str] = []
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        devices: list[torch.device] = []  # a set of one takes longer
-        for tensor in present.values():
-            device = tensor.device
-            if device not in devices:
-                devices.append(device)
-        for device in sorted(devices, key=str) if len(devices) > 1 else devices:
-            found += self.device(device)
+        found += _device_reasons(self.device, _devices(present))
         for name, tensor in present.items():
             if tensor.dtype not in self.dtypes:
                 names = ", ".join(
@@ -111,6 +105,21 @@ class Backend:
             if most is not None and tensor.shape[-1] > most:
                 found.append(f"{name} has {tensor.shape[-1]} channels a head; it takes {most}")
         return found
+
+
+def _devices(tensors: Tensors) -> list[torch.device]:
+    """The devices of tensors, by name where they are several."""
+    found: list[torch.device] = []  # making a set of one takes longer
+    for tensor in tensors.values():
+        if tensor is not None and tensor.device not in found:
+            found.append(tensor.device)
+    return sorted(found, key=str) if len(found) > 1 else found
+
+
+def _device_reasons(
+    of: Callable[[torch.device], list[str]], devices: list[torch.device]
+) -> list[str]:
+    return [reason for device in devices for reason in of(device)]
 
 
 def _any_device(device: torch.device) -> list[str]:
@@ -197,12 +206,14 @@ def select(
             raise BackendError(_refusal(op, backend, tensors, num_bases))
         return backend
     passed_over: list[tuple[str, tuple[str, ...]]] = []
+    devices = _devices(tensors)
     for name, candidate in BACKENDS.items():
         if name in refused:
             continue
-        reasons = candidate.reasons(tensors, num_bases)
-        for device in {tensor.device for tensor in tensors.values() if tensor is not None}:
-            reasons = reasons or candidate.auto(device)
+        # A backend that is not for this device is asked no more: every call comes by here.
+        reasons = candidate.machine() or _device_reasons(candidate.device, devices)
+        reasons = reasons or candidate.call_reasons(tensors, num_bases)
+        reasons = reasons or _device_reasons(candidate.auto, devices)
         if not reasons:
             if passed_over and not torch.compiler.is_compiling():
                 on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors.values())

@@ -160,8 +160,14 @@ def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def enter(op: str, tensor: torch.Tensor, *selecting: object) -> None:
-    """Tell of the form of a launch (see `shared.forms`): the device and dtype of `tensor`, and
-    what else selects a kernel."""
+def enter(
+    op: str, tensor: torch.Tensor, like: torch.Tensor, num_bases: int, flags: object = None
+) -> None:
+    """Tell of the form of a launch (see `shared.forms`): the device, dtype and width of `tensor`,
+    the width of `like`, and what else selects a kernel."""
     if not torch.compiler.is_compiling():
-        forms.enter((tensor.get_device(), op, "cuda", tensor.dtype, *selecting))
+        form = (
+            tensor.get_device(), op, "cuda", tensor.dtype, tensor.size(-1), like.size(-1),
+            num_bases, flags,
+        )  # fmt: skip
+        forms.enter(form)

@@ -23,10 +23,8 @@ def basis_attention_cuda(
 
     Returns contiguous [B, n, h, e] of the query's dtype.
     """
-    enter(
-        "basis_attention", query,
-        query.size(-1), value.size(-1), key.size(-2), bias is None, correction is None,
-    )  # fmt: skip
+    flags = (bias is None, correction is None)
+    enter("basis_attention", query, value, key.size(-2), flags)
     lead = (*query.shape[:2], key.shape[-2])
     found: torch.Tensor = torch.ops.stem_kernels_ext.basis_attention(
         contiguous_rows(query),

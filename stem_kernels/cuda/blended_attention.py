@@ -22,8 +22,7 @@ def blended_attention_cuda(
 
     Returns contiguous [B, n, h, e] of the queries' dtype.
     """
-    shapes = query_target.size(-1), value.size(-1), value.size(-2)
-    enter("blended_attention", query_target, *shapes, bias is None)
+    enter("blended_attention", query_target, value, value.size(-2), bias is None)
     lead = (*query_target.shape[:2], value.shape[-2])
     key_target, key_source, value = (
         contiguous_rows(bases).expand(*lead, bases.shape[-1])

@@ -19,8 +19,9 @@ def em_statistics_cuda(
 
     Returns float32 sums, mass and payload sums (E = 0 without a payload).
     """
-    width = 0 if payload is None else payload.size(-1)
-    enter("em_statistics", features, features.size(-1), width, bases.size(-2), normalize)
+    values = features if payload is None else payload
+    flags = (payload is None, normalize)
+    enter("em_statistics", features, values, bases.size(-2), flags)
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     found = torch.ops.stem_kernels_ext.em_statistics(
         contiguous_rows(features),

@@ -11,7 +11,7 @@ from . import contiguous_rows, enter
 
 def nearest_token_cuda(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """query [B, n, d], keys [B, m, d], any strides -> int32 [B, n]."""
-    enter("nearest_token", query, query.size(-1))
+    enter("nearest_token", query, keys, 0)
     found: torch.Tensor = torch.ops.stem_kernels_ext.nearest_token(
         contiguous_rows(query).unsqueeze(1),
         contiguous_rows(keys).unsqueeze(1),

@@ -15,7 +15,7 @@ def partial_attention_cuda(
 
     Returns the float32 output [B, h, m, e] and logsumexp [B, h, m].
     """
-    enter("partial_attention", query, query.size(-1), value.size(-1))
+    enter("partial_attention", query, value, 0)
     found: tuple[torch.Tensor, torch.Tensor] = torch.ops.stem_kernels_ext.partial_attention(
         contiguous_rows(query), contiguous_rows(key), contiguous_rows(value), scale
     )

@@ -22,9 +22,9 @@ def soft_em_cuda(
 
     Returns float32 bases, payload bases (E = 0 without a payload) and mass.
     """
-    width = 0 if payload is None else payload.size(-1)
-    shapes = features.size(-1), width, bases.size(-2)
-    enter("soft_em", features, *shapes, min(num_iters, 2), normalize, empty)
+    values = features if payload is None else payload
+    flags = (payload is None, num_iters > 1, normalize, empty)
+    enter("soft_em", features, values, bases.size(-2), flags)
     run = torch.ops.stem_kernels_ext.soft_em
     features = contiguous_rows(features)
     payload = None if payload is None else contiguous_rows(payload)
