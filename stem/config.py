@@ -35,38 +35,38 @@ class StemConfig:
         num_bases: Number K of bases, at least 1.
         num_iters: Number R of EM iterations, at least 1.
         temperature: Temperature tau > 0 of the responsibilities.
-        space: Space in which responsibilities are computed. "feature": the layer's input, keys
-            and values being projections of the bases (the paper). "key": the keys of each head,
-            the values riding along (the released code).
-        sample_per_base: Number of tokens a base that EM reads, at least 1: `num_bases` times as
-            many, spread evenly over the whole video, so that EM costs the same at any length.
-            None: EM reads all tokens.
+        space: Space in which responsibilities are computed. "feature": the layer's input; keys and
+            values are projections of the bases (the paper). "key": the keys of each head; the
+            values are averaged by the same weights (the released code).
+        sample_per_base: Number of tokens that EM reads for each base, at least 1. In all it reads
+            `num_bases` times this number, spread evenly over the whole video, so that EM costs the
+            same at any length. None: EM reads all tokens.
         init: Start of EM, "gaussian" or "tokens", see `stem_kernels.initial_bases`.
         empty: Policy for empty bases, "zero", "mask" or "reseed", see `stem_kernels.soft_em`.
-        proportional: Whether a base weighs as much as its mass, see
+        proportional: Whether the weight of a base is in proportion to its mass, see
             `stem_kernels.attention_bias`.
-        calibration: Form of what brings attention to the bases nearer to that over all frames:
-            "none"; "moments", the covariance of keys and values that bases leave out, which costs
-            next to nothing; "linear" or "joint", fitted to the exact attention of a few tokens.
-            See `stem_kernels.ops.calibration`.
+        calibration: Form of the correction that brings attention to the bases nearer to attention
+            over all frames. "none": no correction. "moments": the covariance of keys and values
+            that bases leave out; it costs next to nothing. "linear" or "joint": a correction that
+            is fitted to the exact attention of a few tokens. See `stem_kernels.ops.calibration`.
         num_queries: Number of the tokens that "linear" and "joint" are fitted to, at least 1,
             spread over the video.
-        key_share: Share of the video's tokens, 0 < share <= 1, that the exact attention of these
-            tokens goes to.
+        key_share: Share of the video's tokens, 0 < share <= 1, to which these tokens attend
+            exactly.
         dense_below: Number of tokens of a whole video up to which a layer attends to all of them,
             exactly and without bases; 0: no layer does.
-        num_frames: Number of consecutive rows of a batch that are one video with bases of its
-            own. None: one row a video, where the pipeline that was enabled says that a batch
-            holds one image, or its two guidance branches; any other batch is an error then.
+        num_frames: Number of consecutive rows of a batch that are one video with bases of its own.
+            None: every row is a video, if the pipeline that was enabled says that a batch holds one
+            image, or its two guidance branches; any other batch is then an error.
         chunk: Number of frames that go through the UNet at once; None: all of a video. Chunks of
             one video share their bases; `num_frames` must be given.
-        fit_frames: Number of frames, spread evenly, that the bases are found on; every frame then
-            attends to them. None: all frames.
+        fit_frames: Number of frames, spread evenly, on which the bases are found; every frame
+            attends to these bases. None: all frames.
         seed: Seed of the Gaussian initial bases, used with the layer and the timestep.
         backend: Backend of the operators, "auto", "triton", "cuda" or "torch".
 
     Raises:
-        ValueError: a value out of range, named with what is allowed.
+        ValueError: a value is out of range; the message names the values that are allowed.
     """
 
     # From benchmarks/results/quality.md. These defaults leave the self-attentions 1.2 % off
@@ -135,7 +135,7 @@ class StemConfig:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number of 64 bits")
 
     def sampled(self, num_tokens: int) -> int:
-        """How many of a video's tokens EM reads."""
+        """The number of a video's tokens that EM reads."""
         if self.sample_per_base is None:
             return num_tokens
         return min(num_tokens, self.num_bases * self.sample_per_base)
@@ -144,13 +144,13 @@ class StemConfig:
     def paper(cls, **changes: Any) -> StemConfig:
         """The paper's form: feature space, 256 bases, 5 iterations, Gaussian start.
 
-        The paper does not say what becomes of a base without mass; here it is masked.
+        The paper does not say what happens to a base without mass; here it is masked.
         """
         return cls(**{**_PUBLISHED, "space": "feature", "empty": "mask", **changes})
 
     @classmethod
     def released(cls, **changes: Any) -> StemConfig:
-        """The authors' released code: as `paper`, in key space; empty bases fall to zero."""
+        """The authors' released code: `paper` in key space, where empty bases become zero."""
         return cls(**{**_PUBLISHED, "space": "key", "empty": "zero", **changes})
 
 
@@ -164,6 +164,9 @@ class SparseCausalConfig:
         min_channels: Least number of channels; narrower layers keep per-frame attention.
         num_frames: Number of rows that are one video, as in `StemConfig`.
         chunk: Number of frames that go through the UNet at once, as in `StemConfig`.
+
+    Raises:
+        ValueError: a value is out of range; the message names the values that are allowed.
     """
 
     frames: tuple[int | str, ...] = (-1, "first")
@@ -204,6 +207,9 @@ class InflatedConfig:
         num_frames: Number of rows that are one video, as in `StemConfig`.
         chunk: Number of frames that go through the UNet at once, as in `StemConfig`; the keys and
             values of all frames are held for one layer at a time.
+
+    Raises:
+        ValueError: a value is out of range; the message names the values that are allowed.
     """
 
     num_frames: int | None = None
@@ -220,6 +226,9 @@ class PerFrameConfig:
     Args:
         num_frames: Number of rows that are one video, as in `StemConfig`.
         chunk: Number of frames that go through the UNet at once, as in `StemConfig`.
+
+    Raises:
+        ValueError: a value is out of range; the message names the values that are allowed.
     """
 
     num_frames: int | None = None

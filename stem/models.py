@@ -51,19 +51,19 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> DiffusionPipeline:
-    """A Stable Diffusion 1.x, 2.x or XL pipeline, ready to invert with.
+    """Load a Stable Diffusion 1.x, 2.x or XL pipeline for inversions.
 
     Args:
         model: Hub id, local folder in diffusers' format, "embedded" (the small trained pipeline
-            that comes with this package, for 64x64 pixels), or "random:SEED", for which "random"
-            stands with seed 0 (`random_pipeline`).
+            that comes with this package, for 64x64 pixels), or "random:SEED" (`random_pipeline`);
+            "random" has seed 0.
         device: Device to load onto; None: "cuda" if there is a GPU, else "cpu".
         dtype: Dtype of the weights, "float32", "float16" or "bfloat16", or torch's; None: float16
             on a GPU, else float32.
 
     Raises:
-        ModelError: nothing can be loaded from there, or it is a model that cannot be inverted.
-        ValueError: a device or dtype that does not exist here.
+        ModelError: the model cannot be loaded, or it cannot be inverted.
+        ValueError: the device or the dtype does not exist here.
     """
     import diffusers
 
@@ -210,9 +210,9 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def random_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     """A small pipeline of Stable Diffusion 1.x's shape whose weights are random numbers.
 
-    It has SD's blocks, its VAE factor of 8 and its schedule, in about 8 million parameters, and
-    knows nothing: for plumbing, speed and memory. Equal seeds give equal weights; the global
-    random state is left as it was.
+    It has SD's blocks, its VAE factor of 8 and its schedule, and about 8 million parameters. It is
+    not trained; it serves to test code and to measure speed and memory. Equal seeds give equal
+    weights. The global random state does not change.
 
     Args:
         seed: Seed of the weights, a whole number of 64 bits.

@@ -19,8 +19,9 @@ PRESETS = {
 }
 """By edit method the values of its option `preset`, where it has one."""
 FLOWS = ("dis", "raft")
-"""Optical flows."""
+"""Names of the models that estimate optical flow."""
 CLIP_MODEL = "openai/clip-vit-base-patch32"
+"""Hub id of the CLIP model that measures an edit by default."""
 FORMS = ("defaults", "paper", "released")
 """Configurations that an ablation changes."""
 ABLATED = ("K", "R", "sample", "form", "space", "init", "empty", "proportional", "calibration")

@@ -46,8 +46,8 @@ class Handle:
         unet: UNet that the mechanism is in.
         config: Configuration that it was enabled with.
         state: State that STEM's layers share (see `StemState`); None for other mechanisms.
-        hooks: Hooks that are called in the attention. Where it was enabled without any, only
-            such as give or see bases can be added.
+        hooks: Hooks that are called in the attention. If it was enabled without hooks, only hooks
+            that give or see bases can be added.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Handle:
         }
 
     def disable(self) -> None:
-        """Put back the very processors that were there before. Does nothing if not installed.
+        """Restore the processors from before. Nothing happens if this mechanism is not on.
 
         Raises:
             RuntimeError: another thread has this UNet in a `with` block.
@@ -254,8 +254,8 @@ def enable(
 ) -> Handle:
     """Put an attention mechanism into every self-attention of a UNet.
 
-    Enabling again replaces the mechanism that is on; one `disable` still restores what was there
-    before the first. Enabled on a pipeline, its guidance branches are told apart; see
+    A second call replaces the mechanism that is on; one `disable` then restores the processors from
+    before the first call. A pipeline tells its guidance branches apart, a UNet alone does not; see
     `StemConfig.num_frames` for batches of several frames or images.
 
     Args:
@@ -268,11 +268,12 @@ def enable(
         hooks: Hooks that are called in every self-attention and cross-attention.
 
     Returns:
-        A `Handle`, whose `disable()` undoes it.
+        A `Handle`; its `disable()` restores the processors from before.
 
     Raises:
-        TypeError: `target` has no UNet2DConditionModel, or `config` is no mechanism's.
-        ValueError: the UNet has no self-attention.
+        TypeError: `target` has no UNet2DConditionModel, or `config` is not the configuration of a
+            mechanism.
+        ValueError: the UNet has no self-attention, or `group` is given and `num_frames` is not.
         RuntimeError: another thread has this UNet in a `with` block.
     """
     unet = unet_of(target)
@@ -293,7 +294,7 @@ def enable(
 
 
 def disable(target: Any) -> None:
-    """Restore the processors from before `enable`; nothing happens where nothing is enabled.
+    """Restore the processors from before `enable`. Nothing happens if nothing is enabled.
 
     Args:
         target: Pipeline or UNet, as for `enable`.
@@ -315,7 +316,9 @@ def enabled(
     group: dist.ProcessGroup | None = None,
     hooks: Hooks | None = None,
 ) -> Iterator[Handle]:
-    """`enable` for the length of a `with` block; afterwards what was on before is on again.
+    """Put an attention mechanism into a UNet for the length of a `with` block.
+
+    At the end of the block, the mechanism that was on before is on again.
 
     Args:
         target: Pipeline or UNet, as for `enable`.
@@ -325,7 +328,7 @@ def enabled(
 
     Raises:
         TypeError, ValueError: as `enable`.
-        RuntimeError: another thread has this UNet in such a block. Blocks of one thread nest.
+        RuntimeError: another thread has this UNet in such a block. Blocks of one thread may nest.
     """
     with plain(target):
         yield enable(target, config, group=group, hooks=hooks)
@@ -335,7 +338,8 @@ def enabled(
 def plain(target: Any) -> Iterator[None]:
     """The UNet's own attention for the length of a `with` block.
 
-    Whatever is enabled inside is disabled at the end; what was on before is on again.
+    At the end of the block, a mechanism that was enabled inside it is disabled, and the mechanism
+    that was on before is on again.
 
     Args:
         target: Pipeline or UNet, as for `enable`.

@@ -121,27 +121,27 @@ Attend = Callable[[Operands], torch.Tensor]
 
 
 class Hook:
-    """What a hook may do; each method here does nothing.
+    """The methods that a hook may have; each method here does nothing.
 
     Attributes:
         joint_bases: Whether all videos of a batch take the responsibilities of the first one, so
-            that base k means the same in each of them. Only STEM's attention asks.
+            that base k means the same in each of them. Only STEM's attention reads it.
     """
 
     joint_bases: bool = False
 
     def bases(self, layer: int) -> LayerBases | None:
-        """Bases for a layer to take in place of an EM and a calibration, or None."""
+        """Bases that replace a layer's EM and calibration, or None."""
         return None
 
     def converged(self, layer: int, found: SoftEM) -> None:
-        """Sees the bases that EM found in a layer."""
+        """Called with the bases that EM found in a layer."""
 
     def calibrated(self, layer: int, found: Calibration) -> None:
-        """Sees what a layer's bases were calibrated to, after `converged`."""
+        """Called with the calibration of a layer's bases, after `converged`."""
 
     def before(self, site: Site, tokens: torch.Tensor) -> torch.Tensor | None:
-        """The output of a self-attention in place of computing it, or None.
+        """The output of a self-attention, which is then not computed, or None.
 
         Args:
             site: Self-attention.
@@ -157,11 +157,11 @@ class Hook:
         return operands
 
     def attend(self, site: Site, operands: Operands, attend: Attend) -> torch.Tensor:
-        """A self-attention, by `attend`, which is the next hook's or the mechanism's own."""
+        """The output of a self-attention; `attend` is the next hook, or the mechanism itself."""
         return attend(operands)
 
     def after(self, site: Site, tokens: torch.Tensor, output: torch.Tensor) -> None:
-        """Sees the input and the projected output of a self-attention, [videos, frames, S, C]."""
+        """Called with a self-attention's input and projected output, [videos, frames, S, C]."""
 
     def text_maps(self, site: Site, maps: torch.Tensor) -> torch.Tensor:
         """The maps of a cross-attention, changed or not: [videos, frames, h, S, tokens]."""
@@ -173,7 +173,7 @@ class Hooks:
 
     Args:
         hooks: Hooks to begin with, by name.
-        of_bases_only: Whether hooks are asked for bases alone, as in a UNet that was enabled
+        of_bases_only: Whether hooks are called for bases only, as in a UNet that was enabled
             without hooks.
     """
 
@@ -190,10 +190,10 @@ class Hooks:
         return iter(tuple(self._hooks.values()))
 
     def add(self, name: str, hook: Hook) -> None:
-        """Call a hook from now on, after those that are there.
+        """Add a hook, which is called after the others.
 
         Raises:
-            ValueError: the name is taken, or nobody would call this hook.
+            ValueError: the name is taken, or nothing would call this hook.
         """
         if name in self._hooks:
             raise ValueError(f"there is a hook named {name!r} already; remove it first")
@@ -207,7 +207,7 @@ class Hooks:
         self._hooks[name] = hook
 
     def remove(self, name: str) -> None:
-        """Call the hook of this name no more."""
+        """Remove the hook of this name."""
         del self._hooks[name]
 
     @contextlib.contextmanager
@@ -220,7 +220,7 @@ class Hooks:
             self.remove(name)
 
     def having(self, method: str) -> list[Hook]:
-        """The hooks that have a method of their own."""
+        """The hooks that define this method themselves."""
         if not self._hooks:  # Layers ask seven times each.
             return []
         return [hook for hook in self if _overrides(hook, method)]
@@ -231,7 +231,7 @@ class Hooks:
         return any(hook.joint_bases for hook in self)
 
     def attend(self, site: Site, operands: Operands, attend: Attend) -> torch.Tensor:
-        """Attention through all hooks: the first one's around the second one's, and so on."""
+        """Attention through all hooks: the first hook calls the second, and so on."""
         for hook in self.having("operands"):
             changed = hook.operands(site, operands)
             if changed.correction is None:

@@ -29,38 +29,39 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class FateZeroOptions(Options):
-    """Options of `fatezero`. JSON types are taken, too: lists for tuples.
+    """Options of `fatezero`. JSON types are allowed, too: lists in place of tuples.
 
-    Where None is given for `mapping`, `cross_replace` or `self_replace`, the preset's value takes
-    its place.
+    If `mapping`, `cross_replace` or `self_replace` is None, the value of the preset is used.
 
     Args:
-        preset: Name of the authors' options for an edit. "style" needs `equalize`: "refine" and
-            0.8, as without a preset; "attribute", such as a colour in place of another: "replace"
-            and 0.5; "shape", as "attribute", needs `blend_words` (the authors tune the UNet on the
-            video for that, which is not done here).
-        mapping: Mapping of the prompts' words. "refine": tokens that both prompts have, by
-            alignment; "replace": word by word, where there are equally many.
-        cross_replace: Share of the steps in which the source's text maps are taken; or such
-            shares by word of the prompt, "default_" being all other tokens (1 if not given).
-        self_replace: Share of the steps in which the source's self-attention maps are taken; or
-            the shares where that begins and ends.
-        equalize: Factors of words' columns, by word of the prompt, at least 0; or words, whose
-            factor is 10.
-        blend_words: Words of the source's prompt and words of the prompt, whose masks say where
-            self-attention maps are the edit's own; None: they are the source's everywhere.
-        blend_threshold: Share of a frame's maximum above which a word's map is its mask.
+        preset: Name of the authors' options for an edit. "style": "refine" and 0.8, as without a
+            preset; it needs `equalize`. "attribute", for example another colour: "replace" and 0.5.
+            "shape": the values of "attribute"; it needs `blend_words`. (For "shape" the authors
+            also tune the UNet on the video, which this package does not do.)
+        mapping: Mapping of the prompts' words. "refine": the tokens that both prompts have are
+            aligned. "replace": word by word; both prompts must have equally many words.
+        cross_replace: Share of the steps in which the source's text maps are taken; or such shares
+            by word of the prompt, where "default_" stands for all other tokens (1 if not given).
+        self_replace: Share of the steps in which the source's self-attention maps are taken; or the
+            two shares at which this begins and ends.
+        equalize: Factors of the columns of words, by word of the prompt, at least 0; or a list of
+            words, whose factor is then 10.
+        blend_words: Words of the source's prompt and words of the prompt. Inside the masks of these
+            words the self-attention maps are the edit's own; None: they are the source's
+            everywhere.
+        blend_threshold: Share of a frame's maximum; where a word's map is above it, the word's mask
+            is set.
         blend_latents: Whether latents outside the words' masks are the source's, from a fifth to
             four fifths of the steps.
-        background: Source's latents for that. "level": those of the level just reached; "late":
-            one step too noisy, as in the released code.
-        store: Place of the source's maps. "recompute": none, they are computed again in the
-            same UNet call, from what the inversion kept. "memory" and "disk" (in the inversion's
-            folder): those of all steps are stored before the edit, as published; not with STEM,
-            whose bases need the source's tokens.
+        background: Source's latents for `blend_latents`. "level": the latents of the noise level
+            just reached. "late": latents one step noisier, as in the released code.
+        store: Place of the source's maps. "recompute": they are not stored, but computed again in
+            the same UNet call from what the inversion kept. "memory" and "disk" (in the inversion's
+            folder): the maps of all steps are stored before the edit, as published; this is not
+            possible with STEM, whose bases need the source's tokens.
 
     Raises:
-        ValueError: a value that does not fit, named with what is allowed.
+        ValueError: a value does not fit; the message names what is allowed.
 
     Source: arXiv 2303.09535.
     """
@@ -129,7 +130,7 @@ class FateZeroOptions(Options):
 
     @property
     def self_bounds(self) -> tuple[float, ...]:
-        """The shares of the steps where taking self-attention maps begins and ends."""
+        """The shares of the steps at which the source's self-attention maps begin and end."""
         given = self.self_replace
         assert given is not None
         return given if isinstance(given, tuple) else (0.0, given)
@@ -149,7 +150,7 @@ class FateZeroOptions(Options):
                 places_of(words, text)
 
     def cross_shares(self) -> dict[str, float]:
-        """The shares of the steps of words that have their own."""
+        """The shares of the steps of the words that have a share of their own."""
         given = self.cross_replace
         named = given if isinstance(given, Mapping) else {}
         return {word: share for word, share in named.items() if word != OTHER_WORDS}

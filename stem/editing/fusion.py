@@ -41,32 +41,32 @@ _GUIDANCE = {"colour": 3.0, "texture": 4.0, "shape": 5.0, "style": 7.5}
 
 @dataclass(frozen=True)
 class FusionOptions(Options):
-    """Options of `fusion`. Where None is given, the preset's value takes its place.
+    """Options of `fusion`. If an option is None, the value of the preset is used.
 
     Args:
-        preset: Name of the preset, "colour", "texture", "shape" or "style". Its guidance scale is
-            3, 4, 5 or 7.5.
+        preset: Name of the preset, "colour", "texture", "shape" or "style". Their guidance scales
+            are 3, 4, 5 and 7.5.
         cross_maps: Share of the steps in which the source's text maps are taken.
         self_maps: Share of the steps in which the source's self-attention maps are taken.
-        self_outside: Whether these are taken outside the mask only.
-        guided_until: Share of the steps that are guided; the rest have the prompt alone.
+        self_outside: Whether the self-attention maps are taken outside the mask only.
+        guided_until: Share of the steps that are guided; the other steps use the prompt alone.
         mapping: Mapping of the source's text maps to the prompt's, "replace", "refine", or "auto":
-            "replace" where both prompts have as many words.
-        mask: Whether the video may change inside a mask only, see `difference_map`; outside it
-            stays the source's.
-        mask_levels: Shares of the noise levels, above the first and up to the second of which the
-            difference of the prompts is taken.
-        mask_threshold: Threshold of the difference, whose 99 % quantile is 1.
+            "replace" if both prompts have equally many words, else "refine".
+        mask: Whether the video may change inside a mask only, see `difference_map`; outside the
+            mask it stays the source.
+        mask_levels: Shares of the noise levels. The difference of the prompts is taken at levels
+            above the first share and up to the second.
+        mask_threshold: Threshold of the difference, which is scaled so that its 99 % quantile is 1.
         dilation: Number of latent cells that the mask is dilated by.
-        consensus: Whether the predicted pictures are averaged along the object's motion, inside
-            the mask, so that a new shape has one outline in all frames. The motion is one path,
-            quadratic over the frames: for clips of one object that moves smoothly.
+        consensus: Whether the predicted pictures are averaged along the object's motion, inside the
+            mask, so that a new shape has one outline in all frames. The motion is one path that is
+            quadratic over the frames, so this is for clips of one object that moves smoothly.
         consensus_until: Share of the steps that are averaged.
-        placement: Shares of the steps, from the first to the second of which the object is put
-            where the source's is.
+        placement: Shares of the steps. From the first share to the second, the object is moved to
+            the place of the source's object.
 
     Raises:
-        ValueError: a value out of range, named with what is allowed.
+        ValueError: a value is out of range; the message names what is allowed.
     """
 
     presets: ClassVar[tuple[str, ...]] = PRESETS["fusion"]

@@ -23,6 +23,9 @@ class PnPOptions(Options):
         attention_until: Share of the steps in which the source's queries and keys are injected.
         features_until: Share of the steps in which the source's features are injected.
 
+    Raises:
+        ValueError: a value is no share of the steps.
+
     Source: arXiv 2211.12572.
     """
 

@@ -40,17 +40,17 @@ _PARTS: tuple[tuple[type[Options], type[Method]], ...] = (
 )
 _METHODS = dict(zip(EDIT_METHODS, _PARTS, strict=True))
 METHODS: dict[str, type[Options]] = {name: options for name, (options, _) in _METHODS.items()}
-"""The options of each method."""
+"""The dataclass of each method's options, by the name of the method."""
 DEFAULT_METHOD = "fusion"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An edited video, and what a method tells of it.
+    """An edited video, with the masks or pivots that the method used.
 
     Args:
         latents: Latents [N, c, h, w], float32.
-        masks: Where the video may change, bool [N, h, w] in latent cells; None: everywhere.
+        masks: Masks of the places that may change, bool [N, h, w] in latent cells; None: all may.
         cores: Masks before they were dilated, bool [N, h, w], where a method has them, or None.
         pivots: Frames that TokenFlow drew, int64 [steps, chunks]; None: another method.
         settings: Settings that shaped the latents, as JSON types.
@@ -83,8 +83,8 @@ def edit(
         prompt: Prompt that describes the edited video.
         method: Name of the method, a key of `stem.editing.METHODS`.
         negative_prompt: Negative prompt, used with guidance only.
-        guidance: Classifier-free guidance scale; None: the one that goes with the method.
-        seed: Seed of whatever the method draws.
+        guidance: Classifier-free guidance scale; None: the scale of the method's options.
+        seed: Seed of the method's random numbers.
         options: Options of the method: its dataclass in `stem.editing`, or some of its fields by
             name.
         progress: Whether to show progress.
@@ -125,13 +125,13 @@ def edit_latents(
 
     Args:
         pipeline: Pipeline that the inversion was made with.
-        inversion: Inversion to start from, complete; its attention, prompt, steps and frames are
-            the edit's.
+        inversion: Inversion to start from, complete. The edit takes its attention, steps and
+            frames, and its prompt as the source's.
         prompt: Prompt that describes the edited video.
         method: Name of the method, a key of `stem.editing.METHODS`.
         negative_prompt: Negative prompt, used with guidance only.
-        guidance: Classifier-free guidance scale; None: the one that goes with the method.
-        seed: Seed of whatever the method draws.
+        guidance: Classifier-free guidance scale; None: the scale of the method's options.
+        seed: Seed of the method's random numbers.
         options: Options of the method: its dataclass in `stem.editing`, or some of its fields by
             name.
         progress: Whether to show progress.
@@ -140,9 +140,9 @@ def edit_latents(
         float32 [N, c, h, w].
 
     Raises:
-        ValueError: settings that do not fit, named with what is allowed; words that are not in
-            the prompts.
-        InversionError: an inversion that is incomplete or was made with another model.
+        ValueError: a setting does not fit, and the message names what is allowed; or words are not
+            in the prompts.
+        InversionError: the inversion is incomplete or was made with another model.
         NonFiniteError: latents are not finite after a step.
     """
     return run_edit(
@@ -172,7 +172,7 @@ def run_edit(
     progress: bool = True,
     on_step: Callable[[], None] | None = None,
 ) -> Edit:
-    """`edit_latents`, with all that the method tells of the edit.
+    """Edit a video as `edit_latents` does; return its masks or pivots and its settings, too.
 
     Args:
         pipeline: Pipeline that the inversion was made with.
@@ -181,12 +181,12 @@ def run_edit(
         method: Name of the method.
         negative_prompt: Negative prompt.
         guidance: Classifier-free guidance scale, or None.
-        seed: Seed of whatever the method draws.
+        seed: Seed of the method's random numbers.
         options: Options of the method.
-        resume: Whether to keep what is reached so far in the inversion's folder, and to go on
-            from what an earlier call of equal arguments kept there.
+        resume: Whether to keep the latents reached so far in the inversion's folder, and to go on
+            from those that an earlier call of equal arguments kept there.
         progress: Whether to show progress.
-        on_step: Function called after each step that this call did.
+        on_step: Function called after each step that this call computes.
 
     Raises:
         ValueError, InversionError, NonFiniteError: as `edit_latents`.
@@ -270,8 +270,8 @@ def edit_options(method: str, options: Options | Mapping[str, Any] | None) -> Op
         options: Its options, or some of their fields by name (JSON types are taken), or None.
 
     Raises:
-        ValueError: an unknown method or option, or a value that the option refuses.
-        TypeError: options of another method.
+        ValueError: the method or an option is unknown, or an option refuses its value.
+        TypeError: the options are those of another method.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
@@ -297,20 +297,21 @@ def check_edit(
     seed: int = 0,
     options: Options | Mapping[str, Any] | None = None,
 ) -> None:
-    """Raise where `run_edit` could not begin, as far as that needs no pipeline.
+    """Check, without a pipeline, that `run_edit` can begin.
 
     Args:
-        inversion: Inversion, as this and what follows for `edit_latents`.
-        prompt: Prompt.
+        inversion: Inversion to start from.
+        prompt: Prompt that describes the edited video.
         method: Name of the method.
-        negative_prompt: Negative prompt.
+        negative_prompt: Negative prompt, used with guidance only.
         guidance: Classifier-free guidance scale, or None.
-        seed: Seed.
+        seed: Seed of the method's random numbers.
         options: Options of the method.
 
     Raises:
-        ValueError: settings that do not fit.
-        InversionError: an incomplete inversion.
+        TypeError: a prompt is not a text, or the options are those of another method.
+        ValueError: a setting does not fit.
+        InversionError: the inversion is incomplete.
     """
     chosen = edit_options(method, options)
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):

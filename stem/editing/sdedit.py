@@ -14,10 +14,22 @@ from .tokenflow import PropagationOptions, TokenFlow, TokenFlowOptions
 
 @dataclass(frozen=True)
 class SDEditOptions(PropagationOptions):
-    """Options of `sdedit`: `PropagationOptions`, and a strength.
+    """Options of `sdedit`.
 
     Args:
-        strength: Share of the steps, above 0, that are done: all of them at 1.
+        chunk: Number of frames of which one is the pivot, at least 1. The last chunk may have
+            fewer. With a chunk of 1 every frame is a pivot, and nothing is blended.
+        blend: Pivots that a frame is made of. "released": the pivots of its chunk and of the
+            previous chunk, weighed by the distance from the middles of these chunks. "adjacent":
+            the nearest pivots on both sides of the frame, with weights linear in the distance.
+        pivots: Frame numbers [steps, chunks] of the pivots, an int64 tensor or nested lists, such
+            as an earlier `Edit.pivots`; they are kept as tuples. None: drawn anew in each step.
+        extended: Attention of the pivots to each other. "dense": to all of their tokens. "stem":
+            to bases of these tokens, with the inversion's settings if it is an inversion by STEM.
+        strength: Share of the steps, above 0, that are done; 1: all steps.
+
+    Raises:
+        ValueError: a value does not fit; the message names what is allowed.
 
     Source: arXiv 2108.01073; with TokenFlow, arXiv 2307.10373.
     """

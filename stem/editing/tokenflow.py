@@ -27,18 +27,18 @@ EXTENDED = ("dense", "stem")
 
 @dataclass(frozen=True)
 class PropagationOptions(Options):
-    """What every method has that propagates its pivots' attention.
+    """Options of every method that propagates the attention of its pivots.
 
     Args:
         chunk: Number of frames of which one is the pivot, at least 1. The last chunk may have
-            fewer. A chunk of 1 makes a pivot of every frame, and nothing is blended.
-        blend: Pivots that a frame is made of. "released": its chunk's and the previous chunk's,
-            weighed by the distance from the middles of these chunks. "adjacent": the nearest
-            ones on both sides of the frame, with weights linear in the distance.
+            fewer. With a chunk of 1 every frame is a pivot, and nothing is blended.
+        blend: Pivots that a frame is made of. "released": the pivots of its chunk and of the
+            previous chunk, weighed by the distance from the middles of these chunks. "adjacent":
+            the nearest pivots on both sides of the frame, with weights linear in the distance.
         pivots: Frame numbers [steps, chunks] of the pivots, an int64 tensor or nested lists, such
-            as an earlier `Edit.pivots`; kept as tuples. None: drawn anew in each step.
-        extended: Attention of the pivots to each other. "dense": to all of their tokens; "stem":
-            to bases of these, with the inversion's settings where it is STEM's.
+            as an earlier `Edit.pivots`; they are kept as tuples. None: drawn anew in each step.
+        extended: Attention of the pivots to each other. "dense": to all of their tokens. "stem":
+            to bases of these tokens, with the inversion's settings if it is an inversion by STEM.
     """
 
     chunk: int = 8
@@ -77,7 +77,23 @@ class PropagationOptions(Options):
 
 @dataclass(frozen=True)
 class TokenFlowOptions(PropagationOptions, PnPOptions):
-    """Options of `tokenflow`: those of `PnPOptions` and of `PropagationOptions`.
+    """Options of `tokenflow`.
+
+    Args:
+        attention_until: Share of the steps in which the source's queries and keys are injected.
+        features_until: Share of the steps in which the source's features are injected.
+        chunk: Number of frames of which one is the pivot, at least 1. The last chunk may have
+            fewer. With a chunk of 1 every frame is a pivot, and nothing is blended.
+        blend: Pivots that a frame is made of. "released": the pivots of its chunk and of the
+            previous chunk, weighed by the distance from the middles of these chunks. "adjacent":
+            the nearest pivots on both sides of the frame, with weights linear in the distance.
+        pivots: Frame numbers [steps, chunks] of the pivots, an int64 tensor or nested lists, such
+            as an earlier `Edit.pivots`; they are kept as tuples. None: drawn anew in each step.
+        extended: Attention of the pivots to each other. "dense": to all of their tokens. "stem":
+            to bases of these tokens, with the inversion's settings if it is an inversion by STEM.
+
+    Raises:
+        ValueError: a value does not fit; the message names what is allowed.
 
     Source: arXiv 2307.10373.
     """

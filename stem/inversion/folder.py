@@ -72,7 +72,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class InversionFolder:
-    """One inversion's folder.
+    """The folder of one inversion.
 
     Args:
         path: Path of the folder.
@@ -88,10 +88,10 @@ class InversionFolder:
     def prepare(
         cls, root: Path, settings: dict[str, Any], timesteps: tuple[int, ...]
     ) -> tuple[InversionFolder, str]:
-        """The folder of these settings below `root`, made if it is not there yet.
+        """The folder of these settings below `root`; it is made if it does not exist.
 
         Returns:
-            The folder, and what was wrong with the settings that lay in it; "" where nothing was.
+            The folder, and a text on what was wrong with the settings in it; "" if nothing was.
         """
         folder = cls(
             root / f"{settings['method']}-{_digest(settings, timesteps)}", settings, timesteps
@@ -112,15 +112,16 @@ class InversionFolder:
 
     @classmethod
     def path_of(cls, root: Path, settings: Mapping[str, Any], timesteps: tuple[int, ...]) -> Path:
-        """Where below `root` the inversion of these settings lies."""
+        """The path below `root` of the inversion of these settings."""
         return root / f"{settings['method']}-{_digest(settings, timesteps)}"
 
     @classmethod
     def open(cls, path: str | Path) -> InversionFolder:
-        """An inversion written earlier.
+        """Open an inversion that was written earlier.
 
         Raises:
-            InversionError: there is none, or its settings are not those that it was made with.
+            InversionError: there is no inversion, or its settings differ from those that it was
+                made with.
         """
         path = Path(path)
         file = path / SETTINGS
@@ -150,20 +151,20 @@ class InversionFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether every file is there that the settings ask for. What is in them is checked on
+        """Whether every file that the settings ask for exists. Their contents are checked on
         reading, and by `verify`."""
         return self._file(X0).is_file() and self.steps_done == len(self.timesteps)
 
     @property
     def steps_done(self) -> int:
-        """The number of steps, from the first on, whose files are there."""
+        """The number of steps, counted from the first, whose files exist."""
         for step in range(len(self.timesteps)):
             if not all(file.is_file() for file in self._step_files(step)):
                 return step
         return len(self.timesteps)
 
     def verify(self) -> list[str]:
-        """What is damaged or missing, a line for each file; empty where all is whole."""
+        """A line for each file that is damaged or missing; empty if all files are whole."""
         found = self.x0_problems()
         for step in range(len(self.timesteps)):
             found += self.step_problems(step)
@@ -172,11 +173,11 @@ class InversionFolder:
         return [error.problem for error in found]
 
     def x0_problems(self) -> list[InversionError]:
-        """What is wrong with the file of the video's own latents: an error, or nothing."""
+        """The errors in the file of the video's own latents: one or none."""
         return self._problems([self._file(X0)])
 
     def step_problems(self, step: int) -> list[InversionError]:
-        """What is wrong with the files of one step, an error for each."""
+        """The errors in the files of one step: at most one for each file."""
         return self._problems(self._step_files(step))
 
     def _problems(self, files: list[Path]) -> list[InversionError]:
@@ -212,7 +213,7 @@ class InversionFolder:
         return self._latents(self._step_file("steps", step % len(self.timesteps)))
 
     def environment(self, step: int) -> dict[str, str]:
-        """What the bits of a step depended on, see `numeric_environment`."""
+        """The environment that the bits of a step depended on, see `numeric_environment`."""
         _, metadata = self._load(self._step_file("steps", step))
         found: dict[str, str] = json.loads(metadata["environment"])
         return found
@@ -240,7 +241,7 @@ class InversionFolder:
         return {layer: LayerBases.of_tensors(parts) for layer, parts in by_layer.items()}
 
     def save_progress(self, name: str, progress: Progress) -> None:
-        """Keep how far a run that starts from this inversion has come.
+        """Keep the progress of a run that starts from this inversion.
 
         Args:
             name: Name of the run, unique among those of different settings.
@@ -253,10 +254,10 @@ class InversionFolder:
         self._save(self._file(name), {**tensors, **state}, progress.environment)
 
     def progress(self, name: str) -> Progress | None:
-        """How far an earlier run came; None where there is none.
+        """The progress of an earlier run; None if there is no such run.
 
         Raises:
-            InversionError: its file is damaged.
+            InversionError: the file of the progress is damaged.
         """
         file = self._file(name)
         if not file.is_file():

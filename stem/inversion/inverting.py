@@ -59,41 +59,47 @@ def invert(
     progress: bool = True,
     on_step: Callable[[], None] | None = None,
 ) -> InversionFolder:
-    r"""Invert a video, or go on with, mend or reuse the inversion of equal settings below `root`.
+    r"""Invert a video.
 
-    Deterministic DDIM inversion: with $a$ the cumulative alphas, from timestep to timestep,
+    An inversion of equal settings below `root` is continued, repaired or reused.
+
+    This is deterministic DDIM inversion. From timestep p to timestep t, where $a$ are the
+    cumulative alphas, it computes
 
     $$x_0 = (x - \sqrt{1 - a_p}\, \epsilon) / \sqrt{a_p}, \quad
       x \leftarrow \sqrt{a_t}\, x_0 + \sqrt{1 - a_t}\, \epsilon.$$
 
-    A step whose file is missing, damaged or truncated is computed again from the one before, and
-    the log says so; the others are kept. Its bits are the same at the same number of threads on
-    the same kind of machine; a warning says where that has changed.
+    A step whose file is missing, damaged or truncated is computed again from the step before, and
+    the log says so; the other steps are kept. The new bits equal the old ones if the number of
+    threads and the kind of machine are the same; a warning says if they differ.
 
     Args:
         pipeline: Stable Diffusion 1.x, 2.x or XL pipeline.
-        video: Video to invert; of a `VideoFile` only a few frames are held as pixels at a time.
+        video: Video to invert. Of a `VideoFile`, only a few frames at a time are in memory as
+            pixels.
         prompt: Prompt that describes the video.
-        root: Folder below which the inversion gets one of its own, named by its settings.
+        root: Folder below which the inversion gets a folder of its own, named by its settings.
         method: Name of the inversion, "ddim", "st-ddim", "inflated" or "stem".
         options: Fields of the method's configuration, e.g. {"num_bases": 64}.
         num_steps: Number of steps; it must divide the training steps of the schedule.
         chunk: Number of frames that go through the UNet at once; "auto": as many as fit into free
-            memory, or as an inversion of these settings below `root` was begun with; None: all.
-            Chunks share their bases: what is computed does not depend on it, but its last bits do.
+            memory, or the number that an inversion of these settings below `root` was begun with;
+            None: all. Chunks share their bases, so that only the last bits of the result depend on
+            this number.
         model: Name of the pipeline, for the record.
         keep_bases: Whether to keep, with "stem", the bases of every step for
             `reconstruct(bases="cached")`.
         group: Process group whose ranks share the chunks; all ranks make this call. Its first
             rank reads, shows progress and writes.
         progress: Whether to show progress.
-        on_step: Function called after each step that this call did; never where all is reused.
+        on_step: Function called after each step that this call computes. It is not called for a
+            step that is reused.
 
     Returns:
         The complete inversion.
 
     Raises:
-        ValueError: settings that do not fit, or a pipeline that cannot be inverted.
+        ValueError: the settings do not fit, or the pipeline cannot be inverted.
         OSError: the folder cannot be written, or its disk has too little space for all steps.
         MemoryError: not even a chunk of one frame fits.
 

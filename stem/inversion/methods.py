@@ -23,7 +23,7 @@ from .folder import InversionError, InversionFolder
 
 _CONFIGS = (PerFrameConfig, SparseCausalConfig, InflatedConfig, StemConfig)
 METHODS: dict[str, type[AttentionConfig]] = dict(zip(INVERSION_METHODS, _CONFIGS, strict=True))
-"""The configuration of each inversion's attention."""
+"""The class of each inversion's attention configuration, by the name of the inversion."""
 _OF_THE_RUN = ("num_frames", "chunk")
 
 

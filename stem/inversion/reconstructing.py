@@ -46,20 +46,22 @@ def reconstruct_latents(
         inversion: Inversion to start from, complete.
         bases: Source of the bases of "stem": "estimate" runs EM again at each step; "cached"
             takes the bases that the inversion kept at that timestep (`keep_bases`).
-        guidance: Classifier-free guidance scale; 1 is without, as the inversion was.
+        guidance: Classifier-free guidance scale; 1: no guidance, as in the inversion.
         negative_prompt: Negative prompt, used with guidance only.
         chunk: Number of frames that go through the UNet at once; None: as in the inversion.
         group: Process group whose ranks share the chunks; all ranks make this call.
         resume: Whether to keep the latents reached so far in the inversion's folder, and to go on
             from those that an earlier call of equal arguments kept there.
         progress: Whether to show progress.
-        on_step: Function called after each step that this call did.
+        on_step: Function called after each step that this call computes.
 
     Returns:
         float32 [N, c, h, w], to be compared with `inversion.x0()`.
 
     Raises:
-        InversionError: incomplete, made with another model, or without the bases asked for.
+        ValueError: a setting is out of range.
+        InversionError: the inversion is incomplete, was made with another model, or has no bases
+            where `bases` is "cached".
     """
     settings, ranks = inversion.settings, Ranks(group)
     ranks.from_main(lambda: check_reconstructible(inversion, bases))
@@ -186,7 +188,7 @@ def sample(
 
 
 def reconstruct(pipeline: Any, inversion: InversionFolder, **settings: Any) -> torch.Tensor:
-    """The video that an inversion leads back to: `reconstruct_latents`, decoded.
+    """Reconstruct a video from its inversion: `reconstruct_latents`, then the decoder.
 
     Args:
         pipeline: Pipeline that the inversion was made with.
@@ -197,6 +199,6 @@ def reconstruct(pipeline: Any, inversion: InversionFolder, **settings: Any) -> t
         uint8 [N, H, W, 3] on the CPU.
 
     Raises:
-        InversionError: as `reconstruct_latents`.
+        ValueError, InversionError: as `reconstruct_latents`.
     """
     return decode_latents(pipeline, reconstruct_latents(pipeline, inversion, **settings))

@@ -30,13 +30,13 @@ def round_trip(
     cached: bool = False,
     on_inverted: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """What `invert` and `reconstruct_latents` give, without a file.
+    """The latents that `invert` and then `reconstruct_latents` give, without a file.
 
     Args:
         pipeline: Pipeline, as for `invert`.
         latents: Latents of the frames, float32 [N, c, h, w], from `encode_frames`.
         prompt: Prompt that describes the video.
-        num_steps: Number of steps of the inversion, and of the way back.
+        num_steps: Number of steps of the inversion and of the reconstruction.
         config: Configuration of the attention; None: the UNet's own. Its `num_frames` may be
             fewer than N.
         cached: Whether to sample with the bases of the inversion; with a StemConfig only.

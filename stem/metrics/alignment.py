@@ -11,10 +11,10 @@ from .unmeasured import UnmeasuredError
 
 
 class Embedder(Protocol):
-    """What gives frames and texts embeddings in one space, such as CLIP.
+    """An object that embeds frames and texts in one space, such as CLIP.
 
     Args:
-        name: Name to stand beside every figure that it shapes.
+        name: Name of the embedder, which stands beside every figure that depends on it.
     """
 
     @property
@@ -72,7 +72,7 @@ def frame_accuracy(frames: torch.Tensor, source: torch.Tensor, target: torch.Ten
         target: Embedding of the target prompt, floating point [D].
 
     Returns:
-        Share, 0 ... 1; a frame that is as near to one as to the other does not count as nearer.
+        Share, 0 ... 1; a frame that is equally near to both prompts does not count as nearer.
 
     Raises:
         UnmeasuredError: both prompts have the same embedding.

@@ -19,8 +19,8 @@ _BATCH = 32  # frames that are embedded at once
 class Clip:
     """CLIP's two encoders; an `Embedder`.
 
-    Frames go through the model's own image processor, on Pillow: scaled so that the shorter side
-    fits, and cropped to the centre.
+    Frames go through the model's own image processor, on Pillow. They are scaled so that the
+    shorter side fits, and cropped to the centre.
 
     Args:
         model: Hub id that is in the hub's cache on this machine, or a local folder in
@@ -28,7 +28,7 @@ class Clip:
         device: Device to run on.
 
     Raises:
-        UnmeasuredError: the model is not here.
+        UnmeasuredError: the model is not on this machine.
         ValueError: it is no CLIP model, or it lacks files or weights.
     """
 
@@ -72,7 +72,7 @@ class Clip:
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """Embeddings, float32 [n, D], of n texts; a warning names one that is cut."""
+        """Embeddings, float32 [n, D], of n texts; a warning names a text that is cut."""
         limit = self._model.config.text_config.max_position_embeddings
         for text in texts:
             length = len(self._tokenizer(text)["input_ids"])

@@ -12,10 +12,10 @@ from .warp import fetch
 
 
 def warped_similarity(features: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor) -> float:
-    """Cosine similarity of features with those that the flow leads to, in the next frame.
+    """Cosine similarity of features with the features that the flow leads to in the next frame.
 
-    The features of frame t + 1 are fetched (bilinearly) from where the flow carries each cell of
-    frame t, and compared with the cell's own. Cells that are not seen in frame t + 1 do not count.
+    The flow carries each cell of frame t to a place in frame t + 1. The features there (bilinear)
+    are compared with the features of the cell. Cells that are not seen in frame t + 1 do not count.
 
     Args:
         features: Features [N, C, h, w], floating point, N >= 2.
@@ -26,7 +26,7 @@ def warped_similarity(features: torch.Tensor, flow: torch.Tensor, occlusion: tor
         Mean over all cells seen, computed in float32, at most 1.
 
     Raises:
-        ValueError: the shapes do not belong together, or no cell is seen.
+        ValueError: the shapes do not fit together, or no cell is seen.
 
     Source: the feature analysis of arXiv 2312.05856 (its Figure 5), which warps forward.
     """
@@ -39,7 +39,9 @@ def warped_similarity(features: torch.Tensor, flow: torch.Tensor, occlusion: tor
 def similarity_maps(
     features: torch.Tensor, flow: torch.Tensor, occlusion: torch.Tensor
 ) -> torch.Tensor:
-    """Cosine similarity of each cell with what the flow leads to, see `warped_similarity`.
+    """Cosine similarity of each cell with the place that the flow leads to.
+
+    `warped_similarity` is their mean over the cells that both frames show.
 
     Args:
         features: Features [N, C, h, w], floating point, N >= 2.
@@ -47,10 +49,10 @@ def similarity_maps(
         occlusion: Mask [N-1, h, w], bool, True where the cell is not seen in the next frame.
 
     Returns:
-        float32 [N-1, h, w], cells that are not seen in the next frame included.
+        float32 [N-1, h, w]; it includes cells that are not seen in the next frame.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not fit together.
     """
     fetched = _fetched(features.float(), flow, occlusion)
     return cosine_similarity(features[:-1].float(), fetched, dim=1)
@@ -79,7 +81,7 @@ def pair_warp_errors(
 
     Args:
         frames: Frames, uint8 [N, H, W, 3], N >= 2; the data range is 1 after division by 255, and
-            the square is the mean of those of the three channels.
+            the square is the mean over the three channels.
         flow: Flow [N-1, H, W, 2], floating point, (dx, dy) in pixels, from each frame to the next.
         occlusion: Mask [N-1, H, W], bool, True where a pixel is not seen in the next frame; M is
             its complement.
@@ -88,8 +90,8 @@ def pair_warp_errors(
         Errors of the N-1 pairs, at least 0.
 
     Raises:
-        ValueError: the shapes do not belong together, another dtype, or a pair without a pixel
-            that is seen in both frames.
+        ValueError: the shapes do not fit together, a dtype is another, or a pair has no pixel that
+            is seen in both frames.
     """
     pictures = _pictures(frames)
     squared = (pictures[:-1] - _fetched(pictures, flow, occlusion)).square().mean(dim=1)
@@ -105,19 +107,19 @@ def pair_warp_errors(
 def warped_ssim(frames: torch.Tensor, backward: torch.Tensor) -> float:
     """WarpSSIM: structural similarity of each frame, warped by a flow, with the next frame.
 
-    Each pixel of frame t + 1 is fetched (bilinearly) from where the backward flow leads, in frame
-    t. All pixels count, occluded ones, too; SSIM is the variant SSIM_VARIANT.
+    Each pixel of frame t + 1 is fetched (bilinearly) from the place in frame t that the backward
+    flow leads to. All pixels count, including occluded ones. SSIM is the variant SSIM_VARIANT.
 
     Args:
         frames: Frames, uint8 [N, H, W, 3], N >= 2, at least SSIM_WINDOW pixels high and wide.
         backward: Flow [N-1, H, W, 2], floating point, (dx, dy) in pixels, from each frame but the
-            first to the one before.
+            first to the frame before.
 
     Returns:
         Mean over the N-1 pairs, at most 1.
 
     Raises:
-        ValueError: the shapes do not belong together, another dtype, or smaller frames.
+        ValueError: the shapes do not fit together, a dtype is another, or the frames are too small.
 
     Source: Kara et al., RAVE, CVPR 2024, WarpSSIM.
     """

@@ -18,7 +18,7 @@ def psnr(video: torch.Tensor, original: torch.Tensor) -> float:
         original: Frames to compare with, uint8 [N, H, W, 3].
 
     Returns:
-        PSNR in dB; inf as soon as one frame is exact, since its own PSNR is.
+        PSNR in dB; inf if one frame equals the original, because the PSNR of that frame is inf.
 
     Raises:
         ValueError: another shape or dtype, or no frames.
@@ -39,7 +39,7 @@ def pooled_psnr(
 ) -> float:
     """Peak signal-to-noise ratio in dB of all pixels of a video together, or of those of a mask.
 
-    Not the mean over frames that `psnr` is: a mask may leave a frame without a pixel.
+    Unlike `psnr`, it is not a mean over frames, because a mask may leave a frame without a pixel.
 
     Args:
         video: Frames, uint8 [N, H, W, 3]; the data range is 1 after division by 255.
@@ -47,7 +47,7 @@ def pooled_psnr(
         mask: Mask of the pixels that count, bool [N, H, W]; None: all.
 
     Returns:
-        PSNR in dB; inf where all of these pixels are exact.
+        PSNR in dB; inf if all of these pixels equal the original.
 
     Raises:
         ValueError: another shape or dtype, no frames, or a mask without a pixel.

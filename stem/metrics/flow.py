@@ -22,15 +22,15 @@ _OPTICAL_FLOW = "torchvision.models.optical_flow"
 
 @dataclass(frozen=True)
 class Flow:
-    """Where the pixels of N frames of a video go, from each to the next and back.
+    """Motion of the pixels of N frames of a video, from each frame to the next and back.
 
     Args:
-        name: Name of what gave the flow, to stand beside every figure that it shapes.
+        name: Name of the flow's source, which stands beside every figure that depends on the flow.
         forward: Flow [N-1, H, W, 2], float32, (dx, dy) in pixels, from each frame to the next.
-        backward: Flow [N-1, H, W, 2], float32, from each of the next frames to the one before.
+        backward: Flow [N-1, H, W, 2], float32, from each frame but the first to the frame before.
         occlusion: Mask [N-1, H, W], bool, True where a pixel is not seen in the next frame.
-        backward_occlusion: Mask [N-1, H, W], bool, True where a pixel of each of the next frames
-            is not seen in the one before.
+        backward_occlusion: Mask [N-1, H, W], bool, True where a pixel of each frame but the first
+            is not seen in the frame before.
     """
 
     name: str
@@ -55,9 +55,9 @@ class Flow:
         return Flow(self.name, *(tensor.to(device) for tensor in tensors))
 
     def resized(self, height: int, width: int) -> Flow:
-        """The flow of smaller frames, in their pixels.
+        """The flow for smaller frames, in units of their pixels.
 
-        A flow is the mean over a cell's pixels, and a cell is occluded where half of them are.
+        The flow of a cell is the mean over its pixels; a cell is occluded if half of them are.
 
         Args:
             height: Height of the smaller frames.
@@ -87,21 +87,21 @@ class Flow:
 def estimate_flow(
     frames: torch.Tensor, model: str | None = None, device: torch.device | str = "cpu"
 ) -> Flow:
-    """The flow of a video by a model, occluded where its two directions do not agree.
+    """Estimate the flow of a video. Pixels where its two directions do not agree are occluded.
 
     Args:
         frames: Frames, uint8 [N, H, W, 3], N >= 2.
         model: "dis" (OpenCV's dense inverse search, preset medium) or "raft" (torchvision's large
-            RAFT); None: RAFT where its weights are on this machine, else DIS.
+            RAFT); None: RAFT if its weights are on this machine, else DIS.
         device: Device that RAFT runs on; DIS runs on the CPU.
 
     Returns:
         Flow on the CPU.
 
     Raises:
-        UnmeasuredError: fewer than two frames, frames too small for the model, or a package or
-            weights that are not here; nothing is downloaded.
-        ValueError: another model, or frames of another shape or dtype.
+        UnmeasuredError: there are fewer than two frames, the frames are too small for the model, or
+            a package or weights are not on this machine; nothing is downloaded.
+        ValueError: the model is unknown, or the frames have another shape or dtype.
 
     Source: Kroeger et al., ECCV 2016 (DIS); Teed and Deng, ECCV 2020 (RAFT).
     """
@@ -121,11 +121,10 @@ def estimate_flow(
 
 
 def occluded(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
-    r"""Where a pixel is not seen in the next frame, by the forward/backward check.
+    r"""Find the pixels that are not seen in the next frame, by the forward/backward check.
 
-    A pixel x is lost where $x + f(x)$ is out of the picture, or where the way there and back
-    does not end near x: $|f + b|^2 > 0.01 (|f|^2 + |b|^2) + 0.5$, b being the backward flow at
-    $x + f(x)$.
+    A pixel x is not seen if $x + f(x)$ is outside the picture, or if the backward flow b at
+    $x + f(x)$ does not lead back to near x: $|f + b|^2 > 0.01 (|f|^2 + |b|^2) + 0.5$.
 
     Args:
         forward: Flow [n, H, W, 2], floating point, (dx, dy) in pixels, to the next frame.

@@ -12,7 +12,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean, and how far on either side of it the true one may lie.
+    """A mean of values, and the interval around it.
 
     Args:
         mean: Mean of the values, in their unit.
@@ -27,10 +27,10 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean of independent values and its 95 % interval by Student's t; nan for one value alone.
+    """Mean of independent values and its 95 % interval by Student's t; nan for a single value.
 
-    For two methods on the same videos, take the interval of the differences: videos differ more
-    than methods do.
+    To compare two methods on the same videos, take the interval of their differences, because
+    videos differ more than methods do.
 
     Args:
         values: Values, one per video, at least one.

@@ -24,9 +24,9 @@ def lpips(video: torch.Tensor, original: torch.Tensor, device: torch.device | st
         LPIPS, 0 where the frames are the same, without unit.
 
     Raises:
-        UnmeasuredError: torchvision or AlexNet's weights are not here (nothing is downloaded), or
-            smaller frames.
-        ValueError: another shape or dtype, or no frames.
+        UnmeasuredError: torchvision or AlexNet's weights are not on this machine (nothing is
+            downloaded), or the frames are too small.
+        ValueError: the frames have another shape or dtype, or there are none.
 
     Source: Zhang et al., CVPR 2018; torchmetrics, `LearnedPerceptualImagePatchSimilarity`.
     """

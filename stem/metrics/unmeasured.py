@@ -12,11 +12,11 @@ import torch
 
 
 class UnmeasuredError(ValueError):
-    """Why a metric has no figure here, and what gets it one.
+    """A metric cannot be measured here; the message says why, and what to do about it.
 
     Args:
         reason: Reason, such as a package or weights that are not on this machine.
-        remedy: Command or advice that mends it.
+        remedy: Command or advice that makes the metric measurable.
     """
 
     def __init__(self, reason: str, remedy: str) -> None:

@@ -30,12 +30,12 @@ def world_flow(scene: Scene, num_frames: int, size: int) -> Flow:
 
 
 class WorldJudge:
-    """The world's judge of colour and shape, in the place of CLIP; an `Embedder`.
+    """The world's judge of colour and shape, which can replace CLIP; an `Embedder`.
 
-    What it sees of a frame, and what a caption says of its first object, is a vector of ones for
-    one of COLOURS and one of SHAPES. The cosine of two is 1, 1/2 or 0: the share of both that
-    agree; of a frame in which it sees nothing, 0. It sees the largest object alone, so that it
-    suits videos of one object; textures it does not see.
+    The embedding of a frame, or of the first object of a caption, is 1 for one of COLOURS and one
+    of SHAPES, and 0 elsewhere. The cosine of two embeddings is 1, 1/2 or 0: the share of colour and
+    shape that agree. It is 0 for a frame in which the judge finds no object. The judge sees only
+    the largest object, so it suits videos of one object. It does not see textures.
     """
 
     name = "judge of the world, in CLIP's place"
@@ -51,7 +51,7 @@ class WorldJudge:
         """Embeddings, float32 [n, D], of n captions of the world.
 
         Raises:
-            ValueError: a text without a colour and a shape of the world.
+            ValueError: a text does not name a colour and a shape of the world.
         """
         return torch.stack([_vector(*_named(text)) for text in texts])
 

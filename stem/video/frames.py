@@ -63,9 +63,10 @@ class Video:
 
     Args:
         frames: Frames, uint8 [N, H, W, 3], RGB, upright.
-        fps: Frames per second of the frames kept, which is the source's rate over the stride.
-        notes: Notes, one plain sentence for each thing that was changed on the way in.
-        name: Name for what is made of this video, such as the source file's; it may be empty.
+        fps: Frames per second of the frames kept: the source's rate divided by the stride.
+        notes: Notes, one sentence for each thing that was changed while reading.
+        name: Name for files that are made from this video, such as the source file's; it may be
+            empty.
     """
 
     frames: torch.Tensor

@@ -34,21 +34,20 @@ def read_video(
     multiple_of: int = 8,
     deinterlace: bool = False,
 ) -> Video:
-    """Decode a video into RGB frames, holding only the frames asked for at their final size.
+    """Decode a video into RGB frames. Only the frames asked for are held, at their final size.
 
     Args:
         path: File to read; the video is named after it.
         frames: Frames to keep, a `FrameRange` or its text; None keeps all.
         size: Size in pixels. None keeps the source's; an int or "256" scales the shorter side to
             it; a (width, height) or "512x320" scales to cover that size and crops the centre.
-        multiple_of: Number that width and height are then centre-cropped to multiples of.
-        deinterlace: Whether every frame is two fields of different moments and is to show the
-            first alone, with its missing lines interpolated (FFmpeg's filter bwdif).
+        multiple_of: Number; width and height are then centre-cropped to multiples of it.
+        deinterlace: Whether to deinterlace. A frame that holds two fields of different moments then
+            shows the first field alone; its missing lines are interpolated (FFmpeg's filter bwdif).
 
-    What is not as the pictures show it is said in the video's notes: a frame rate that varies,
-    transparency, interlaced frames, HDR read as SDR and the like. Where the file does not say by
-    which matrix its colours were stored, it is BT.709's from 720 lines on, as players have it, and
-    BT.601's below.
+    The video's notes name what its pictures do not show: a frame rate that varies, transparency,
+    interlaced frames, HDR that is read as SDR and the like. If the file does not name the matrix of
+    its colours, BT.709 is used from 720 lines on, as in players, and BT.601 below.
 
     Raises:
         TypeError: `frames` is of another type.
@@ -71,12 +70,12 @@ def open_video(
     multiple_of: int = 8,
     deinterlace: bool = False,
 ) -> VideoFile:
-    """A video that is decoded a few frames at a time, whenever they are asked for.
+    """Open a video whose frames are decoded a few at a time, when they are needed.
 
-    The file is decoded once here, to check it and to count its frames; nothing is held.
+    This call decodes the file once, to check it and to count its frames; it keeps no frame.
 
     Args:
-        path: File to read; it must stay as it is.
+        path: File to read; it must not change afterwards.
         frames: Frames to keep, as for `read_video`.
         size: Size in pixels, as for `read_video`.
         multiple_of: Number that width and height become multiples of, as for `read_video`.
@@ -116,8 +115,8 @@ class VideoFile:
         height: Height H in pixels.
         width: Width W in pixels.
         fps: Frames per second of the frames kept.
-        notes: Notes, one plain sentence for each thing that is changed on the way in.
-        name: Name for what is made of this video.
+        notes: Notes, one sentence for each thing that is changed while reading.
+        name: Name for files that are made from this video.
     """
 
     path: Path
@@ -136,7 +135,7 @@ class VideoFile:
         """The frames, `count` at a time (the last part may have fewer): uint8 [n, H, W, 3].
 
         Raises:
-            VideoError: the file has other frames than when it was opened.
+            VideoError: the frames of the file have changed since it was opened.
         """
         reader = _Reader(self.path, self.asked, self.size, self.multiple_of, self.deinterlace)
         seen, held = 0, []
@@ -258,14 +257,16 @@ class _Reader:
 
 
 def crop_to_multiple(video: Pictures, multiple_of: int) -> Pictures:
-    """The centre of a video whose width and height are multiples of a number, with a note of it.
+    """Crop a video around its centre to a width and height that are multiples of a number.
+
+    The result's notes say what was cropped.
 
     Args:
-        video: Video to crop; it is returned as it is where its size fits.
+        video: Video to crop; it is returned unchanged if its size fits.
         multiple_of: Number that width and height become multiples of, at least 1.
 
     Raises:
-        VideoError: the frames are smaller than that.
+        VideoError: the frames are smaller than `multiple_of`.
     """
     (width, height), note = usable_size((video.width, video.height), multiple_of)
     if not note:

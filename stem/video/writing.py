@@ -24,14 +24,14 @@ def write_video(
     frames: torch.Tensor | Iterable[torch.Tensor],
     fps: Fraction | float,
 ) -> None:
-    """Encode frames as H.264 in MP4 at high quality (CRF 12), making the parent folders.
+    """Encode frames as H.264 in MP4 at high quality (CRF 12). Parent folders are made.
 
     Args:
-        path: File to write, ending in ".mp4". It appears only when complete: a killed run leaves
-            no half file.
-        frames: Frames, uint8 [N, H, W, 3], RGB, on any device. An odd width or height is padded
-            by repeating the last column or row, because 4:2:0 video has even sizes only. Or parts
-            of a video that are so, one after the other.
+        path: File to write, ending in ".mp4". It appears only when it is complete: an interrupted
+            run leaves no partial file.
+        frames: Frames, uint8 [N, H, W, 3], RGB, on any device. An odd width or height is padded by
+            repeating the last column or row, because 4:2:0 video has even sizes only. Also an
+            iterable of such tensors, which are the parts of a video in order.
         fps: Frames per second, 0.001 to 10000; a Fraction is kept exactly, a float to the nearest
             fraction with a denominator of at most 1001.
 
@@ -111,7 +111,7 @@ def _check_frames(frames: torch.Tensor) -> None:
 
 
 def check_video_output(path: Path, num_frames: int, height: int, width: int) -> None:
-    """Raise before any work if `write_video` could not write this file.
+    """Check, before any work, that `write_video` can write a file.
 
     Args:
         path: File that is to be written.

@@ -68,31 +68,32 @@ def ablate(
 ) -> Ablation:
     """Invert and reconstruct a video with STEM's options changed one at a time.
 
-    It writes ablation.json after every configuration, so that an interrupted run goes on after
-    the last of them, and ablation.png. Equal configurations are measured once. Each is measured
-    once in time: let nothing else run beside it.
+    It writes ablation.png, and after every configuration ablation.json, so that an interrupted run
+    goes on after the last configuration. Equal configurations are measured once. The time of each
+    is measured once, so run nothing else meanwhile.
 
     Args:
         pipeline: Pipeline, as for `invert`.
         video: Video to invert.
         prompt: Prompt that describes it.
-        out: Folder below which the two files get one of their own, named by the video, the
-            machine and by all that shapes the figures.
+        out: Folder below which the two files get a folder of their own. Its name depends on the
+            video, the machine and everything else that the figures depend on.
         only: Names of OPTIONS to change.
-        form: Configuration that they are changed from, a key of FORMS. With "defaults" no base is
-            ever empty, so that "empty" tells apart nothing; take "paper" for it.
-        options: Fields of StemConfig that differ from that form's wherever a value does not set
-            them itself.
-        num_steps: Number of steps of each inversion, and of the way back.
+        form: Configuration that the options are changed from, a key of FORMS. With "defaults" no
+            base is ever empty, so that all values of "empty" give the same figures; use "paper" to
+            compare them.
+        options: Fields of StemConfig that differ from that form; a value that is compared may set
+            them again.
+        num_steps: Number of steps of each inversion and of each reconstruction.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
         model: Name of the pipeline, for the record.
         note: Note for ablation.json, such as that the weights are random.
         progress: Whether to show progress.
 
     Raises:
-        ValueError: an option or form that does not exist, frames too small for SSIM, a file of an
-            earlier run that cannot be read, or a pipeline or number of steps that cannot be
-            inverted; before anything is computed.
+        ValueError: an option or form does not exist, the frames are too small for SSIM, a file of
+            an earlier run cannot be read, or the pipeline or number of steps cannot be inverted. It
+            is raised before anything is computed.
         OSError: `out` cannot be written.
     """
     out = Path(out)

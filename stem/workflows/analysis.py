@@ -84,24 +84,26 @@ def analyse(
     note: str = "",
     progress: bool = True,
 ) -> Analysis:
-    """Measure how steady an inversion's features are; write analysis.json, .png and -plot.png.
+    """Measure how stable an inversion's features are; write analysis.json, .png and -plot.png.
 
-    The features are the output of the decoder's last self-attention at every step of the
-    inversion. The former frame's are warped by the optical flow of the input frames onto the
-    current frame, and compared with its own by their cosine. Nothing is kept from run to run.
+    The features are the output of the decoder's last self-attention at every step of the inversion.
+    The features of the previous frame are warped onto the current frame by the optical flow of the
+    input frames. Their cosine similarity with the current frame's own features is the figure. An
+    interrupted analysis starts again from the beginning.
 
     Args:
         pipeline: Pipeline, as for `invert`.
         video: Video to invert, at least 2 frames.
         prompt: Prompt that describes it.
-        out: Folder below which the three files get one of their own, named by the video and by
-            all that shaped them.
+        out: Folder below which the three files get a folder of their own. Its name depends on the
+            video and on everything else that the files depend on.
         methods: Names of METHODS.
         options: Fields of the methods' configurations, by method.
-        flow: Flow of the video, "dis" or "raft" to estimate it (`estimate_flow`), or one that is
-            known, such as `world_flow`, of the frames' size or of the features'; None: RAFT where
-            its weights are here, else DIS.
-        timestep: Timestep to show in the picture, the nearest that there is; None: the middle one.
+        flow: Flow of the video. "dis" or "raft": `estimate_flow` estimates it. A known `Flow`, such
+            as that of `world_flow`: it has the size of the frames or of the features. None: RAFT if
+            its weights are on this machine, else DIS.
+        timestep: Timestep to show in the picture; the nearest one of the inversion is taken. None:
+            the middle one.
         num_steps: Number of steps of each inversion.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
         model: Name of the pipeline, for the record.
@@ -109,10 +111,11 @@ def analyse(
         progress: Whether to show progress.
 
     Raises:
-        UnmeasuredError: the flow cannot be estimated here.
+        UnmeasuredError: the flow cannot be estimated on this machine.
         TypeError: `methods` is one name.
-        ValueError: unknown methods or options, bases of some frames only (`fit_frames`), or a
-            pipeline or number of steps that cannot be inverted; before anything is inverted.
+        ValueError: a method or option is unknown, the bases are of some frames only (`fit_frames`),
+            or the pipeline or number of steps cannot be inverted. It is raised before anything is
+            inverted.
         OSError: `out` cannot be written.
 
     Source: arXiv 2312.05856, Figure 5.

@@ -59,22 +59,23 @@ def compare(
         pipeline: Pipeline, as for `invert`.
         video: Video to invert.
         prompt: Prompt that describes it.
-        out: Folder below which the three files get one of their own, named by the video and by
-            all that shaped the inversions, so that other results stay. The inversions go to
-            `out`/inversions and are reused.
+        out: Folder below which the three files get a folder of their own. Its name depends on the
+            video and on everything else that the inversions depend on, so that other results are
+            not overwritten. The inversions go to `out`/inversions and are reused.
         methods: Names of METHODS.
         options: Fields of the methods' configurations, by method.
         num_steps: Number of steps of each inversion and reconstruction.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
         model: Name of the pipeline, for the record.
-        note: Note for compare.json, where the weights are random: says so, and so do the pictures.
+        note: Note that the weights are random, for compare.json; the pictures then say so, too.
         group: Process group whose ranks share the chunks; all ranks make this call.
         progress: Whether to show progress.
 
     Raises:
         TypeError: `video`, `prompt` or `methods` is of another type.
-        ValueError: unknown methods or options, frames too small for SSIM, or a pipeline or number
-            of steps that cannot be inverted; before anything is computed.
+        ValueError: a method or option is unknown, the frames are too small for SSIM, or the
+            pipeline or number of steps cannot be inverted. It is raised before anything is
+            computed.
         OSError: `out` cannot be written.
     """
     if not isinstance(video, Video):

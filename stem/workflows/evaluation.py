@@ -103,27 +103,29 @@ def evaluate(
 ) -> Evaluation:
     """Measure an edit, of any tool, against its source and its prompts.
 
-    PSNR, SSIM and LPIPS compare the edit with the source; CLIP-text, Tem-Con and Frame-Acc judge
-    it by CLIP; Warp-Err and WarpSSIM carry its frames along the source's flow; Q_edit combines
-    them in both published forms. A metric whose package or weights are not here is among the
-    figures, without a value, with what gets it; nothing is downloaded.
+    PSNR, SSIM and LPIPS compare the edit with the source; CLIP-text, Tem-Con and Frame-Acc judge it
+    by CLIP; Warp-Err and WarpSSIM warp its frames by the source's flow; Q_edit combines them in
+    both published forms. If the package or the weights of a metric are not on this machine, its
+    figure has no value and says how to get them; nothing is downloaded.
 
     Args:
         source: Source video, uint8 frames [N, H, W, 3].
         edit: Edited video of the same number of frames and size.
-        source_prompt: Prompt that describes the source; "": not known, and no Frame-Acc.
+        source_prompt: Prompt that describes the source; "": it is not known, and Frame-Acc is not
+            measured.
         prompt: Prompt of the edit.
-        flow: Flow of the source, "dis" or "raft" to estimate it (`estimate_flow`), or one that is
-            known, such as `world_flow`; None: RAFT where its weights are here, else DIS.
+        flow: Flow of the source. "dis" or "raft": `estimate_flow` estimates it. A known `Flow`,
+            such as that of `world_flow`: it is taken as it is. None: RAFT if its weights are on
+            this machine, else DIS.
         clip: CLIP model, a hub id or a local folder, or another embedder, such as `WorldJudge`.
         device: Device of the networks; None: "cuda" if there is a GPU, else "cpu".
 
     Raises:
         ValueError: the videos differ in their number of frames or their size, the frames are
-            smaller than SSIM's window, the prompt is empty, or a flow, model or device that does
-            not exist.
+            smaller than SSIM's window, the prompt is empty, or a flow, model or device does not
+            exist.
 
-    Source: metric by metric, the functions of `stem.metrics`.
+    Source: the functions of `stem.metrics` name the source of each metric.
     """
     _check_comparable(source, edit)
     if not prompt.strip():

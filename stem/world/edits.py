@@ -12,21 +12,22 @@ from .render import Clip, render
 from .sampling import sample_scene
 
 EDIT_KINDS = ("colour", "texture", "shape")
+"""Properties of an object that an edit may change."""
 _CHOICES = {"colour": COLOURS, "texture": TEXTURES, "shape": SHAPES}
 
 
 @dataclass(frozen=True)
 class WorldEdit:
-    """A video of one object, and what an edit of one of its words should make of it.
+    """A video of one object, and the exact result of an edit of one of its words.
 
     Args:
         kind: Property that is edited, one of EDIT_KINDS.
         scene: Scene before the edit.
         source: Clip before the edit; its caption is the source prompt.
-        exact: Clip after the edit, rendered: its caption is the target prompt, its frames are the
-            exact answer, its flow and occlusion are those of the edited scene.
-        words: Words of the source prompt that the edit takes away, and words that it puts in
-            their place; without the word "plain", which captions pass over.
+        exact: Clip after the edit, rendered. Its caption is the target prompt, its frames are the
+            exact answer, and its flow and occlusion are those of the edited scene.
+        words: Words of the source prompt that the edit removes, and words that replace them;
+            without the word "plain", which captions omit.
         colour: Colour of the edited object.
         shape: Shape of the edited object.
     """
@@ -46,15 +47,16 @@ class WorldEdit:
 
     @property
     def region(self) -> torch.Tensor:
-        """`objects` and every other pixel that the edit changes, bool [N, H, W].
+        """Pixels of `objects` and every other pixel that the edit changes, bool [N, H, W].
 
-        Those are on the anti-aliased rims. Outside, the exact answer is the source, bit for bit.
+        The other pixels are on the anti-aliased rims. Outside the region, the exact answer equals
+        the source, bit for bit.
         """
         return self.objects | (self.source.frames != self.exact.frames).any(-1)
 
 
 def world_edit(seed: int, kind: str, num_frames: int, size: int = 64) -> WorldEdit:
-    """An edit of the scene `sample_scene(seed, num_things=1)`; the same for the same arguments.
+    """An edit of the scene `sample_scene(seed, num_things=1)`. Equal arguments give equal edits.
 
     The new word is drawn at random from the others of its kind; a new colour is not that of the
     background.
@@ -66,7 +68,7 @@ def world_edit(seed: int, kind: str, num_frames: int, size: int = 64) -> WorldEd
         size: Height and width of the frames in pixels.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
     """
     if kind not in EDIT_KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(EDIT_KINDS)}")

@@ -29,13 +29,17 @@ _ARTICLES = ("a", "an", "the")
 
 @dataclass(frozen=True)
 class Background:
-    """What fills the picture behind all objects; it moves with the camera only.
+    """The picture behind all objects; it moves with the camera only.
 
     Args:
-        pattern: one of PATTERNS; two tones of the colour, one only if "plain".
-        colour: one of BACKGROUND_COLOURS, a muted tone of an object's colour of that name.
-        angle: radians, of the pattern.
+        pattern: Pattern, one of PATTERNS, in two tones of the colour ("plain": in one tone).
+        colour: Colour, one of BACKGROUND_COLOURS; it is a muted tone of the object colour of
+            the same name.
+        angle: Angle of the pattern in radians.
         seed: Seed of the clouds; other patterns ignore it.
+
+    Raises:
+        ValueError: the pattern or the colour is not allowed.
     """
 
     pattern: str
@@ -55,11 +59,19 @@ class Thing:
     Lengths are in halves of the picture's side; the picture spans -1..1, x to the right, y down.
 
     Args:
-        shape, colour, size, texture, motion: one of SHAPES, COLOURS, SIZES, TEXTURES, MOTIONS.
-        position: (x, y) of the centre in the middle of the motion, before the camera's.
-        angle: radians, clockwise on the screen, in the middle of the motion.
-        stretch: > 0; the radius of `size` times this.
-        pace: > 0; the extent of the motion times this.
+        shape: Shape, one of SHAPES.
+        colour: Colour, one of COLOURS.
+        size: Size, one of SIZES.
+        texture: Texture, one of TEXTURES.
+        motion: Motion, one of MOTIONS.
+        position: Position (x, y) of the centre in the middle of the motion, without the camera's
+            motion.
+        angle: Angle in radians in the middle of the motion, clockwise on the screen.
+        stretch: Factor of the radius that `size` has, above 0.
+        pace: Factor of the extent of the motion, above 0.
+
+    Raises:
+        ValueError: a value is not allowed.
     """
 
     shape: str
@@ -81,7 +93,7 @@ class Thing:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
 
     def words(self) -> str:
-        """Such as "small striped red ball"; a plain texture is not said."""
+        """The object in words, such as "small striped red ball", without the word "plain"."""
         said = (getattr(self, kind) for kind in _KINDS)
         return " ".join(word for word in said if word != "plain")
 
@@ -91,13 +103,14 @@ class Scene:
     """Everything `render` needs to know.
 
     Args:
-        background: the background.
-        things: one or two objects, the front one first.
-        overlap: the caption says that the first is in front of the second, not that there are two.
-        camera: one of CAMERAS; all things seen move the other way.
+        background: Background of the scene.
+        things: Objects, one or two; the first one is in front.
+        overlap: Whether the caption says that the first object is in front of the second, and not
+            only that there are two.
+        camera: Motion of the camera, one of CAMERAS; everything in the picture moves the other way.
 
     Raises:
-        ValueError: a value that is not allowed, or an object of the background's colour.
+        ValueError: a value is not allowed, or an object has the background's colour.
     """
 
     background: Background
@@ -124,7 +137,7 @@ class Scene:
 def caption(scene: Scene) -> str:
     """The scene in words of VOCABULARY, separated by spaces; at most MAX_CAPTION_WORDS.
 
-    Such as "a small striped red ball moves right in front of a large green star that spins on a
+    For example "a small striped red ball moves right in front of a large green star that spins on a
     checked blue background while the camera pans left".
 
     Args:
@@ -144,18 +157,18 @@ def caption(scene: Scene) -> str:
 
 
 def changed(scene: Scene, old: str, new: str) -> Scene:
-    """The scene after an edit of one object's words, everything else being the same.
+    """The scene after an edit of one object's words; everything else stays the same.
 
     Args:
-        scene: the scene before.
-        old: words that name exactly one object by its size, texture, colour or shape, such as
+        scene: Scene before the edit.
+        old: Words that name exactly one object by its size, texture, colour or shape, such as
             "red ball".
-        new: words to take their place, such as "blue star". What they do not name stays, but a
-            texture that `old` names and `new` does not goes, as it would from the caption.
+        new: Words that replace them, such as "blue star". Properties that `new` does not name
+            stay; but a texture that `old` names and `new` does not is removed, as from the caption.
 
     Raises:
-        ValueError: a word that names none of these or names one twice; `old` naming no object
-            or two; the new colour being the background's.
+        ValueError: a word names none of these properties, or two words name the same one; `old`
+            names no object or two; or the new colour is the background's.
     """
     before, after = _parse("old", old), _parse("new", new)
     if "texture" in before:

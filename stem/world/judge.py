@@ -21,13 +21,13 @@ TEMPLATE_STEP = math.radians(6)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees.
+    """The colour and the shape of the object that the judge sees.
 
     Args:
-        colour: one of COLOURS.
-        shape: one of SHAPES.
-        overlap: intersection over union, 0..1, of the object and the best template.
-        mask: bool [H, W], the object's pixels.
+        colour: Colour, one of COLOURS.
+        shape: Shape, one of SHAPES.
+        overlap: Intersection over union, 0 ... 1, of the object and the best template.
+        mask: Mask of the object's pixels, bool [H, W].
     """
 
     colour: str
@@ -37,10 +37,10 @@ class Verdict:
 
 
 def judge(frame: torch.Tensor) -> Verdict | None:
-    """The largest object of one picture, or None where nothing stands out from its background.
+    """The largest object of one picture, or None if nothing differs enough from its background.
 
     Args:
-        frame: uint8 [H, W, 3], H = W.
+        frame: Picture, uint8 [H, W, 3], H = W.
 
     Raises:
         ValueError: `frame` has another shape or dtype.

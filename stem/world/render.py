@@ -26,16 +26,17 @@ NEUTRAL_TONES = {"white": (240, 200), "gray": (130, 95), "black": (20, 60)}
 
 @dataclass(frozen=True)
 class Clip:
-    """N frames of a scene with k objects, and what is true of them.
+    """N frames of a scene with k objects, with their exact masks, flow and occlusion.
 
     Args:
-        frames: uint8 [N, H, W, 3], RGB, anti-aliased.
-        masks: bool [N, k, H, W]; whether the pixel's centre shows the object.
-        flow: float32 [N-1, H, W, 2], (dx, dy) in pixels: where what the pixel's centre of frame t
-            shows has moved to in frame t + 1, seen there or not.
-        occlusion: bool [N-1, H, W]; True where it is not seen there: covered, or out of the
-            picture.
-        caption: the scene in words.
+        frames: Frames, uint8 [N, H, W, 3], RGB, anti-aliased.
+        masks: Masks of the objects, bool [N, k, H, W]; True where the pixel's centre shows the
+            object.
+        flow: Flow [N-1, H, W, 2], float32, (dx, dy) in pixels, of the point that each pixel's
+            centre shows, from frame t to frame t + 1, whether it is seen there or not.
+        occlusion: Mask [N-1, H, W], bool, True where that point is not seen in frame t + 1: it is
+            covered, or outside the picture.
+        caption: Caption, which is the scene in words.
     """
 
     frames: torch.Tensor
@@ -52,13 +53,14 @@ def render(
 
     Args:
         scene: Scene to draw.
-        num_frames: N >= 1, at equal distances in time; the clip's whole motion, whatever N is.
-        size: H = W in pixels, at least 8.
-        span: the times of the first and the last frame, 0 being the motion's beginning and 1 its
-            end. One frame is at the first.
+        num_frames: Number N of frames, at least 1, at equal distances in time; they show the whole
+            motion, for any N.
+        size: Height and width H = W in pixels, at least 8.
+        span: Times of the first and the last frame; the motion begins at 0 and ends at 1. A single
+            frame is at the first time.
 
     Raises:
-        ValueError: `num_frames`, `size` or `span` out of range.
+        ValueError: `num_frames`, `size` or `span` is out of range.
     """
     if num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}; it must be at least 1")

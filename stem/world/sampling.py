@@ -27,17 +27,17 @@ PAIR_SHARE = 0.5
 
 
 def sample_scene(seed: int, num_things: int | None = None) -> Scene:
-    """A scene; the same for the same arguments. No global random state is read or changed.
+    """Draw a scene at random. Equal arguments give equal scenes; global random state is not used.
 
-    Objects stay in the picture, but for a rim at most. Two objects differ in colour; half of such
-    pairs overlap in the middle of the motion, the others never do.
+    Objects stay in the picture; at most a rim of them leaves it. Two objects differ in colour. Half
+    of the scenes with two objects overlap in the middle of the motion, the others never do.
 
     Args:
-        seed: at least 0.
-        num_things: 1 or 2; None: either.
+        seed: Seed, at least 0.
+        num_things: Number of objects, 1 or 2; None: 1 or 2 at random.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be at least 0")

@@ -31,19 +31,19 @@ def attention_error(
 ) -> AttentionError:
     """How far `stem_attention` is from `scaled_dot_product_attention` on these tensors.
 
-    Exact attention is made by SDPA in float32 (float64 for float64 tensors) for some queries at a
-    time, so memory does not grow as n x m; the time does.
+    SDPA computes the exact attention in float32 (float64 for float64 tensors), for some queries at
+    a time. So memory does not grow as n x m; time does.
 
     Args:
-        query: Queries [B, h, n, d]. To save time pass some of them, with `allow_exact=False`,
-            because for few queries `stem_attention` is exact.
+        query: Queries [B, h, n, d]. To save time, pass only some of the queries, with
+            `allow_exact=False`, because `stem_attention` is exact for few queries.
         key: Keys [B or 1, h, m, d].
         value: Values [B or 1, h, m, e].
         scale: Factor of the attention logits; 1 / sqrt(d) if None.
         options: Keyword arguments of `stem_attention`, such as `num_bases`.
 
     Returns:
-        AttentionError. Where `stem_attention` is exact it is the rounding of the dtype.
+        AttentionError. If `stem_attention` is exact, the error is the rounding of the dtype.
 
     Raises:
         ValueError, TypeError, BackendError: as `stem_attention` does.

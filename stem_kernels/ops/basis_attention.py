@@ -28,13 +28,14 @@ def basis_attention(
 ) -> torch.Tensor:
     r"""Attention to bases: $\mathrm{softmax}_k(\text{scale}\, q_n \cdot k_k + b_k)\, v$.
 
-    Equivalent to, without ever holding the weights `[B, h, n, K]`:
+    This is equivalent to the following, but never holds the weights `[B, h, n, K]`:
 
         weights = torch.softmax(query @ key.mT * scale + bias.unsqueeze(-2), dim=-1)
         return weights @ value
 
-    and, where the bases are calibrated (see `ops.calibration`), $[q_n - \bar q, 1]\, E$ is added to
-    it before it is rounded and written: 2 d e FLOPs a token beside the attention's 2 K (d + e).
+    If the bases are calibrated (see `ops.calibration`), $[q_n - \bar q, 1]\, E$ is added to the
+    output before it is rounded and written. This takes 2 d e FLOPs a token; the attention takes 2 K
+    (d + e).
 
     Args:
         query: Queries [B, h, n, d], any strides (a head-interleaved view costs no
@@ -47,7 +48,8 @@ def basis_attention(
             `torch.nn.functional.scaled_dot_product_attention`. On a GPU, "triton" and "cuda" may
             take a finite bias beyond 1e37 for infinite.
         correction: Correction E [B or 1, h, d + 1, e] of calibrated bases, floating, or None.
-        query_mean: Mean query [B or 1, h, d] of the correction, floating; given with it.
+        query_mean: Mean query [B or 1, h, d] of the correction, floating; it is given together with
+            `correction`.
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
@@ -55,7 +57,7 @@ def basis_attention(
         merging the heads afterwards costs no copy. Logits, softmax and sums are float32.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
+        ValueError, TypeError: shapes or dtypes do not fit.
         BackendError: the backend asked for cannot run this call.
 
     Source: arXiv 2312.05856, STEM self-attention.

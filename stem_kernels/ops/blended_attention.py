@@ -29,14 +29,15 @@ def blended_attention(
     $$m_n\, \mathrm{softmax}_k(\text{scale}\, q^t_n \cdot k^t_k + b_k)\, v +
       (1 - m_n)\, \mathrm{softmax}_k(\text{scale}\, q^s_n \cdot k^s_k + b_k)\, v$$
 
-    Equivalent to, without ever holding the weights `[B, h, n, K]` of either map:
+    This is equivalent to the following, but never holds the weights `[B, h, n, K]` of a map:
 
         share = mask[:, None, :, None]
         target = basis_attention(query_target, key_target, value, scale=scale, bias=bias)
         source = basis_attention(query_source, key_source, value, scale=scale, bias=bias)
         return share * target + (1 - share) * source
 
-    but that of a token with a mask of 1 or 0 the other map has no part at all, not even as NaN.
+    There is one difference: for a token with a mask of 1 or 0, the other map has no influence, even
+    if it is NaN.
 
     Args:
         query_target: Queries [B, h, n, d] of the target, any strides; n may be 0.
@@ -55,10 +56,10 @@ def blended_attention(
         softmax, sums and shares are float32.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
+        ValueError, TypeError: shapes or dtypes do not fit.
         BackendError: the backend asked for cannot run this call.
 
-    Source: arXiv 2303.09535, FateZero's blended self-attention; through bases it is this
+    Source: arXiv 2303.09535, FateZero's blended self-attention; the form through bases is this
     package's.
     """
     tensors: dict[str, torch.Tensor | None] = {

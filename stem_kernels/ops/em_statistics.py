@@ -37,7 +37,7 @@ def em_statistics(
     payload: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> EMStatistics:
-    r"""Soft assignment of tokens to bases, and the sums that it weights (STEM, ST-E and ST-M).
+    r"""Soft assignment of tokens to bases, and the weighted sums of tokens (STEM, ST-E and ST-M).
 
     With $\hat m_k = m_k / (\lVert m_k \rVert_2 + 10^{-4})$ (or $m_k$ itself if not `normalize`):
 
@@ -45,14 +45,14 @@ def em_statistics(
       \text{sums}_k = \sum_n z_{nk} x_n, \quad \text{mass}_k = \sum_n z_{nk}, \quad
       \text{payload\_sums}_k = \sum_n z_{nk} p_n$$
 
-    Equivalent to, without ever holding the responsibilities `[..., n, K]`:
+    This is equivalent to the following, but never holds the responsibilities `[..., n, K]`:
 
         directions = bases / (bases.norm(dim=-1, keepdim=True) + 1e-4)
         z = torch.softmax(features @ directions.mT / temperature, dim=-1)
         return z.mT @ features, z.sum(-2), z.mT @ payload
 
-    The results are sums over tokens, so chunks of tokens, or tokens on several GPUs, are served
-    by adding their results. Every backend adds in a fixed order: equal calls give equal bits.
+    The results are sums over tokens, so the results of chunks of tokens, or of several GPUs, can be
+    added. Every backend adds in a fixed order, so that equal calls give equal bits.
 
     Args:
         features: Tokens [B, n, D] or [B, h, n, D], any strides; n may be 0. Not normalised.
@@ -64,11 +64,11 @@ def em_statistics(
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
-        EMStatistics, accumulated in float32. Float32 input is multiplied in float32: TF32 only
-        where `torch.set_float32_matmul_precision` asks for it.
+        EMStatistics, accumulated in float32. Float32 input is multiplied in float32, or in TF32 if
+        `torch.set_float32_matmul_precision` asks for that.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or values that do not fit.
+        ValueError, TypeError: shapes, dtypes or values do not fit.
         BackendError: the backend asked for cannot run this call.
 
     Source: arXiv 2312.05856, the EM iteration of "A Video is Worth 256 Bases".

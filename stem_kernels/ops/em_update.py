@@ -32,37 +32,37 @@ def em_update(
     $$m_k \leftarrow \text{sums}_k / (\text{mass}_k + 10^{-4}), \quad
       v_k = \text{payload\_sums}_k / (\text{mass}_k + 10^{-4})$$
 
-    and empty bases by their policy (see `soft_em`). Where tokens come in chunks, or lie on several
-    devices, this is `soft_em`, to rounding:
+    Empty bases follow their policy (see `soft_em`). If the tokens come in chunks, or lie on several
+    devices, the following is `soft_em`, to rounding:
 
         for iteration in range(num_iters):
             parts = [em_statistics(chunk, bases) for chunk in chunks]
             sums, mass = sum(part.sums for part in parts), sum(part.mass for part in parts)
             bases = em_update(sums, mass, bases, num_tokens=n).bases
 
-    Sums that are added in one order give the same bits, wherever the chunks were. On one chunk
-    and the torch backend it gives `soft_em`'s bits.
+    Sums that are added in the same order give the same bits, whichever device a chunk was on. With
+    one chunk and the torch backend the bits are those of `soft_em`.
 
     Args:
         sums: Sums [..., K, D] over all tokens, float32 or float64.
-        mass: Mass [..., K], likewise.
+        mass: Mass [..., K] over all tokens, float32 or float64.
         bases: Bases [..., K, D] that the sums were made with, any floating dtype.
         num_tokens: Number n of all tokens, at least 1; it decides below which mass a base is
             empty (see `soft_em`).
         empty: Policy for empty bases, "zero", "mask" or "reseed". After the last iteration
-            `soft_em` has "mask" in place of "reseed", because no token has yet been given to a
-            base that was just put on one.
+            `soft_em` uses "mask" in place of "reseed", because no token has been assigned yet to a
+            base that was just moved.
         payload_sums: Payload sums [..., K, E] of the same pass, or None.
         candidates: Tokens [..., m, D] for "reseed", m >= 1, any floating dtype; unused otherwise.
             `soft_em` takes those at `candidate_tokens(n, K, device)` (in this module).
         backend: Name of the backend, "auto", "triton", "cuda" or "torch". Triton has one kernel for
-            it, to torch's bits; "reseed" and the extension take torch's.
+            it, which gives torch's bits. "reseed" and the extension use the torch backend.
 
     Returns:
         SoftEM of the sums' dtype: bases, payload bases and mass.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or values that do not fit.
+        ValueError, TypeError: shapes, dtypes or values do not fit.
         BackendError: the backend asked for cannot run this call.
 
     Source: arXiv 2312.05856, ST-M; "mask" and "reseed" are this package's.

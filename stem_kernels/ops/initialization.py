@@ -16,13 +16,12 @@ INITIALIZATIONS = ("gaussian", "tokens")
 def standard_normals(timestep: torch.Tensor, sizes: list[int], *, seed: int) -> torch.Tensor:
     """Standard normals for layers 0, 1, ... at one timestep, the same on every device.
 
-    Layer i gets `sizes[i]` numbers from its own generator, which is seeded by
-    SHA-256 of (seed, layer, timestep) and draws on the CPU. The global generators of torch are
-    neither read nor advanced.
+    Layer i gets `sizes[i]` numbers from its own generator, which is seeded by SHA-256 of (seed,
+    layer, timestep) and draws on the CPU. The global generators of torch are not used.
 
     Args:
-        timestep: Integer or floating tensor; its first element, truncated, is the timestep.
-            The result is on its device.
+        timestep: Timestep, an integer or floating tensor [...] of at least one element. Its first
+            element, truncated, is the timestep. The result is on its device.
         sizes: Number of normals that each layer gets.
         seed: Seed of the generators, a whole number of 64 bits.
 
@@ -30,7 +29,7 @@ def standard_normals(timestep: torch.Tensor, sizes: list[int], *, seed: int) -> 
         float32 [sum(sizes)], layer after layer.
 
     Raises:
-        ValueError: a seed that is no whole number of 64 bits.
+        ValueError: the seed is no whole number of 64 bits.
     """
     check_seed("standard_normals", seed)
     return torch.ops.stem_kernels.standard_normals(timestep, sizes, seed)
@@ -60,15 +59,15 @@ def initial_bases(
     init: str = "tokens",
     normals: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Bases to start EM from.
+    """The bases that EM starts from.
 
     Args:
         features: Tokens [..., n, D], n >= 1.
         num_bases: Number K of bases, at least 1.
         init: Kind of bases. "gaussian": mean + std * normals, per channel, with the mean and the
             unbiased standard deviation over the n tokens (the authors' code; std of one token is
-            0). "tokens": K tokens, one from each of K equal stretches, each time at another place
-            in it (repeated where n < K).
+            0). "tokens": K tokens, one from each of K equal stretches, at another place in each
+            stretch (tokens repeat if n < K).
         normals: Standard normals for "gaussian", floating, broadcastable to [..., K, D] (see
             `standard_normals`); unused otherwise.
 
@@ -76,7 +75,7 @@ def initial_bases(
         float32 [..., K, D] (float64 for float64 features).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or values that do not fit; "gaussian" without normals.
+        ValueError, TypeError: shapes, dtypes or values do not fit, or "gaussian" has no normals.
     """
     check_floating(OP, features=features, normals=normals)
     check_choice(OP, "init", init, INITIALIZATIONS)

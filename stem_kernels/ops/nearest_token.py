@@ -20,12 +20,12 @@ def nearest_token(
 ) -> torch.Tensor:
     r"""The key with the largest cosine: $\arg\max_j\, q_i \cdot k_j / \lVert k_j \rVert$.
 
-    Equivalent to, without ever holding the products `[B, n, m]`:
+    This is equivalent to the following, but never holds the products `[B, n, m]`:
 
         norms = keys.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return (query @ (keys / norms).mT).argmax(-1).to(torch.int32)
 
-    A query's own length scales all of its cosines, so it is left out.
+    The length of a query scales all of its cosines equally, so it is left out.
 
     Args:
         query: Tokens [B, n, d], any strides; n may be 0.
@@ -34,12 +34,12 @@ def nearest_token(
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
-        int32 [B, n]: numbers 0 ... m - 1; of equal cosines the first. Near ties, closer than
-        float32's rounding, may go either way. NaN and infinities are not looked for: where a
-        query's products are not finite, its number is within range and means nothing.
+        int32 [B, n]: numbers 0 ... m - 1. Of equal cosines the first counts. If two cosines differ
+        by less than float32's rounding, either may count. NaN and infinities are not checked: if a
+        query's products are not finite, its number is in range but has no meaning.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
+        ValueError, TypeError: shapes or dtypes do not fit.
         BackendError: the backend asked for cannot run this call.
 
     Source: arXiv 2307.10373, the nearest-neighbour field of TokenFlow.

@@ -72,34 +72,35 @@ def soft_em(
 
     $$m_k \leftarrow \text{sums}_k / (\text{mass}_k + 10^{-4})$$
 
-    and after the last iteration $v_k = \text{payload\_sums}_k / (\text{mass}_k + 10^{-4})$ with
-    the same responsibilities that made the last bases (see `em_statistics`, `em_update`). Nothing
-    waits for the device between iterations.
+    and after the last iteration $v_k = \text{payload\_sums}_k / (\text{mass}_k + 10^{-4})$ with the
+    same responsibilities that made the last bases (see `em_statistics`, `em_update`). The host does
+    not wait for the device between iterations.
 
-    A base is empty if its mass is below 0.01 * min(1, n / K), a hundredth of one token (or of an
-    even share, where tokens are fewer than bases); some base always has more than that.
+    A base is empty if its mass is below 0.01 * min(1, n / K): a hundredth of one token, or of an
+    even share if there are fewer tokens than bases. At least one base always has more.
 
     Args:
         features: Tokens [B, n, D] or [B, h, n, D], n >= 1, any strides.
-        bases: Initial bases [B, K, D] or [B, h, K, D] (see `initial_bases`), or a number K of them:
-            then EM starts from as many tokens, as `initial_bases` by default.
-        num_iters: Number R of iterations, at least 1. The paper has 5; from tokens (see
-            `initial_bases`) 2 come as far.
+        bases: Initial bases [B, K, D] or [B, h, K, D] (see `initial_bases`), or a number K of
+            bases: EM then starts from K tokens, as `initial_bases` chooses them by default.
+        num_iters: Number R of iterations, at least 1. The paper uses 5; from tokens (see
+            `initial_bases`) 2 have the same effect.
         temperature: Temperature tau > 0 of the responsibilities.
         normalize: Whether the bases are scaled to unit length before the logits.
-        payload: Values [B, n, E] or [B, h, n, E] of the features' dtype that ride along, or None.
-        empty: Policy for empty bases. "zero": they fall to the zero vector, as in the
-            authors' code. "mask": they keep their last value and report mass 0. "reseed": as
-            "mask", but before each further iteration they are put on the tokens that the bases
-            explain worst (largest part orthogonal to its nearest base, among 8 K tokens
-            spread over all; deterministic).
+        payload: Values [B, n, E] or [B, h, n, E] of the features' dtype, which are averaged by the
+            same weights, or None.
+        empty: Policy for empty bases. "zero": they become the zero vector, as in the authors' code.
+            "mask": they keep their last value and report mass 0. "reseed": as "mask", but before
+            each further iteration they are moved to the tokens that the bases explain worst (the
+            largest part orthogonal to the nearest base, among 8 K tokens spread over all;
+            deterministic).
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
         SoftEM in float32 (float64 for float64 input).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or values that do not fit.
+        ValueError, TypeError: shapes, dtypes or values do not fit.
         BackendError: the backend asked for cannot run this call.
 
     Source: arXiv 2312.05856; `empty="mask"` and `"reseed"` are this package's.
@@ -254,19 +255,19 @@ def _num_bases(bases: torch.Tensor | int) -> int:
 def attention_bias(
     mass: torch.Tensor, *, empty: str = "mask", proportional: bool = False
 ) -> torch.Tensor | None:
-    """What to add to the attention logits of bases with these masses.
+    """The bias of the attention logits of bases with these masses.
 
     Args:
         mass: Mass [..., K] of a `SoftEM`.
-        empty: Policy that it was made with. Empty bases get -inf, except under "zero".
-        proportional: Whether log(mass) is added, so that a base standing for 5,000 tokens weighs
-            as 5,000 keys would (dense attention is the limit K = n with this on).
+        empty: Policy that the masses were made with. Empty bases get -inf, except with "zero".
+        proportional: Whether log(mass) is added, so that a base that stands for 5,000 tokens has
+            the weight of 5,000 keys (with this on, dense attention is the limit K = n).
 
     Returns:
-        Floating [..., K], or None where nothing is to be added.
+        Floating [..., K], or None if there is nothing to add.
 
     Raises:
-        ValueError: an unknown policy.
+        ValueError: the policy is unknown.
     """
     check_choice("attention_bias", "empty", empty, EMPTY_POLICIES)
     if proportional:

@@ -52,59 +52,60 @@ def stem_attention(
 ) -> torch.Tensor:
     r"""Attention through K bases of the keys, with the arguments of SDPA.
 
-    EM (`soft_em`) on the keys of each head, the values riding along as its payload, then
-    `basis_attention` of every query to the K bases: O(n K) in place of O(n^2). A drop-in for
+    EM (`soft_em`) runs on the keys of each head, with the values as its payload. Then every query
+    attends to the K bases (`basis_attention`): O(n K) in place of O(n^2). This replaces
     `torch.nn.functional.scaled_dot_product_attention(query, key, value)` without mask, dropout or
-    causality. To share bases over frames, fold the frames into the tokens.
+    causality. To share bases between frames, fold the frames into the tokens.
 
     Args:
         query: Queries [B, h, n, d], any strides.
         key: Keys [B or 1, h, m, d], m >= 1.
         value: Values [B or 1, h, m, e].
-        attn_mask: Argument of SDPA; None is the only value taken.
-        dropout_p: Argument of SDPA; 0.0 is the only value taken.
-        is_causal: Argument of SDPA; False is the only value taken.
+        attn_mask: Argument of SDPA; only None is allowed.
+        dropout_p: Argument of SDPA; only 0.0 is allowed.
+        is_causal: Argument of SDPA; only False is allowed.
         scale: Factor of the attention logits; 1 / sqrt(d) if None.
-        enable_gqa: Argument of SDPA; False is the only value taken.
+        enable_gqa: Argument of SDPA; only False is allowed.
         num_bases: Number K of bases, at least 1.
         num_iters: Number R of EM iterations, at least 1.
-        sample_per_base: Number of keys a base that EM reads, at least 1: K times as many, spread
-            evenly over all. None: EM reads all keys.
+        sample_per_base: Number of keys that EM reads for each base, at least 1. In all it reads K
+            times this number, spread evenly over all keys. None: EM reads all keys.
         temperature: Temperature tau > 0 of the responsibilities.
-        init: Kind of initial bases, "tokens" (no random numbers) or "gaussian" (the authors'
-            code; `seed` counts).
+        init: Kind of initial bases, "tokens" (no random numbers) or "gaussian" (the authors' code,
+            with `seed`).
         seed: Seed of "gaussian", a whole number of 64 bits.
         empty: Policy for empty bases, "zero", "mask" or "reseed", see `soft_em`.
-        proportional: Whether bases weigh as much as their mass, see `attention_bias`; without it
-            bases that stand for few tokens weigh as much as those that stand for many.
-        calibration: Form of the correction that brings the output nearer: "none"; "moments", the
-            covariance of keys and values that bases leave out; "linear" or "joint", fitted to the
-            exact attention of some queries. See `ops.calibration`.
-        num_queries: Number of these queries at most, at least 1.
-        allow_exact: Whether SDPA itself is called where it takes no more FLOPs, see below.
+        proportional: Whether the weight of a base is in proportion to its mass, see
+            `attention_bias`. If False, bases that stand for few tokens weigh as much as bases that
+            stand for many.
+        calibration: Form of the correction that brings the output nearer to SDPA's. "none": no
+            correction. "moments": the covariance of keys and values that bases leave out. "linear"
+            or "joint": a correction that is fitted to the exact attention of some queries. See
+            `ops.calibration`.
+        num_queries: Largest number of these queries, at least 1.
+        allow_exact: Whether SDPA itself is called if it takes no more FLOPs, see below.
         backend: Name of the backend, "auto", "triton", "cuda" or "torch".
 
     Returns:
         [B, h, n, e] of the query's dtype; under `torch.autocast` of autocast's, as SDPA's is.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or values that do not fit.
+        ValueError, TypeError: shapes, dtypes or values do not fit.
         BackendError: the backend asked for cannot run this call.
 
-    How near it comes to SDPA depends on the keys; `attention_error` tells it of yours. It is near
-    where keys come in a few kinds, or change smoothly as those of a feature map do, and there are
-    several bases to a kind. Measured with 256 bases on 4,096 keys, error of the output: 64 tight
-    clusters 0.3 %; a map that is new every 32, 16, 8 or 4 places 0.7 %, 2 %, 10 %, 35 %; 256
-    clusters 30 %; standard normal keys, each unlike all others, 72 %: do not use it for such
-    (benchmarks/studies/drop_in). With calibration="joint" the maps come to 0.02 %, 0.1 %, 2 % and
-    20 %.
+    The distance to SDPA depends on the keys; `attention_error` measures it for your tensors. It is
+    small if the keys form a few clusters, or change smoothly as in a feature map, and if there are
+    several bases for each cluster. Measured error of the output, with 256 bases on 4,096 keys: 64
+    tight clusters 0.3 %; a smooth map that is new every 32, 16, 8 or 4 places 0.7 %, 2 %, 10 %, 35
+    %; 256 clusters 30 %; standard normal keys, each unlike all others, 72 %
+    (benchmarks/studies/drop_in). Do not use it for keys of the last kind. With calibration="joint"
+    the maps have 0.02 %, 0.1 %, 2 % and 20 %.
 
-    SDPA is called, and the result is exact, wherever that takes no more FLOPs
-    (`exact_is_cheaper`): always with K >= m, and in self-attention with d = e wherever
-    n <= (R + 1.5) K, which is 896 tokens by default; with a calibration about as many tokens more
-    as it has queries.
+    SDPA is called, and the result is exact, if that takes no more FLOPs (`exact_is_cheaper`):
+    always with K >= m, and in self-attention with d = e if n <= (R + 1.5) K, which is 896 tokens by
+    default. With a calibration the limit is higher by about the number of its queries.
 
-    Source: arXiv 2312.05856; the key-space form is the authors' released code's, which has
+    Source: arXiv 2312.05856; the key-space form is that of the authors' released code, which has
     num_iters=5, init="gaussian", empty="zero" and proportional=False. The defaults here are those
     of `stem.StemConfig`.
     """
