@@ -84,7 +84,7 @@ def soft_em(
         bases: Initial bases [B, K, D] or [B, h, K, D] (see `initial_bases`), or a number K of
             bases: EM then starts from K tokens, as `initial_bases` chooses them by default.
         num_iters: Number R of iterations, at least 1. The paper uses 5; from tokens (see
-            `initial_bases`) 2 have the same effect.
+            `initial_bases`) 2 come equally far.
         temperature: Temperature tau > 0 of the responsibilities.
         normalize: Whether the bases are scaled to unit length before the logits.
         payload: Values [B, n, E] or [B, h, n, E] of the features' dtype, which are averaged by the
