@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,3 +149,10 @@ def test_imports_are_those_of_the_table(package: str) -> None:
         for below in allowed.split()
     }
     assert sorted(table - used) == []  # what the table allows and no file does
+
+
+def test_the_house_is_drawn_with_every_room() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = set(re.findall(r"[\w.]+", page.partition("```text\n")[2].partition("```")[0]))
+    rooms = {*FLOORS["stem"], *FLOORS[KERNELS]} - {"stem.__main__"}
+    assert sorted(room for room in rooms if not {room, room.rpartition(".")[2]} & drawn) == []

@@ -157,6 +157,7 @@ def table(results: dict[str, Any]) -> str:
                 *sizes,
                 num_bases=options["num_bases"],
                 num_iters=NUM_ITERS,
+                corrected="calibration" in options,
                 calibrating=256 if "calibration" in options else 0,
             )
             cells.append(f"{1000 * row[form]:.0f}" + ("*" if mark else ""))
