@@ -34,6 +34,17 @@ def public_names(package: str) -> list[str]:
     raise ValueError(f"{package} has no __all__; name its public names there")
 
 
+def reference(package: str, name: str) -> str:
+    """What mkdocstrings reads to write about a public name.
+
+    A function may have its module's name (`stem.world.judge`), which then stands for the module.
+    """
+    if not (ROOT / package.replace(".", "/") / f"{name}.py").exists():
+        return f"::: {package}.{name}"
+    heading = f"heading: {package}.{name}\n      toc_label: {name}"
+    return f"::: {package}.{name}.{name}\n    options:\n      {heading}"
+
+
 def stage() -> None:
     """Lay out the pages that mkdocs reads, as they lie in the tree, so that their links hold."""
     shutil.rmtree(PAGES, ignore_errors=True)
@@ -45,7 +56,7 @@ def stage() -> None:
     shutil.copy(ROOT / "README.md", PAGES / "index.md")
     (PAGES / "api").mkdir()
     for package in PACKAGES:
-        blocks = [f"::: {package}.{name}" for name in public_names(package)]
+        blocks = [reference(package, name) for name in public_names(package)]
         page = "\n\n".join([f"# {package}", *blocks])
         (PAGES / "api" / f"{package}.md").write_text(f"{page}\n")
 

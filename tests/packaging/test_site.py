@@ -32,3 +32,10 @@ def test_dead_links_and_resources_of_other_hosts_are_found(tmp_path: Path) -> No
         "index.html: docs/more.html#gone",
         "index.html: LICENSE",
     ]
+
+
+def test_a_public_name_is_not_taken_for_a_module_of_its_name() -> None:
+    for package in site.PACKAGES:
+        for name in site.public_names(package):
+            path = site.reference(package, name).split()[1]
+            assert not site.ROOT.joinpath(*path.split(".")).with_suffix(".py").exists(), path
