@@ -179,9 +179,9 @@ def test_grids_are_for_the_multiprocessors_of_the_gpu(
 
     # As sm90.json and default.json say, as far as whole tiles go.
     for kernel, each in (("fused_rows", 2), ("products", 1), ("resident", 3)):
-        for multiprocessors in (24, 108, 132, 148):
+        for multiprocessors in (66, 108, 132, 148):
             assert each * 0.8 <= programs(kernel, multiprocessors) <= each, kernel
-    for multiprocessors in (24, 132):
+    for multiprocessors in (66, 132):
         assert programs("partial_attention", multiprocessors) == pytest.approx(4, 0.1)
 
 
