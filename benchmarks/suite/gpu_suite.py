@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 
 PARTS = {"correctness": 150.0, "operators": 240.0, "layer": 150.0, "memory": 150.0, "unet": 400.0}
-"""Seconds that each may take; what is left then is for another call."""
+"""Seconds that each part may take; another call does the rest."""
 LOST = 75
 """Exit status of a process whose device answers no more."""
 SILENCE = 120.0  # by plan the longest, over all of 120 frames, takes half of it

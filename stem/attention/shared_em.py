@@ -35,7 +35,7 @@ def shared_em(
         exchange: Exchange in which the chunks meet.
         config: Configuration of the EM.
         features: Tokens [videos, (h,) n, D] of the running chunk, frame after frame.
-        payload: Values [videos, (h,) n, E] that ride along, or None.
+        payload: Values [videos, (h,) n, E], averaged by the same weights, or None.
         normals: Standard normals [(h,) K, D] for `init="gaussian"`, or None.
 
     Returns:

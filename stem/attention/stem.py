@@ -126,7 +126,7 @@ class StemState:
         Args:
             layer: Index of the layer.
             features: Tokens [videos, (h,) n, D], of the running chunk where there is an exchange.
-            payload: Values [videos, (h,) n, E] that ride along, or None.
+            payload: Values [videos, (h,) n, E], averaged by the same weights, or None.
             start: What the layer's EM starts from.
             exchange: Exchange through which the chunks of a video share their bases; None: the
                 tokens are those of whole videos.

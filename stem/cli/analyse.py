@@ -51,7 +51,7 @@ def analyse_command(
 ) -> None:
     """How steady an inversion's features are along the video's flow: picture, plot, figures.
 
-    It writes analysis.png, analysis-plot.png and analysis.json. Nothing is kept from run to run.
+    It writes analysis.png, analysis-plot.png and analysis.json. An interrupted run starts again.
     """
     from ..video import read_video
     from ..workflows.analysis import analyse, check_analysable

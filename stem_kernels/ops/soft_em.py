@@ -132,7 +132,7 @@ def attended_bases(
         bases: Initial bases, or their number.
         num_iters: Number of iterations.
         temperature: Temperature.
-        payload: Values that ride along, or None.
+        payload: Values that are averaged by the same weights, or None.
         empty: Policy for empty bases.
         proportional: Whether a base weighs as much as its mass, see `attention_bias`.
         backend: Name of the backend.
