@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +9,6 @@ from typing import Annotated
 import typer
 
 from ..names import BASES, INVERSIONS
-from ..storage import remove_stale
 from .app import app, console, print_note, problems, say
 from .arguments import (
     Config,
@@ -169,6 +166,7 @@ def reconstruct_command(
     from ..inversion import InversionFolder, reconstruct_latents
     from ..inversion.reconstructing import check_reconstructible
     from ..models import ModelError, check_device
+    from ..storage import remove_stale
     from ..video import check_video_output, write_video
 
     check_device(rank_device(device))
@@ -201,6 +199,9 @@ def info_command(
     ] = False,
 ) -> None:
     """What is installed, and which backends can run here."""
+    import importlib.metadata
+    import importlib.util
+
     from stem_kernels.info import check as checked
     from stem_kernels.info import describe
 
