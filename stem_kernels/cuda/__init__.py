@@ -24,6 +24,7 @@ OPERATORS = (
     "soft_em",
 )  # fmt: skip
 MIN_CAPABILITY = (8, 0)
+CONTIGUOUS = torch.contiguous_format
 GPU_WIDTHS = {
     "features": 1280, "payload": 1280,
     "query": 160, "query_target": 160, "query_source": 160, "value": 160,
@@ -157,7 +158,8 @@ def auto_reasons(device: torch.device) -> list[str]:
 
 def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, copied only where its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    # Not contiguous(), which leaves the strides of what has no elements as they are.
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=CONTIGUOUS)
 
 
 def enter(

@@ -180,7 +180,7 @@ def stem_attention(
             scale=scale,
             bias=bases.bias,
             correction=correction,
-            query_mean=torch.zeros_like(correction[..., :-1, 0]),
+            query_mean=correction.new_zeros((*correction.shape[:-2], query.shape[-1])),
             backend=backend,
         )
     chosen = query.index_select(-2, spread_tokens(query.shape[-2], count, query.device))

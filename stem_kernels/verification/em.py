@@ -116,6 +116,8 @@ def soft_em(
             payload rides along: the backend's result.
         rounding: Rounding tolerances of `em_statistics`.
     """
+    if features.numel() == 0:
+        return None
     num_bases = bases if isinstance(bases, int) else bases.shape[-2]
     tokens = part_of_tokens(features, num_bases, payload)
     whole = None if empty != "zero" else mass_is_tokens(found.mass, features, rounding)

@@ -23,6 +23,7 @@ from stem_kernels.ops.calibration import calibrate_bases
 from stem_kernels.ops.partial_attention import merged_attention, partial_attention
 from stem_kernels.ops.soft_em import attended_bases
 from stem_kernels.reference import chunks
+from stem_kernels.shared import forms
 from stem_kernels.testing import eager_basis_attention, max_error
 
 interpreter = pytest.mark.interpreter
@@ -204,10 +205,14 @@ def test_sizes_of_zero_are_served_alike_or_refused(
         "stem_attention": lambda on: stem_attention(
             x, x, p, num_bases=2, allow_exact=False, backend=on
         ),
+        "moments": lambda on: stem_attention(
+            x, x, p, num_bases=2, calibration="moments", allow_exact=False, backend=on
+        ),
         "error": lambda on: attention_error(x, x, p, num_bases=2, backend=on),
         "calibrate": lambda on: calibrate_bases(x, p, m, v),
     }
     for name, call in calls.items():
+        forms.forget()
         found = sizes_of(lambda call=call: call(backend))
         assert found == sizes_of(lambda call=call: call("torch")), name
         assert found is not ZeroDivisionError, name
