@@ -15,9 +15,9 @@ from stem_kernels.testing import (
     clustered_tokens,
     eager_basis_attention,
     eager_em_statistics,
-    iterations_bounds,
     max_error,
     parity_bound,
+    rounded_soft_em,
 )
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
@@ -179,9 +179,11 @@ def test_iterations(
     exact = soft_em(double[0], double[1], payload=double[2], **settings)
     assert torch.equal(found.mass.cpu() == 0, exact.mass == 0)
     assert bool((exact.mass == 0).any()) == (empty == "mask")
-    for result, expected, bound in zip(found, exact, iterations_bounds(dtype), strict=True):
+    rounded = rounded_soft_em(features.cpu(), bases.cpu(), payload.cpu(), **settings)
+    for result, expected, near in zip(found, exact, rounded, strict=True):
         assert result.dtype == torch.float32
-        assert max_error(result.cpu(), expected) <= bound * float(expected.abs().max())
+        bound = 2 * max_error(near, expected) + 1e-4 * float(expected.abs().max())
+        assert max_error(result.cpu(), expected) <= bound
 
 
 def test_no_base_stays_empty_when_they_are_reseeded(backend: str) -> None:
