@@ -21,7 +21,7 @@ from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
 from .tiles import aligned, in_eights, load_rows, reciprocal, store_rows
-from .tuning import tile_for, tiles, token_ranges, two_tiles
+from .tuning import sum_ranges, tile_for, tiles, two_tiles
 
 LARGEST_BASES = 256
 LARGEST_TOGETHER = 80  # tokens and payload summed in one program
@@ -164,7 +164,7 @@ def _add(
     options = as_rows or tiles(f"em_fused {padded}" + (" payload" if both else ""), tokens.device)
     block_n = options.pop("block_n")
     programs = options.pop("programs") // (batch * heads)
-    splits, tokens_per_split = token_ranges(n, block_n, programs)
+    splits, tokens_per_split = sum_ranges(n, block_n, programs)
     lead = (splits, batch, heads, num_bases)
     mass = program.memory("mass parts", lead, torch.float32)
     sums = value_sums = mass

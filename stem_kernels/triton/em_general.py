@@ -18,7 +18,7 @@ from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
 from .tiles import aligned, in_eights
-from .tuning import tile_for, tiles, token_ranges
+from .tuning import sum_ranges, tile_for, tiles
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def _accumulate(
     block_e = tile_for(width, options.pop("block_d"))
     slices = triton.cdiv(num_bases, block_k) * triton.cdiv(width, block_e)
     programs = options.pop("programs") // (slices * batch * heads)
-    splits, tokens_per_split = token_ranges(n, block_n, programs)
+    splits, tokens_per_split = sum_ranges(n, block_n, programs)
     lead = (splits, batch, heads, num_bases)
     name = "parts" if payload is None else "payload parts"
     sums = program.memory(name, (*lead, width), torch.float32)

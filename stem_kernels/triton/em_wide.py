@@ -20,7 +20,7 @@ from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
 from .tiles import aligned, in_eights, load_rows, reciprocal, store_rows
-from .tuning import LARGEST_RANGE, tile_for, tiles, token_ranges, two_tiles
+from .tuning import LARGEST_RANGE, sum_ranges, tile_for, tiles, two_tiles
 
 LARGEST_CHUNK_BYTES = 2**25  # of responsibilities
 
@@ -171,7 +171,7 @@ class _Products:
         self.slices = triton.cdiv(width, self.main + self.rest)
         programs = self.options.pop("programs") // (self.slices * batch * heads)
         _, chunk, num_bases = z.layout.shape
-        self.splits, self.tokens_per_split = token_ranges(chunk, self.block_n, programs)
+        self.splits, self.tokens_per_split = sum_ranges(chunk, self.block_n, programs)
         self.chunks = max(1, LARGEST_RANGE // self.tokens_per_split)  # of one sum
         self.groups = triton.cdiv(n, chunk * self.chunks)
         size = (self.groups * self.splits, batch, heads, num_bases, width)

@@ -20,7 +20,7 @@ from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
 from .tiles import aligned, in_eights
-from .tuning import rows_for, tile_for, tiles, token_ranges
+from .tuning import rows_for, sum_ranges, tile_for, tiles
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _program(query: Layout, key: Layout, value: Layout, scale: float) -> tuple[P
     block_m = tile_for(num_queries, rows_for(row_bytes, options.pop("query_bytes")))
     block_n = rows_for(row_bytes, options.pop("key_bytes"))
     tiled = batch * heads * triton.cdiv(num_queries, block_m)
-    splits, tokens = token_ranges(n, block_n, max(1, options.pop("programs") // tiled))
+    splits, tokens = sum_ranges(n, block_n, max(1, options.pop("programs") // tiled))
     lead = (batch, heads, num_queries)
     parts = (
         program.memory("sums", (splits, *lead, width), torch.float32),

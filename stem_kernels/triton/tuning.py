@@ -88,13 +88,21 @@ def two_tiles(width: int) -> tuple[int, int]:
 def token_ranges(num_tokens: int, block_n: int, programs: int) -> tuple[int, int]:
     """Into how many ranges tokens are cut for about so many programs, and the tokens of each.
 
-    There are more where a range would have more than LARGEST_RANGE tokens. It depends on the shapes
-    and the device alone, and partial sums are added in order: equal calls give equal bits.
+    It depends on the shapes and the device alone, and what is found of ranges is put together in
+    order: equal calls give equal bits.
     """
     wanted = max(1, min(-(-num_tokens // block_n), programs))
     tokens = -(-num_tokens // (wanted * block_n)) * block_n
-    tokens = min(tokens, max(block_n, LARGEST_RANGE // block_n * block_n))
     return -(-num_tokens // tokens), tokens
+
+
+def sum_ranges(num_tokens: int, block_n: int, programs: int) -> tuple[int, int]:
+    """The same for tokens that are summed up: more ranges where they are more than LARGEST_RANGE.
+
+    The partial sums are added in order.
+    """
+    most = max(1, LARGEST_RANGE // block_n) * block_n
+    return token_ranges(num_tokens, block_n, max(programs, -(-num_tokens // most)))
 
 
 def rows_for(row_bytes: int, block_bytes: int) -> int:

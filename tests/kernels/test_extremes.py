@@ -144,12 +144,13 @@ def test_no_sum_of_triton_is_of_more_tokens_than_is_allowed(
         return found
 
     whole = run()
-    assert tuning.token_ranges(10**8, 32, 264) == (6104, 2**14)
-    assert tuning.token_ranges(1500, 256, 3) == (3, 512)
+    assert tuning.sum_ranges(10**8, 32, 264) == (6104, 2**14)
+    assert tuning.sum_ranges(1500, 256, 3) == (3, 512)
+    assert tuning.token_ranges(10**8, 32, 1) == (1, 10**8)  # of what is not summed up
     for module in (em_wide, tuning):
         monkeypatch.setattr(module, "LARGEST_RANGE", 256)
     monkeypatch.setattr(em_wide, "LARGEST_CHUNK_BYTES", 128 * 16 * 2)
-    assert tuning.token_ranges(1500, 256, 3) == (6, 256)
+    assert tuning.sum_ranges(1500, 256, 3) == (6, 256)
     for one, other in zip(whole, run(), strict=True):
         assert max_error(one, other) <= 1e-5 * float(one.abs().max())
 

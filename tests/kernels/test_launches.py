@@ -160,8 +160,7 @@ def test_grids_are_for_the_multiprocessors_of_the_gpu(
 ) -> None:
     from benchmarks.counting import launches
 
-    # So many that 24 multiprocessors have ranges of as many tokens as one sum may be of.
-    features = torch.empty(8, 98304, 40, dtype=torch.float16)
+    features = torch.empty(8, 131072, 40, dtype=torch.float16)
     bases = torch.empty(8, 256, 40, dtype=torch.float16)
     query, key = features[None], bases[None]
     wide = torch.empty(1, 131072, 320, dtype=torch.float16)
