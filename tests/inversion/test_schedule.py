@@ -23,6 +23,8 @@ from stem.diffusion.schedule import (
 )
 from stem_kernels.testing import max_error
 
+# diffusers' schedulers give torch's tensors to NumPy's functions.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 # What each class can be made with, beside its defaults.
 CHANGES: list[dict[str, Any]] = [
     {},
