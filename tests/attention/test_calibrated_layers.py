@@ -171,7 +171,10 @@ def test_calibration_by_a_few_frames() -> None:
     unet = make_unet()
 
     def output(**changes: Any) -> torch.Tensor:
-        config = StemConfig(num_bases=16, num_frames=FRAMES, calibration="joint", **changes)
+        # At tau = 0.01 the rounding of another batch size moves assignments on some CPUs.
+        config = StemConfig(
+            num_bases=16, temperature=0.1, num_frames=FRAMES, calibration="joint", **changes
+        )
         with stem.enabled(unet, config):
             return call(unet, rows=FRAMES)
 

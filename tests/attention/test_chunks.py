@@ -45,9 +45,12 @@ def test_stem_in_chunks_is_stem_in_one_batch(
     space: str, iterations: int, empty: str, init: str, sample: int | None
 ) -> None:
     unet = make_unet()
+    # The convolutions round a batch of one frame and one of eight apart by 9e-7. At tau = 0.01 that
+    # moves assignments, on some CPUs more than on others.
     config = StemConfig(
         num_bases=16,
         num_iters=iterations,
+        temperature=0.1,
         space=space,
         empty=empty,
         init=init,
@@ -56,11 +59,8 @@ def test_stem_in_chunks_is_stem_in_one_batch(
         num_frames=FRAMES,
     )
     expected = output(unet, config)
-    # The convolutions alone round a batch of one frame and one of eight apart by 9e-7, which five
-    # iterations at tau = 0.01 may enlarge (a fifth decimal of a logit moves a token).
-    bound = 4e-6 if (iterations, init) == (5, "gaussian") else 2e-6
     for chunk in (1, 3):
-        assert relative(output(unet, dataclasses.replace(config, chunk=chunk)), expected) < bound
+        assert relative(output(unet, dataclasses.replace(config, chunk=chunk)), expected) < 2e-6
     assert torch.equal(output(unet, dataclasses.replace(config, chunk=FRAMES)), expected)
 
 
