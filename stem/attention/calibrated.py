@@ -90,9 +90,17 @@ def _attended(
         total = features.shape[1] if exchange is None else tokens.shape[2] * exchange.num_frames
         index = spread_tokens(total, max(1, round(config.key_share * total)), CPU)
         own = index if exchange is None else own_tokens(exchange, index, tokens.shape[2])
+        if len(own) == 0:  # of a small chunk
+            return _to_nothing(query)
         tokens, projected = features.index_select(1, own.to(features.device)).unsqueeze(1), None
     key, value = projected or project_keys_and_values(attn, tokens, tokens.shape[0])
     return partial_attention(query, key, value, backend=config.backend)
+
+
+def _to_nothing(query: torch.Tensor) -> PartialAttention:
+    """The attention of queries [videos, h, m, d] to no keys, for `merged_attention`."""
+    zeros = torch.zeros_like(query, dtype=torch.promote_types(query.dtype, torch.float32))
+    return PartialAttention(zeros, torch.full_like(zeros[..., 0], float("-inf")))
 
 
 def moments_of(

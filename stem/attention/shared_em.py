@@ -195,7 +195,8 @@ def _places(num_tokens: int, count: int, device: torch.device) -> torch.Tensor:
     if key not in _known:
         with torch.inference_mode(False):
             found = spread_tokens(*key)
-        if type(found) is not torch.Tensor:  # a fake one
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if type(found) is not torch.Tensor or capturing:  # a fake one, or not yet filled
             return found
         _known[key] = found
     return _known[key]

@@ -140,10 +140,8 @@ def token_products(features: torch.Tensor, payload: torch.Tensor, total: int) ->
     """
     compute = compute_dtype(features)
     with _without_autocast(features.device):
-        if features.device.type == "cpu":  # elsewhere half precision has matrix units
-            features, payload = features.to(compute), payload.to(compute)
-        share = total**-0.5  # of each factor, so that no sum leaves half's range
-        return ((features.mT * share) @ (payload * share)).to(compute)
+        # Nearly all of it is subtracted again: rounded to half, little of what is left were right.
+        return (features.to(compute).mT / total) @ payload.to(compute)
 
 
 def moments(products: torch.Tensor, found: SoftEM, payload_bases: torch.Tensor) -> torch.Tensor:
@@ -169,8 +167,8 @@ def moments(products: torch.Tensor, found: SoftEM, payload_bases: torch.Tensor) 
     """
     shares = found.mass / found.mass.sum(-1, keepdim=True)
     with _without_autocast(products.device):
-        between = (found.bases * shares.unsqueeze(-1)).mT @ payload_bases.to(found.bases.dtype)
-        return products - between.to(products.dtype)
+        weighed = found.bases.to(products.dtype) * shares.to(products.dtype).unsqueeze(-1)
+        return products - weighed.mT @ payload_bases.to(products.dtype)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

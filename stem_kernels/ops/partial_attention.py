@@ -129,16 +129,24 @@ def merged_attention(parts: Sequence[PartialAttention]) -> PartialAttention:
     if not parts:
         raise ValueError("merged_attention: there are no parts; there must be one at least")
     output, logsumexp = parts[0]
+    if len(parts) == 1:
+        return parts[0]
     for part in parts[1:]:
         total = torch.logaddexp(logsumexp, part.logsumexp)
         output, others = (
             # The attention to keys that all have the logit -inf is NaN, and 0 times NaN would be.
             attended.masked_fill(share == 0, 0.0) * share
             for attended, share in (
-                (one.output, (one.logsumexp - total).exp().unsqueeze(-1))
+                (one.output, _share(one.logsumexp, total).unsqueeze(-1))
                 for one in (PartialAttention(output, logsumexp), part)
             )
         )
         output = output + others
         logsumexp = total
-    return PartialAttention(output, logsumexp)
+    nowhere = (logsumexp == float("-inf")).unsqueeze(-1)
+    return PartialAttention(output.masked_fill(nowhere, float("nan")), logsumexp)
+
+
+def _share(own: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """The share that a part has in the whole; 0 where it has nothing, whatever the others have."""
+    return (own - total).exp().masked_fill(own == float("-inf"), 0.0)

@@ -30,6 +30,7 @@ _calls = _Calls()
 _settled: set[Hashable] = set()
 _refused: dict[Hashable, str] = {}
 _tries: dict[Hashable, int] = {}
+_passed_over: dict[str, tuple[str, ...]] = {}
 
 
 def enter(form: Hashable) -> bool:
@@ -43,7 +44,8 @@ def enter(form: Hashable) -> bool:
     if not _calls.suspended:
         if form in _refused:
             raise RefusedFormError(_refused[form])
-        _calls.entered.append(form)
+        if form not in _calls.entered:  # graphs of torch.compile never empty it
+            _calls.entered.append(form)
     return False
 
 
@@ -86,7 +88,20 @@ def put_off(forms: list[Hashable]) -> None:
             _settled.add(form)
 
 
+def pass_over(op: str, backend: str) -> None:
+    """`backend` has a wrong form of an operator: graphs of torch.compile do not take it for that.
+
+    They are never compared, and cannot go on with another backend when they run.
+    """
+    _passed_over[op] = tuple(dict.fromkeys((*passed_over(op), backend)))
+
+
+def passed_over(op: str) -> tuple[str, ...]:
+    """The backends that graphs do not take for an operator."""
+    return _passed_over.get(op, ())
+
+
 def forget() -> None:
     """Nothing is known of any form any more."""
-    for known in (_settled, _refused, _tries):
+    for known in (_settled, _refused, _tries, _passed_over):
         known.clear()

@@ -75,7 +75,9 @@ def run(
         BackendError: a backend that was asked for by name gives wrong results or cannot launch.
         ValueError, BackendError: as `backends.select`; the variable STEM_KERNELS_VERIFY.
     """
-    refused: tuple[str, ...] = ()
+    # Graphs are never compared: they take no backend that an eager call found wrong.
+    compiling = torch.compiler.is_compiling() and not named(backend)
+    refused = forms.passed_over(op) if compiling else ()
     while True:
         chosen = select(op, backend, tensors, num_bases, refused)
         if chosen == "torch" or torch.compiler.is_compiling():
@@ -94,7 +96,7 @@ def run(
             # Memory that is lacking, and a policy that is none, are no fault of the kernel.
             known = isinstance(error, forms.RefusedFormError)
             fresh = entered[:]
-            if not known and (not fresh or isinstance(error, torch.OutOfMemoryError)):
+            if not known and (not fresh or _lacks_memory(error)):
                 raise
             if policy() == "never":
                 raise
@@ -107,7 +109,15 @@ def run(
             raise BackendError(fault) from (wrong if isinstance(wrong, Exception) else None)
         if not known:
             logger.warning('%s\n  backend="auto" goes on with the next backend.', fault)
+            forms.pass_over(op, chosen)
         refused = (*refused, chosen)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether memory was lacking; torch's CPU allocator has no class for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "can't allocate memory" in str(error)
+    )
 
 
 def _wrong(
@@ -126,10 +136,13 @@ def _wrong(
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             found = check()
-    except torch.OutOfMemoryError:
-        return None  # the part did not fit beside the call; the next one is compared
+    except (MemoryError, RuntimeError) as error:
+        if _lacks_memory(error):
+            return None  # the part did not fit beside the call; the next one is compared
+        raise
     if not found:
-        forms.put_off(fresh)
+        if when == "first":
+            forms.put_off(fresh)
         return None
     worst = max(found, key=lambda one: one.ratio())
     if worst.ratio() > 1:

@@ -119,6 +119,9 @@ CALIBRATED = [
         num_bases=8, sample_per_base=2, calibration="moments", space="key", num_frames=FRAMES
     ),
     StemConfig(num_bases=8, num_queries=20, key_share=0.5, calibration="joint", num_frames=FRAMES),
+    StemConfig(
+        num_bases=8, num_queries=20, key_share=0.04, calibration="linear", num_frames=FRAMES
+    ),
     StemConfig(num_bases=16, calibration="joint", dense_below=FRAMES * 16, num_frames=FRAMES),
 ]
 
@@ -137,7 +140,7 @@ def test_calibration_in_chunks(config: StemConfig) -> None:
     assert torch.equal(output(FRAMES), expected)
 
 
-@pytest.mark.parametrize("config", CALIBRATED[:5], ids=lambda config: config.calibration)
+@pytest.mark.parametrize("config", CALIBRATED[:6], ids=lambda config: config.calibration)
 def test_calibrated_bases_are_recorded_and_replayed(config: StemConfig, tmp_path: Path) -> None:
     unet = make_unet()
     recording = Recording()

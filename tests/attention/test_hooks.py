@@ -19,8 +19,9 @@ CONFIGS = [
     SparseCausalConfig(num_frames=2),
     SparseCausalConfig.mid(num_frames=2),
     InflatedConfig(num_frames=2),
-    StemConfig(num_bases=8, num_frames=2),
-    StemConfig(num_bases=8, num_frames=2, space="key"),
+    # At tau = 0.01 rounding moves assignments on some CPUs.
+    StemConfig(num_bases=8, temperature=0.1, num_frames=2),
+    StemConfig(num_bases=8, temperature=0.1, num_frames=2, space="key"),
 ]
 
 
