@@ -143,11 +143,8 @@ def own_tokens(exchange: Lockstep, index: torch.Tensor, tokens: int) -> torch.Te
 
 def _edges(exchange: Lockstep, index: torch.Tensor, tokens: int) -> list[int]:
     """Where in an ascending index the tokens of each chunk begin, and the end of the last."""
-    edges, seen = [0], 0
-    for frames in exchange.chunks:
-        seen += len(frames) * tokens
-        edges.append(int(torch.searchsorted(index, seen)))
-    return edges
+    ends = torch.tensor([len(frames) * tokens for frames in exchange.chunks]).cumsum(0)
+    return [0, *torch.searchsorted(index, ends).tolist()]
 
 
 class Sample(Generic[Found]):
