@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .variants import DEFAULTS, PER_FRAME, SHARPENED, VARIANTS
+from .variants import BASELINE, FEW, NAMES, PER_FRAME
 
 
 def widest_layers(results: dict[str, Any]) -> Iterator[dict[str, dict[str, float]]]:
@@ -61,7 +61,7 @@ def table(results: dict[str, Any]) -> str:
     commits = ", ".join(sorted({f"`{case['commit']}`" for case in results["cases"].values()}))
     sharp = factors(results)
     heads = [
-        "", "widest layers, mean", "worst", "against defaults (worst)", "nearer than per-frame",
+        "", "widest layers, mean", "worst", "against all tokens (worst)", "nearer than per-frame",
         "all layers, mean", *(f"logits x {factor}" for factor in sharp), "UNet's prediction",
         "CPU seconds a layer" if wheres["gpu"] is None else "seconds a layer",
     ]  # fmt: skip
@@ -78,8 +78,8 @@ def table(results: dict[str, Any]) -> str:
     everywhere = [
         layer["figures"] for case in results["cases"].values() for layer in case["layers"].values()
     ]
-    baseline, per_frame = errors(results, DEFAULTS), errors(results, PER_FRAME)
-    for variant in VARIANTS:
+    baseline, per_frame = errors(results, BASELINE), errors(results, PER_FRAME)
+    for variant in NAMES:
         own = errors(results, variant)
         ratios = [error / other for error, other in zip(own, baseline, strict=True)]
         nearer = sum(error < other for error, other in zip(own, per_frame, strict=True))
@@ -92,7 +92,7 @@ def table(results: dict[str, Any]) -> str:
             percent(statistics.fmean(figures[variant]["error"] for figures in everywhere)),
             *(
                 percent(statistics.fmean(sharpened(results, variant, factor)))
-                if variant in SHARPENED
+                if variant in FEW
                 else ""
                 for factor in sharp
             ),
@@ -100,7 +100,35 @@ def table(results: dict[str, Any]) -> str:
             f"{seconds(results, variant):.2f}",
         ]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_of_lengths(results)]) + "\n"
+
+
+def _of_lengths(results: dict[str, Any]) -> list[str]:
+    """A table of the mean errors and times by length of the video."""
+    by_length: dict[str, list[dict[str, dict[str, float]]]] = {}
+    for name, case in results["lengths"].items():
+        layers = [figures for layer, figures in case.items() if layer != "commit"]
+        by_length.setdefault(name.rsplit(", ", 1)[1], []).extend(layers)
+    if not by_length:
+        return []
+    heads = ["", *by_length]
+    lines = [
+        "",
+        f"Of longer videos, the widest layers of {', '.join(results['lengths'])}: mean error, "
+        "seconds a layer.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
+    for variant in FEW:
+        cells = []
+        for layers in by_length.values():
+            own = [figures[variant] for figures in layers]
+            error = statistics.fmean(figures["error"] for figures in own)
+            taken = statistics.median(figures["seconds"] for figures in own)
+            cells.append(f"{percent(error)}, {taken:.2f} s")
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return lines
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -110,7 +138,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     points = {
-        name: (seconds(results, name), statistics.fmean(errors(results, name))) for name in VARIANTS
+        name: (seconds(results, name), statistics.fmean(errors(results, name))) for name in NAMES
     }
     for name, (cost, error) in points.items():
         calibrated = "joint" in name or "moments" in name

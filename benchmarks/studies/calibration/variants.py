@@ -3,45 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
 
 from stem import PerFrameConfig, SparseCausalConfig, StemConfig
+from stem.attention import calibrated
 from stem.config import AttentionConfig
+from stem_kernels.ops.calibration import moments
 
-DEFAULTS = "defaults"
+BASELINE = "all tokens"
 PER_FRAME = "per-frame"
 SAMPLES = (2, 4, 8, 16, 32)
 """Tokens a base that EM reads."""
-SAMPLED = StemConfig(sample_per_base=16, calibration="moments")
-_JOINT = StemConfig(sample_per_base=16, calibration="joint", num_queries=128)
+ALL = StemConfig(sample_per_base=None, calibration="none")
+_MOMENTS = dataclasses.replace(ALL, calibration="moments")
+_SAMPLED = dataclasses.replace(_MOMENTS, sample_per_base=16)
+_JOINT = dataclasses.replace(ALL, sample_per_base=16, calibration="joint", num_queries=128)
+SCALED = {"16 a base, 0.7 of the moments": 0.7, "16 a base, 0.4 of the moments": 0.4}
+"""Factors of the matrix in the variants that do not take all of it."""
 VARIANTS: dict[str, AttentionConfig] = {
     PER_FRAME: PerFrameConfig(),
     "sparse-causal": SparseCausalConfig(),
     "paper": StemConfig.paper(),
-    DEFAULTS: StemConfig(),
-    "R=1": StemConfig(num_iters=1),
-    "K=512": StemConfig(num_bases=512),
-    "moments": StemConfig(calibration="moments"),
-    "16 a base": StemConfig(sample_per_base=16),
+    BASELINE: ALL,
+    "all tokens, R=1": dataclasses.replace(ALL, num_iters=1),
+    "all tokens, R=5": dataclasses.replace(ALL, num_iters=5),
+    "all tokens, moments": _MOMENTS,
+    "16 a base": dataclasses.replace(ALL, sample_per_base=16),
     **{
-        f"{count} a base, moments": dataclasses.replace(SAMPLED, sample_per_base=count)
+        f"{count} a base, moments": dataclasses.replace(_SAMPLED, sample_per_base=count)
         for count in SAMPLES
     },
-    "16 a base, moments, R=1": dataclasses.replace(SAMPLED, num_iters=1),
-    "16 a base, moments, R=5": dataclasses.replace(SAMPLED, num_iters=5),
-    "16 a base, moments, key": dataclasses.replace(SAMPLED, space="key"),
-    "joint": StemConfig(calibration="joint", num_queries=128),
+    **dict.fromkeys(SCALED, _SAMPLED),
+    "16 a base, moments, R=1": dataclasses.replace(_SAMPLED, num_iters=1),
+    "16 a base, moments, R=5": dataclasses.replace(_SAMPLED, num_iters=5),
+    "16 a base, moments, K=512": dataclasses.replace(_SAMPLED, num_bases=512),
+    "16 a base, moments, key": dataclasses.replace(_SAMPLED, space="key"),
+    "all tokens, joint": dataclasses.replace(_JOINT, sample_per_base=None),
     "16 a base, joint": _JOINT,
     "16 a base, joint, 1/2 of the keys": dataclasses.replace(_JOINT, key_share=0.5),
     "16 a base, joint, 1/4 of the keys": dataclasses.replace(_JOINT, key_share=0.25),
 }
-"""What is not named has its default; "a base" is `sample_per_base`; "joint" has 128 queries."""
-SHARPENED = (
-    PER_FRAME, "sparse-causal", DEFAULTS, "moments", "16 a base", "16 a base, moments", "joint",
+"""256 bases and 2 iterations in feature space but where it is said; "a base" is `sample_per_base`;
+"joint" has 128 queries."""
+MERGED = "per-frame, half of the tokens merged"
+"""Token merging; no configuration of ours."""
+NAMES = (*VARIANTS, MERGED)
+FEW = (
+    PER_FRAME, MERGED, BASELINE, "all tokens, moments", "16 a base", "16 a base, moments",
     "16 a base, joint",
 )  # fmt: skip
-"""The variants that attention with larger logits is tried with."""
+"""The variants that long videos, and attention with larger logits, are tried with."""
 
 
 def of_video(config: AttentionConfig, frames: int) -> AttentionConfig:
     """A configuration of videos of so many frames."""
     return dataclasses.replace(config, num_frames=frames)
+
+
+@contextmanager
+def moments_of(variant: str) -> Iterator[None]:
+    """As much of the matrix of moments as a variant takes."""
+
+    def scaled(*arguments: Any) -> torch.Tensor:
+        return SCALED.get(variant, 1.0) * moments(*arguments)
+
+    with mock.patch.object(calibrated, "moments", scaled):
+        yield
