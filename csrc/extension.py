@@ -37,7 +37,8 @@ CPU_FLAGS = [*FLAGS, "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno
 INSTRUCTIONS: dict[str, tuple[int, list[str]]] = {"baseline": (4, [])}
 if platform.machine() == "x86_64":
     wide = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
-    INSTRUCTIONS |= {"avx2": (8, ["-mavx2", "-mfma"]), "avx512": (16, ["-mavx2", "-mfma", *wide])}
+    narrow = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTIONS |= {"avx2": (8, narrow), "avx512": (16, [*narrow, *wide])}
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 OLDEST_ARCHITECTURE = 80
 # As torch.utils.cpp_extension reads them in TORCH_CUDA_ARCH_LIST.

@@ -26,7 +26,8 @@ const Kernels& choose() {
   const bool none = asked != nullptr && std::strcmp(asked, "default") == 0;
   const bool narrow = asked != nullptr && std::strcmp(asked, "avx2") == 0;
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (has_avx2 && has_avx512 && !narrow && !none) return avx512::kKernels;

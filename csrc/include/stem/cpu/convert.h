@@ -1,5 +1,6 @@
 // Rows of float32, float16 or bfloat16 to float32 and back, rounding to the nearest even. Integer
-// arithmetic without branches, which compilers turn into vectors on every CPU.
+// arithmetic without branches, which compilers turn into vectors on every CPU; for float16 by the
+// CPU's own conversion, eight at a time, where it has one.
 #pragma once
 
 #include "kernels.h"
@@ -62,7 +63,13 @@ static void load_row(const Rows& source, int64_t index, int64_t count, float* __
     for (int64_t i = 0; i < count; ++i) to[i] = from[i];
   } else if (source.dtype == DType::kHalf) {
     const uint16_t* from = static_cast<const uint16_t*>(source.data) + offset;
-    for (int64_t i = 0; i < count; ++i) to[i] = float_of_half(from[i]);
+    int64_t i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+      _mm256_storeu_ps(
+          to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+    for (; i < count; ++i) to[i] = float_of_half(from[i]);
   } else {
     const uint16_t* from = static_cast<const uint16_t*>(source.data) + offset;
     for (int64_t i = 0; i < count; ++i)
@@ -78,7 +85,13 @@ static void store_row(const float* __restrict from, int64_t count, DType dtype, 
     for (int64_t i = 0; i < count; ++i) row[i] = from[i];
   } else if (dtype == DType::kHalf) {
     uint16_t* row = static_cast<uint16_t*>(to) + offset;
-    for (int64_t i = 0; i < count; ++i) row[i] = half_of_float(from[i]);
+    int64_t i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(row + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < count; ++i) row[i] = half_of_float(from[i]);
   } else {
     uint16_t* row = static_cast<uint16_t*>(to) + offset;
     for (int64_t i = 0; i < count; ++i) row[i] = bfloat16_of_float(from[i]);
