@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import pad
 
-from stem_kernels.ops.calibration import Calibration, calibrate_bases, moments, token_products
+from stem_kernels.ops.calibration import (
+    MOMENTS_PER_BASE,
+    Calibration,
+    calibrate_bases,
+    moments,
+)
 from stem_kernels.ops.partial_attention import (
     PartialAttention,
     merged_attention,
@@ -17,9 +21,9 @@ from stem_kernels.ops.soft_em import SoftEM
 from stem_kernels.shared.spread import spread_tokens
 
 from ..config import StemConfig
-from .exchange import Lockstep, Tensors, in_order
+from .exchange import Lockstep, Tensors
 from .processor import project_keys_and_values, project_queries
-from .shared_em import CPU, gathered_tokens, own_tokens
+from .shared_em import CPU, gathered_tokens, of_spread_tokens, own_tokens
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -106,11 +110,11 @@ def _to_nothing(query: torch.Tensor) -> PartialAttention:
 def moments_of(
     attn: Attention,
     features: torch.Tensor,
-    projected: Projected | None,
     found: SoftEM,
     bases: Projected,
-    total: int,
+    config: StemConfig,
     exchange: Lockstep | None,
+    joint: bool,
 ) -> Calibration:
     """The covariance of keys and values that bases leave out, as a correction of each head.
 
@@ -118,38 +122,27 @@ def moments_of(
         attn: Attention module, for its projections.
         features: Tokens [videos, n, C] that EM read, of the running chunk where there is an
             exchange.
-        projected: Keys and values [videos, h, n, d] of these tokens in key space, else None.
         found: Result of EM on the tokens or, in key space, on their keys.
         bases: Keys and values [videos, h, K, d] of the bases.
-        total: Number of all tokens that EM read.
-        exchange: Exchange in which the chunks meet, once; None: the tokens are all of them.
+        config: Configuration of the layer.
+        exchange: Exchange in which the chunks meet, once; None: the tokens are all that EM read.
+        joint: Whether all videos have the responsibilities of the first.
 
     Returns:
-        `Calibration` without values of its own.
+        `Calibration` without values of its own, the same for every chunk.
     """
-    key, value = bases
-    if projected is None and attn.norm_k is not None:  # keys are no linear map of the features
-        projected = project_keys_and_values(attn, features, features.shape[0])
-        found = SoftEM(key, None, found.mass.unsqueeze(1))
-    products = token_products(*(projected or (features, features)), total)
-    if exchange is not None:
-        products = exchange.meet((products,), lambda parts: in_order(parts)[0])
-    left_out = moments(products, found, found.bases if projected is None else value)
-    if projected is None:
-        left_out = _of_heads(attn, left_out.to(features.dtype)).to(left_out.dtype)
-    correction = pad(left_out * left_out.shape[-2] ** -0.5, (0, 0, 0, 1))
-    return Calibration(None, correction, torch.zeros_like(correction[..., :-1, 0]))
 
+    def of_some(tokens: torch.Tensor) -> Calibration:
+        key, value = project_keys_and_values(attn, tokens, tokens.shape[0])
+        points = tokens if config.space == "feature" else key
+        deciding = slice(0, 1) if joint else slice(None)
+        return moments(
+            points[deciding],
+            key,
+            value,
+            found.bases[deciding],
+            *bases,
+            temperature=config.temperature,
+        )
 
-def _of_heads(attn: Attention, matrix: torch.Tensor) -> torch.Tensor:
-    """W_k S W_v^T of each head, [videos, h, d, d], of a matrix S [videos, C, C] of features."""
-    of_keys = _without_bias(attn.to_k, matrix).mT
-    both = _without_bias(attn.to_v, of_keys).unflatten(-1, (attn.heads, -1))
-    # [videos, h, d, h, d], of which each head has its own values
-    return both.unflatten(1, (attn.heads, -1)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-
-
-def _without_bias(project: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """What a linear projection makes of rows [videos, m, C] but for its bias."""
-    found: torch.Tensor = project(pad(rows, (0, 0, 0, 1)))
-    return found[:, :-1] - found[:, -1:]
+    return of_spread_tokens(features, MOMENTS_PER_BASE * config.num_bases, exchange, of_some)

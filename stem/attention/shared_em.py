@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -147,8 +147,10 @@ def _edges(exchange: Lockstep, index: torch.Tensor, tokens: int) -> list[int]:
     return [0, *torch.searchsorted(index, ends).tolist()]
 
 
-class Sample(Generic[Found]):
-    """Tokens of the whole video that EM reads, and what the chunks of this process find in them.
+class _Sample(Generic[Found]):
+    """Tokens of the whole video, and what is made of them by the first chunk that goes on.
+
+    Not where they are gathered: what a chunk has entered, such as autocast, holds in it alone.
 
     Args:
         tokens: Tokens [videos, m, C].
@@ -158,27 +160,38 @@ class Sample(Generic[Found]):
         self._tokens: torch.Tensor | None = tokens
         self._found: Found | None = None
 
-    def find(self, search: Callable[[torch.Tensor], Found]) -> Found:
-        """What `search` finds in the tokens; later chunks take what the first one found."""
+    def find(self, made: Callable[[torch.Tensor], Found]) -> Found:
+        """What is made of the tokens; later chunks take what the first one found."""
         if self._tokens is not None:
-            self._found = search(self._tokens)
+            self._found = made(self._tokens)
             self._tokens = None
         assert self._found is not None
         return self._found
 
 
-def sampled(features: torch.Tensor, count: int, exchange: Lockstep | None) -> Sample[Any]:
-    """Some of a video's tokens, spread evenly over it, whatever its chunks.
+def of_spread_tokens(
+    features: torch.Tensor,
+    count: int,
+    exchange: Lockstep | None,
+    made: Callable[[torch.Tensor], Found],
+) -> Found:
+    """What is made of some of a video's tokens, spread evenly over it, whatever its chunks.
 
     Args:
         features: Tokens [videos, n, C], of the running chunk where there is an exchange.
-        count: Number of tokens.
+        count: Number of tokens wanted at most.
         exchange: Exchange in which the chunks meet, once; None: the tokens are whole videos'.
+        made: Function of the tokens [videos, m, C], called once in this process; it meets nobody.
     """
     if exchange is None:
-        return Sample(features.index_select(1, _places(features.shape[1], count, features.device)))
+        total = features.shape[1]
+        if count >= total:
+            return made(features)
+        return made(features.index_select(1, _places(total, count, features.device)))
     total = features.shape[1] // len(exchange.running) * exchange.num_frames
-    return gathered(exchange, features, spread_tokens(total, count, CPU), Sample)
+    index = spread_tokens(total, min(total, count), CPU)
+    sample: _Sample[Found] = gathered(exchange, features, index, _Sample)
+    return sample.find(made)
 
 
 _known: dict[tuple[int, int, torch.device], torch.Tensor] = {}

@@ -27,7 +27,7 @@ from .processor import (
     project_keys_and_values,
     project_queries,
 )
-from .shared_em import Sample, sampled, shared_em
+from .shared_em import of_spread_tokens, shared_em
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -225,10 +225,11 @@ class StemProcessor(VideoAttentionProcessor):
         features = tokens.flatten(1, 2)
         count = config.sampled(total)
         if count == total or self.state.given(self.layer) is not None:
-            found = self._attended_bases(attn, features, total, exchange)
+            found = self._attended_bases(attn, features, exchange)
         else:
-            sample: Sample[_Found] = sampled(features, count, exchange)
-            found = sample.find(lambda some: self._attended_bases(attn, some, count, None))
+            found = of_spread_tokens(
+                features, count, exchange, lambda some: self._attended_bases(attn, some, None)
+            )
         key, value, bias, calibration, projected = found
         if config.calibration in CALIBRATIONS:
             of_all = projected if count == total else None
@@ -252,7 +253,7 @@ class StemProcessor(VideoAttentionProcessor):
         )
 
     def _attended_bases(
-        self, attn: Attention, features: torch.Tensor, total: int, exchange: Lockstep | None
+        self, attn: Attention, features: torch.Tensor, exchange: Lockstep | None
     ) -> _Found:
         """What attention takes of the bases that EM finds in tokens.
 
@@ -260,7 +261,6 @@ class StemProcessor(VideoAttentionProcessor):
             attn: Attention module, for its projections.
             features: Tokens [videos, n, C] that EM reads, of the running chunk where there is an
                 exchange.
-            total: Number of all tokens that EM reads.
             exchange: Exchange in which the chunks meet; None: the tokens are all that EM reads.
         """
         config, videos = self.state.config, features.shape[0]
@@ -280,7 +280,13 @@ class StemProcessor(VideoAttentionProcessor):
                 self.layer,
                 features,
                 lambda: moments_of(
-                    attn, features, projected, bases.found, (key, value), total, exchange
+                    attn,
+                    features,
+                    bases.found,
+                    (key, value),
+                    config,
+                    exchange,
+                    videos > 1 and self.state.hooks.joint_bases,
                 ),
             )
         return _Found(key, value, bias, calibration, projected)

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
+from ..shared.bases import directions_of
 from ..shared.outputs import compute_dtype
 from .basis_attention import check_bases, fitting_bias
 from .checks import check_choice, check_floating
-from .soft_em import SoftEM
 
 OP = "calibrate_bases"
 
@@ -19,6 +20,9 @@ CALIBRATIONS = ("linear", "joint")
 
 LINEAR_RIDGE = 1e-2
 JOINT_RIDGE = 0.03
+MOMENTS_SHARE = 0.7
+MOMENTS_PER_BASE = 4
+"""Tokens a base from which `moments` is estimated: from more it is no nearer."""
 QUERY_WEIGHT = 10.0
 """Weight of the term that is linear in the query beside the weights of the bases."""
 
@@ -127,48 +131,59 @@ def calibrate_bases(
     return Calibration(value, correction, mean.squeeze(-2))
 
 
-def token_products(features: torch.Tensor, payload: torch.Tensor, total: int) -> torch.Tensor:
-    r"""$X^T P / n$, the first term of `moments`, of all tokens or of a part of them.
-
-    Args:
-        features: Tokens [..., m, D] of any floating dtype.
-        payload: Payload [..., m, E] of the same tokens and dtype.
-        total: Number n of all tokens; the terms of their parts add up.
-
-    Returns:
-        [..., D, E] in float32 (float64 for float64).
-    """
-    compute = compute_dtype(features)
-    with _without_autocast(features.device):
-        # Nearly all of it is subtracted again: rounded to half, little of what is left were right.
-        return (features.to(compute).mT / total) @ payload.to(compute)
-
-
-def moments(products: torch.Tensor, found: SoftEM, payload_bases: torch.Tensor) -> torch.Tensor:
-    r"""How features and payloads of tokens go together within the bases, in the mean.
-
-    $$S = \frac{1}{n} \sum_n x_n^T p_n - \sum_k \frac{M_k}{\sum_j M_j} m_k^T v_k$$
+def moments(
+    features: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bases: torch.Tensor,
+    base_key: torch.Tensor,
+    base_value: torch.Tensor,
+    *,
+    temperature: float,
+    scale: float | None = None,
+) -> Calibration:
+    r"""How keys and values go together within the bases: a correction without any query.
 
     Attention to a base takes its tokens for one. To first order in the query it misses
-    $\text{scale}\, q S$, with keys for features and values for payloads: one matrix a head, for
-    which no query is needed. As the correction of `basis_attention` it is
-    $[\text{scale}\, S; 0]$, with 0 for the mean query.
+    $\text{scale}\, q S$ with one matrix a head, the covariance that bases leave out. It is
+    estimated from m of the tokens, with their responsibilities
+    $z = \mathrm{softmax}(x \hat m^T / \tau)$ as EM has them:
+
+    $$S = \frac{0.7}{m} \sum_n (k_n - z_n c)^T (v_n - z_n v)$$
+
+    The factor is measured: a query attends to some of the bases, not to all alike, and within a
+    base the exponential's mean grows by less than its first term says.
 
     Args:
-        products: Products [..., D, E] of all tokens that EM read, from `token_products`.
-        found: Result of EM, bases [..., K, D] and mass [..., K].
-        payload_bases: Payload bases [..., K, E] under the same responsibilities; the bases
-            themselves where both are projected later.
+        features: Tokens [B, (h,) m, D] that EM read, or some of them, m >= 1; with heads where EM
+            has bases for each. Of any floating dtype, as all tensors here.
+        key: Keys [B, h, m, d] of these tokens.
+        value: Values [B, h, m, e] of these tokens.
+        bases: Bases [B, (h,) K, D] that EM found.
+        base_key: Keys [B, h, K, d] of the bases.
+        base_value: Values [B, h, K, e] of the bases.
+        temperature: Temperature tau > 0 of the responsibilities.
+        scale: Factor of the attention's logits; 1 / sqrt(d) if None.
 
     Returns:
-        [..., D, E] in the products' dtype.
+        `Calibration` in float32 (float64 for float64): no values, the correction [scale S; 0] and
+        0 for the mean query.
 
     Source: this package's.
     """
-    shares = found.mass / found.mass.sum(-1, keepdim=True)
-    with _without_autocast(products.device):
-        weighed = found.bases.to(products.dtype) * shares.to(products.dtype).unsqueeze(-1)
-        return products - weighed.mT @ payload_bases.to(products.dtype)
+    scale = key.shape[-1] ** -0.5 if scale is None else float(scale)
+    compute = compute_dtype(key)
+    with _without_autocast(key.device):
+        directions = directions_of(bases.to(compute), normalize=True)
+        shares = torch.softmax(features.to(compute) @ directions.mT / temperature, -1)
+        if shares.ndim == 3:
+            shares = shares.unsqueeze(1)
+        shares = shares.to(key.dtype)
+        left_of_keys = key - shares @ base_key.to(key.dtype)
+        left_of_values = value - shares @ base_value.to(value.dtype)
+        matrix = (left_of_keys.mT @ left_of_values).to(compute)
+    correction = pad(matrix * (MOMENTS_SHARE * scale / key.shape[-2]), (0, 0, 0, 1))
+    return Calibration(None, correction, correction.new_zeros((*key.shape[:2], key.shape[-1])))
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

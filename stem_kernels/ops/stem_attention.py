@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..backends import BACKENDS, select
 from ..shared.spread import spread_tokens
 from .basis_attention import basis_attention
-from .calibration import CALIBRATIONS, calibrate_bases, moments, token_products
+from .calibration import CALIBRATIONS, MOMENTS_PER_BASE, calibrate_bases, moments
 from .checks import (
     check_choice,
     check_count,
@@ -170,17 +170,26 @@ def stem_attention(
             query, bases.bases, bases.payload, scale=scale, bias=bases.bias, backend=backend
         )
     if calibration == "moments":
-        assert bases.found.payload is not None
-        products = token_products(read_key, read_value, read)
-        correction = pad(moments(products, bases.found, bases.found.payload) * scale, (0, 0, 0, 1))
+        some = spread_tokens(read, min(read, MOMENTS_PER_BASE * num_bases), key.device)
+        some_key, some_value = read_key.index_select(-2, some), read_value.index_select(-2, some)
+        fitted = moments(
+            some_key,
+            some_key,
+            some_value,
+            bases.found.bases,
+            bases.bases,
+            bases.payload,
+            temperature=temperature,
+            scale=scale,
+        )
         return basis_attention(
             query,
             bases.bases,
             bases.payload,
             scale=scale,
             bias=bases.bias,
-            correction=correction,
-            query_mean=correction.new_zeros((*correction.shape[:-2], query.shape[-1])),
+            correction=fitted.correction,
+            query_mean=fitted.query_mean,
             backend=backend,
         )
     chosen = query.index_select(-2, spread_tokens(query.shape[-2], count, query.device))
@@ -231,8 +240,8 @@ def exact_is_cheaper(
     - exact: $2 n m (d + e)$, the logits and the sum of the values;
     - through bases: $4 R s K d$ for R passes over the s keys that EM reads, $2 s K e$ for the
       values' sums in the last, and $2 n K (d + e)$ for the queries; with a correction $2 n d e$ for
-      it and, for what it is, $2 s d e$ ("moments") or $2 q m (d + e)$ for the exact attention of
-      q queries.
+      it and, for what it is, $2 t (2 K d + K e + d e)$ with t keys ("moments") or $2 q m (d + e)$
+      for the exact attention of q queries.
     """
     both, read = key_width + value_width, num_keys if read is None else read
     exact = 2 * num_queries * num_keys * both
@@ -240,8 +249,9 @@ def exact_is_cheaper(
     bases = passes + 2 * num_queries * num_bases * both
     if corrected:
         bases += 2 * num_queries * key_width * value_width
-        moments_of = read if calibrating == 0 else 0
-        bases += 2 * moments_of * key_width * value_width + 2 * calibrating * num_keys * both
+        some = min(read, MOMENTS_PER_BASE * num_bases) if calibrating == 0 else 0
+        bases += 2 * some * (num_bases * (key_width + both) + key_width * value_width)
+        bases += 2 * calibrating * num_keys * both
     return exact <= bases
 
 

@@ -65,8 +65,12 @@ def test_one_self_attention_follows_the_formula(
         bias = mass.log().unsqueeze(-2) if proportional else 0.0
         mixed = torch.softmax(q @ k.mT * scale + bias, -1) @ v
         if calibration == "moments":
-            within = keys.mT @ values / len(read) - (k * (mass / len(read))[..., None]).mT @ v
-            mixed = mixed + scale * q @ within
+            some = spread_tokens(len(read), min(len(read), 4 * 5), x.device)
+            centres = shares @ points
+            directions = centres / (centres.norm(dim=-1, keepdim=True) + 1e-4)
+            z = torch.softmax(points[..., some, :] @ directions.mT / 0.7, -1)
+            within = (keys[:, some] - z @ k).mT @ (values[:, some] - z @ v) / len(some)
+            mixed = mixed + 0.7 * scale * q @ within
         expected = mixed.transpose(0, 1).flatten(1) @ weights["to_out.0.weight"].T
         expected = (expected + weights["to_out.0.bias"]).reshape(3, 20, 32)
     assert max_error(found, expected) < 1e-6

@@ -332,12 +332,12 @@ def test_em_on_a_sample_meets_once_and_runs_once_a_layer(
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 def test_the_sample_is_the_same_in_any_chunks(chunk: int) -> None:
     features = torch.randn(2, 6 * 9, 5, generator=torch.Generator().manual_seed(0))
-    whole = shared_em.sampled(features, 20, None).find(lambda tokens: tokens)
+    whole = shared_em.of_spread_tokens(features, 20, None, lambda tokens: tokens)
     exchange = Lockstep(range(6), chunk)
 
     def find(frames: list[int]) -> torch.Tensor:
         mine = features.unflatten(1, (6, 9))[:, frames].flatten(1, 2)
-        found = shared_em.sampled(mine, 20, exchange).find(lambda tokens: tokens)
+        found = shared_em.of_spread_tokens(mine, 20, exchange, lambda tokens: tokens)
         assert torch.equal(found, whole)
         return mine
 

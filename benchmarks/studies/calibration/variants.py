@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import torch
-
 from stem import PerFrameConfig, SparseCausalConfig, StemConfig
 from stem.attention import calibrated
 from stem.config import AttentionConfig
-from stem_kernels.ops.calibration import moments
+from stem_kernels.ops.calibration import MOMENTS_SHARE, Calibration, moments
 
 BASELINE = "all tokens"
 PER_FRAME = "per-frame"
@@ -23,8 +21,8 @@ ALL = StemConfig(sample_per_base=None, calibration="none")
 _MOMENTS = dataclasses.replace(ALL, calibration="moments")
 _SAMPLED = dataclasses.replace(_MOMENTS, sample_per_base=16)
 _JOINT = dataclasses.replace(ALL, sample_per_base=16, calibration="joint", num_queries=128)
-SCALED = {"16 a base, 0.7 of the moments": 0.7, "16 a base, 0.4 of the moments": 0.4}
-"""Factors of the matrix in the variants that do not take all of it."""
+SCALED = {f"16 a base, moments x {factor}": factor / MOMENTS_SHARE for factor in (0.4, 1.0)}
+"""What the matrix is multiplied by in the variants that take another share of the covariance."""
 VARIANTS: dict[str, AttentionConfig] = {
     PER_FRAME: PerFrameConfig(),
     "sparse-causal": SparseCausalConfig(),
@@ -67,10 +65,11 @@ def of_video(config: AttentionConfig, frames: int) -> AttentionConfig:
 
 @contextmanager
 def moments_of(variant: str) -> Iterator[None]:
-    """As much of the matrix of moments as a variant takes."""
+    """As much of the covariance as a variant takes."""
 
-    def scaled(*arguments: Any) -> torch.Tensor:
-        return SCALED.get(variant, 1.0) * moments(*arguments)
+    def scaled(*arguments: Any, **options: Any) -> Calibration:
+        found = moments(*arguments, **options)
+        return found._replace(correction=SCALED.get(variant, 1.0) * found.correction)
 
     with mock.patch.object(calibrated, "moments", scaled):
         yield
