@@ -20,7 +20,7 @@ from .em_rows import _fused_rows_kernel
 from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
-from .tiles import aligned, in_eights, load_rows, reciprocal, store_rows
+from .tiles import aligned, head_of, in_eights, load_rows, reciprocal, store_rows
 from .tuning import sum_ranges, tile_for, tiles, two_tiles
 
 LARGEST_BASES = 256
@@ -38,8 +38,6 @@ def _fused_kernel(
     WITH_SUMS: tl.constexpr, WITH_VALUES: tl.constexpr, FULL_K: tl.constexpr,
     ALIGNED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    stride_xb, stride_xh = in_eights(stride_xb, ALIGNED), in_eights(stride_xh, ALIGNED)
-    stride_vb, stride_vh = in_eights(stride_vb, ALIGNED), in_eights(stride_vh, ALIGNED)
     stride_xn, stride_vn = in_eights(stride_xn, ALIGNED), in_eights(stride_vn, ALIGNED)
     # Only the first axis of a grid may exceed 65,535.
     lead = tl.program_id(0).to(tl.int64)
@@ -62,8 +60,8 @@ def _fused_kernel(
         b_value_sums = tl.zeros((BLOCK_K, E_MAIN), dtype=tl.float32)
         if E_REST > 0:
             b_value_sums_rest = tl.zeros((BLOCK_K, E_REST), dtype=tl.float32)
-    p_x = p_features + (lead // H) * stride_xb + (lead % H) * stride_xh
-    p_v = p_values + (lead // H) * stride_vb + (lead % H) * stride_vh
+    p_x = head_of(p_features, lead, H, stride_xb, stride_xh, ALIGNED)
+    p_v = head_of(p_values, lead, H, stride_vb, stride_vh, ALIGNED)
     start = split.to(tl.int64) * tokens_per_split
     o_n = tl.arange(0, BLOCK_N)
     left = tl.minimum(n - start, tokens_per_split).to(tl.int32)

@@ -17,7 +17,7 @@ import triton.language as tl
 from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
-from .tiles import aligned, in_eights
+from .tiles import aligned, head_of, in_eights
 from .tuning import sum_ranges, tile_for, tiles
 
 
@@ -55,12 +55,11 @@ def _logsumexp_kernel(
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     D, stride_xn = in_eights(D, ALIGNED), in_eights(stride_xn, ALIGNED)
-    stride_xb, stride_xh = in_eights(stride_xb, ALIGNED), in_eights(stride_xh, ALIGNED)
     tiles = tl.cdiv(n, BLOCK_N)
     lead = (tl.program_id(0) // tiles).to(tl.int64)
     o_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n
-    p_token = p_features + (lead // H) * stride_xb + (lead % H) * stride_xh + o_n * stride_xn
+    p_token = head_of(p_features, lead, H, stride_xb, stride_xh, ALIGNED) + o_n * stride_xn
     # [BLOCK_N]
     b_max = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -86,8 +85,6 @@ def _sums_kernel(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     D, E = in_eights(D, ALIGNED), in_eights(E, ALIGNED)
-    stride_xb, stride_xh = in_eights(stride_xb, ALIGNED), in_eights(stride_xh, ALIGNED)
-    stride_vb, stride_vh = in_eights(stride_vb, ALIGNED), in_eights(stride_vh, ALIGNED)
     stride_xn, stride_vn = in_eights(stride_xn, ALIGNED), in_eights(stride_vn, ALIGNED)
     e_tiles = tl.cdiv(E, BLOCK_E)
     e_tile = tl.program_id(1) % e_tiles
@@ -97,8 +94,8 @@ def _sums_kernel(
     m_e = o_e < E
     split = tl.program_id(2).to(tl.int64)
     lead = tl.program_id(0).to(tl.int64)
-    p_token = p_features + (lead // H) * stride_xb + (lead % H) * stride_xh
-    p_value = p_values + (lead // H) * stride_vb + (lead % H) * stride_vh
+    p_token = head_of(p_features, lead, H, stride_xb, stride_xh, ALIGNED)
+    p_value = head_of(p_values, lead, H, stride_vb, stride_vh, ALIGNED)
     p_base = p_directions + (lead * K + o_k) * D
     # [BLOCK_K, BLOCK_E]
     b_sums = tl.zeros((BLOCK_K, BLOCK_E), dtype=tl.float32)

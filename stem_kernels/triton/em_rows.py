@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import in_eights, load_rows, reciprocal, row_max, row_sum, store_rows
+from .tiles import head_of, in_eights, load_rows, reciprocal, row_max, row_sum, store_rows
 
 
 @triton.jit
@@ -24,7 +24,6 @@ def _fused_rows_kernel(
     D_MAIN: tl.constexpr, D_REST: tl.constexpr, FULL_K: tl.constexpr, ALIGNED: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    stride_xb, stride_xh = in_eights(stride_xb, ALIGNED), in_eights(stride_xh, ALIGNED)
     stride_xn = in_eights(stride_xn, ALIGNED)
     # Only the first axis of a grid may exceed 65,535.
     lead = tl.program_id(0).to(tl.int64)
@@ -38,7 +37,7 @@ def _fused_rows_kernel(
     b_base_rest = load_rows(p_base, o_k * D, m_k, 1, D, D_MAIN, D_REST, UPCAST)
     b_sums = tl.zeros((BLOCK_K, D_MAIN), dtype=tl.float32)
     b_sums_rest = tl.zeros((BLOCK_K, D_REST), dtype=tl.float32)
-    p_x = p_features + (lead // H) * stride_xb + (lead % H) * stride_xh
+    p_x = head_of(p_features, lead, H, stride_xb, stride_xh, ALIGNED)
     start = split.to(tl.int64) * tokens_per_split
     o_n = tl.arange(0, BLOCK_N)
     left = tl.minimum(n - start, tokens_per_split).to(tl.int32)

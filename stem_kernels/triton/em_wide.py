@@ -19,7 +19,7 @@ from .em_fused import LARGEST_BASES
 from .em_update import Parts
 from .precision import dot_options, weight_unit
 from .program import Buffer, Program
-from .tiles import aligned, in_eights, load_rows, reciprocal, store_rows
+from .tiles import aligned, head_of, in_eights, load_rows, reciprocal, store_rows
 from .tuning import LARGEST_RANGE, sum_ranges, tile_for, tiles, two_tiles
 
 LARGEST_CHUNK_BYTES = 2**25  # of responsibilities
@@ -33,7 +33,6 @@ def _responsibilities_kernel(
     FULL_K: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    stride_xb, stride_xh = in_eights(stride_xb, ALIGNED), in_eights(stride_xh, ALIGNED)
     stride_xn = in_eights(stride_xn, ALIGNED)
     # Only the first axis of a grid may exceed 65,535, so heads and tiles of tokens share it.
     tiles = tl.cdiv(tl.minimum(chunk, n - first), BLOCK_N)
@@ -44,9 +43,7 @@ def _responsibilities_kernel(
     m_k = o_k < K
     start = tile.to(tl.int64) * BLOCK_N
     m_n = o_n < tl.minimum(chunk - start, n - first - start)
-    p_x = (
-        p_features + (lead // H) * stride_xb + (lead % H) * stride_xh + (first + start) * stride_xn
-    )
+    p_x = head_of(p_features, lead, H, stride_xb, stride_xh, ALIGNED) + (first + start) * stride_xn
     p_base = p_directions + lead * K * D
     # [BLOCK_N, BLOCK_K]
     b_s = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
@@ -80,7 +77,6 @@ def _products_kernel(
     E_REST: tl.constexpr, ADD: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    stride_vb, stride_vh = in_eights(stride_vb, ALIGNED), in_eights(stride_vh, ALIGNED)
     stride_vn = in_eights(stride_vn, ALIGNED)
     E_TILE: tl.constexpr = E_MAIN + E_REST
     lead = tl.program_id(0).to(tl.int64)
@@ -101,7 +97,7 @@ def _products_kernel(
             b_sums_rest = load_rows(p_out, o_k * E, m_k, 1, E - e, E_MAIN, E_REST, False)
         else:
             b_sums_rest = tl.zeros((BLOCK_K, E_REST), dtype=tl.float32)
-    p_v = p_values + (lead // H) * stride_vb + (lead % H) * stride_vh + e * stride_vd
+    p_v = head_of(p_values, lead, H, stride_vb, stride_vh, ALIGNED) + e * stride_vd
     begin = split.to(tl.int64) * tokens_per_split
     for offset in range(0, tokens_per_split, BLOCK_N):
         start = begin + offset

@@ -39,6 +39,13 @@ def in_eights(stride, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def head_of(p_rows, lead, H, stride_b, stride_h, ALIGNED: tl.constexpr):
+    """Where the rows of one head begin, of H heads a batch counted through all batches."""
+    stride_b, stride_h = in_eights(stride_b, ALIGNED), in_eights(stride_h, ALIGNED)
+    return p_rows + (lead // H) * stride_b + (lead % H) * stride_h
+
+
+@triton.jit
 def load_rows(
     p_tile, o_row, m_row, stride, width,
     START: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
