@@ -133,10 +133,12 @@ def moments_of(
     """
 
     def of_some(tokens: torch.Tensor) -> Calibration:
+        query = project_queries(attn, tokens[:, ::MOMENTS_PER_BASE].unsqueeze(1))
         key, value = project_keys_and_values(attn, tokens, tokens.shape[0])
         points = tokens if config.space == "feature" else key
         deciding = slice(0, 1) if joint else slice(None)
         return moments(
+            query,
             points[deciding],
             key,
             value,

@@ -20,9 +20,10 @@ CALIBRATIONS = ("linear", "joint")
 
 LINEAR_RIDGE = 1e-2
 JOINT_RIDGE = 0.03
-MOMENTS_SHARE = 0.7
+MOMENTS_SHARE = 0.85
 MOMENTS_PER_BASE = 4
-"""Tokens a base from which `moments` is estimated: from more it is no nearer."""
+"""Tokens a base from which `moments` is estimated, a quarter of them with their queries: from more
+it is no nearer."""
 QUERY_WEIGHT = 10.0
 """Weight of the term that is linear in the query beside the weights of the bases."""
 
@@ -132,6 +133,7 @@ def calibrate_bases(
 
 
 def moments(
+    query: torch.Tensor,
     features: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -142,21 +144,24 @@ def moments(
     temperature: float,
     scale: float | None = None,
 ) -> Calibration:
-    r"""How keys and values go together within the bases: a correction without any query.
+    r"""How keys and values go together within the bases: a correction that no attention is for.
 
     Attention to a base takes its tokens for one. To first order in the query it misses
     $\text{scale}\, q S$ with one matrix a head, the covariance that bases leave out. It is
     estimated from m of the tokens, with their responsibilities
     $z = \mathrm{softmax}(x \hat m^T / \tau)$ as EM has them:
 
-    $$S = \frac{0.7}{m} \sum_n (k_n - z_n c)^T (v_n - z_n v)$$
+    $$\delta = k - z c, \quad S = \frac{0.85}{\sqrt{1 + s^2}} \cdot \frac{1}{m} \sum_n \delta_n^T
+    (v_n - z_n v), \quad s^2 = \overline{(\text{scale}\, q\, \delta)^2}$$
 
-    The factor is measured: a query attends to some of the bases, not to all alike, and within a
-    base the exponential's mean grows by less than its first term says.
+    The wider a head's logits spread within its bases, by s in the mean over queries and tokens, the
+    more the first order overshoots; the factor is measured (benchmarks/studies/calibration).
 
     Args:
+        query: Queries [B, h, r, d], r >= 1, some of those to be served; of any floating dtype, as
+            all tensors here. The others may have a batch of 1.
         features: Tokens [B, (h,) m, D] that EM read, or some of them, m >= 1; with heads where EM
-            has bases for each. Of any floating dtype, as all tensors here.
+            has bases for each.
         key: Keys [B, h, m, d] of these tokens.
         value: Values [B, h, m, e] of these tokens.
         bases: Bases [B, (h,) K, D] that EM found.
@@ -178,12 +183,16 @@ def moments(
         shares = torch.softmax(features.to(compute) @ directions.mT / temperature, -1)
         if shares.ndim == 3:
             shares = shares.unsqueeze(1)
-        shares = shares.to(key.dtype)
-        left_of_keys = key - shares @ base_key.to(key.dtype)
-        left_of_values = value - shares @ base_value.to(value.dtype)
-        matrix = (left_of_keys.mT @ left_of_values).to(compute)
-    correction = pad(matrix * (MOMENTS_SHARE * scale / key.shape[-2]), (0, 0, 0, 1))
-    return Calibration(None, correction, correction.new_zeros((*key.shape[:2], key.shape[-1])))
+        query, key, value, base_key, base_value = (
+            tensor.to(compute) for tensor in (query, key, value, base_key, base_value)
+        )
+        of_keys, of_values = key - shares @ base_key, value - shares @ base_value
+        spread = (query.mT @ query) * (of_keys.mT @ of_keys)
+        spread = spread.sum((-1, -2), keepdim=True) * (scale**2 / (query.shape[-2] * key.shape[-2]))
+        matrix = of_keys.mT @ of_values * (MOMENTS_SHARE * scale / key.shape[-2])
+        correction = pad(matrix * (1 + spread).rsqrt(), (0, 0, 0, 1))
+    zero = correction.new_zeros((*correction.shape[:2], query.shape[-1]))
+    return Calibration(None, correction, zero)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -171,8 +171,10 @@ def stem_attention(
         )
     if calibration == "moments":
         some = spread_tokens(read, min(read, MOMENTS_PER_BASE * num_bases), key.device)
-        some_key, some_value = read_key.index_select(-2, some), read_value.index_select(-2, some)
+        some_key, some_value = (part.index_select(-2, some) for part in (read_key, read_value))
+        some = spread_tokens(query.shape[-2], min(query.shape[-2], num_bases), query.device)
         fitted = moments(
+            query.index_select(-2, some),
             some_key,
             some_key,
             some_value,

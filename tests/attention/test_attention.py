@@ -69,8 +69,11 @@ def test_one_self_attention_follows_the_formula(
             centres = shares @ points
             directions = centres / (centres.norm(dim=-1, keepdim=True) + 1e-4)
             z = torch.softmax(points[..., some, :] @ directions.mT / 0.7, -1)
-            within = (keys[:, some] - z @ k).mT @ (values[:, some] - z @ v) / len(some)
-            mixed = mixed + 0.7 * scale * q @ within
+            of_keys, of_values = keys[:, some] - z @ k, values[:, some] - z @ v
+            asking = projected("q", read[some][::4])
+            spread = (scale * asking @ of_keys.mT).square().mean((-1, -2), keepdim=True)
+            within = of_keys.mT @ of_values / len(some)
+            mixed = mixed + 0.85 / (1 + spread).sqrt() * scale * q @ within
         expected = mixed.transpose(0, 1).flatten(1) @ weights["to_out.0.weight"].T
         expected = (expected + weights["to_out.0.bias"]).reshape(3, 20, 32)
     assert max_error(found, expected) < 1e-6

@@ -21,7 +21,7 @@ ALL = StemConfig(sample_per_base=None, calibration="none")
 _MOMENTS = dataclasses.replace(ALL, calibration="moments")
 _SAMPLED = dataclasses.replace(_MOMENTS, sample_per_base=16)
 _JOINT = dataclasses.replace(ALL, sample_per_base=16, calibration="joint", num_queries=128)
-SCALED = {f"16 a base, moments x {factor}": factor / MOMENTS_SHARE for factor in (0.4, 1.0)}
+SCALED = {f"16 a base, moments x {factor}": factor / MOMENTS_SHARE for factor in (0.5, 1.2)}
 """What the matrix is multiplied by in the variants that take another share of the covariance."""
 VARIANTS: dict[str, AttentionConfig] = {
     PER_FRAME: PerFrameConfig(),
