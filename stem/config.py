@@ -22,6 +22,7 @@ _PUBLISHED: dict[str, Any] = {
     "temperature": 0.01,
     "init": "gaussian",
     "proportional": False,
+    "sample_per_base": None,
     "calibration": "none",
     "dense_below": 0,
 }
@@ -82,11 +83,11 @@ class StemConfig:
     num_iters: int = 2
     temperature: float = 0.01
     space: str = "feature"
-    sample_per_base: int | None = None
+    sample_per_base: int | None = 16
     init: str = "tokens"
     empty: str = "mask"
     proportional: bool = True
-    calibration: str = "none"
+    calibration: str = "moments"
     num_queries: int = 256
     key_share: float = 1.0
     dense_below: int = 0

@@ -81,7 +81,9 @@ def test_moments_are_those_of_the_keys_and_values(bias: bool, norm: str | None) 
         layer = Attention(query_dim=24, heads=2, dim_head=12, bias=bias, qk_norm=norm).eval()
         for made, kept in zip((layer.to_q, layer.to_k, layer.to_v), own, strict=True):
             made.weight.data.copy_(kept.weight)
-    config = StemConfig(num_bases=16, calibration="moments", num_frames=FRAMES)
+    config = StemConfig(
+        num_bases=16, sample_per_base=None, calibration="moments", num_frames=FRAMES
+    )
     exact = attended(layer, tokens, InflatedConfig(num_frames=FRAMES))
     with_them = relative(attended(layer, tokens, config), exact)
     without = relative(

@@ -1,4 +1,4 @@
-"""Reconstruction and editing with calibrated bases and without: `python -m
+"""Reconstruction and editing with bases of a sample, calibrated or not: `python -m
 benchmarks.studies.calibration.round_trips`; an interrupted run goes on where it stopped.
 
 Unseen videos of the procedural world at 64x64 pixels, where a base stands for 128 tokens of the
@@ -37,13 +37,16 @@ FRAMES = 8
 DIGITS = 4
 STEPS = 20
 """Of a reconstruction; edits take the editing study's."""
-CALIBRATED = {"calibration": "joint", "num_iters": 1, "num_queries": 128}
-SUFFIX = " calibrated"
+ALL_TOKENS: dict[str, Any] = {"sample_per_base": None, "calibration": "none"}
+SAMPLED: dict[str, Any] = {"sample_per_base": 16, "calibration": "moments"}
+JOINT: dict[str, Any] = {
+    "sample_per_base": 16, "calibration": "joint", "num_iters": 1, "num_queries": 128
+}  # fmt: skip
+FORMS = {"all tokens": ALL_TOKENS, "16 a base, moments": SAMPLED, "16 a base, joint": JOINT}
 STEM_OPTIONS: dict[str, dict[str, Any]] = {
-    "K=16": {"num_bases": 16},
-    "K=16 calibrated": {"num_bases": 16, **CALIBRATED},
-    "K=256": {},
-    "K=256 calibrated": CALIBRATED,
+    f"K={count}, {form}": {"num_bases": count, **options}
+    for count in (16, 256)
+    for form, options in FORMS.items()
 }
 REFERENCES: dict[str, AttentionConfig] = {
     "per-frame": PerFrameConfig(),
@@ -136,23 +139,23 @@ def run(out: Path, videos: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results in Markdown: means, and differences from the same bases without calibration."""
+    """The results in Markdown: means, and differences from bases of all tokens."""
     where, rows = results["provenance"], results["rows"].values()
     commits = ", ".join(f"`{commit}`" for commit in results["commits"])
-    options = ", ".join(f"{key}={value!r}" for key, value in CALIBRATED.items())
+    joint = ", ".join(f"{key}={value!r}" for key, value in JOINT.items())
     figures = list(next(iter(rows))[next(iter(STEM_OPTIONS))])
     lines = [
         f"{len(rows)} world videos that no training saw, {results['frames']} frames of "
         f"{results['pixels']}x{results['pixels']} pixels, the embedded model; {where['cpu']}, "
-        f"torch {where['versions']['torch']}, commit {commits}. Means; of the calibrated "
-        "variants the difference from as many bases without calibration, with its 95 % interval "
-        f"over videos. Calibrated: `{options}`. Edits are fusion's, against the exact answer.",
+        f"torch {where['versions']['torch']}, commit {commits}. Means; of the others "
+        "the difference from as many bases of all tokens without calibration, with its 95 % "
+        f"interval over videos. Joint: `{joint}`. Edits are fusion's, against the exact answer.",
         "",
         f"|  | {' | '.join(figures)} |",
         f"|{'---|' * (1 + len(figures))}",
     ]
     for name in (*REFERENCES, *STEM_OPTIONS):
-        base = name.removesuffix(SUFFIX)
+        base = name if name in REFERENCES else f"{name.split(',')[0]}, {next(iter(FORMS))}"
         cells = []
         for figure in figures:
             if name in REFERENCES and figure not in next(iter(rows))[name]:
@@ -168,7 +171,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main(
     out: Annotated[Path, typer.Option(help="A JSON file; .md goes beside it.")] = OUT,
-    videos: Annotated[int, typer.Option(help="Number of videos.")] = 10,
+    videos: Annotated[int, typer.Option(help="Number of videos.")] = 20,
 ) -> None:
     """Reconstruct and edit with calibrated bases and without."""
     results = run(out, videos)
