@@ -39,10 +39,7 @@ STEPS = 20
 """Of a reconstruction; edits take the editing study's."""
 ALL_TOKENS: dict[str, Any] = {"sample_per_base": None, "calibration": "none"}
 SAMPLED: dict[str, Any] = {"sample_per_base": 16, "calibration": "moments"}
-JOINT: dict[str, Any] = {
-    "sample_per_base": 16, "calibration": "joint", "num_iters": 1, "num_queries": 128
-}  # fmt: skip
-FORMS = {"all tokens": ALL_TOKENS, "16 a base, moments": SAMPLED, "16 a base, joint": JOINT}
+FORMS = {"all tokens": ALL_TOKENS, "16 a base, moments": SAMPLED}
 STEM_OPTIONS: dict[str, dict[str, Any]] = {
     f"K={count}, {form}": {"num_bases": count, **options}
     for count in (16, 256)
@@ -142,14 +139,13 @@ def table(results: dict[str, Any]) -> str:
     """The results in Markdown: means, and differences from bases of all tokens."""
     where, rows = results["provenance"], results["rows"].values()
     commits = ", ".join(f"`{commit}`" for commit in results["commits"])
-    joint = ", ".join(f"{key}={value!r}" for key, value in JOINT.items())
     figures = list(next(iter(rows))[next(iter(STEM_OPTIONS))])
     lines = [
         f"{len(rows)} world videos that no training saw, {results['frames']} frames of "
         f"{results['pixels']}x{results['pixels']} pixels, the embedded model; {where['cpu']}, "
         f"torch {where['versions']['torch']}, commit {commits}. Means; of the others "
         "the difference from as many bases of all tokens without calibration, with its 95 % "
-        f"interval over videos. Joint: `{joint}`. Edits are fusion's, against the exact answer.",
+        "interval over videos. Edits are fusion's, against the exact answer.",
         "",
         f"|  | {' | '.join(figures)} |",
         f"|{'---|' * (1 + len(figures))}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,11 +27,16 @@ OUT = records.RESULTS / "drop-in.json"
 SIDE, HEADS, DIM = 64, 8, 40
 TOKENS = SIDE**2
 NUM_ITERS = 2
+SAMPLED: dict[str, Any] = {"sample_per_base": 16, "calibration": "moments"}
+ALL_TOKENS: dict[str, Any] = {"sample_per_base": None, "calibration": "none"}
 FORMS: dict[str, dict[str, Any]] = {
-    **{f"K={num_bases}": {"num_bases": num_bases} for num_bases in (64, 256, 1024)},
-    "K=256, joint": {"num_bases": 256, "calibration": "joint"},
+    **{f"K={num_bases}": {"num_bases": num_bases, **SAMPLED} for num_bases in (64, 256, 1024)},
+    "K=256, all tokens": {"num_bases": 256, **ALL_TOKENS},
+    "K=256, joint": {"num_bases": 256, "sample_per_base": 16, "calibration": "joint"},
 }
 """What is compared, by what the tables call it: options of `stem_attention`."""
+LARGE_SIDE = 128
+LARGE_FORMS = ("K=256", "K=256, all tokens", "K=256, joint")
 TIMED_TOKENS = (1024, 4096, 16384)
 ROUNDS = 3
 
@@ -61,12 +66,11 @@ def clusters(count: int, spread: float) -> Layer:
     return projected(clustered_tokens(shape, num_clusters=count, spread=spread))
 
 
-def smooth(detail: int, sharpness: float = 1.0) -> Layer:
+def smooth(detail: int, sharpness: float = 1.0, side: int = SIDE) -> Layer:
     """Features of a map that is random at every `detail`-th place and bicubic in between."""
-    side = SIDE // detail
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(1, HEADS * DIM, side, side, generator=generator)
-    fine = interpolate(coarse, size=SIDE, mode="bicubic").flatten(2).mT
+    coarse = torch.randn(1, HEADS * DIM, side // detail, side // detail, generator=generator)
+    fine = interpolate(coarse, size=side, mode="bicubic").flatten(2).mT
     query, key, value = projected(fine / fine.std())
     return sharpness * query, key, value
 
@@ -85,18 +89,17 @@ KINDS: dict[str, Callable[[], Layer]] = {
     "smooth map, new every 16 places, logits x 4": partial(smooth, 16, 4.0),
 }
 """What attention is tried on, by what the tables call it."""
+LARGE_KINDS = {
+    f"smooth map, new every {detail} places": partial(smooth, detail, side=LARGE_SIDE)
+    for detail in (8, 16, 32, 64)
+}
+"""The same of LARGE_SIDE^2 tokens."""
 
 
 def measure() -> dict[str, Any]:
     """All figures: errors by kind of keys, and seconds by number of tokens."""
-    errors: dict[str, Any] = {}
-    for kind, make in KINDS.items():
-        layer = make()
-        errors[kind] = {
-            form: attention_error(*layer, num_iters=NUM_ITERS, **options)._asdict()
-            for form, options in FORMS.items()
-        }
-        print(kind, {form: row["overall"] for form, row in errors[kind].items()})
+    errors = _errors(KINDS, FORMS)
+    large = _errors(LARGE_KINDS, LARGE_FORMS)
     seconds: dict[int, dict[str, float]] = {}
     for tokens in TIMED_TOKENS:
         layer = unlike(tokens)
@@ -111,8 +114,21 @@ def measure() -> dict[str, Any]:
         "dim": DIM,
         "provenance": provenance(),
         "errors": errors,
+        "large_errors": large,
         "seconds": seconds,
     }
+
+
+def _errors(kinds: Mapping[str, Callable[[], Layer]], forms: Iterable[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for kind, make in kinds.items():
+        layer = make()
+        found[kind] = {
+            form: attention_error(*layer, num_iters=NUM_ITERS, **FORMS[form])._asdict()
+            for form in forms
+        }
+        print(kind, {form: row["overall"] for form, row in found[kind].items()}, flush=True)
+    return found
 
 
 def _seconds(attention: Callable[..., torch.Tensor], layer: Layer) -> float:
@@ -133,17 +149,21 @@ def table(results: dict[str, Any]) -> str:
         f"Source: [{path}]({path}) ({where['cpu']}, {where['threads']} thread, "
         f"torch {where['versions']['torch']}, commit `{where['commit']}`). One layer of "
         f"{results['heads']} heads of {results['dim']} channels, float32, every option but K at "
-        "its default but where `calibration` is said. But in the first row query, key and value "
-        "are projections of one map of "
-        "features. A cluster is so wide beside the distance of centres from their mean; a smooth "
-        "map is random at every such place and bicubic in between.",
+        'its default (EM on 16 tokens a base, moments) but for "all tokens", where EM reads all '
+        'and nothing is corrected, and "joint". But in the first row query, key and value are '
+        "projections of one map of features. A cluster is so wide beside the distance of centres "
+        "from their mean; a smooth map is random at every such place and bicubic in between.",
         "",
         f"| off SDPA (worst head), {results['tokens']} tokens | {head} |",
         "|---" * (1 + len(FORMS)) + "|",
     ]
-    for kind, row in results["errors"].items():
-        cells = [f"{_percent(e['overall'])} ({_percent(e['worst_head'])})" for e in row.values()]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    lines += _error_rows(results["errors"])
+    lines += [
+        "",
+        f"| off SDPA (worst head), {LARGE_SIDE**2} tokens | {' | '.join(LARGE_FORMS)} |",
+        "|---" * (1 + len(LARGE_FORMS)) + "|",
+        *_error_rows(results["large_errors"]),
+    ]
     lines += [
         "",
         f"| milliseconds of CPU time | SDPA | {head} |",
@@ -152,18 +172,30 @@ def table(results: dict[str, Any]) -> str:
     for tokens, row in results["seconds"].items():
         cells = [f"{1000 * row['sdpa']:.0f}"]
         for form, options in FORMS.items():
-            sizes = (int(tokens), int(tokens), results["dim"], results["dim"])
+            count, sample = options["num_bases"], options["sample_per_base"]
             mark = exact_is_cheaper(
-                *sizes,
-                num_bases=options["num_bases"],
+                int(tokens),
+                int(tokens),
+                results["dim"],
+                results["dim"],
+                num_bases=count,
                 num_iters=NUM_ITERS,
-                corrected="calibration" in options,
-                calibrating=256 if "calibration" in options else 0,
+                read=int(tokens) if sample is None else min(int(tokens), sample * count),
+                corrected=options["calibration"] != "none",
+                calibrating=256 if options["calibration"] == "joint" else 0,
             )
             cells.append(f"{1000 * row[form]:.0f}" + ("*" if mark else ""))
         lines.append(f"| {tokens} tokens | {' | '.join(cells)} |")
     lines += ["", "*: `stem_attention` calls SDPA there; the figure is `allow_exact=False`'s."]
     return "\n".join(lines) + "\n"
+
+
+def _error_rows(errors: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for kind, row in errors.items():
+        cells = [f"{_percent(e['overall'])} ({_percent(e['worst_head'])})" for e in row.values()]
+        rows.append(f"| {kind} | {' | '.join(cells)} |")
+    return rows
 
 
 def _percent(error: float) -> str:
