@@ -17,6 +17,8 @@ from stem.attention.processor import RowLayout
 from stem.config import AttentionConfig, InflatedConfig, SparseCausalConfig, StemConfig
 from stem_kernels import attention_bias, initial_bases
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL
+from stem_kernels.ops.calibration import MOMENTS_PER_BASE, MOMENTS_SHARE
+from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import eager_basis_attention, eager_em_statistics, eager_soft_em
 
 from .case import AnyCase, Call, Case, Contender, Outputs, parity
@@ -161,24 +163,48 @@ def expected(
 
     The previous and the first frame, which sparse-causal attention sees, are there that frame too.
     """
-    bias = None
+    bias = correction = None
     if config is None or isinstance(config, SparseCausalConfig):
         seen = tokens[:1]
     else:
         seen = tokens.flatten(0, 1).unsqueeze(0)
+    asking = _projected(attention.to_q, tokens[:1, :CHECKED])
     if isinstance(config, StemConfig):
+        total = seen.shape[1]
+        seen = seen[:, spread_tokens(total, config.sampled(total), seen.device)]
         bases = initial_bases(seen, NUM_BASES).to(tokens.dtype)
         bases = eager_soft_em(seen, bases, num_iters=config.num_iters - 1)
         sums, mass, _ = eager_em_statistics(seen, bases)
-        seen = sums / (mass + 1e-4).unsqueeze(-1)
+        bases = sums / (mass + 1e-4).unsqueeze(-1)
         bias = attention_bias(mass, empty=config.empty, proportional=config.proportional)
-    query, key, value = (
-        project(rows).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        for project, rows in (
-            (attention.to_q, tokens[:1, :CHECKED]),
-            (attention.to_k, seen),
-            (attention.to_v, seen),
-        )
-    )
-    mixed = eager_basis_attention(query, key, value, bias=bias)
+        if config.calibration == "moments":
+            correction = _moments(attention, seen, bases, config)
+        seen = bases
+    key, value = (_projected(project, seen) for project in (attention.to_k, attention.to_v))
+    mixed = eager_basis_attention(asking, key, value, bias=bias)
+    if correction is not None:
+        mixed = mixed + asking @ correction
     return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+def _projected(project: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Heads [B, h, n, d] of rows [B, n, C]."""
+    return project(rows).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def _moments(
+    attention: Attention, read: torch.Tensor, bases: torch.Tensor, config: StemConfig
+) -> torch.Tensor:
+    """The matrix [B, h, d, d] of `calibration="moments"`, in the tokens' dtype."""
+    count = min(read.shape[1], MOMENTS_PER_BASE * config.num_bases)
+    some = read[:, spread_tokens(read.shape[1], count, read.device)]
+    lengths = torch.linalg.vector_norm(bases, dim=-1, keepdim=True) + 1e-4
+    shares = torch.softmax(some @ (bases / lengths).mT / config.temperature, -1).unsqueeze(1)
+    of_keys, of_values = (
+        _projected(project, some) - shares @ _projected(project, bases)
+        for project in (attention.to_k, attention.to_v)
+    )
+    scale = of_keys.shape[-1] ** -0.5
+    asking = _projected(attention.to_q, some[:, ::MOMENTS_PER_BASE])
+    spread = (scale * asking @ of_keys.mT).square().mean((-1, -2), keepdim=True)
+    return of_keys.mT @ of_values * (MOMENTS_SHARE * scale / count) * (1 + spread).rsqrt()

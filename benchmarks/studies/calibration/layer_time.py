@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
+from torch.nn.functional import scaled_dot_product_attention
 
-from stem import PerFrameConfig, StemConfig
-from stem.config import AttentionConfig
 from stem_kernels import basis_attention
 from stem_kernels.info import provenance
 from stem_kernels.ops.calibration import calibrate_bases
@@ -29,33 +28,28 @@ from stem_kernels.ops.partial_attention import (
 
 from ... import records
 from ...cases.layers import processor_call
+from .variants import VARIANTS, of_video
 
 OUT = records.RESULTS / "calibration-time.json"
 FRAMES, SIDE, BASES = 8, 64, 256
 TOKENS = FRAMES * SIDE**2
-LAYERS = ((80, 2), (320, 8))
-"""Channels and heads: the embedded model's widest layers, Stable Diffusion 1.5's."""
+LAYERS = ((8, 64, 80, 2), (4, 64, 320, 8), (32, 64, 320, 8), (8, 32, 640, 8))
+"""Frames, tokens a side, channels and heads: the embedded model's widest layers and Stable
+Diffusion 1.5's."""
+PROJECTED = ((80, 2), (320, 8))
 WIDTHS = (8, 40)
 HEADS = 8
 QUERIES = (128, 256)
 AT_ONCE = 1024
-ROUNDS = 7
-VARIANTS: dict[str, AttentionConfig] = {
-    "per-frame": PerFrameConfig(num_frames=FRAMES),
-    "defaults": StemConfig(num_frames=FRAMES),
-    "16 a base": StemConfig(num_frames=FRAMES, sample_per_base=16),
-    "16 a base, moments": StemConfig(num_frames=FRAMES, sample_per_base=16, calibration="moments"),
-    **{
-        f"16 a base, joint, m={count}, {share:g} of the keys": StemConfig(
-            num_frames=FRAMES,
-            sample_per_base=16,
-            calibration="joint",
-            num_queries=count,
-            key_share=share,
-        )
-        for count, share in ((128, 1.0), (128, 0.5), (128, 0.25), (256, 1.0))
-    },
-}
+ROUNDS, FEW_ROUNDS = 7, 3
+TIMED = (
+    "per-frame", "all tokens", "all tokens, moments", "16 a base", "8 a base, moments",
+    "16 a base, moments", "16 a base, moments, R=1", "16 a base, joint",
+    "16 a base, joint, 1/2 of the keys", "16 a base, joint, 1/4 of the keys",
+)  # fmt: skip
+"""The study's variants that are timed."""
+ALL_FRAME_QUERIES = 2048
+"""Queries that attention over all frames is timed with, as it takes as long for each."""
 
 Calls = Mapping[str, Callable[[], object]]
 
@@ -144,21 +138,30 @@ def projections(channels: int, heads: int) -> dict[str, float]:
     )
 
 
-def layer(channels: int, heads: int) -> dict[str, float]:
+def layer(frames: int, side: int, channels: int, heads: int) -> dict[str, float]:
     """Milliseconds of a self-attention with its projections, by variant."""
     torch.manual_seed(0)
     module = Attention(channels, heads=heads, dim_head=channels // heads, bias=False).eval()
     coarse = torch.randn(1, channels, 2, 8, 8)
-    video = torch.nn.functional.interpolate(coarse, size=(FRAMES, SIDE, SIDE), mode="trilinear")
+    video = torch.nn.functional.interpolate(coarse, size=(frames, side, side), mode="trilinear")
     tokens = video[0].flatten(2).permute(1, 2, 0).contiguous()
     tokens += 0.1 * torch.randn_like(tokens)
     timestep = torch.tensor(400)
-    return in_turns(
+    found = in_turns(
         {
-            name: processor_call(config, module, tokens, timestep)
-            for name, config in VARIANTS.items()
-        }
+            name: processor_call(of_video(VARIANTS[name], frames), module, tokens, timestep)
+            for name in TIMED
+        },
+        ROUNDS if frames * side**2 <= TOKENS else FEW_ROUNDS,
     )
+    every = frames * side**2
+    query, key, value = (heads_of(every, heads, channels // heads, seed) for seed in range(3))
+    few = query[:, :, :ALL_FRAME_QUERIES]
+    taken = in_turns({"all-frame": partial(scaled_dot_product_attention, few, key, value)}, 3)
+    attention = taken["all-frame"] * every / few.shape[2]
+    weights = torch.randn(4 * channels, channels) / channels**0.5
+    projecting = in_turns({"four": lambda: tokens.flatten(0, 1) @ weights.mT}, 3)["four"]
+    return {**found, "all-frame": float(f"{attention + projecting:.4g}")}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -177,17 +180,20 @@ def table(results: dict[str, Any]) -> str:
             for case, row in results["operators"].items()
         ),
         "",
-        f"| a layer of {FRAMES} frames of {SIDE}x{SIDE} tokens, milliseconds "
-        f"(of the defaults, of per-frame) | {' | '.join(layers)} |",
+        f"| a layer, milliseconds (of all tokens, of per-frame) | {' | '.join(layers)} |",
         "|---" * (1 + len(layers)) + "|",
     ]
-    for name in VARIANTS:
-        cells = [
-            f"{row[name]:.0f} ({row[name] / row['defaults']:.2f}, "
-            f"1/{row['per-frame'] / row[name]:.1f})"
-            for row in layers.values()
-        ]
+    for name in (*TIMED, "all-frame"):
+        cells = []
+        for row in layers.values():
+            before, per_frame = row["all tokens"] / row[name], row["per-frame"] / row[name]
+            cells.append(f"{row[name]:.0f} ({1 / before:.2f}, 1/{per_frame:.2g})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"all-frame: SDPA of {ALL_FRAME_QUERIES:,} of the queries to all tokens, by the number of "
+        "queries, and four projections.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -200,11 +206,14 @@ def main() -> None:
             **operators(),
             **{
                 f"projections, C={channels}, h={heads}": projections(channels, heads)
-                for channels, heads in LAYERS
+                for channels, heads in PROJECTED
             },
         },
         "layers": {
-            f"C={channels}, h={heads}": layer(channels, heads) for channels, heads in LAYERS
+            f"{frames} frames of {side}x{side}, C={channels}, h={heads}": layer(
+                frames, side, channels, heads
+            )
+            for frames, side, channels, heads in LAYERS
         },
     }
     records.write(results, OUT)
