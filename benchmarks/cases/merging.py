@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tomesd.merge import bipartite_soft_matching_random2d
 
-from stem.attention.handle import self_attentions
+from stem.attention.families import self_attentions
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention

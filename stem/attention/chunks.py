@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 
 from .exchange import Lockstep
+from .families import Family
+from .families.family import Tensors
 from .hooks import Recording, Replay
 from .others import check_chunks
-from .processor import RowLayout
+from .rows import RowLayout
 from .stem import StemState
 from .waiting import released_when_used
 
@@ -29,7 +31,8 @@ class ChunkedForward:
     ends the run.)
 
     Args:
-        unet: UNet whose `forward` this is to be.
+        unet: UNet or ControlNet whose `forward` this is to be.
+        family: Family that it belongs to, whose frames can go through in chunks.
         layout: Layout of the rows, shared with the attention processors.
         chunk: Number of frames in a chunk.
         fit_frames: Number of frames that STEM's bases are found on; None: all.
@@ -44,6 +47,7 @@ class ChunkedForward:
     def __init__(
         self,
         unet: torch.nn.Module,
+        family: Family,
         layout: RowLayout,
         chunk: int,
         *,
@@ -51,7 +55,9 @@ class ChunkedForward:
         state: StemState | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        assert family.outputs is not None  # see `Family.check_whole`
         self.unet = unet
+        self.outputs = family.outputs
         self.forward = unet.forward
         self.layout = layout
         self.chunk = chunk
@@ -95,11 +101,8 @@ class ChunkedForward:
                 failed,
                 self.chunk,
             )
-        if not return_dict:
-            return (found,)
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-
-        return UNet2DConditionOutput(sample=found)
+        returned = self.outputs.nested(found)
+        return self.outputs.named()(*returned) if return_dict else returned
 
     def _check(self) -> None:
         """Raise where the UNet cannot run in chunks."""
@@ -118,19 +121,21 @@ class ChunkedForward:
         if self.fit_frames is not None or frames is None or self.chunk < frames:
             check_chunks(self.unet)
 
-    def _in_chunks(self, sample: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+    def _in_chunks(self, sample: torch.Tensor, args: Any, kwargs: Any) -> Tensors:
         rows = sample.shape[0]
         frames = self.layout.frames(rows)
         videos = rows // frames
 
-        def call(chosen: list[int]) -> torch.Tensor:
+        def call(chosen: list[int]) -> Tensors:
             part, others, named = (
                 _rows_of(given, rows, videos, chosen) for given in (sample, args, kwargs)
             )
-            out = self.forward(part, *others, **named, return_dict=False)[0]
-            return out.unflatten(0, (videos, len(chosen)))
+            returned = self.forward(part, *others, **named, return_dict=False)
+            return tuple(
+                out.unflatten(0, (videos, len(chosen))) for out in self.outputs.flat(returned)
+            )
 
-        def together(chosen: Sequence[int]) -> torch.Tensor:
+        def together(chosen: Sequence[int]) -> Tensors:
             group = self.group
             if group is not None and len(chosen) < frames and not self._enough(len(chosen)):
                 group = None  # a part of the video too short to share: every rank runs it
@@ -143,18 +148,22 @@ class ChunkedForward:
 
         state = self.state
         if self.fit_frames is None or state is None or state.hooks.having("bases"):
-            return together(range(frames)).flatten(0, 1)
+            return _as_rows(together(range(frames)))
         fit = spread_frames(frames, self.fit_frames)
         recording = Recording()
         with state.hooks.added("fitting", recording):
             fitted = together(fit)
-        rest = sorted(set(range(frames)) - set(fit))
-        out = fitted.new_empty((videos, frames, *fitted.shape[2:]))
-        out[:, fit] = fitted
-        if rest:
-            with state.hooks.added("fitted", Replay(recording.found)):
-                out[:, rest] = together(rest)
-        return out.flatten(0, 1)
+        left = sorted(set(range(frames)) - set(fit))
+        if not left:
+            return _as_rows(fitted)
+        with state.hooks.added("fitted", Replay(recording.found)):
+            rest = together(left)
+        found = []
+        for of_fit, of_left in zip(fitted, rest, strict=True):
+            out = of_fit.new_empty((videos, frames, *of_fit.shape[2:]))
+            out[:, fit], out[:, left] = of_fit, of_left
+            found.append(out)
+        return _as_rows(found)
 
     def _enough(self, frames: int) -> bool:
         """Whether so many frames are a chunk for each rank at least."""
@@ -165,6 +174,11 @@ def spread_frames(num_frames: int, count: int) -> list[int]:
     """`count` frame numbers spread evenly over a video, the middle of as many equal stretches."""
     count = min(count, num_frames)
     return [(2 * index + 1) * num_frames // (2 * count) for index in range(count)]
+
+
+def _as_rows(outputs: Sequence[torch.Tensor]) -> Tensors:
+    """Outputs [videos, frames, ...] as rows [video, frame]."""
+    return tuple(out.flatten(0, 1) for out in outputs)
 
 
 def _rows_of(given: Any, rows: int, videos: int, frames: list[int]) -> Any:

@@ -95,7 +95,7 @@ class Lockstep:
         """The position of the running chunk's first frame among all frames of this run."""
         return sum(map(len, self.chunks[: self._running]))
 
-    def run(self, call: Callable[[list[int]], torch.Tensor], dim: int = 0) -> torch.Tensor:
+    def run(self, call: Callable[[list[int]], Tensors], dim: int = 0) -> Tensors:
         """Run every chunk, and join the results.
 
         Autocast, grad mode and the other `Settings` that a chunk puts on are its own: they are put
@@ -129,7 +129,7 @@ class Lockstep:
                     if isinstance(answer, _Meeting):
                         meetings.append(answer)
                     else:
-                        results.append((answer,))
+                        results.append(answer)
                 if not meetings:
                     break
                 if results:
@@ -150,7 +150,7 @@ class Lockstep:
             self._outside.set()
         counts = [len(frames) for frames in self.chunks]
         gathered = self._collect(results, counts, dim)
-        return torch.cat([result for (result,) in gathered], dim)
+        return tuple(torch.cat(column, dim) for column in zip(*gathered, strict=True))
 
     def meet(
         self,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .handle import self_attentions
+from .families import self_attentions
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

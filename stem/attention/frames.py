@@ -11,11 +11,11 @@ from .exchange import Lockstep
 from .hooks import Hooks, Operands
 from .memory import free_bytes
 from .processor import (
-    RowLayout,
     VideoAttentionProcessor,
     project_keys_and_values,
     project_queries,
 )
+from .rows import RowLayout
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention

@@ -12,19 +12,15 @@ import torch.distributed as dist
 
 from ..config import AttentionConfig, PerFrameConfig, SparseCausalConfig, StemConfig
 from .chunks import ChunkedForward
+from .families import family_of, model_of, self_attentions, text_attentions
 from .frames import InflatedProcessor, SparseCausalProcessor
 from .hooks import Hooks
 from .owners import check_owner, lock, owned
-from .processor import (
-    PerFrameProcessor,
-    RowLayout,
-    TextAttentionProcessor,
-    VideoAttentionProcessor,
-)
+from .processor import PerFrameProcessor, TextAttentionProcessor, VideoAttentionProcessor
+from .rows import RowLayout, layout_of
 from .stem import StemProcessor, StemState, bases_shape
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import Attention
 
 logger = logging.getLogger("stem")
@@ -33,17 +29,17 @@ _ATTRIBUTE = "_stem_handle"
 
 
 class Handle:
-    """An attention mechanism that is on in a UNet; made by `enable`.
+    """An attention mechanism that is on in a UNet or ControlNet; made by `enable`.
 
     Args:
-        unet: UNet that the mechanism is in.
+        unet: UNet or ControlNet that the mechanism is in.
         config: Configuration of the mechanism.
         pipeline: Pipeline that the UNet belongs to, which knows its guidance branches, or None.
         group: Process group whose ranks share the chunks, or None.
         hooks: Hooks that are called in the attention, or None.
 
     Attributes:
-        unet: UNet that the mechanism is in.
+        unet: UNet or ControlNet that the mechanism is in.
         config: Configuration that it was enabled with.
         state: State that STEM's layers share (see `StemState`); None for other mechanisms.
         hooks: Hooks that are called in the attention. If it was enabled without hooks, only hooks
@@ -52,7 +48,7 @@ class Handle:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: torch.nn.Module,
         config: AttentionConfig,
         pipeline: Any = None,
         group: dist.ProcessGroup | None = None,
@@ -67,8 +63,11 @@ class Handle:
         # What stands in the UNet's forward, and stays where another has wrapped it.
         self._in_chunks: Any = None
         self._warned = False
+        family = family_of(unet)
+        assert family is not None  # see `model_of`
+        family.check_whole({"chunk": config.chunk, "fit_frames": self._fit_frames, "group": group})
         self._attentions = self_attentions(unet)
-        layout = RowLayout(config.num_frames, pipeline)
+        self._layout = layout = layout_of(family, config.num_frames, pipeline)
         self._processors: dict[str, Any] = {}
         attending, self.state = make_processors(
             self._attentions, config, layout, self.hooks, everywhere=hooks is not None
@@ -85,6 +84,7 @@ class Handle:
             assert config.num_frames is not None
             self._chunked = ChunkedForward(
                 unet,
+                family,
                 layout,
                 config.chunk or config.num_frames,
                 fit_frames=self._fit_frames,
@@ -178,8 +178,9 @@ class Handle:
             check_owner(self.unet)
             self._warn_once_of_replaced()
             self._check_checkpointing()
+        sample = args[0] if args else kwargs["sample"]
+        self._layout.begin(sample)
         if self.state is not None:
-            sample = args[0] if args else kwargs["sample"]
             timestep = args[1] if len(args) > 1 else kwargs["timestep"]
             self.state.begin(sample, timestep)
 
@@ -252,15 +253,23 @@ def enable(
     group: dist.ProcessGroup | None = None,
     hooks: Hooks | None = None,
 ) -> Handle:
-    """Put an attention mechanism into every self-attention of a UNet.
+    """Put an attention mechanism into every spatial self-attention of a UNet or ControlNet.
 
     A second call replaces the mechanism that is on; one `disable` then restores the processors from
-    before the first call. A pipeline tells its guidance branches apart, a UNet alone does not; see
-    `StemConfig.num_frames` for batches of several frames or images.
+    before the first call.
+
+    In a `UNet2DConditionModel` and a `ControlNetModel` the rows of a batch are frames of videos,
+    images or guidance branches. A pipeline tells its guidance branches apart, a model alone does
+    not; see `StemConfig.num_frames` for batches of several frames or images. The samples of a
+    `UNetMotionModel`, `UNet3DConditionModel`, `I2VGenXLUNet`, `SparseControlNetModel` (all
+    [videos, C, frames, h, w]) and `UNetSpatioTemporalConditionModel` ([videos, frames, C, h, w])
+    say how many frames there are, and a guidance branch is one more video: `num_frames` may stay
+    None. Their temporal attentions stay as they are, and see all frames of a call: these models
+    take no `chunk`, `fit_frames` or `group`.
 
     Args:
-        target: Pipeline with a `UNet2DConditionModel`, or such a UNet (also compiled, or with
-            LoRA).
+        target: Pipeline whose `unet` is of one of these classes, or such a model (also compiled,
+            or with LoRA).
         config: Configuration of the mechanism: `StemConfig()` if None; a `SparseCausalConfig` or
             an `InflatedConfig` puts those mechanisms in, a `PerFrameConfig` leaves the UNet's own.
         group: Process group whose ranks share the chunks of every call; all of them must make
@@ -271,12 +280,14 @@ def enable(
         A `Handle`; its `disable()` restores the processors from before.
 
     Raises:
-        TypeError: `target` has no UNet2DConditionModel, or `config` is not the configuration of a
-            mechanism.
-        ValueError: the UNet has no self-attention, or `group` is given and `num_frames` is not.
+        TypeError: `target` has no model of these classes, or `config` is not the configuration of
+            a mechanism.
+        ValueError: the model has no self-attention, `group` is given and `num_frames` is not, or
+            `chunk`, `fit_frames` or `group` is given and the model has temporal attentions. A call
+            of the model raises it where `num_frames` does not fit the batch.
         RuntimeError: another thread has this UNet in a `with` block.
     """
-    unet = unet_of(target)
+    unet = model_of(target)
     config = StemConfig() if config is None else config
     if not isinstance(config, AttentionConfig):
         raise TypeError(
@@ -297,12 +308,12 @@ def disable(target: Any) -> None:
     """Restore the processors from before `enable`. Nothing happens if nothing is enabled.
 
     Args:
-        target: Pipeline or UNet, as for `enable`.
+        target: Pipeline or model, as for `enable`.
 
     Raises:
         RuntimeError: another thread has this UNet in a `with` block.
     """
-    unet = unet_of(target)
+    unet = model_of(target)
     with lock:
         check_owner(unet)
         _remove_from(unet)
@@ -321,7 +332,7 @@ def enabled(
     At the end of the block, the mechanism that was on before is on again.
 
     Args:
-        target: Pipeline or UNet, as for `enable`.
+        target: Pipeline or model, as for `enable`.
         config: Configuration of the mechanism; `StemConfig()` if None.
         group: Process group whose ranks share the chunks, or None.
         hooks: Hooks that are called in the attention, or None.
@@ -342,13 +353,13 @@ def plain(target: Any) -> Iterator[None]:
     that was on before is on again.
 
     Args:
-        target: Pipeline or UNet, as for `enable`.
+        target: Pipeline or model, as for `enable`.
 
     Raises:
-        TypeError: `target` has no UNet2DConditionModel.
+        TypeError: `target` has no model that `enable` serves.
         RuntimeError: another thread has this UNet in such a block.
     """
-    unet = unet_of(target)
+    unet = model_of(target)
     with owned(unet):
         outer = _remove_from(unet)
         try:
@@ -367,42 +378,3 @@ def _remove_from(unet: torch.nn.Module) -> Handle | None:
         if handle is not None:
             handle._remove()
         return handle
-
-
-def unet_of(target: Any) -> UNet2DConditionModel:
-    """The UNet2DConditionModel of a pipeline, a compiled module or a PEFT model."""
-    from diffusers import UNet2DConditionModel
-
-    module = getattr(target, "unet", target)
-    module = getattr(module, "_orig_mod", module)
-    if hasattr(module, "get_base_model"):
-        module = module.get_base_model()
-    if not isinstance(module, UNet2DConditionModel):
-        raise TypeError(
-            f"{type(target).__name__} has no UNet2DConditionModel; pass a Stable Diffusion 1.x, "
-            "2.x or XL pipeline, or its unet"
-        )
-    return module
-
-
-def self_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
-    """Every self-attention of a UNet by name, in the order of its modules."""
-    found = _attentions(unet, to_text=False)
-    if not found:
-        raise ValueError("this UNet has no self-attention to replace")
-    return found
-
-
-def text_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
-    """Every cross-attention to the prompt of a UNet by name, in the order of its modules."""
-    return _attentions(unet, to_text=True)
-
-
-def _attentions(unet: UNet2DConditionModel, *, to_text: bool) -> dict[str, Attention]:
-    from diffusers.models.attention_processor import Attention
-
-    return {
-        name: module
-        for name, module in unet.named_modules()
-        if isinstance(module, Attention) and module.is_cross_attention == to_text
-    }

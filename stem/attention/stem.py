@@ -21,12 +21,12 @@ from .exchange import Lockstep
 from .frames import all_frame_operands
 from .hooks import Hooks, LayerBases, Operands
 from .processor import (
-    RowLayout,
     VideoAttentionProcessor,
     attend_densely,
     project_keys_and_values,
     project_queries,
 )
+from .rows import RowLayout
 from .shared_em import of_spread_tokens, shared_em
 
 if TYPE_CHECKING:

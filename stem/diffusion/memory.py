@@ -9,7 +9,8 @@ import torch
 
 from stem_kernels.measure import PeakMemory
 
-from ..attention.handle import plain, unet_of
+from ..attention.families import unet_of
+from ..attention.handle import plain
 from ..attention.memory import free_bytes
 from .pipeline import encode_prompt, execution_device, predict, vae_factor
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..attention.handle import unet_of
+from ..attention.families import unet_of
 from .schedule import check_schedule
 
 logger = logging.getLogger("stem")

@@ -10,7 +10,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
 from stem_kernels import basis_attention, initial_bases, soft_em
 
 from ..attention import Hook
-from ..attention.handle import self_attentions, unet_of
+from ..attention.families import self_attentions, unet_of
 from ..attention.hooks import Site
 from ..config import StemConfig
 from ..diffusion.loop import NonFiniteError

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..attention.handle import unet_of
+from ..attention.families import unet_of
 from ..config import StemConfig
 from ..diffusion.loop import with_guidance
 from .fatezero_options import FateZeroOptions

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..attention import Hook
-from ..attention.handle import self_attentions, unet_of
+from ..attention.families import self_attentions, unet_of
 from ..attention.hooks import Operands, Site
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention.handle import unet_of
+from ..attention.families import unet_of
 from ..config import PerFrameConfig
 from ..diffusion.loop import with_guidance
 from .injection import AttentionInjection, FeatureInjection

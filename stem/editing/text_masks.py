@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import interpolate, max_pool2d
 
 from ..attention import Hook
-from ..attention.handle import text_attentions
+from ..attention.families import text_attentions
 from ..attention.hooks import Site
 from .map_fusion import Size
 from .masks import halvings, layer_size

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..attention import Handle, Hooks, enabled, plain
-from ..attention.handle import unet_of
+from ..attention.families import unet_of
 from ..config import (
     AttentionConfig,
     InflatedConfig,

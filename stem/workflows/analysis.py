@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..attention.families import unet_of
 from ..attention.features import LastFeatures
-from ..attention.handle import unet_of
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import denoise, guided
 from ..diffusion.pipeline import check_pipeline, encode_frames, encode_prompt, execution_device

@@ -11,7 +11,7 @@ from pipelines import SMALL, call, make_pipeline, make_unet, unet_inputs
 import stem
 from stem import InflatedConfig, StemConfig
 from stem.attention import Recording, Replay
-from stem.attention.handle import self_attentions
+from stem.attention.families import self_attentions
 from stem_kernels import basis_attention
 from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import max_error

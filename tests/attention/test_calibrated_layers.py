@@ -18,7 +18,7 @@ from stem import InflatedConfig, StemConfig
 from stem.attention import Hook, Hooks, Recording, Replay
 from stem.attention.handle import make_processors
 from stem.attention.hooks import LayerBases
-from stem.attention.processor import RowLayout
+from stem.attention.rows import RowLayout
 from stem.editing.injection import AttentionInjection
 from stem.editing.map_fusion import MapFusion
 from stem.editing.source_store import SourceStore

@@ -18,7 +18,7 @@ from stem.attention import Recording, Replay, shared_em
 from stem.attention import stem as stem_module
 from stem.attention.chunks import spread_frames
 from stem.attention.exchange import Lockstep
-from stem.attention.handle import self_attentions
+from stem.attention.families import self_attentions
 
 FRAMES = 8
 
@@ -274,10 +274,10 @@ def test_frames_are_spread_evenly() -> None:
 def test_chunks_that_part_ways_are_an_error() -> None:
     exchange = Lockstep(range(4), 2)
 
-    def runs(frames: list[int]) -> torch.Tensor:
+    def runs(frames: list[int]) -> tuple[torch.Tensor]:
         if frames[0] == 0:
             exchange.meet((torch.zeros(1),), lambda parts: parts)
-        return torch.zeros(1)
+        return (torch.zeros(1),)
 
     with pytest.raises(RuntimeError, match="wait for others that have ended"):
         exchange.run(runs)
@@ -335,13 +335,14 @@ def test_the_sample_is_the_same_in_any_chunks(chunk: int) -> None:
     whole = shared_em.of_spread_tokens(features, 20, None, lambda tokens: tokens)
     exchange = Lockstep(range(6), chunk)
 
-    def find(frames: list[int]) -> torch.Tensor:
+    def find(frames: list[int]) -> tuple[torch.Tensor]:
         mine = features.unflatten(1, (6, 9))[:, frames].flatten(1, 2)
         found = shared_em.of_spread_tokens(mine, 20, exchange, lambda tokens: tokens)
         assert torch.equal(found, whole)
-        return mine
+        return (mine,)
 
-    assert torch.equal(exchange.run(find, dim=1), features)
+    (joined,) = exchange.run(find, dim=1)
+    assert torch.equal(joined, features)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pipelines import SHAPES, SMALL, call, make_unet
 
 import stem
 from stem import InflatedConfig, SparseCausalConfig, StemConfig
-from stem.attention.handle import self_attentions
+from stem.attention.families import self_attentions
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -139,7 +139,7 @@ def test_a_copied_unet_is_independent() -> None:
 
 def test_targets_and_arguments_that_do_not_fit() -> None:
     unet = make_unet()
-    with pytest.raises(TypeError, match="Linear has no UNet2DConditionModel"):
+    with pytest.raises(TypeError, match="is a Linear, which no attention mechanism"):
         stem.enable(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="config is a dict; it must be a StemConfig"):
         stem.enable(unet, {"num_bases": 3})  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def test_each_chunk_has_its_own(inside: str, outside: str) -> None:
         seen.append(("merge", Settings.now()))
         return len(parts)
 
-    def chunk(frames: list[int]) -> torch.Tensor:
+    def chunk(frames: list[int]) -> tuple[torch.Tensor]:
         seen.append(("start", Settings.now()))
         exchange.meet((torch.zeros(1),), merge)
         # Of three chunks one has no context of its own.
@@ -70,7 +70,7 @@ def test_each_chunk_has_its_own(inside: str, outside: str) -> None:
                 exchange.meet((torch.zeros(1),), merge)
                 seen.append(("same" if Settings.now() == before else "other", before))
         seen.append(("end", Settings.now()))
-        return torch.zeros(1)
+        return (torch.zeros(1),)
 
     with CONTEXTS[outside]():
         expected = Settings.now()
@@ -91,13 +91,13 @@ def test_each_chunk_has_its_own(inside: str, outside: str) -> None:
 def test_a_chunk_that_fails_leaves_none_on(inside: str) -> None:
     exchange = Lockstep(range(3), 1)
 
-    def chunk(frames: list[int]) -> torch.Tensor:
+    def chunk(frames: list[int]) -> tuple[torch.Tensor]:
         with CONTEXTS[inside]():
             exchange.meet((torch.zeros(1),), lambda parts: None)
             if frames[0] == 1:
                 raise KeyError("in the middle")
             exchange.meet((torch.zeros(1),), lambda parts: None)
-        return torch.zeros(1)
+        return (torch.zeros(1),)
 
     before = Settings.now()
     with pytest.raises(KeyError, match="in the middle"):
@@ -109,10 +109,10 @@ def test_what_a_chunk_leaves_on_ends_with_it() -> None:
     exchange = Lockstep(range(2), 1)
     seen = []
 
-    def chunk(frames: list[int]) -> torch.Tensor:
+    def chunk(frames: list[int]) -> tuple[torch.Tensor]:
         seen.append(torch.is_grad_enabled())
         torch.set_grad_enabled(False)
-        return torch.zeros(1)
+        return (torch.zeros(1),)
 
     exchange.run(chunk)
     assert seen == [True, True]
@@ -125,11 +125,11 @@ def test_a_chunk_sees_the_caller_s_context_variables() -> None:
     exchange = Lockstep(range(2), 1)
     seen = []
 
-    def chunk(frames: list[int]) -> torch.Tensor:
+    def chunk(frames: list[int]) -> tuple[torch.Tensor]:
         seen.append(variable.get())
         variable.set("a chunk's")
         exchange.meet((torch.zeros(1),), lambda parts: None)
-        return torch.zeros(1)
+        return (torch.zeros(1),)
 
     exchange.run(chunk)
     assert seen == ["the caller's"] * 2

@@ -18,7 +18,7 @@ from benchmarks.studies.quality import run as quality
 from benchmarks.studies.quality import variants as quality_variants
 from benchmarks.studies.quality.report import draw, table, values
 from stem import InflatedConfig, StemConfig, load_pipeline
-from stem.attention.handle import self_attentions
+from stem.attention.families import self_attentions
 from stem.diffusion.pipeline import encode_frames
 from stem.inversion import round_trip
 from stem.world import render, sample_scene

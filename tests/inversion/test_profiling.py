@@ -12,7 +12,7 @@ import test_inversion
 from pipelines import make_unet
 
 from stem import profiling
-from stem.attention.handle import self_attentions
+from stem.attention.families import self_attentions
 
 
 def test_one_range_per_step_and_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,16 +17,18 @@ FLOORS: dict[str, dict[str, str]] = {
     "stem": {
         "stem.__main__": "cli",
         "stem.cli": "workflows report metrics inversion models diffusion world video storage names",
-        "stem.workflows": "report metrics editing inversion models diffusion attention world video "
-        "config distributed storage progress names",
+        "stem.workflows": "report metrics editing inversion models diffusion attention "
+        "attention.families world video config distributed storage progress names",
         "stem.world.training": "report metrics inversion models diffusion world video",
         "stem.report": "metrics video storage names",
         "stem.metrics": "world names",
-        "stem.editing": "inversion diffusion attention config storage names",
-        "stem.inversion": "diffusion attention video config distributed storage names exports",
+        "stem.editing": "inversion diffusion attention attention.families config storage names",
+        "stem.inversion": "diffusion attention attention.families video config distributed storage "
+        "names exports",
         "stem.models": "diffusion names",
-        "stem.diffusion": "attention storage profiling progress",
-        "stem.attention": "config profiling",
+        "stem.diffusion": "attention attention.families storage profiling progress",
+        "stem.attention": "attention.families config profiling",
+        "stem.attention.families": "",
         "stem.world": "",
         "stem.video": "storage",
         "stem.config": "",

@@ -30,8 +30,8 @@ from diffusers import UNet2DConditionModel
 import stem
 from stem.attention import Hooks, Recording, Replay
 from stem.attention.chunks import spread_frames
-from stem.attention.handle import self_attentions
-from stem.attention.processor import RowLayout
+from stem.attention.families import self_attentions
+from stem.attention.rows import RowLayout
 from stem.attention.stem import StemProcessor, StemState, bases_shape
 from stem.config import AttentionConfig, InflatedConfig, PerFrameConfig, StemConfig
 from stem.diffusion.loop import denoise, guided
