@@ -17,7 +17,7 @@ from .frames import InflatedProcessor, SparseCausalProcessor
 from .hooks import Hooks
 from .owners import check_owner, lock, owned
 from .processor import PerFrameProcessor, TextAttentionProcessor, VideoAttentionProcessor
-from .rows import RowLayout, layout_of
+from .rows import FrameAxisLayout, RowLayout, layout_of
 from .stem import StemProcessor, StemState, bases_shape
 
 if TYPE_CHECKING:
@@ -185,12 +185,19 @@ class Handle:
             self.state.begin(sample, timestep)
 
     def _check_checkpointing(self) -> None:
-        gaussian = isinstance(self.config, StemConfig) and self.config.init == "gaussian"
-        if gaussian and torch.is_grad_enabled() and self.unet.is_gradient_checkpointing:
+        if not (torch.is_grad_enabled() and self.unet.is_gradient_checkpointing):
+            return
+        if isinstance(self.config, StemConfig) and self.config.init == "gaussian":
             raise ValueError(
                 "init='gaussian' draws numbers for each call of the UNet, and gradient "
                 "checkpointing runs layers again with those of the last call; take init='tokens', "
                 "or call unet.disable_gradient_checkpointing()"
+            )
+        if isinstance(self._layout, FrameAxisLayout) and self.config.num_frames is None:
+            raise ValueError(
+                "num_frames is None, and gradient checkpointing runs layers again when another "
+                "call may have had other numbers of frames; give num_frames, or call "
+                "unet.disable_gradient_checkpointing()"
             )
 
     def _warn_once_of_replaced(self) -> None:

@@ -14,7 +14,16 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
-from video_models import FRAMES, KINDS, SIZE, call_model, make_model, model_inputs, outputs
+from video_models import (
+    FRAMES,
+    KINDS,
+    ONE_LEVEL,
+    SIZE,
+    call_model,
+    make_model,
+    model_inputs,
+    outputs,
+)
 
 import stem
 from stem import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
@@ -148,7 +157,7 @@ def test_the_sample_says_how_many_frames_there_are(kind: str) -> None:
         with stem.enabled(model, dataclasses.replace(FEW, num_frames=frames)), wrong as error:
             call_model(model, inputs)
         assert str(shape) in str(error.value)
-    with stem.enabled(model, FEW):
+    with stem.enabled(model, FEW), torch.no_grad():
         call_model(model, inputs)
         attention = next(iter(self_attentions(model).values()))
         with pytest.raises(ValueError, match=r"got 4 rows in a call of 6, so .* cuts the batch"):
@@ -322,16 +331,45 @@ def test_hooks_see_videos_and_frames(kind: str) -> None:
     assert looking.maps == [(2, FRAMES)] * KINDS[kind].layers
 
 
-def test_compiled_it_follows_the_sample() -> None:
-    kind = "SparseControlNetModel"
-    model, free = make_model(kind), dataclasses.replace(FEW, num_frames=None)
-    calls = [model_inputs(kind, frames=frames) for frames in (3, 2)]
-    before = call_model(model, calls[0])
+def gradients(model: Any, *calls: dict[str, Any]) -> torch.Tensor:
+    """The gradients of several calls together."""
+    model.zero_grad()
+    returned = [outputs(model(**inputs, return_dict=False)) for inputs in calls]
+    sum(part.square().sum() for parts in returned for part in parts).backward()
+    found = [weights.grad for weights in model.parameters() if weights.grad is not None]
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+def test_checkpointing_runs_the_layers_of_each_call_again(kind: str) -> None:
+    model = make_model(kind)
+    if not model._supports_gradient_checkpointing:
+        with pytest.raises(ValueError, match="does not support gradient checkpointing"):
+            model.enable_gradient_checkpointing()
+        return
+    calls = [model_inputs(kind, videos) for videos in (2, 1)]
+    with stem.enabled(model, FEW):
+        expected = gradients(model, *calls)
+        model.enable_gradient_checkpointing()
+        assert relative(gradients(model, *calls), expected) < 1e-5
+    if kind in WITH_AXIS:
+        free = dataclasses.replace(FEW, num_frames=None)
+        with stem.enabled(model, free), pytest.raises(ValueError, match="give num_frames"):
+            gradients(model, *calls)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_as_a_whole_or_in_part(whole: bool) -> None:
+    torch._dynamo.reset()
+    model, free = make_model(ONE_LEVEL), dataclasses.replace(FEW, num_frames=None)
+    lengths = (3,) if whole else (3, 2)
+    calls = [model_inputs("SparseControlNetModel", frames=frames) for frames in lengths]
     with stem.enabled(model, free):
         expected = [call_model(model, inputs) for inputs in calls]
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = model
+    if whole:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+    else:  # its graph asks for the number of frames, which the call of the model found out
+        model.mid_block.attentions[0].compile(backend="eager", fullgraph=True)
     with stem.enabled(compiled, free):
         for inputs, eager in zip(calls, expected, strict=True):
             assert relative(call_model(compiled, inputs), eager) < 1e-5
-    assert torch.equal(call_model(model, calls[0]), before)
