@@ -7,6 +7,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,16 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def test_all_of_them_are_here() -> None:
     assert {kind.partition(" ")[0] for kind in KINDS} == set(FAMILIES)
+
+
+def test_the_table_in_the_docs_has_a_row_for_each() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")]
+    found = {cells[0].strip(" `"): cells[-1] for cells in rows if len(cells) == 5}
+    assert set(found) == set(FAMILIES)
+    for name, family in FAMILIES.items():
+        parts = ", ".join(f"`{part}`" for part in family.temporal)
+        assert found[name].strip() == (f"no: {parts}" if parts else "yes")
 
 
 def test_only_spatial_self_attentions_change_and_all_comes_back(kind: str) -> None:
