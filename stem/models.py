@@ -1,9 +1,10 @@
-"""Pipelines: loaded from a hub or a folder, or made on the spot with random weights."""
+"""Pipelines: loaded from a hub, a folder or a file, or made on the spot with random weights."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,10 @@ from packaging.version import Version
 
 from . import names
 from .diffusion.pipeline import check_pipeline
+from .loading.additions import add_loras, add_textual_inversions, load_vae
+from .loading.single_file import configuration_folder, load_single_file
 from .names import EMBEDDED_MODEL, RANDOM_MODEL
+from .sources import WEIGHTS, ModelError, ModelSource
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
@@ -28,8 +32,6 @@ _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_|pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?"
     r"\.(?:safetensors|bin)"
 )
-_WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
-_HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _SD_SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -41,57 +43,54 @@ _SD_SCHEDULE = {
 }
 
 
-class ModelError(ValueError):
-    """A model that cannot be loaded, or that this package cannot use."""
-
-
 def load_pipeline(
     model: str,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+    vae: str | None = None,
+    loras: Sequence[str] = (),
+    textual_inversions: Sequence[str] = (),
 ) -> DiffusionPipeline:
     """Load a Stable Diffusion 1.x, 2.x or XL pipeline for inversions.
 
     Args:
-        model: Hub id, local folder in diffusers' format, "embedded" (the small trained pipeline
-            that comes with this package, for 64x64 pixels), or "random:SEED" (`random_pipeline`);
-            "random" has seed 0.
+        model: Hub id, local folder in diffusers' format, .safetensors file of a whole model,
+            "embedded" (the small trained pipeline that comes with this package, for 64x64 pixels),
+            or "random:SEED" (`random_pipeline`); "random" has seed 0.
         device: Device to load onto; None: "cuda" if there is a GPU, else "cpu".
         dtype: Dtype of the weights, "float32", "float16" or "bfloat16", or torch's; None: float16
             on a GPU, else float32.
+        variant: Variant of a hub id's or a folder's weights, such as "fp16"; None: those without
+            one, or a folder's only one.
+        config: Folder in diffusers' format, or hub id, of a model of the same kind as the file;
+            None: the standard one of the kind that the file's tensors show, from the hub's cache or
+            the hub.
+        vae: Hub id, folder or .safetensors file of a VAE in place of the model's own.
+        loras: Texts "FILE" or "FILE:SCALE", the scale 1 where none is given. Each stays a layer of
+            its own, as with diffusers' `set_adapters`. They need peft (the extra `lora`).
+        textual_inversions: Texts "FILE" or "FILE:TOKEN". Without a token the word for it is the
+            name of the file's tensor, or the file's own where that says nothing (`clip_l`,
+            `clip_g` and `emb_params`).
 
     Raises:
-        ModelError: the model cannot be loaded, or it cannot be inverted.
+        ModelError: the model or a part of it cannot be loaded, or it cannot be inverted.
         ValueError: the device or the dtype does not exist here.
     """
-    import diffusers
-
     device, dtype = check_device(device), _dtype(dtype)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-    seed = _random_seed(model)
-    _check_name(model)
-    if seed is not None:
-        pipeline = random_pipeline(seed).to(dtype=dtype)
-    else:
-        # diffusers 0.42 renamed it, and warns of the old name.
-        renamed = Version(diffusers.__version__) >= Version("0.42")
-        folder = _local_folder(model)
-        variant = None if folder is None else _only_variant(folder)
-        try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                folder or model,
-                variant=variant,
-                **{"dtype" if renamed else "torch_dtype": dtype},
-            )
-        except (OSError, ValueError) as error:
-            where = f"the folder {str(folder)!r}" if folder else f"the hub id {model!r}"
-            raise ModelError(
-                f"no pipeline can be loaded from {where}: {error}. --model takes a hub "
-                f"id, a local folder in diffusers' format (one with model_index.json), "
-                f"{EMBEDDED_MODEL!r} or {RANDOM_MODEL!r}"
-            ) from error
+    for name, texts in (("loras", loras), ("textual_inversions", textual_inversions)):
+        if isinstance(texts, str):
+            raise TypeError(f"{name} is {texts!r}; pass a sequence of texts, such as [{texts!r}]")
+    source = ModelSource(model, variant, config, vae, tuple(loras), tuple(textual_inversions))
+    source.check()
+    with torch.random.fork_rng(devices=[]):  # what is resized is first filled with random numbers
+        pipeline = _loaded(source, dtype)
+        add_loras(pipeline, source.loras)
+        add_textual_inversions(pipeline, source.textual_inversions)
     try:
         check_pipeline(pipeline)
     except (TypeError, ValueError) as error:
@@ -100,19 +99,82 @@ def load_pipeline(
     return pipeline.to(device)
 
 
-def known_vae_factor(model: str) -> int | None:
-    """Pixels per latent of a model, without loading it; None for a hub id, which must be asked."""
-    if _random_seed(model) is not None:
+def _loaded(source: ModelSource, dtype: torch.dtype) -> Any:
+    """The pipeline of a source, before anything is added but its VAE."""
+    if source.is_file:
+        parts = {}
+        if source.vae is not None:
+            folder = configuration_folder(source)
+            own = json.loads((folder / "vae" / "config.json").read_bytes())
+            parts["vae"] = load_vae(source.vae, own, dtype)
+        return load_single_file(source, dtype, **parts)
+    if source.seed is not None:
+        pipeline: Any = random_pipeline(source.seed).to(dtype=dtype)
+    else:
+        pipeline = _pretrained(source, dtype)
+    if source.vae is not None and getattr(pipeline, "vae", None) is not None:
+        pipeline.vae = load_vae(source.vae, pipeline.vae.config, dtype)
+    return pipeline
+
+
+def _pretrained(source: ModelSource, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    # diffusers 0.42 renamed it, and warns of the old name.
+    renamed = Version(diffusers.__version__) >= Version("0.42")
+    folder, variant = _local_folder(source.name), source.variant
+    try:
+        if folder is None and variant is not None:
+            folder = Path(diffusers.DiffusionPipeline.download(source.name, variant=variant))
+        if folder is not None:
+            found = _variants(folder)
+            if variant is None:
+                variant = _only_variant(found)
+            elif not any(variant in names for names in found.values()):
+                # diffusers would take the weights without a variant, and not say so.
+                others = sorted({str(name) for names in found.values() for name in names if name})
+                raise ValueError(
+                    f"it has no weights of the variant {variant!r}, only "
+                    f"{', '.join(others) or 'those of none'}"
+                )
+        return diffusers.DiffusionPipeline.from_pretrained(
+            folder or source.name,
+            variant=variant,
+            **{"dtype" if renamed else "torch_dtype": dtype},
+        )
+    except (OSError, ValueError) as error:
+        local = _local_folder(source.name)
+        where = f"the folder {str(local)!r}" if local else f"the hub id {source.name!r}"
+        raise ModelError(
+            f"no pipeline can be loaded from {where}: {error}. --model takes a hub id, a local "
+            f"folder in diffusers' format (one with model_index.json), a {WEIGHTS} file, "
+            f"{EMBEDDED_MODEL!r} or {RANDOM_MODEL!r}"
+        ) from error
+
+
+def known_vae_factor(model: str, config: str | None = None) -> int | None:
+    """Pixels per latent of a model, without loading it; None where the hub must be asked.
+
+    Args:
+        model: Name of the model, as for `load_pipeline`.
+        config: Configuration of a model in one file, likewise.
+    """
+    if ModelSource(model).seed is not None:
         return RANDOM_VAE_FACTOR
-    config = _config(model, "vae/config.json")
-    return None if config is None else 2 ** (len(config["block_out_channels"]) - 1)
+    found = _config(config or model, "vae/config.json")
+    return None if found is None else 2 ** (len(found["block_out_channels"]) - 1)
 
 
-def known_schedule(model: str) -> dict[str, Any] | None:
-    """The scheduler's configuration of a model, without loading it; None for a hub id."""
-    if _random_seed(model) is not None:
+def known_schedule(model: str, config: str | None = None) -> dict[str, Any] | None:
+    """The scheduler's configuration of a model, without loading it; None where the hub has it.
+
+    Args:
+        model: Name of the model, as for `load_pipeline`.
+        config: Configuration of a model in one file, likewise.
+    """
+    if ModelSource(model).seed is not None:
         return dict(_SD_SCHEDULE)
-    return _config(model, "scheduler/scheduler_config.json")
+    return _config(config or model, "scheduler/scheduler_config.json")
 
 
 def _config(model: str, name: str) -> dict[str, Any] | None:
@@ -129,40 +191,21 @@ def _local_folder(model: str) -> Path | None:
     return Path(model) if Path(model).is_dir() else None
 
 
-def _check_name(model: str) -> None:
-    """Raise ModelError where a name is of a file, or a path to nothing, and so no hub id."""
-    to_folder = (
-        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) (of diffusers; "
-        "StableDiffusionXLPipeline for XL) makes a folder of a checkpoint's file"
-    )
-    if Path(model).is_file():
-        raise ModelError(f"{model!r} is a file, and --model takes a folder; {to_folder}")
-    if _local_folder(model) is not None or _random_seed(model) is not None:
-        return
-    if Path(model).suffix in _WEIGHT_SUFFIXES or not _HUB_ID.fullmatch(model):
-        raise ModelError(f"{model!r} is no folder here, and cannot be a hub id; {to_folder}")
-
-
-def _only_variant(folder: Path) -> str | None:
-    """The variant ("fp16") of weights that a part of a model has no others of."""
+def _variants(folder: Path) -> dict[str, set[str | None]]:
+    """The variants ("fp16"; None: none) that there are weights of, by part of a model."""
+    parts: dict[str, set[str | None]] = {}
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         found = [_WEIGHTS.fullmatch(file.name) for file in sorted(part.iterdir())]
-        variants = [match["variant"] for match in found if match is not None]
+        parts[part.name] = {match["variant"] for match in found if match is not None}
+    return parts
+
+
+def _only_variant(parts: Mapping[str, set[str | None]]) -> str | None:
+    """The variant of weights that a part of a model has no others of."""
+    for variants in parts.values():
         if variants and None not in variants:
-            return str(variants[0])
+            return min(str(name) for name in variants)
     return None
-
-
-def _random_seed(model: str) -> int | None:
-    found = re.fullmatch(rf"{RANDOM_MODEL}(?::(-?\d+))?", model)
-    if found is None:
-        return None
-    seed = int(found[1] or 0)
-    if not -(2**63) <= seed < 2**63:
-        raise ModelError(
-            f"model is {model!r}, and its seed is {seed}; it must be a whole number of 64 bits"
-        )
-    return seed
 
 
 def check_device(device: str | torch.device | None) -> torch.device:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -127,6 +127,33 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if digest != _content_hash(tensors, metadata):
         raise DamagedFileError(f"{path} is damaged: its content does not match its checksum")
     return tensors, metadata
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a .safetensors file's tensors by name, from its header alone.
+
+    Args:
+        path: Path of a file that is there.
+
+    Raises:
+        DamagedFileError: it is no .safetensors file, or it is cut short.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if 0 < length <= size - 8 else b""
+    try:
+        header: dict[str, dict[str, Any]] = json.loads(text)
+        header.pop("__metadata__", None)
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedFileError(f"{str(path)!r} is damaged, or no .safetensors file") from error
+    if end != size:
+        raise DamagedFileError(
+            f"{str(path)!r} is damaged: it has {size} bytes, and should have {end}"
+        )
+    return shapes
 
 
 def _content_hash(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

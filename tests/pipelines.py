@@ -93,7 +93,8 @@ def call(unet: Any, shape: str = "sd1", **inputs: Any) -> torch.Tensor:
         return unet(*arguments, **keywords)[0]
 
 
-def _text_config(hidden: int, projection: int) -> CLIPTextConfig:
+def text_config(hidden: int, projection: int) -> CLIPTextConfig:
+    """A text encoder of one layer, whose words are those of `random_pipeline`."""
     return CLIPTextConfig(
         vocab_size=514,
         hidden_size=hidden,
@@ -125,15 +126,15 @@ def make_pipeline(shape: str = "sd1", prediction_type: str = "epsilon") -> Any:
         common = {"vae": vae, "unet": make_unet(shape), "scheduler": scheduler}
         if shape == "sdxl":
             pipeline = StableDiffusionXLPipeline(
-                text_encoder=CLIPTextModel(_text_config(16, 16)).eval(),
-                text_encoder_2=CLIPTextModelWithProjection(_text_config(16, 16)).eval(),
+                text_encoder=CLIPTextModel(text_config(16, 16)).eval(),
+                text_encoder_2=CLIPTextModelWithProjection(text_config(16, 16)).eval(),
                 tokenizer=tokenizer,
                 tokenizer_2=tokenizer,
                 **common,
             )
         else:
             pipeline = StableDiffusionPipeline(
-                text_encoder=CLIPTextModel(_text_config(16, 16)).eval(),
+                text_encoder=CLIPTextModel(text_config(16, 16)).eval(),
                 tokenizer=tokenizer,
                 safety_checker=None,
                 feature_extractor=None,

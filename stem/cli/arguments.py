@@ -41,8 +41,37 @@ VideoPath = Annotated[Path, typer.Argument(help="Any video file that FFmpeg read
 Model = Annotated[
     str,
     typer.Option(
-        help=f"A hub id, a local folder in diffusers' format, '{EMBEDDED_MODEL}' (small, trained, "
-        f"comes with this package) or '{RANDOM_MODEL}' (untrained)."
+        help="A hub id, a local folder in diffusers' format, a whole model in one .safetensors "
+        f"file, '{EMBEDDED_MODEL}' (small, trained, comes with this package) or '{RANDOM_MODEL}' "
+        "(untrained)."
+    ),
+]
+Variant = Annotated[
+    str | None, typer.Option(help="Of a hub id's or a folder's weights: fp16, for example.")
+]
+ModelConfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|ID",
+        help="Of a model in one file: a model of the same kind, in diffusers' format, which has "
+        "its configuration. Default: the standard one of the kind that the file shows.",
+    ),
+]
+Vae = Annotated[
+    str | None,
+    typer.Option(metavar="ID|FOLDER|FILE", help="A VAE in place of the model's own."),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:SCALE]", help="A .safetensors file, repeatable: style.safetensors:0.7."
+    ),
+]
+TextualInversions = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:TOKEN]",
+        help="A .safetensors file of a word's embeddings, repeatable: cat.safetensors:<cat>.",
     ),
 ]
 Device = Annotated[

@@ -10,17 +10,11 @@ import typer
 
 from ..names import BASES, INVERSIONS
 from .app import app, console, print_note, problems, say
-from .arguments import (
-    Config,
-    Device,
-    Dtype,
-    VideoPath,
-    chunk_of,
-    one_of,
-)
+from .arguments import VideoPath, chunk_of, one_of
+from .edit_options import OF_INVERSIONS
 from .evaluate import print_evaluation
 from .ranks import rank_device, ranks
-from .request import Request, load
+from .request import Request, load, source_of
 from .run_options import RunOptions, takes_run_options
 
 
@@ -148,15 +142,14 @@ def invert_command(
 
 
 @app.command("reconstruct")
+@takes_run_options(without=(*OF_INVERSIONS, "prompt", "methods", "seed", "option"))
 def reconstruct_command(
     inversion: Annotated[Path, typer.Argument(help="A folder that `stem invert` printed.")],
+    run: RunOptions,
     model: Annotated[str | None, typer.Option(help="Default: the inversion's own.")] = None,
     bases: Annotated[
         str, typer.Option(help="estimate (EM again) or cached.", callback=one_of(BASES))
     ] = "estimate",
-    device: Device = None,
-    dtype: Dtype = None,
-    config: Config = None,
     out: Annotated[
         Path | None, typer.Option(help="An mp4 file. Default: reconstruction.mp4 in the folder.")
     ] = None,
@@ -165,25 +158,23 @@ def reconstruct_command(
     from ..diffusion.pipeline import decoded_parts
     from ..inversion import InversionFolder, reconstruct_latents
     from ..inversion.reconstructing import check_reconstructible
-    from ..models import ModelError, check_device
+    from ..models import check_device
     from ..storage import remove_stale
     from ..video import check_video_output, write_video
 
-    check_device(rank_device(device))
+    check_device(rank_device(run.device))
     folder = InversionFolder.open(inversion)
     check_reconstructible(folder, bases)
-    name = model or folder.settings["model"]["name"]
-    if not name:
-        raise ModelError(f"{inversion} does not name its model; pass it with --model")
-    source = folder.settings["video"]
+    source = source_of(folder, model, run)
+    video = folder.settings["video"]
     path = out or folder.path / "reconstruction.mp4"
-    check_video_output(path, source["num_frames"], source["height"], source["width"])
+    check_video_output(path, video["num_frames"], video["height"], video["width"])
     remove_stale(folder.path)
-    with ranks(device) as group:
-        pipeline = load(name, rank_device(device), dtype or folder.settings["dtype"])
+    with ranks(run.device) as group:
+        pipeline = load(source, rank_device(run.device), run.dtype or folder.settings["dtype"])
         latents = reconstruct_latents(pipeline, folder, bases=bases, group=group)
         if group is None or group.rank() == 0:
-            write_video(path, decoded_parts(pipeline, latents), Fraction(source["fps"]))
+            write_video(path, decoded_parts(pipeline, latents), Fraction(video["fps"]))
     say(path)
 
 

@@ -30,7 +30,7 @@ from .edit_options import (
     with_preset,
 )
 from .ranks import one_process
-from .request import Request, load, random_note
+from .request import Request, load, random_note, source_of
 from .run_options import DEFAULTS, RunOptions, takes_run_options
 
 if TYPE_CHECKING:
@@ -110,18 +110,16 @@ def _edit_inversion(
 ) -> tuple[Edits, str]:
     """What was found, and what to say of the model."""
     from ..inversion import InversionFolder
-    from ..models import ModelError, check_device
+    from ..models import check_device
     from ..workflows.edits import write_edits
 
     check_device(run.device)
     inversion = InversionFolder.open(path)
     plan.check(inversion, run.out)
-    name = model or inversion.settings["model"]["name"]
-    if not name:
-        raise ModelError(f"{path} does not name its model; pass it with --model")
+    source = source_of(inversion, model, run)
     remove_stale(inversion.path)
-    pipeline = load(name, run.device, run.dtype or inversion.settings["dtype"])
-    note = random_note(name)
+    pipeline = load(source, run.device, run.dtype or inversion.settings["dtype"])
+    note = random_note(source)
     return write_edits(pipeline, inversion, plan, run.out, note=note), note
 
 

@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..names import INVERSIONS, RANDOM_MODEL
+from ..sources import ModelError, ModelSource
 from ..storage import check_output
 from .app import quieten_libraries, say
 from .arguments import chosen_methods, method_options
 from .ranks import rank_device
 
 if TYPE_CHECKING:
+    from ..inversion import InversionFolder
     from ..video import Video, VideoFile
     from ..video.reading import Pictures
     from .run_options import RunOptions
 
 RANDOM_NOTE = (
     "The model's weights are random numbers: the pictures mean nothing, and the figures show the "
-    "machinery, not quality. For a real model, point --model at a hub id or a local folder in "
-    "diffusers' format, e.g. stem compare VIDEO --model stable-diffusion-v1-5/"
-    "stable-diffusion-v1-5 --prompt '...'"
+    "machinery, not quality. For a real model, point --model at a hub id, a .safetensors "
+    "file or a local folder in diffusers' format, e.g. stem compare VIDEO --model "
+    "stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt '...'"
 )
 _LATENT_BYTES = 16  # four channels of float32
 
@@ -32,7 +34,7 @@ class Request:
     """Settings of a command that inverts; made by `checked`.
 
     Args:
-        model: Name under which an inversion finds its model again.
+        source: Source by which an inversion finds its model again.
         methods: Names of the methods.
         options: Fields of the methods' configurations, by method.
         num_steps: Number of DDIM steps.
@@ -41,7 +43,7 @@ class Request:
         out: Folder of everything written.
     """
 
-    model: str
+    source: ModelSource
     methods: list[str]
     options: dict[str, dict[str, Any]]
     num_steps: int
@@ -64,19 +66,27 @@ class Request:
 
         names = chosen_methods(run.methods)
         options = method_options(run.option, names, run.seed)
-        model = f"{RANDOM_MODEL}:{run.seed}" if run.model == RANDOM_MODEL else run.model
-        schedule = known_schedule(model)
+        source = run.source(
+            ModelSource(f"{RANDOM_MODEL}:{run.seed}" if run.model == RANDOM_MODEL else run.model)
+        )
+        source.check()
+        schedule = known_schedule(source.name, source.config)
         if schedule is not None:
             train_steps = schedule.get("num_train_timesteps", 1000)  # diffusers' default
             check_steps(run.steps, train_steps, schedule.get("steps_offset", 0))
         check_device(rank_device(run.device))
         check_output(run.out / INVERSIONS)
-        return cls(model, names, options, run.steps, run.device, run.dtype, run.out)
+        return cls(source, names, options, run.steps, run.device, run.dtype, run.out)
 
     @property
     def note(self) -> str:
         """What to say of a model of random numbers; empty for any other."""
-        return random_note(self.model)
+        return random_note(self.source)
+
+    @property
+    def model(self) -> str | dict[str, Any]:
+        """What is written down of the model."""
+        return self.source.record()
 
     def read(self, path: Path, run: RunOptions) -> Video:
         """The frames asked for, cropped to what the model's VAE takes as far as that is known."""
@@ -122,7 +132,7 @@ class Request:
 
     def load(self) -> Any:
         """The model's pipeline, on this rank's device where there are several."""
-        return load(self.model, rank_device(self.device), self.dtype)
+        return load(self.source, rank_device(self.device), self.dtype)
 
     def load_for(self, clip: Pictures, path: Path) -> tuple[Any, Pictures]:
         """The model's pipeline, and the clip as its VAE takes it; prints what was changed in it."""
@@ -139,7 +149,7 @@ class Request:
     def _factor(self) -> int | None:
         from ..models import known_vae_factor
 
-        return known_vae_factor(self.model)
+        return known_vae_factor(self.source.name, self.source.config)
 
 
 def read_options(run: RunOptions) -> dict[str, Any]:
@@ -147,14 +157,37 @@ def read_options(run: RunOptions) -> dict[str, Any]:
     return {"frames": run.frames, "size": run.size, "deinterlace": run.deinterlace}
 
 
-def load(model: str, device: str | None, dtype: str | None) -> Any:
+def load(source: ModelSource, device: str | None, dtype: str | None) -> Any:
     """A model's pipeline, loaded without a word of the libraries that load it."""
     from ..models import load_pipeline
 
     quieten_libraries()
-    return load_pipeline(model, device=device, dtype=dtype)
+    return load_pipeline(source.name, device=device, dtype=dtype, **source.additions)
 
 
-def random_note(model: str) -> str:
+def source_of(inversion: InversionFolder, model: str | None, run: RunOptions) -> ModelSource:
+    """The model that an inversion was made with, but for what the options say.
+
+    Args:
+        inversion: Inversion to start from.
+        model: Text of --model, or None.
+        run: Options of the command.
+
+    Raises:
+        ModelError: the inversion does not name its model, or it is no longer there.
+    """
+    recorded = inversion.settings["model"]
+    own = ModelSource.of({k: v for k, v in recorded.items() if not k.endswith("_sha256")})
+    if not (model or own.name):
+        raise ModelError(f"{inversion.path} does not name its model; pass it with --model")
+    source = run.source(own.renamed(model) if model else own)
+    try:
+        source.check()
+    except ModelError as error:
+        raise ModelError(f"{inversion.path} was made with {own}, and {error}") from error
+    return source
+
+
+def random_note(source: ModelSource) -> str:
     """What to say of a model of random numbers; empty for any other."""
-    return RANDOM_NOTE if model.startswith(f"{RANDOM_MODEL}:") else ""
+    return RANDOM_NOTE if source.name.startswith(f"{RANDOM_MODEL}:") else ""

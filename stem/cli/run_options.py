@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..names import EMBEDDED_MODEL
+from ..sources import ModelSource
 from .arguments import (
     ALL_METHODS,
     Chunk,
@@ -19,14 +20,19 @@ from .arguments import (
     Device,
     Dtype,
     Frames,
+    Loras,
     Methods,
     Model,
+    ModelConfig,
     Options,
     Out,
     Prompt,
     Seed,
     Size,
     Steps,
+    TextualInversions,
+    Vae,
+    Variant,
 )
 
 
@@ -35,6 +41,11 @@ class RunOptions:
     """Texts of the options; an option that a command does not have keeps its default."""
 
     model: Model = EMBEDDED_MODEL
+    variant: Variant = None
+    model_config: ModelConfig = None
+    vae: Vae = None
+    lora: Loras = None
+    textual_inversion: TextualInversions = None
     prompt: Prompt = ""
     methods: Methods = ALL_METHODS
     frames: Frames = None
@@ -48,6 +59,21 @@ class RunOptions:
     dtype: Dtype = None
     config: Config = None
     out: Out = Path("out")
+
+    def source(self, of: ModelSource) -> ModelSource:
+        """The model that the options ask for.
+
+        Args:
+            of: Source of what the options do not say.
+        """
+        given: dict[str, Any] = {
+            "variant": self.variant,
+            "config": self.model_config,
+            "vae": self.vae,
+            "loras": tuple(self.lora or ()),
+            "textual_inversions": tuple(self.textual_inversion or ()),
+        }
+        return dataclasses.replace(of, **{name: value for name, value in given.items() if value})
 
 
 DEFAULTS = RunOptions()

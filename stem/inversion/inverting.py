@@ -33,6 +33,7 @@ from ..diffusion.pipeline import (
 )
 from ..diffusion.schedule import inverse_scheduler
 from ..distributed import Ranks
+from ..sources import ModelSource
 from ..storage import check_output, remove_stale
 from .folder import InversionFolder, MissingFileError
 from .methods import attention_config, attention_on, inversion_attention
@@ -53,7 +54,7 @@ def invert(
     options: Mapping[str, Any] | None = None,
     num_steps: int = 50,
     chunk: int | str | None = "auto",
-    model: str = "",
+    model: str | Mapping[str, Any] = "",
     keep_bases: bool = False,
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
@@ -86,7 +87,9 @@ def invert(
             memory, or the number that an inversion of these settings below `root` was begun with;
             None: all. Chunks share their bases, so that only the last bits of the result depend on
             this number.
-        model: Name of the pipeline, for the record.
+        model: Name of the pipeline, for the record; or a mapping of `name` and the other arguments
+            that `load_pipeline` was given, such as {"name": "one.safetensors", "loras":
+            ["style.safetensors:0.7"]}.
         keep_bases: Whether to keep, with "stem", the bases of every step for
             `reconstruct(bases="cached")`.
         group: Process group whose ranks share the chunks; all ranks make this call. Its first
@@ -113,7 +116,7 @@ def invert(
             "returns, or stem.Video(frames, fps)"
         )
     check_pipeline(pipeline)
-    ranks = Ranks(group)
+    source, ranks = ModelSource.of(model), Ranks(group)
     config = attention_config(method, options or {}, video.num_frames)
     if keep_bases and not isinstance(config, StemConfig):
         raise ValueError(f'keep_bases needs method "stem"; {method} has no bases')
@@ -127,7 +130,7 @@ def invert(
     def prepared() -> tuple[InversionFolder, list[int]]:
         check_output(Path(root) / method)
         settings = _settings(pipeline, video, prompt, method, config, num_steps, keep_bases)
-        settings["model"] = {"name": model, **fingerprinted}
+        settings["model"] = {"name": source.name, **source.additions, **fingerprinted}
         timesteps = tuple(int(timestep) for timestep in scheduler.timesteps)
         size = _chunk(pipeline, settings, timesteps, Path(root), chunk)
         settings["attention"]["chunk"] = size

@@ -10,6 +10,7 @@ from typing import Any
 from ..diffusion.environment import warn_of_differences
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.pipeline import check_pipeline
+from ..sources import ModelSource
 from ..storage import check_output, tensor_bytes
 from .folder import InversionError, InversionFolder, Progress
 
@@ -44,10 +45,13 @@ def check_same_pipeline(pipeline: Any, inversion: InversionFolder) -> None:
             f"{inversion.path} was made in {settings['dtype']}, and this pipeline is in {dtype}",
             f"load it with dtype={settings['dtype']!r} (--dtype)",
         )
-    if settings["model"] != {"name": settings["model"]["name"], **fingerprint(pipeline)}:
+    recorded = dict(settings["model"])
+    found = fingerprint(pipeline)
+    if {name: recorded.pop(name, None) for name in found} != found:
         raise InversionError(
-            f"{inversion.path} was made with the model {settings['model']['name']!r}, whose "
-            "configuration or weights (LoRA included) differ from this pipeline's",
+            f"{inversion.path} was made with the model {ModelSource.of(recorded)}, whose "
+            "configuration or weights (LoRA, VAE and embeddings included) differ from this "
+            "pipeline's",
             "load that one",
         )
 

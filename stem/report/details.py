@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 Pairs = list[tuple[str, str]]
+_NAMED = ("name", "weights_sha256", "config_sha256")
 
 
 def settings_of(settings: Mapping[str, Any]) -> Pairs:
@@ -74,6 +75,7 @@ def provenance_of(provenance: Mapping[str, Any], inversion: Mapping[str, Any] | 
         model = inversion["model"]
         pairs += [
             ("model", model["name"] or "not named"),
+            *settings_of({k: v for k, v in model.items() if k not in _NAMED}),
             ("weights, SHA-256", model["weights_sha256"]),
             ("configuration, SHA-256", model["config_sha256"]),
             ("frames, SHA-256", inversion["video"]["frames_sha256"]),

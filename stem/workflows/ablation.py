@@ -62,7 +62,7 @@ def ablate(
     options: Mapping[str, Any] | None = None,
     num_steps: int = 50,
     chunk: int | str | None = "auto",
-    model: str = "",
+    model: str | Mapping[str, Any] = "",
     note: str = "",
     progress: bool = True,
 ) -> Ablation:
@@ -86,7 +86,7 @@ def ablate(
             them again.
         num_steps: Number of steps of each inversion and of each reconstruction.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
-        model: Name of the pipeline, for the record.
+        model: Name of the pipeline, for the record, or more, as for `invert`.
         note: Note for ablation.json, such as that the weights are random.
         progress: Whether to show progress.
 

@@ -80,7 +80,7 @@ def analyse(
     timestep: int | None = None,
     num_steps: int = 50,
     chunk: int | str | None = "auto",
-    model: str = "",
+    model: str | Mapping[str, Any] = "",
     note: str = "",
     progress: bool = True,
 ) -> Analysis:
@@ -106,7 +106,7 @@ def analyse(
             the middle one.
         num_steps: Number of steps of each inversion.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
-        model: Name of the pipeline, for the record.
+        model: Name of the pipeline, for the record, or more, as for `invert`.
         note: Note for analysis.json, such as that the weights are random.
         progress: Whether to show progress.
 

@@ -48,7 +48,7 @@ def compare(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     num_steps: int = 50,
     chunk: int | str | None = "auto",
-    model: str = "",
+    model: str | Mapping[str, Any] = "",
     note: str = "",
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
@@ -66,7 +66,7 @@ def compare(
         options: Fields of the methods' configurations, by method.
         num_steps: Number of steps of each inversion and reconstruction.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
-        model: Name of the pipeline, for the record.
+        model: Name of the pipeline, for the record, or more, as for `invert`.
         note: Note that the weights are random, for compare.json; the pictures then say so, too.
         group: Process group whose ranks share the chunks; all ranks make this call.
         progress: Whether to show progress.

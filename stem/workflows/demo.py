@@ -101,7 +101,7 @@ def demo(
     *,
     options: Mapping[str, Mapping[str, Any]],
     num_steps: int,
-    model: str,
+    model: str | Mapping[str, Any],
     note: str = "",
 ) -> Demo:
     """Compare inversions of some world videos and of one natural clip, and edit a world video.
@@ -114,7 +114,7 @@ def demo(
         methods: Names of METHODS.
         options: Fields of the methods' configurations, by method.
         num_steps: Number of steps of each inversion and reconstruction.
-        model: Name of the pipeline, for the record.
+        model: Name of the pipeline, for the record, or more, as for `invert`.
         note: Note for the documents, as for `compare`.
     """
     settings: dict[str, Any] = {"model": model, "note": note, "num_steps": num_steps}
@@ -150,7 +150,7 @@ def _edited(
     out: Path,
     options: Mapping[str, Any] | None,
     num_steps: int,
-    model: str,
+    model: str | Mapping[str, Any],
     note: str,
 ) -> EditResult:
     video = edited_video(edited)

@@ -61,7 +61,7 @@ def measure(
     options: Mapping[str, Mapping[str, Any]],
     num_steps: int,
     chunk: int | str | None,
-    model: str,
+    model: str | Mapping[str, Any],
     group: dist.ProcessGroup | None,
     progress: bool,
 ) -> Measured:

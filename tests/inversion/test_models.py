@@ -66,11 +66,20 @@ def test_sharded_weights_have_variants_too(tmp_path: Path) -> None:
 
 
 def test_a_file_and_a_path_to_nothing_are_no_hub_ids(tmp_path: Path) -> None:
-    file = tmp_path / "v1-5.safetensors"
+    file, pickle = tmp_path / "v1-5.safetensors", tmp_path / "v1-5.ckpt"
     file.touch()
-    with pytest.raises(ModelError, match=rf"'{file}' is a file, .*from_single_file\(FILE\)\.save"):
+    pickle.touch()
+    advice = r".*from_single_file\(FILE\)\.save"
+    with pytest.raises(ModelError, match=f"'{file}' is damaged, or no .safetensors file"):
         load_pipeline(str(file))
-    for model in ("v1-5.ckpt", str(tmp_path / "absent"), "~/model", "a/b/c"):
+    with pytest.raises(ModelError, match=f"'{pickle}' is no .safetensors file; {advice}"):
+        load_pipeline(str(pickle))
+    for model in ("v1-5.safetensors", "models/v1-5.safetensors"):
+        with pytest.raises(ModelError, match=f"^there is no file '{model}' for --model"):
+            load_pipeline(model)
+    with pytest.raises(ModelError, match=f"^there is no file 'v1-5.ckpt' here; {advice}"):
+        load_pipeline("v1-5.ckpt")
+    for model in (str(tmp_path / "absent"), "~/model", "a/b/c"):
         with pytest.raises(ModelError, match=f"'{model}' is no folder here, and cannot be a hub"):
             load_pipeline(model)
 

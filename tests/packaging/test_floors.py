@@ -16,16 +16,18 @@ KERNELS = "stem_kernels"
 FLOORS: dict[str, dict[str, str]] = {
     "stem": {
         "stem.__main__": "cli",
-        "stem.cli": "workflows report metrics inversion models diffusion world video storage names",
+        "stem.cli": "workflows report metrics inversion models diffusion world video sources "
+        "storage names",
         "stem.workflows": "report metrics editing inversion models diffusion attention "
         "attention.families world video config distributed storage progress names",
         "stem.world.training": "report metrics inversion models diffusion world video",
         "stem.report": "metrics video storage names",
         "stem.metrics": "world names",
         "stem.editing": "inversion diffusion attention attention.families config storage names",
-        "stem.inversion": "diffusion attention attention.families video config distributed storage "
-        "names exports",
-        "stem.models": "diffusion names",
+        "stem.inversion": "diffusion attention attention.families video config distributed sources "
+        "storage names exports",
+        "stem.models": "loading diffusion sources names",
+        "stem.loading": "sources storage",
         "stem.diffusion": "attention attention.families storage profiling progress",
         "stem.attention": "attention.families config profiling",
         "stem.attention.families": "",
@@ -33,6 +35,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.video": "storage",
         "stem.config": "",
         "stem.distributed": "",
+        "stem.sources": "storage names",
         "stem.storage": "",
         "stem.profiling": "",
         "stem.progress": "",
