@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,29 +122,15 @@ def _pretrained(source: ModelSource, dtype: torch.dtype) -> Any:
 
     # diffusers 0.42 renamed it, and warns of the old name.
     renamed = Version(diffusers.__version__) >= Version("0.42")
-    folder, variant = _local_folder(source.name), source.variant
+    folder = _local_folder(source.name)
     try:
-        if folder is None and variant is not None:
-            folder = Path(diffusers.DiffusionPipeline.download(source.name, variant=variant))
-        if folder is not None:
-            found = _variants(folder)
-            if variant is None:
-                variant = _only_variant(found)
-            elif not any(variant in names for names in found.values()):
-                # diffusers would take the weights without a variant, and not say so.
-                others = sorted({str(name) for names in found.values() for name in names if name})
-                raise ValueError(
-                    f"it has no weights of the variant {variant!r}, only "
-                    f"{', '.join(others) or 'those of none'}"
-                )
         return diffusers.DiffusionPipeline.from_pretrained(
             folder or source.name,
-            variant=variant,
+            variant=source.variant or (None if folder is None else _only_variant(folder)),
             **{"dtype" if renamed else "torch_dtype": dtype},
         )
     except (OSError, ValueError) as error:
-        local = _local_folder(source.name)
-        where = f"the folder {str(local)!r}" if local else f"the hub id {source.name!r}"
+        where = f"the folder {str(folder)!r}" if folder else f"the hub id {source.name!r}"
         raise ModelError(
             f"no pipeline can be loaded from {where}: {error}. --model takes a hub id, a local "
             f"folder in diffusers' format (one with model_index.json), a {WEIGHTS} file, "
@@ -191,20 +177,13 @@ def _local_folder(model: str) -> Path | None:
     return Path(model) if Path(model).is_dir() else None
 
 
-def _variants(folder: Path) -> dict[str, set[str | None]]:
-    """The variants ("fp16"; None: none) that there are weights of, by part of a model."""
-    parts: dict[str, set[str | None]] = {}
+def _only_variant(folder: Path) -> str | None:
+    """The variant ("fp16") of weights that a part of a model has no others of."""
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         found = [_WEIGHTS.fullmatch(file.name) for file in sorted(part.iterdir())]
-        parts[part.name] = {match["variant"] for match in found if match is not None}
-    return parts
-
-
-def _only_variant(parts: Mapping[str, set[str | None]]) -> str | None:
-    """The variant of weights that a part of a model has no others of."""
-    for variants in parts.values():
+        variants = [match["variant"] for match in found if match is not None]
         if variants and None not in variants:
-            return min(str(name) for name in variants)
+            return str(variants[0])
     return None
 
 

@@ -20,6 +20,8 @@ CHECKPOINT = "model.diffusion_model."
 """The start of the UNet's names in a file of a whole Stable Diffusion model."""
 FILE_VAE = "first_stage_model."
 """The start of the VAE's names in such a file."""
+FILE_ENCODERS = ("cond_stage_model.", "conditioner.embedders.")
+"""The starts of the text encoders' names in such a file: 1.x and 2.x's, XL's."""
 TWO_ENCODERS = ("clip_l", "clip_g")
 """Names of a textual inversion's tensors for the two text encoders of Stable Diffusion XL."""
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -296,6 +298,11 @@ def check_checkpoint(path: Path, *, has_vae: bool) -> None:
         raise ModelError(
             f"the UNet in {str(path)!r} takes {first[1]} channels: it is made for inpainting, "
             "depth or instructions and wants more than latents; use a file of the base model"
+        )
+    if not any(name.startswith(FILE_ENCODERS) for name in shapes):
+        raise ModelError(
+            f"{str(path)!r} holds no text encoder (no {' and no '.join(FILE_ENCODERS)}); use a "
+            "file of the whole model"
         )
     if not has_vae and not any(name.startswith(FILE_VAE) for name in shapes):
         raise ModelError(

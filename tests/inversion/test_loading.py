@@ -115,6 +115,7 @@ def test_what_a_file_says_of_its_training_is_followed(folder: Path, tmp_path: Pa
     assert load(folder).scheduler.config.prediction_type == "epsilon"
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_a_file_and_a_lora_invert_as_by_hand(folder: Path, tmp_path: Path) -> None:
     loaded = load(folder, loras=["style.safetensors:0.7", "other.safetensors"])
     by_hand = StableDiffusionPipeline.from_single_file(
@@ -124,13 +125,13 @@ def test_a_file_and_a_lora_invert_as_by_hand(folder: Path, tmp_path: Path) -> No
         by_hand.load_lora_weights(folder, weight_name=f"{name}.safetensors", adapter_name=name)
     by_hand.set_adapters(["style", "other"], [0.7, 1.0])
     found = {
-        name: all_latents(inverted(tmp_path / name, pipeline=pipeline))
+        name: all_latents(inverted(tmp_path / name, pipeline=pipeline, num_steps=2))
         for name, pipeline in (("loaded", loaded), ("by hand", by_hand), ("plain", load(folder)))
     }
     assert torch.equal(found["loaded"], found["by hand"])
     by_hand.fuse_lora()
     by_hand.unload_lora_weights()
-    fused = all_latents(inverted(tmp_path / "fused", pipeline=by_hand))
+    fused = all_latents(inverted(tmp_path / "fused", pipeline=by_hand, num_steps=2))
 
     def difference(name: str) -> float:
         return float((found[name] - fused).norm() / fused.norm())
@@ -167,8 +168,9 @@ def test_fingerprints_tell_all_additions_apart(folder: Path) -> None:
     ]
     found = [json.dumps(fingerprint(load(folder, **case)), sort_keys=True) for case in cases]
     assert len(set(found)) == len(cases)
-    again = [json.dumps(fingerprint(load(folder, **case)), sort_keys=True) for case in cases]
-    assert found == again
+    for number in (5, 7):  # nothing of them is random
+        again = json.dumps(fingerprint(load(folder, **cases[number])), sort_keys=True)
+        assert again == found[number]
 
 
 def test_vaes_from_wherever_they_are(folder: Path, tmp_path: Path) -> None:
@@ -335,5 +337,5 @@ def test_variants(tmp_path: Path) -> None:
     assert fingerprint(load_pipeline(str(tmp_path))) == fingerprint(random_pipeline(4))
     found = load_pipeline(str(tmp_path), variant="fp16", dtype="float16")
     assert fingerprint(found) == fingerprint(random_pipeline(3).to(dtype=torch.float16))
-    with pytest.raises(ModelError, match="it has no weights of the variant 'ema', only fp16"):
+    with pytest.raises(ModelError, match=r"from the folder .*`variant=ema`, but no such modeling"):
         load_pipeline(str(tmp_path), variant="ema")

@@ -45,7 +45,11 @@ def test_words_that_are_written_wrong() -> None:
 
 def test_files_of_another_kind_than_their_option_takes(tmp_path: Path) -> None:
     names = {
-        "whole": {"model.diffusion_model.input_blocks.0.0.weight": (3, 4, 3, 3)},
+        "whole": {
+            "model.diffusion_model.input_blocks.0.0.weight": (3, 4, 3, 3),
+            "cond_stage_model.transformer.text_model.final_layer_norm.bias": (3,),
+        },
+        "unet of a whole": {"model.diffusion_model.input_blocks.0.0.weight": (3, 4, 3, 3)},
         "inpainting": {"model.diffusion_model.input_blocks.0.0.weight": (3, 9, 3, 3)},
         "flux": {"model.diffusion_model.double_blocks.0.img_mod.lin.weight": (3, 4)},
         "lora": {"unet.down_blocks.0.attn1.to_q.lora_A.weight": (2, 3)},
@@ -66,6 +70,7 @@ def test_files_of_another_kind_than_their_option_takes(tmp_path: Path) -> None:
         source.check()
     wrong = {
         ModelSource(paths["whole"]): "whole.safetensors' holds no VAE; name the one",
+        ModelSource(paths["unet of a whole"]): r"holds no text encoder \(no cond_stage_model",
         ModelSource(paths["inpainting"]): "takes 9 channels: it is made for inpainting",
         ModelSource(paths["flux"]): "holds no UNet of Stable Diffusion",
         ModelSource(
