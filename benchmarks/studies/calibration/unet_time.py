@@ -17,7 +17,7 @@ import torch
 
 import stem
 from stem import InflatedConfig
-from stem.attention.handle import self_attentions
+from stem.attention.families import self_attentions
 from stem_kernels.info import provenance
 
 from ... import records
