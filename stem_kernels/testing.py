@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .ops.calibration import MOMENTS_SHARE
 from .ops.em_statistics import EMStatistics
 from .ops.soft_em import SoftEM
 from .shared.bases import directions_of, least_mass, m_step
@@ -17,6 +18,7 @@ __all__ = [
     "eager_blended_attention",
     "eager_calibrate_bases",
     "eager_em_statistics",
+    "eager_moments",
     "eager_nearest_token",
     "eager_soft_em",
     "max_error",
@@ -140,6 +142,30 @@ def eager_calibrate_bases(
         value, fitted = value + per_weight * of_values, per_query * of_query
     fitted = torch.cat([fitted[..., :-1, :] * scale, fitted[..., -1:, :]], dim=-2)
     return value.expand(*query.shape[:2], *value.shape[2:]), fitted
+
+
+def eager_moments(
+    query: torch.Tensor,
+    features: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bases: torch.Tensor,
+    base_key: torch.Tensor,
+    base_value: torch.Tensor,
+    *,
+    temperature: float,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The correction [B, h, d + 1, e] of `moments` as one writes it first, all in one dtype."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    directions = bases / (bases.norm(dim=-1, keepdim=True) + 1e-4)
+    shares = torch.softmax(features @ directions.mT / temperature, dim=-1)
+    shares = shares if shares.ndim == 4 else shares.unsqueeze(1)
+    of_keys, of_values = key - shares @ base_key, value - shares @ base_value
+    overshoot = (scale * (query @ of_keys.mT)).square().mean((-1, -2), keepdim=True)
+    share = MOMENTS_SHARE / (1 + overshoot).sqrt()
+    matrix = share * scale * (of_keys.mT / key.shape[-2] @ of_values)
+    return torch.cat([matrix, torch.zeros_like(matrix[..., :1, :])], dim=-2)
 
 
 def clustered_tokens(

@@ -10,9 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from stem_kernels import basis_attention
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL
+from stem_kernels.ops.calibration import MOMENTS_ATOL, MOMENTS_PER_BASE, moments
 from stem_kernels.ops.partial_attention import ROUNDING_ATOL as PARTIAL_ATOL
 from stem_kernels.ops.partial_attention import partial_attention
-from stem_kernels.testing import clustered_tokens, eager_basis_attention
+from stem_kernels.testing import clustered_tokens, eager_basis_attention, eager_moments
 
 from .case import Call, Case, Check, Contender, Outputs, UnavailableError, ours, parity
 from .em import NUM_BASES
@@ -178,3 +179,38 @@ def partial_check(inputs: QueryKeyValue) -> Check:
 
     right = parity(eager(torch.float64), eager(inputs[0].dtype), PARTIAL_ATOL)
     return lambda answer: right(tuple(part[:, :, :CHECKED_OF_FEW] for part in answer))
+
+
+def moments_case(
+    heads: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Case[tuple[torch.Tensor, ...]]:
+    """The moments of a layer's sample, in feature space, as projections leave keys and values."""
+    tokens, channels = MOMENTS_PER_BASE * NUM_BASES, heads * width
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        features = clustered_tokens((1, tokens, channels)).to(device, dtype)
+        bases = features[:, ::MOMENTS_PER_BASE].float()
+        query, key, value, base_key, base_value = (
+            clustered_tokens((1, rows, heads, width), seed=seed).to(device, dtype).transpose(1, 2)
+            for seed, rows in enumerate((NUM_BASES, tokens, tokens, NUM_BASES, NUM_BASES))
+        )
+        return query, features, key, value, bases, base_key, base_value
+
+    def call(inputs: tuple[torch.Tensor, ...], backend: str) -> Outputs:
+        query, features, key, value, *of_bases = inputs
+        found = moments(query, features, key, value, *of_bases, temperature=1.0, backend=backend)
+        return (found.correction,)
+
+    return Case(
+        f"moments d={width}", f"m={tokens} C={channels} h={heads}", dtype, inputs, ours(call),
+        moments_check,
+    )  # fmt: skip
+
+
+def moments_check(inputs: tuple[torch.Tensor, ...]) -> Check:
+    """Against float64."""
+    exact, same = (
+        eager_moments(*(part.to(dtype) for part in inputs), temperature=1.0)
+        for dtype in (torch.float64, inputs[0].dtype)
+    )
+    return parity((exact,), (same,), MOMENTS_ATOL, float(inputs[1].double().norm(dim=-1).max()))

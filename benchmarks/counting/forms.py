@@ -17,6 +17,7 @@ from stem_kernels import (
     nearest_token,
     soft_em,
 )
+from stem_kernels.ops.calibration import MOMENTS_PER_BASE, moments
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.ops.soft_em import attended_bases
 
@@ -26,6 +27,7 @@ from ..cases.operators import TOKENS
 HEADS, FRAMES, CALIBRATED = 8, 32, 128
 HEAD_WIDTHS = (40, 64, 80, 160)
 AS_WIDE_AS_TILES = 48  # no channel to spare, so that tokens are not rows as at 40
+OF_MOMENTS = MOMENTS_PER_BASE * NUM_BASES  # tokens
 TOO_MANY_BASES = 512  # for all of a head's to stay on the chip
 FEATURE_WIDTHS = {320: TOKENS, 640: TOKENS // 4, 1280: TOKENS // 16}
 """Tokens of 32 frames by the channels of SD 1.5's layers."""
@@ -77,6 +79,11 @@ def forms(dtype: torch.dtype) -> Iterator[Form]:
         yield Form(f"calibrated attention d={width}", dtype, call)
         call = functools.partial(partial, width, dtype)
         yield Form(f"partial attention d={width}", dtype, call)
+    for width in HEAD_WIDTHS:
+        call = functools.partial(moments_of_layer, width, dtype)
+        yield Form(f"moments d={width}", dtype, call)
+        call = functools.partial(moments_of_keys, width, dtype)
+        yield Form(f"moments of keys d={width}", dtype, call)
     call = functools.partial(attention, HEAD_WIDTHS[-1], dtype, TOO_MANY_BASES)
     yield Form(f"basis attention d={HEAD_WIDTHS[-1]} K={TOO_MANY_BASES}", dtype, call)
     for share, width in ((4, 320), (16, 640)):
@@ -169,6 +176,28 @@ def partial(width: int, dtype: torch.dtype) -> object:
     query = torch.empty(1, HEADS, CALIBRATED, width, dtype=dtype)
     key, value = (heads_of(1, TOKENS, width, dtype) for _ in range(2))
     return partial_attention(query, key, value, backend="triton")
+
+
+def moments_of_layer(width: int, dtype: torch.dtype) -> object:
+    """Of a layer's features, which its heads share."""
+    bases = torch.empty(1, NUM_BASES, HEADS * width)
+    return _moments(torch.empty(1, OF_MOMENTS, HEADS * width, dtype=dtype), bases, width)
+
+
+def moments_of_keys(width: int, dtype: torch.dtype) -> object:
+    """Of a layer's keys."""
+    bases = torch.empty(1, HEADS, NUM_BASES, width)
+    return _moments(heads_of(1, OF_MOMENTS, width, dtype), bases, width)
+
+
+def _moments(features: torch.Tensor, bases: torch.Tensor, width: int) -> object:
+    query, key, value, base_key, base_value = (
+        heads_of(1, rows, width, features.dtype)
+        for rows in (NUM_BASES, OF_MOMENTS, OF_MOMENTS, NUM_BASES, NUM_BASES)
+    )
+    return moments(
+        query, features, key, value, bases, base_key, base_value, temperature=1.0, backend="triton"
+    )
 
 
 def nearest(tokens: int, width: int, dtype: torch.dtype) -> object:

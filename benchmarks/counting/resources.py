@@ -26,7 +26,7 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121
 """What one block may ask for, by compute capability."""
 MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma", 103: "tcgen05.mma"}
 """What a product is in PTX, of half precision; "mma.sync" on the others."""
-WITHOUT_PRODUCTS = ("directions", "update", "merge", "nearest_merge")
+WITHOUT_PRODUCTS = ("directions", "update", "merge", "nearest_merge", "moments_sum")
 
 SCATTERED = ("update",)
 """Kernels whose loads are single numbers far apart, the parts of one base's mass."""

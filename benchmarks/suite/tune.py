@@ -20,7 +20,7 @@ from stem_kernels.triton import device_capability
 from stem_kernels.triton.program import forget_programs
 from stem_kernels.triton.tuning import table
 
-from ..cases.attention import attention_case, partial_case
+from ..cases.attention import attention_case, moments_case, partial_case
 from ..cases.case import AnyCase, Trial
 from ..cases.editing import blended_case, nearest_case
 from ..cases.em import NUM_BASES, em_case
@@ -43,8 +43,9 @@ TILES: dict[str, dict[str, tuple[int, ...]]] = {
     "blended_attention": {"query_bytes": (16384, 32768), "basis_bytes": (8192, 16384)},
     "nearest_token": {"block_n": (64, 128), "block_m": (64, 128), "block_d": (32, 64)},
     "partial_attention": {"query_bytes": (16384, 32768), "key_bytes": (4096, 8192, 16384)},
+    "moments": {"block_n": (64,), "block_r": (64, 128), "block_c": (32, 64), "block_d": (32, 64)},
 }
-WITHOUT_PROGRAMS = ("em_wide logits", "basis_attention", "blended_attention")
+WITHOUT_PROGRAMS = ("em_wide logits", "basis_attention", "blended_attention", "moments")
 MARK = 77  # a number of stages that no row has
 PROGRAMS = (1, 2, 3, 4)  # for each multiprocessor, of the ops whose rows have "programs"
 
@@ -113,6 +114,8 @@ def case_for(op: str, device: torch.device) -> AnyCase:
         return attention_case(HEADS, TOKENS, 160, device, dtype, num_bases=bases, extra=extra)
     if op.startswith("partial_attention"):
         return partial_case(HEADS, CALIBRATED, TOKENS, 160, device, dtype)
+    if op == "moments":
+        return moments_case(HEADS, 40, device, dtype)
     if op.startswith("blended_attention"):
         return blended_case(HEADS, TOKENS, 160, device, dtype)
     if op.startswith("nearest_token"):

@@ -145,6 +145,7 @@ def moments_of(
             found.bases[deciding],
             *bases,
             temperature=config.temperature,
+            backend=config.backend,
         )
 
     return of_spread_tokens(features, MOMENTS_PER_BASE * config.num_bases, exchange, of_some)

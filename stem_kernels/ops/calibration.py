@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad
 
-from ..shared.bases import directions_of
+from ..reference.moments import moments_torch
 from ..shared.outputs import compute_dtype
+from ..verification import calibration, run
+from ..verification.comparison import Comparison
 from .basis_attention import check_bases, fitting_bias
-from .checks import check_choice, check_floating
+from .checks import check_choice, check_floating, check_positive
 
 OP = "calibrate_bases"
+MOMENTS_OP = "moments"
 
 CALIBRATIONS = ("linear", "joint")
 
@@ -24,6 +25,8 @@ MOMENTS_SHARE = 0.85
 MOMENTS_PER_BASE = 4
 """Tokens a base from which `moments` is estimated, a quarter of them with their queries: from more
 it is no nearer."""
+MOMENTS_ATOL = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Part of the parity bound of `moments`, relative to the largest |reference|."""
 QUERY_WEIGHT = 10.0
 """Weight of the term that is linear in the query beside the weights of the bases."""
 
@@ -143,6 +146,7 @@ def moments(
     *,
     temperature: float,
     scale: float | None = None,
+    backend: str = "auto",
 ) -> Calibration:
     r"""How keys and values go together within the bases: a correction that no attention is for.
 
@@ -159,7 +163,7 @@ def moments(
 
     Args:
         query: Queries [B, h, r, d], r >= 1, some of those to be served; of any floating dtype, as
-            all tensors here. The others may have a batch of 1.
+            all tensors here, each of which may have a batch of 1.
         features: Tokens [B, (h,) m, D] that EM read, or some of them, m >= 1; with heads where EM
             has bases for each.
         key: Keys [B, h, m, d] of these tokens.
@@ -169,37 +173,70 @@ def moments(
         base_value: Values [B, h, K, e] of the bases.
         temperature: Temperature tau > 0 of the responsibilities.
         scale: Factor of the attention's logits; 1 / sqrt(d) if None.
+        backend: Name of the backend, "auto", "triton", "cuda" or "torch". The extension has no
+            kernel of it, so with "cuda" torch computes it; so it does with "triton" for float32 on
+            a GPU, more than 256 bases, and keys or values of more than 160 channels.
 
     Returns:
         `Calibration` in float32 (float64 for float64): no values, the correction [scale S; 0] and
         0 for the mean query.
 
+    Raises:
+        ValueError, TypeError: shapes, dtypes or values that do not fit.
+        BackendError: the backend asked for cannot run this call.
+
     Source: this package's.
     """
+    asked = {
+        "query": query, "features": features, "key": key, "value": value, "bases": bases,
+        "base_key": base_key, "base_value": base_value,
+    }  # fmt: skip
+    _check_moments(asked)
+    check_positive(MOMENTS_OP, "temperature", temperature)
     scale = key.shape[-1] ** -0.5 if scale is None else float(scale)
-    compute = compute_dtype(key)
-    with _without_autocast(key.device):
-        directions = directions_of(bases.to(compute), normalize=True)
-        shares = torch.softmax(features.to(compute) @ directions.mT / temperature, -1)
-        if shares.ndim == 3:
-            shares = shares.unsqueeze(1)
-        query, key, value, base_key, base_value = (
-            tensor.to(compute) for tensor in (query, key, value, base_key, base_value)
+    tensors = (query, features, key, value, bases, base_key, base_value)
+    numbers = (float(temperature), scale, MOMENTS_SHARE)
+
+    def on(chosen: str) -> Calibration:
+        if chosen == "triton":
+            from ..triton.moments import moments_triton, serves
+
+            if serves(*tensors):
+                return Calibration(None, *moments_triton(*tensors, *numbers))
+        return Calibration(None, *moments_torch(*tensors, *numbers))
+
+    def check(found: Calibration, _: str) -> list[Comparison] | None:
+        return calibration.moments(found[1:], *tensors, *numbers, MOMENTS_ATOL)
+
+    return run(MOMENTS_OP, backend, asked, bases.shape[-2], on, check)
+
+
+def _check_moments(tensors: Mapping[str, torch.Tensor]) -> None:
+    check_floating(MOMENTS_OP, **tensors)
+    query, features, key, value, bases, _, _ = tensors.values()
+    fits = query.ndim == key.ndim == value.ndim == 4 and 3 <= features.ndim == bases.ndim <= 4
+    if fits:
+        heads, m, dim = key.shape[1:]
+        (num_bases, channels), width = bases.shape[-2:], value.shape[-1]
+        of_heads = (heads,) if features.ndim == 4 else ()
+        expected = (
+            (heads, query.shape[2], dim), (*of_heads, m, channels), (heads, m, dim),
+            (heads, m, width), (*of_heads, num_bases, channels), (heads, num_bases, dim),
+            (heads, num_bases, width),
+        )  # fmt: skip
+        batches = (1, max(query.shape[0], key.shape[0]))
+        fits = min(m, query.shape[2], num_bases) >= 1 and all(
+            tensor.shape[0] in batches and tensor.shape[1:] == shape
+            for tensor, shape in zip(tensors.values(), expected, strict=True)
         )
-        of_keys, of_values = key - shares @ base_key, value - shares @ base_value
-        spread = (query.mT @ query) * (of_keys.mT @ of_keys)
-        spread = spread.sum((-1, -2), keepdim=True) * (scale**2 / (query.shape[-2] * key.shape[-2]))
-        matrix = of_keys.mT @ of_values * (MOMENTS_SHARE * scale / key.shape[-2])
-        correction = pad(matrix * (1 + spread).rsqrt(), (0, 0, 0, 1))
-    zero = correction.new_zeros((*correction.shape[:2], query.shape[-1]))
-    return Calibration(None, correction, zero)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Tensors without data, such as kernels are counted with, know no autocast."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    if not fits:
+        shapes = (f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(
+            f"{MOMENTS_OP}: query must be [B, h, r, d], features [B, (h,) m, D], key [B, h, m, d], "
+            "value [B, h, m, e], bases [B, (h,) K, D], base_key [B, h, K, d] and base_value "
+            "[B, h, K, e], each batch B or 1, and r, m and K at least 1; they are "
+            f"{', '.join(shapes)}"
+        )
 
 
 def _mean_diagonal(matrices: torch.Tensor) -> torch.Tensor:

@@ -141,6 +141,8 @@ def stem_attention(
     tensors = {"query": query, "key": key, "value": value}
     select("soft_em", backend, {"features": key, "payload": value}, num_bases)
     select("basis_attention", backend, tensors, num_bases)
+    if calibration == "moments":
+        select("moments", backend, {"features": key, **tensors}, num_bases)
     if count > 0:
         select("partial_attention", backend, tensors, 0)
     read_key, read_value = key, value
@@ -183,6 +185,7 @@ def stem_attention(
             bases.payload,
             temperature=temperature,
             scale=scale,
+            backend=backend,
         )
         return basis_attention(
             query,

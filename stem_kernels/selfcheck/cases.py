@@ -10,6 +10,7 @@ import torch
 from ..ops import (
     basis_attention,
     blended_attention,
+    calibration,
     em_statistics,
     em_update,
     nearest_token,
@@ -23,6 +24,7 @@ from ..testing import (
     eager_basis_attention,
     eager_blended_attention,
     eager_em_statistics,
+    eager_moments,
     eager_nearest_token,
     max_error,
     parity_bound,
@@ -237,6 +239,33 @@ def _partial(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         yield Case(call, _judge(exact, plain, partial_attention.ROUNDING_ATOL, dtype, largest))
 
 
+def _moments(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    for width in HEAD_WIDTHS:
+        for with_heads in (False, True):
+            query, base_key, base_value = (
+                _tokens(device, dtype, 2, rows, HEADS, width, seed=seed).transpose(1, 2)
+                for seed, rows in enumerate((100, 256, 256))
+            )
+            key, value = (
+                _tokens(device, dtype, 2, TOKENS, HEADS, width, seed=seed).transpose(1, 2)
+                for seed in (3, 4)
+            )
+            features = key if with_heads else key.transpose(1, 2).flatten(2)
+            bases = features[..., torch.arange(256, device=device) * TOKENS // 256, :].float()
+            tensors = (query, features, key, value, bases, base_key, base_value)
+            exact, plain = (
+                eager_moments(*(tensor.to(of) for tensor in tensors), temperature=1.0)
+                for of in (torch.float64, dtype)
+            )
+
+            def call(backend: str, tensors: tuple[torch.Tensor, ...] = tensors) -> Outputs:
+                found = calibration.moments(*tensors, temperature=1.0, backend=backend)
+                return (found.correction,)
+
+            largest = float(features.double().norm(dim=-1).max())
+            yield Case(call, _judge((exact,), (plain,), calibration.MOMENTS_ATOL, dtype, largest))
+
+
 def _nearest(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     for width in (40, 320):
         query, keys = (_tokens(device, dtype, 2, n, width, seed=n) for n in (TOKENS, 300))
@@ -261,5 +290,6 @@ CASES: dict[str, Callable[[torch.device, torch.dtype], Iterator[Case]]] = {
     "basis_attention": _attention,
     "blended_attention": _blended,
     "partial_attention": _partial,
+    "moments": _moments,
     "nearest_token": _nearest,
 }

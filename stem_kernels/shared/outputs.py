@@ -43,6 +43,17 @@ def partial_output(
     return output, query.new_empty(query.shape[:-1], dtype=dtype)
 
 
+def moments_output(
+    query: torch.Tensor, features: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, h, d + 1, e] and [B, h, d] of queries [B or 1, h, r, d], keys [B or 1, h, m, d] and
+    values [B or 1, h, m, e], in `compute_dtype`."""
+    dtype, batch = compute_dtype(key), max(query.shape[0], key.shape[0])
+    heads, dim = key.shape[1], key.shape[-1]
+    correction = key.new_empty((batch, heads, dim + 1, value.shape[-1]), dtype=dtype)
+    return correction, key.new_empty((batch, heads, dim), dtype=dtype)
+
+
 def nearest_output(query: torch.Tensor, *_: object) -> torch.Tensor:
     """int32 [..., n] of queries [..., n, d]."""
     return query.new_empty(query.shape[:-1], dtype=torch.int32)

@@ -8,7 +8,7 @@ from conftest import tokens
 
 from stem_kernels import attention_bias, basis_attention, cuda
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
-from stem_kernels.ops.calibration import CALIBRATIONS, calibrate_bases
+from stem_kernels.ops.calibration import CALIBRATIONS, MOMENTS_ATOL, calibrate_bases, moments
 from stem_kernels.ops.partial_attention import ROUNDING_ATOL as PARTIAL_ATOL
 from stem_kernels.ops.partial_attention import merged_attention, partial_attention
 from stem_kernels.reference.partial_attention import _operator
@@ -16,6 +16,7 @@ from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import (
     eager_basis_attention,
     eager_calibrate_bases,
+    eager_moments,
     max_error,
     parity_bound,
 )
@@ -125,6 +126,140 @@ def test_calibration_refuses() -> None:
         calibrate_bases(query, query[:, :, 1:], bases, bases)
     with pytest.raises(ValueError, match="there must be a query"):
         calibrate_bases(query[:, :, :0], query[:, :, :0], bases, bases)
+
+
+Operands = tuple[torch.Tensor, ...]
+
+
+def moments_case(
+    batch: int, m: int, queries: int, num_bases: int, channels: int, dim: int, width: int,
+    dtype: torch.dtype, *, heads: int = 2, with_heads: bool = False,
+) -> Operands:  # fmt: skip
+    """Views of head-interleaved memory, as projections leave it, of tokens around their bases."""
+    lead = (batch, heads) if with_heads else (batch,)
+    features = tokens(*lead, m, channels)
+    index = torch.arange(num_bases, device=features.device) * m // num_bases
+    bases = features[..., index, :] + 0.1 * tokens(*lead, num_bases, channels, seed=1)
+    query = 2 * tokens(batch, queries, heads, dim, seed=2)
+    key, value = tokens(batch, m, heads, dim, seed=3), tokens(batch, m, heads, width, seed=4)
+    value[..., : min(dim, width)] += key[..., : min(dim, width)]
+    of_heads = [
+        rows.to(dtype).transpose(1, 2)
+        for rows in (query, key, value, key[:, index] * 0.9, value[:, index] * 0.9)
+    ]
+    return of_heads[0], features.to(dtype), *of_heads[1:3], bases, *of_heads[3:]
+
+
+def assert_moments(operands: Operands, backend: str, **settings: float) -> None:
+    dtype, temperature = operands[2].dtype, settings["temperature"]
+    exact, plain = (
+        eager_moments(*(part.to(of) for part in operands), **settings)
+        for of in (torch.float64, dtype)
+    )
+    found = moments(*operands, **settings, backend=backend)  # type: ignore[arg-type]
+    assert found.value is None
+    assert found.correction.dtype == found.query_mean.dtype == torch.float32
+    assert found.correction.shape == exact.shape
+    assert (found.correction[..., -1, :] == 0).all()
+    assert torch.equal(found.query_mean, torch.zeros_like(exact[..., :-1, 0]).float())
+    largest_logit = float(operands[1].double().norm(dim=-1).max()) / temperature
+    bound = parity_bound(exact, plain, MOMENTS_ATOL, largest_logit)
+    assert 0 < max_error(found.correction, exact) <= bound
+    assert bound < 0.1 * float(exact.abs().max())
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("with_heads", [False, True], ids=["features", "keys"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 300, 70, 20, 48, 40, 40),
+        (1, 512, 128, 128, 320, 80, 64),
+        (1, 70, 1, 5, 33, 17, 24),  # no multiples of 8, fewer bases than a tile has
+        (1, 1, 3, 1, 40, 40, 40),
+        (1, 260, 300, 256, 160, 160, 160),
+    ],
+    ids=str,
+)
+def test_moments(
+    backend: str, sizes: tuple[int, ...], dtype: torch.dtype, with_heads: bool
+) -> None:
+    operands = moments_case(*sizes, dtype, with_heads=with_heads)
+    if sizes[1] == 1:  # a token that is its own base leaves nothing but what is 0.1 of it
+        operands = (*operands[:5], *(part * 0.5 for part in operands[5:]))
+    assert_moments(operands, backend, temperature=0.5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_moments_of_batches_that_share(backend: str, dtype: torch.dtype) -> None:
+    both = moments_case(2, 90, 30, 12, 40, 24, 16, dtype)
+    query, features, key, value, bases, base_key, base_value = both
+    one = (features[:1], key[:1], value[:1], bases[:1], base_key[:1], base_value[:1])
+    assert_moments((query, *one), backend, temperature=1.0, scale=0.3)
+    joint = (query, features[:1], key, value, bases[:1], base_key, base_value)
+    assert_moments(joint, backend, temperature=1.0, scale=0.3)
+    assert_moments((query[:1], *both[1:]), backend, temperature=1.0)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("sizes", [(1, 600, 9, 300, 24, 16, 16), (1, 60, 9, 20, 24, 16, 176)])
+def test_moments_beyond_the_kernel_are_those_of_torch(backend: str, sizes: tuple[int, ...]) -> None:
+    operands = moments_case(*sizes, torch.float16)
+    found, right = (moments(*operands, temperature=1.0, backend=on) for on in (backend, "torch"))
+    assert torch.equal(found.correction, right.correction)
+    assert torch.equal(found.query_mean, right.query_mean)
+
+
+@pytest.mark.interpreter
+def test_moments_of_two_dtypes_are_those_of_the_keys(backend: str) -> None:
+    """As under autocast, where features are float32 and projections are not."""
+    query, features, *others = moments_case(1, 90, 30, 12, 40, 24, 16, torch.float16)
+    found, right = (
+        moments(query, part, *others, temperature=1.0, backend=backend).correction  # type: ignore[arg-type]
+        for part in (features.float(), features)
+    )
+    assert torch.equal(found, right)
+
+
+@pytest.mark.interpreter
+def test_moments_as_a_part_of_a_graph(backend: str) -> None:
+    operands = moments_case(1, 90, 30, 12, 40, 24, 16, torch.float16)
+
+    def run(*operands: torch.Tensor) -> torch.Tensor:
+        found = moments(*operands, temperature=1.0, backend=backend)  # type: ignore[arg-type]
+        return found.correction + found.query_mean.unsqueeze(-1).sum()
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*operands), run(*operands))
+    if backend == "triton":
+        operator = torch.ops.stem_kernels.moments_triton
+        torch.library.opcheck(operator, (*operands, 1.0, 0.3, 0.85))
+
+
+def test_moments_refuse() -> None:
+    operands = moments_case(1, 9, 5, 3, 6, 4, 7, torch.float32)
+    for place, message in (
+        (0, r"query \[1, 2, 5, 3\]"),
+        (1, r"features \[1, 9, 5\]"),
+        (3, "value"),
+        (5, r"base_key \[1, 2, 3, 3\]"),
+    ):
+        changed = list(operands)
+        changed[place] = changed[place][..., :-1]
+        if place == 3:
+            changed[place] = operands[place][:, :, 1:]
+        with pytest.raises(ValueError, match=message):
+            moments(*changed, temperature=1.0)
+    with pytest.raises(ValueError, match="r, m and K at least 1"):
+        moments(operands[0][:, :, :0], *operands[1:], temperature=1.0)
+    with pytest.raises(ValueError, match=r"temperature is 0\.0; it must be positive"):
+        moments(*operands, temperature=0.0)
+    with pytest.raises(TypeError, match=r"bases is torch\.int64"):
+        moments(*operands[:4], operands[4].long(), *operands[5:], temperature=1.0)
 
 
 @pytest.mark.interpreter

@@ -19,6 +19,7 @@ from stem_kernels import (
     soft_em,
     stem_attention,
 )
+from stem_kernels.ops.calibration import moments
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.testing import clustered_tokens
 
@@ -64,6 +65,14 @@ FUNCTIONS: dict[str, Function] = {
     "partial_attention": lambda x, on: partial_attention(
         x[:, :, :9], x, x, backend=on
     ).output,
+    "moments": lambda x, on: moments(
+        x[:, :, :9], x, x, x, x[:, :, :6], x[:, :, 6:12], x[:, :, 12:18], temperature=1.0,
+        backend=on,
+    ).correction,
+    "moments of bases": lambda x, on: moments(
+        *typed(x, Q[:, :, :9], Q, Q, Q[..., :5]), x[:, :, :6], *typed(x, K, V), temperature=1.0,
+        backend=on,
+    ).correction,
     "stem_attention": lambda x, on: stem_attention(
         x, x, x, num_bases=6, temperature=1.0, calibration="joint", allow_exact=False, backend=on
     ),

@@ -12,6 +12,7 @@ from conftest import DEVICE, INTERPRETED
 
 from stem.config import StemConfig
 from stem_kernels import basis_attention, em_statistics, em_update, initial_bases, soft_em
+from stem_kernels.ops.calibration import moments
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.ops.soft_em import AttendedBases, attended_bases
 from stem_kernels.testing import clustered_tokens, max_error
@@ -50,6 +51,35 @@ def test_what_chunks_share_takes_few_kernels(counts: Any) -> None:
         em_update(sums, mass, sums, num_tokens=9, backend="triton")
     assert [launch.name for launch in launched] == ["partial_attention", "merge", "update"]
     assert not of_torch.found
+
+
+@pytest.mark.parametrize("with_heads", [False, True])
+def test_moments_take_two_kernels(counts: Any, with_heads: bool) -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    query, key, bases = (meta(1, 8, rows, 40) for rows in (256, 1024, 256))
+    lead = (1, 8) if with_heads else (1,)
+    features, of_features = meta(*lead, 1024, 320), meta(*lead, 256, 320, dtype=torch.float32)
+    tensors = (query, features, key, key, of_features, bases, bases)
+    with counts.recorded(counts.ARCH) as launched, counts.TorchKernels() as of_torch:
+        found = moments(*tensors, temperature=1.0, backend="triton")
+    assert [launch.name for launch in launched] == ["moments", "moments_sum"]
+    assert not of_torch.found
+    assert found.correction.shape == (1, 8, 41, 40)
+    assert found.query_mean.shape == (1, 8, 40)
+
+
+def test_moments_in_a_layer_are_projections_and_two_kernels(counts: Any) -> None:
+    config = replace(STEM, sample_per_base=16)
+    counts.kernels(replace(config, calibration="moments"), 32, 64, 320)  # makes the places once
+    with_them, without = (
+        counts.kernels(replace(config, calibration=form), 32, 64, 320)
+        for form in ("moments", "none")
+    )
+    assert dict(with_them - without) == {
+        "triton moments": 1, "triton moments_sum": 1, "index_select": 1, "mm": 3,
+    }  # fmt: skip
 
 
 def test_an_update_waits_for_memory_a_few_times(counts: Any) -> None:

@@ -20,6 +20,7 @@ from stem_kernels import (
     nearest_token,
     soft_em,
 )
+from stem_kernels.ops.calibration import moments
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.ops.soft_em import attended_bases
 from stem_kernels.shared import forms
@@ -150,9 +151,23 @@ def updated(backend: str) -> Outputs:
     return found.bases, found.mass
 
 
+def correct(backend: str) -> Outputs:
+    query, key, value, base_key, base_value = (
+        drawn(2, 3, n, 40, seed=n, dtype=torch.float16) for n in (70, 300, 301, 20, 21)
+    )
+    features = drawn(2, 300, 48, dtype=torch.float16)
+    bases = features[:, ::15].float()
+    found = moments(
+        2 * query, features, key, value[:, :, :300], bases, base_key, base_value[:, :, :20],
+        temperature=0.5, backend=backend,
+    )  # fmt: skip
+    return found.correction, found.query_mean
+
+
 CALLS: tuple[Callable[[str], Outputs], ...] = (
     attend, attend_without_bias, attend_in_tiles, attend_corrected, blend, attend_partly,
     find_nearest, summed, summed_wide, iterated, kept_empty, updated,
+    correct,
 )  # fmt: skip
 
 
@@ -260,6 +275,16 @@ TRITON_MUTANTS: dict[str, tuple[Callable[[str], Outputs], str, Callable[[Launch]
     "the first tokens for spread ones": (iterated, "_directions_kernel", of(SPREAD=False)),
     "a wrong bias of the mass": (iterated, "_update_kernel", of(BIAS="mask")),
     "empty bases are not kept": (kept_empty, "_update_kernel", of(KEEP_EMPTY=False)),
+    "half of the channels": (correct, "_moments_kernel", of(C=lambda count: count // 2)),
+    "the last tokens are left out": (correct, "_moments_kernel", of(m=lambda count: count - 9)),
+    "other heads' values": (correct, "_moments_kernel", of(stride_vh=lambda stride: 0)),
+    "a wrong temperature of moments": (
+        correct, "_moments_kernel", of(scale=lambda scale: 2 * scale)
+    ),
+    "half of the queries": (correct, "_moments_kernel", of(r=lambda count: count // 2)),
+    "a part of the moments is left out": (
+        correct, "_moments_sum_kernel", of(PARTS=lambda count: count - 1)
+    ),
     "no division": (updated, "_update_kernel", of(DIVIDE=False)),
 }  # fmt: skip
 
