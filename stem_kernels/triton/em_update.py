@@ -57,7 +57,7 @@ def _directions_kernel(
 
 
 @triton.jit
-def _total(
+def added_parts(
     p_parts, o_r, PARTS, ROWS, D,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -105,14 +105,15 @@ def _update_kernel(
     b_mass = tl.sum(b_mass, axis=1) * unit
     b_share = (b_mass + mass_eps)[:, None]
     # [BLOCK_R, BLOCK_D]
-    b_bases = _total(p_sums, o_r, PARTS, ROWS, D, BLOCK_R, BLOCK_S, BLOCK_D) * unit
+    b_bases = added_parts(p_sums, o_r, PARTS, ROWS, D, BLOCK_R, BLOCK_S, BLOCK_D) * unit
     if WITH_PAYLOAD:
         o_e = tl.arange(0, BLOCK_E)
         m_e = m_r[:, None] & (o_e < E)[None, :]
         o_value = (o_r * E)[:, None] + o_e[None, :]
         # [BLOCK_R, BLOCK_E]
         b_payload = (
-            _total(p_payload_sums, o_r, PAYLOAD_PARTS, ROWS, E, BLOCK_R, BLOCK_ES, BLOCK_E) * unit
+            added_parts(p_payload_sums, o_r, PAYLOAD_PARTS, ROWS, E, BLOCK_R, BLOCK_ES, BLOCK_E)
+            * unit
         )
         if DIVIDE:
             b_payload = tl.div_rn(b_payload, b_share)

@@ -19,7 +19,7 @@ from ..shared.bases import NORM_EPS
 from ..shared.outputs import moments_output
 from . import interpreted
 from .em_fused import LARGEST_BASES
-from .em_update import _total, block_of_parts, block_of_rows
+from .em_update import added_parts, block_of_parts, block_of_rows
 from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
@@ -154,8 +154,8 @@ def _moments_sum_kernel(
     lead, o_d = o_r // (D + 1), o_r % (D + 1)
     o_e = tl.arange(0, BLOCK_E)
     # [BLOCK_R, 1], [BLOCK_R, BLOCK_E]
-    b_spread = _total(p_spread, lead, PARTS, LEADS, 1, BLOCK_R, BLOCK_T, 1) * per_logit
-    b_sums = _total(p_parts, lead * D + o_d, PARTS, LEADS * D, E, BLOCK_R, BLOCK_S, BLOCK_E)
+    b_spread = added_parts(p_spread, lead, PARTS, LEADS, 1, BLOCK_R, BLOCK_T, 1) * per_logit
+    b_sums = added_parts(p_parts, lead * D + o_d, PARTS, LEADS * D, E, BLOCK_R, BLOCK_S, BLOCK_E)
     b_sums = tl.where((o_d < D)[:, None], b_sums * (factor * tl.rsqrt(1.0 + b_spread)), 0.0)
     tl.store(
         p_correction + (o_r * E)[:, None] + o_e[None, :], b_sums,
