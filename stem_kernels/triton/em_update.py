@@ -111,10 +111,10 @@ def _update_kernel(
         m_e = m_r[:, None] & (o_e < E)[None, :]
         o_value = (o_r * E)[:, None] + o_e[None, :]
         # [BLOCK_R, BLOCK_E]
-        b_payload = (
-            added_parts(p_payload_sums, o_r, PAYLOAD_PARTS, ROWS, E, BLOCK_R, BLOCK_ES, BLOCK_E)
-            * unit
+        b_payload = added_parts(
+            p_payload_sums, o_r, PAYLOAD_PARTS, ROWS, E, BLOCK_R, BLOCK_ES, BLOCK_E
         )
+        b_payload *= unit
         if DIVIDE:
             b_payload = tl.div_rn(b_payload, b_share)
             b_rounded = b_payload.to(p_rounded_payload.dtype.element_ty)
