@@ -24,7 +24,7 @@ from stem.editing.map_fusion import MapFusion
 from stem.editing.source_store import SourceStore
 from stem.inversion import reconstruct_latents, round_trip
 from stem.storage import load_tensors, save_tensors
-from stem_kernels.ops.calibration import CALIBRATIONS
+from stem_kernels.ops.calibration import CALIBRATIONS, Calibration, moments
 from stem_kernels.ops.partial_attention import PartialAttention, partial_attention
 
 FRAMES = 4
@@ -101,6 +101,19 @@ def test_calibration_runs_on_the_backend_of_the_layer(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(stem.attention.calibrated, "partial_attention", noted)
     config = StemConfig(num_bases=8, backend="torch", calibration="joint", num_frames=FRAMES)
+    attended(*smooth_layer(), config)
+    assert asked == ["torch"]
+
+
+def test_moments_run_on_the_backend_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(*operands: torch.Tensor, backend: str = "auto", **settings: float) -> Calibration:
+        asked.append(backend)
+        return moments(*operands, backend=backend, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stem.attention.calibrated, "moments", noted)
+    config = StemConfig(num_bases=8, backend="torch", calibration="moments", num_frames=FRAMES)
     attended(*smooth_layer(), config)
     assert asked == ["torch"]
 
