@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from stem_kernels import basis_attention
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL
-from stem_kernels.ops.calibration import MOMENTS_ATOL, MOMENTS_PER_BASE, moments
+from stem_kernels.ops.calibration import MOMENTS_ATOL, MOMENTS_TOKENS, moments
 from stem_kernels.ops.partial_attention import ROUNDING_ATOL as PARTIAL_ATOL
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.testing import clustered_tokens, eager_basis_attention, eager_moments
@@ -185,11 +185,11 @@ def moments_case(
     heads: int, width: int, device: torch.device, dtype: torch.dtype
 ) -> Case[tuple[torch.Tensor, ...]]:
     """The moments of a layer's sample, in feature space, as projections leave keys and values."""
-    tokens, channels = MOMENTS_PER_BASE * NUM_BASES, heads * width
+    tokens, channels = MOMENTS_TOKENS, heads * width
 
     def inputs() -> tuple[torch.Tensor, ...]:
         features = clustered_tokens((1, tokens, channels)).to(device, dtype)
-        bases = features[:, ::MOMENTS_PER_BASE].float()
+        bases = features[:, :: tokens // NUM_BASES].float()
         query, key, value, base_key, base_value = (
             clustered_tokens((1, rows, heads, width), seed=seed).to(device, dtype).transpose(1, 2)
             for seed, rows in enumerate((NUM_BASES, tokens, tokens, NUM_BASES, NUM_BASES))

@@ -17,7 +17,7 @@ from stem.attention.rows import RowLayout
 from stem.config import AttentionConfig, InflatedConfig, SparseCausalConfig, StemConfig
 from stem_kernels import attention_bias, initial_bases
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL
-from stem_kernels.ops.calibration import MOMENTS_PER_BASE, MOMENTS_SHARE
+from stem_kernels.ops.calibration import MOMENTS_SHARE, MOMENTS_STEP, MOMENTS_TOKENS
 from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import eager_basis_attention, eager_em_statistics, eager_soft_em
 
@@ -196,7 +196,7 @@ def _moments(
     attention: Attention, read: torch.Tensor, bases: torch.Tensor, config: StemConfig
 ) -> torch.Tensor:
     """The matrix [B, h, d, d] of `calibration="moments"`, in the tokens' dtype."""
-    count = min(read.shape[1], MOMENTS_PER_BASE * config.num_bases)
+    count = min(read.shape[1], MOMENTS_TOKENS)
     some = read[:, spread_tokens(read.shape[1], count, read.device)]
     lengths = torch.linalg.vector_norm(bases, dim=-1, keepdim=True) + 1e-4
     shares = torch.softmax(some @ (bases / lengths).mT / config.temperature, -1).unsqueeze(1)
@@ -205,6 +205,6 @@ def _moments(
         for project in (attention.to_k, attention.to_v)
     )
     scale = of_keys.shape[-1] ** -0.5
-    asking = _projected(attention.to_q, some[:, ::MOMENTS_PER_BASE])
+    asking = _projected(attention.to_q, some[:, ::MOMENTS_STEP])
     spread = (scale * asking @ of_keys.mT).square().mean((-1, -2), keepdim=True)
     return of_keys.mT @ of_values * (MOMENTS_SHARE * scale / count) * (1 + spread).rsqrt()

@@ -17,7 +17,7 @@ from stem_kernels import (
     nearest_token,
     soft_em,
 )
-from stem_kernels.ops.calibration import MOMENTS_PER_BASE, moments
+from stem_kernels.ops.calibration import MOMENTS_TOKENS, moments
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.ops.soft_em import attended_bases
 
@@ -27,7 +27,6 @@ from ..cases.operators import TOKENS
 HEADS, FRAMES, CALIBRATED = 8, 32, 128
 HEAD_WIDTHS = (40, 64, 80, 160)
 AS_WIDE_AS_TILES = 48  # no channel to spare, so that tokens are not rows as at 40
-OF_MOMENTS = MOMENTS_PER_BASE * NUM_BASES  # tokens
 TOO_MANY_BASES = 512  # for all of a head's to stay on the chip
 FEATURE_WIDTHS = {320: TOKENS, 640: TOKENS // 4, 1280: TOKENS // 16}
 """Tokens of 32 frames by the channels of SD 1.5's layers."""
@@ -181,19 +180,19 @@ def partial(width: int, dtype: torch.dtype) -> object:
 def moments_of_layer(width: int, dtype: torch.dtype) -> object:
     """Of a layer's features, which its heads share."""
     bases = torch.empty(1, NUM_BASES, HEADS * width)
-    return _moments(torch.empty(1, OF_MOMENTS, HEADS * width, dtype=dtype), bases, width)
+    return _moments(torch.empty(1, MOMENTS_TOKENS, HEADS * width, dtype=dtype), bases, width)
 
 
 def moments_of_keys(width: int, dtype: torch.dtype) -> object:
     """Of a layer's keys."""
     bases = torch.empty(1, HEADS, NUM_BASES, width)
-    return _moments(heads_of(1, OF_MOMENTS, width, dtype), bases, width)
+    return _moments(heads_of(1, MOMENTS_TOKENS, width, dtype), bases, width)
 
 
 def _moments(features: torch.Tensor, bases: torch.Tensor, width: int) -> object:
     query, key, value, base_key, base_value = (
         heads_of(1, rows, width, features.dtype)
-        for rows in (NUM_BASES, OF_MOMENTS, OF_MOMENTS, NUM_BASES, NUM_BASES)
+        for rows in (NUM_BASES, MOMENTS_TOKENS, MOMENTS_TOKENS, NUM_BASES, NUM_BASES)
     )
     return moments(
         query, features, key, value, bases, base_key, base_value, temperature=1.0, backend="triton"

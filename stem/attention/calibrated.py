@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from stem_kernels.ops.calibration import (
-    MOMENTS_PER_BASE,
+    MOMENTS_STEP,
+    MOMENTS_TOKENS,
     Calibration,
     calibrate_bases,
     moments,
@@ -133,7 +134,7 @@ def moments_of(
     """
 
     def of_some(tokens: torch.Tensor) -> Calibration:
-        query = project_queries(attn, tokens[:, ::MOMENTS_PER_BASE].unsqueeze(1))
+        query = project_queries(attn, tokens[:, ::MOMENTS_STEP].unsqueeze(1))
         key, value = project_keys_and_values(attn, tokens, tokens.shape[0])
         points = tokens if config.space == "feature" else key
         deciding = slice(0, 1) if joint else slice(None)
@@ -148,4 +149,4 @@ def moments_of(
             backend=config.backend,
         )
 
-    return of_spread_tokens(features, MOMENTS_PER_BASE * config.num_bases, exchange, of_some)
+    return of_spread_tokens(features, MOMENTS_TOKENS, exchange, of_some)

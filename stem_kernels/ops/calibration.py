@@ -22,9 +22,10 @@ CALIBRATIONS = ("linear", "joint")
 LINEAR_RIDGE = 1e-2
 JOINT_RIDGE = 0.03
 MOMENTS_SHARE = 0.85
-MOMENTS_PER_BASE = 4
-"""Tokens a base from which `moments` is estimated, a quarter of them with their queries: from more
-it is no nearer."""
+MOMENTS_TOKENS = 1024
+"""Tokens from which `moments` is estimated: from more it is no nearer, from a few it is noise."""
+MOMENTS_STEP = 4
+"""Of these tokens every fourth has its query taken."""
 MOMENTS_ATOL = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Part of the parity bound of `moments`, relative to the largest |reference|."""
 QUERY_WEIGHT = 10.0

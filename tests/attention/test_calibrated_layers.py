@@ -56,7 +56,7 @@ def attended(layer: Attention, tokens: torch.Tensor, config: StemConfig | Inflat
 def test_a_calibrated_layer_is_nearer_to_all_frames(space: str) -> None:
     layer, tokens = smooth_layer()
     exact = attended(layer, tokens, InflatedConfig(num_frames=FRAMES))
-    config = StemConfig(num_bases=16, space=space, num_frames=FRAMES)
+    config = StemConfig(num_bases=16, sample_per_base=None, space=space, num_frames=FRAMES)
     errors = {
         form: relative(
             attended(layer, tokens, dataclasses.replace(config, calibration=form)), exact
