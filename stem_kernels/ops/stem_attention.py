@@ -96,14 +96,14 @@ def stem_attention(
     The distance to SDPA depends on the keys; `attention_error` measures it for your tensors. It is
     small if the keys form a few clusters, or change smoothly as in a feature map, and if there are
     several bases for each cluster. Measured error of the output, with 256 bases on 4,096 keys: 64
-    tight clusters 0.3 %; a smooth map that is new every 32, 16, 8 or 4 places 0.7 %, 2 %, 10 %, 35
-    %; 256 clusters 30 %; standard normal keys, each unlike all others, 72 %
+    tight clusters 0.2 %; a smooth map that is new every 32, 16, 8 or 4 places 0.5 %, 1.5 %, 8 %, 27
+    %; 256 clusters 24 %; standard normal keys, each unlike all others, 78 %
     (benchmarks/studies/drop_in). Do not use it for keys of the last kind. With calibration="joint"
     the maps have 0.02 %, 0.1 %, 2 % and 20 %.
 
     SDPA is called, and the result is exact, if that takes no more FLOPs (`exact_is_cheaper`):
-    always with K >= m, and in self-attention with d = e if n <= (R + 1.5) K, which is 896 tokens by
-    default. With a calibration the limit is higher by about the number of its queries.
+    always with K >= m, and in self-attention of 40 channels up to 1,247 tokens by default. Without
+    a correction it is up to (R + 1.5) K = 896.
 
     Source: arXiv 2312.05856; the key-space form is that of the authors' released code, which has
     num_iters=5, init="gaussian", empty="zero" and proportional=False. The defaults here are those
