@@ -124,7 +124,8 @@ class TokenFlow(PnP):
         shape: dict[str, Any] = {"num_frames": len(chunks), "chunk": size}
         self._extended: InflatedConfig | StemConfig = InflatedConfig(**shape)
         if options.extended == "stem":
-            own = job.attention if isinstance(job.attention, StemConfig) else StemConfig()
+            bases = StemConfig(calibration="none")
+            own = job.attention if isinstance(job.attention, StemConfig) else bases
             self._extended = dataclasses.replace(own, **shape)
 
     def predict(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -179,7 +179,7 @@ def test_lora_is_edited_with(tmp_path: Path) -> None:
     folder = invert(pipeline, video, "a duck", tmp_path, num_steps=2, progress=False)
     found = {method: edited(folder, pipeline=pipeline, method=method) for method in METHODS}
     pipeline.unet.disable_adapters()
-    with pytest.raises(InversionError, match="LoRA included"):
+    with pytest.raises(InversionError, match="LoRA, VAE and embeddings included"):
         edited(folder, pipeline=pipeline)
     for edit in found.values():
         assert edit.latents.isfinite().all()

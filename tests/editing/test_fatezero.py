@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from inversions import clip, inverted
+from inversions import STEM, clip, inverted
 from pipelines import make_pipeline
 
 from stem import InversionFolder, Video, invert
@@ -55,7 +55,11 @@ def edited(job: Job, options: FateZeroOptions, chunk: int | None) -> tuple[torch
 @pytest.fixture(scope="module")
 def inversions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, InversionFolder]:
     root = tmp_path_factory.mktemp("inverted")
-    return {name: inverted(root, method=name) for name in ("ddim", "st-ddim", "inflated", "stem")}
+    options = {**STEM, "calibration": "none"}  # edits have none
+    return {
+        name: inverted(root, method=name, options=options)
+        for name in ("ddim", "st-ddim", "inflated", "stem")
+    }
 
 
 @pytest.mark.parametrize("method", ["ddim", "st-ddim", "inflated", "stem"])
