@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from ..reference.moments import moments_torch
 from ..shared.bases import directions_of
-from .comparison import Comparison, Rounding, compared, finite, places, products, rounded
+from .comparison import SLACK, Comparison, Rounding, compared, finite, places, products, rounded
 
 
 def moments(
@@ -66,7 +67,11 @@ def moments(
     plain, largest = _plain(*as_given)
     one = compared("correction", of(correction), exact, plain, key.dtype, rounding, largest)
     of_mean = Comparison("mean query", float(mean.abs().nan_to_num(nan=float("inf")).max()), 0.0)
-    return [of_mean, *([] if one is None else [one])]
+    if one is None:
+        return [of_mean]
+    # Where every token is a base, what is left of keys and values is nothing but rounding.
+    left = (float(rounding[key.dtype] * tensor.abs().max()) for tensor in (key, value))
+    return [of_mean, one._replace(bound=one.bound + SLACK * share * scale * math.prod(left))]
 
 
 def _plain(
