@@ -17,9 +17,14 @@ from stem.attention.rows import RowLayout
 from stem.config import AttentionConfig, InflatedConfig, SparseCausalConfig, StemConfig
 from stem_kernels import attention_bias, initial_bases
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL
-from stem_kernels.ops.calibration import MOMENTS_SHARE, MOMENTS_STEP, MOMENTS_TOKENS
+from stem_kernels.ops.calibration import MOMENTS_STEP, MOMENTS_TOKENS
 from stem_kernels.shared.spread import spread_tokens
-from stem_kernels.testing import eager_basis_attention, eager_em_statistics, eager_soft_em
+from stem_kernels.testing import (
+    eager_basis_attention,
+    eager_em_statistics,
+    eager_moments,
+    eager_soft_em,
+)
 
 from .case import AnyCase, Call, Case, Contender, Outputs, parity
 from .em import NUM_BASES
@@ -198,13 +203,13 @@ def _moments(
     """The matrix [B, h, d, d] of `calibration="moments"`, in the tokens' dtype."""
     count = min(read.shape[1], MOMENTS_TOKENS)
     some = read[:, spread_tokens(read.shape[1], count, read.device)]
-    lengths = torch.linalg.vector_norm(bases, dim=-1, keepdim=True) + 1e-4
-    shares = torch.softmax(some @ (bases / lengths).mT / config.temperature, -1).unsqueeze(1)
-    of_keys, of_values = (
-        _projected(project, some) - shares @ _projected(project, bases)
+    key, value, base_key, base_value = (
+        _projected(project, rows)
+        for rows in (some, bases)
         for project in (attention.to_k, attention.to_v)
     )
-    scale = of_keys.shape[-1] ** -0.5
     asking = _projected(attention.to_q, some[:, ::MOMENTS_STEP])
-    spread = (scale * asking @ of_keys.mT).square().mean((-1, -2), keepdim=True)
-    return of_keys.mT @ of_values * (MOMENTS_SHARE * scale / count) * (1 + spread).rsqrt()
+    found = eager_moments(
+        asking, some, key, value, bases, base_key, base_value, temperature=config.temperature
+    )
+    return found[..., :-1, :]  # the last row is the constant, 0

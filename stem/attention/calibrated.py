@@ -24,7 +24,7 @@ from stem_kernels.shared.spread import spread_tokens
 from ..config import StemConfig
 from .exchange import Lockstep, Tensors
 from .processor import project_keys_and_values, project_queries
-from .shared_em import CPU, gathered_tokens, of_spread_tokens, own_tokens
+from .shared_em import CPU, of_spread_tokens, own_tokens
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -58,14 +58,7 @@ def calibration_of(
     """
     key, value, bias = bases
     features = tokens.flatten(1, 2)
-    if exchange is None:
-        total = features.shape[1]
-        index = spread_tokens(total, min(total, config.num_queries), features.device)
-        chosen = features.index_select(1, index)
-    else:
-        total = tokens.shape[2] * exchange.num_frames
-        index = spread_tokens(total, min(total, config.num_queries), CPU)
-        chosen = gathered_tokens(exchange, features, index)
+    chosen = of_spread_tokens(features, config.num_queries, exchange, lambda tokens: tokens)
     query = project_queries(attn, chosen.unsqueeze(1))
 
     def merge(parts: list[Tensors]) -> Calibration:

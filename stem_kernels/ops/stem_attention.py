@@ -189,37 +189,27 @@ def stem_attention(
             scale=scale,
             backend=backend,
         )
-        return basis_attention(
-            query,
+    else:
+        chosen = query.index_select(-2, spread_tokens(query.shape[-2], count, query.device))
+        attended = partial_attention(
+            chosen,
+            *(part.expand(query.shape[0], *part.shape[1:]) for part in (key, value)),
+            scale=scale,
+            backend=backend,
+        ).output
+        fitted = calibrate_bases(
+            chosen,
+            attended,
             bases.bases,
             bases.payload,
             scale=scale,
             bias=bases.bias,
-            correction=fitted.correction,
-            query_mean=fitted.query_mean,
-            backend=backend,
+            form=calibration,
         )
-    chosen = query.index_select(-2, spread_tokens(query.shape[-2], count, query.device))
-    attended = partial_attention(
-        chosen,
-        *(part.expand(query.shape[0], *part.shape[1:]) for part in (key, value)),
-        scale=scale,
-        backend=backend,
-    ).output
-    fitted = calibrate_bases(
-        chosen,
-        attended,
-        bases.bases,
-        bases.payload,
-        scale=scale,
-        bias=bases.bias,
-        form=calibration,
-    )
-    assert fitted.value is not None
+    base_value = bases.payload if fitted.value is None else fitted.value.to(value.dtype)
     return basis_attention(
         query,
-        bases.bases.expand(query.shape[0], *bases.bases.shape[1:]),
-        fitted.value.to(value.dtype),
+        *(part.expand(query.shape[0], *part.shape[1:]) for part in (bases.bases, base_value)),
         scale=scale,
         bias=bases.bias,
         correction=fitted.correction,

@@ -27,22 +27,7 @@ def moments(
     share: float,
     rounding: Rounding,
 ) -> list[Comparison] | None:
-    """Arguments as for `reference.moments`; two leads (batch entries, or heads of them) at most.
-
-    Args:
-        found: Correction and mean query of a backend.
-        query: Queries.
-        features: Tokens.
-        key: Keys.
-        value: Values.
-        bases: Bases.
-        base_key: Keys of the bases.
-        base_value: Values of the bases.
-        temperature: Temperature.
-        scale: Factor of the attention's logits.
-        share: Share of the matrix.
-        rounding: Rounding tolerances of the operator.
-    """
+    """Arguments as for `reference.moments`, `found` its results by a backend; two heads at most."""
     correction, mean = found
     if correction.numel() == 0:
         return None
