@@ -102,6 +102,7 @@ def test_nearest_of_strided_tokens(backend: str) -> None:
     assert nearest_token(query[:, :0, 1], keys[:, :, 1], backend=backend).shape == (2, 0)
 
 
+@pytest.mark.usefixtures("mapped_blocks")
 def test_peak_memory_does_not_hold_the_products(backend: str) -> None:
     n, m, width = 8192, 4096, 64  # products have 2^27 bytes
     query, keys = tokens(1, n, width), tokens(1, m, width, seed=1)
@@ -186,6 +187,7 @@ def test_a_blend_of_no_tokens(backend: str) -> None:
     assert blended_attention(*inputs, backend=backend).shape == (2, 2, 0, 6)
 
 
+@pytest.mark.usefixtures("mapped_blocks")
 def test_peak_memory_does_not_hold_the_maps(backend: str) -> None:
     query = tokens(1, 4, 32768, 40)
     bases, mask = tokens(1, 4, 256, 40, seed=1), torch.rand(1, 32768, device=DEVICE)

@@ -173,6 +173,7 @@ def test_compiles_to_one_graph(backend: str) -> None:
     assert max_error(compiled(*few), attention(*few)) < 1e-5
 
 
+@pytest.mark.usefixtures("mapped_blocks")
 @pytest.mark.parametrize("op", ["em_statistics", "soft_em", "basis_attention", "stem_attention"])
 def test_peak_memory_does_not_hold_the_responsibilities(backend: str, op: str) -> None:
     from stem_kernels.measure import PeakMemory

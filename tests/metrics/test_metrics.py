@@ -125,6 +125,7 @@ def test_videos_that_cannot_be_compared() -> None:
         ssim(frames(size=8), frames(size=8))
 
 
+@pytest.mark.usefixtures("mapped_blocks")
 def test_peak_memory_counts_what_was_held_at_once() -> None:
     torch.zeros(20_000_000)  # freed before the measurement; must not hide the next ones
     with PeakMemory("cpu") as memory:
