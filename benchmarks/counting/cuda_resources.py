@@ -34,9 +34,6 @@ SHARED_KIB = {
 """What one block may ask for, by architecture."""
 RESERVED = {arch: 0 if arch in ("sm_80", "sm_86", "sm_89") else 1024 for arch in SHARED_KIB}
 """Bytes that the system takes beside that, and that cuobjdump counts to each kernel."""
-IN_TESTS = ("sm_86",)
-"""What tests compile anew, the one with the least room; of the others they read the table, which is
-of the same sources. `make test` builds the extension for sm_90."""
 KERNELS = ("float16", "bfloat16", "float32")
 """The sources with kernels; the others hold no device code."""
 FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
@@ -132,29 +129,50 @@ def by_kernel(listing: str, arch: str, pattern: str) -> dict[str, str]:
     }
 
 
-def measure(archs: Sequence[str] = tuple(SHARED_KIB)) -> list[Resources]:
-    """Compiles everything; all kernels of these architectures."""
+def measure() -> list[Resources]:
+    """Compiles everything; all kernels of all architectures."""
+    archs = tuple(SHARED_KIB)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         sources = sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: path.stem not in KERNELS)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             shared = pool.submit(dynamic_shared, scratch, archs)
             objects = list(pool.map(lambda source: compiled(source, scratch, archs), sources))
-        found: dict[tuple[str, str], Resources] = {}
         for target in objects:
-            usage = run(cuobjdump(), "--dump-resource-usage", target)
             if target.stem not in KERNELS:
+                usage = run(cuobjdump(), "--dump-resource-usage", target)
                 assert "Function" not in usage, f"{target.stem}.cu has kernels: add it to KERNELS"
-                continue
-            # It calls nvdisasm, which lies beside it.
-            code = run(cuobjdump(), "-sass", target, path=str(Path(cuobjdump() or "").parent))
-            for arch in archs:
-                numbers = by_kernel(usage, arch, r"Function (.*):\n")
-                assembly = by_kernel(code, arch, r"Function : (.*)\n")
-                for kernel, text in numbers.items():
-                    row = resources(kernel, arch, text, assembly[kernel], shared.result())
-                    found[kernel, arch] = row
-        return sorted(found.values(), key=lambda row: (row.kernel, archs.index(row.arch)))
+        with_kernels = [target for target in objects if target.stem in KERNELS]
+        return kernels_of(with_kernels, archs, shared.result())
+
+
+def architectures(library: Path) -> tuple[str, ...]:
+    """Those of the table that a library holds code for."""
+    listing = run(cuobjdump(), "--list-elf", library)
+    return tuple(arch for arch in SHARED_KIB if f".{arch}.cubin" in listing)
+
+
+def measure_library(library: Path, archs: Sequence[str]) -> list[Resources]:
+    """All kernels that a library, built for these architectures, holds of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        return kernels_of([library], archs, dynamic_shared(Path(folder), archs))
+
+
+def kernels_of(
+    objects: Sequence[Path], archs: Sequence[str], shared: dict[tuple[str, str, int], int]
+) -> list[Resources]:
+    """The objects' kernels, by name and in the order of `archs`."""
+    found: dict[tuple[str, str], Resources] = {}
+    for target in objects:
+        usage = run(cuobjdump(), "--dump-resource-usage", target)
+        # It calls nvdisasm, which lies beside it.
+        code = run(cuobjdump(), "-sass", target, path=str(Path(cuobjdump() or "").parent))
+        for arch in archs:
+            numbers = by_kernel(usage, arch, r"Function (.*):\n")
+            assembly = by_kernel(code, arch, r"Function : (.*)\n")
+            for kernel, text in numbers.items():
+                found[kernel, arch] = resources(kernel, arch, text, assembly[kernel], shared)
+    return sorted(found.values(), key=lambda row: (row.kernel, archs.index(row.arch)))
 
 
 def resources(
