@@ -13,6 +13,10 @@ from stem import Video, invert
 from stem.inversion import InversionFolder
 
 STEM = {"num_bases": 8, "num_iters": 2}
+DEFAULTS: dict[str, Any] = {
+    "method": "stem", "options": STEM, "num_steps": 5, "chunk": None, "progress": False,
+}  # fmt: skip
+"""Of an inversion here; a chunk of None spares the calls that measure what fits into memory."""
 
 
 def clip(frames: int = 3) -> Video:
@@ -23,10 +27,11 @@ def clip(frames: int = 3) -> Video:
 
 
 def inverted(root: Path, **settings: Any) -> InversionFolder:
-    settings = {"method": "stem", "options": STEM, "num_steps": 5, "progress": False, **settings}
+    settings = {**DEFAULTS, **settings}
     if settings["method"] != "stem":
         settings["options"] = None
-    return invert(settings.pop("pipeline", make_pipeline()), clip(), "a duck", root, **settings)
+    pipeline = settings.pop("pipeline", None) or make_pipeline()
+    return invert(pipeline, clip(), "a duck", root, **settings)
 
 
 def all_latents(folder: InversionFolder) -> torch.Tensor:

@@ -53,19 +53,28 @@ SCHEDULE = {
 SMALL = StemConfig(num_bases=8, num_iters=2, num_frames=4)  # a video of the rows of `unet_inputs`
 
 
-def make_unet(shape: str = "sd1", seed: int = 0) -> UNet2DConditionModel:
+ONE_LEVEL: dict[str, Any] = {
+    "block_out_channels": (32,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+"""Changes to `make_unet`, for tests that compile all of it."""
+
+
+def make_unet(shape: str = "sd1", seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     """Two levels of 32 and 64 channels, attention in both and in the middle."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            norm_num_groups=8,
+        settings: dict[str, Any] = {
+            "sample_size": 8,
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            "norm_num_groups": 8,
             **SHAPES[shape],
-        ).eval()
+        }
+        return UNet2DConditionModel(**settings | changes).eval()
 
 
 def unet_inputs(shape: str = "sd1", rows: int = 4, timestep: int = 501, size: int = 8) -> Any:

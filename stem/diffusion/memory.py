@@ -12,7 +12,7 @@ from stem_kernels.measure import PeakMemory
 from ..attention.families import unet_of
 from ..attention.handle import plain
 from ..attention.memory import free_bytes
-from .pipeline import encode_prompt, execution_device, predict, vae_factor
+from .pipeline import Conditioning, encode_prompt, execution_device, predict, vae_factor
 
 logger = logging.getLogger("stem")
 
@@ -48,9 +48,10 @@ def chunk_that_fits(
         MemoryError: not even one frame fits, with the bytes needed and the bytes free.
     """
     device = execution_device(pipeline)
-    one, held = _probe(pipeline, 1, height, width)
-    one, _ = _probe(pipeline, 1, height, width)  # the first call also paid for set-up
-    more, _ = _probe(pipeline, _PROBED, height, width)
+    conditioning = encode_prompt(pipeline, "", height, width)
+    one, held = _probe(pipeline, 1, height, width, conditioning)
+    one, _ = _probe(pipeline, 1, height, width, conditioning)  # the first also paid for set-up
+    more, _ = _probe(pipeline, _PROBED, height, width, conditioning)
     if one is None or more is None:
         logger.info("memory cannot be measured here; chunks have %d frames at most", LARGEST_CHUNK)
         return None if num_frames <= LARGEST_CHUNK else LARGEST_CHUNK
@@ -79,13 +80,14 @@ def chunk_that_fits(
     return chunk
 
 
-def _probe(pipeline: Any, frames: int, height: int, width: int) -> tuple[int | None, int]:
+def _probe(
+    pipeline: Any, frames: int, height: int, width: int, conditioning: Conditioning
+) -> tuple[int | None, int]:
     """Peak bytes of a UNet call, and the bytes of it that live from block to block, a frame."""
     device, unet = execution_device(pipeline), unet_of(pipeline)
     factor = vae_factor(pipeline)
     shape = (frames, unet.config.in_channels, height // factor, width // factor)
     latents = torch.zeros(shape, device=device)
-    conditioning = encode_prompt(pipeline, "", height, width)
     held = [0, 0]  # skip connections; the widest residual stream
 
     def count(module: torch.nn.Module, given: Any, output: Any) -> None:

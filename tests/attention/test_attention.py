@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import SMALL, call, make_pipeline, make_unet, unet_inputs
+from pipelines import ONE_LEVEL, SMALL, call, make_pipeline, make_unet, unet_inputs
 
 import stem
 from stem import InflatedConfig, StemConfig
@@ -214,7 +214,7 @@ def test_lora_counts_and_stays() -> None:
 
 @pytest.mark.parametrize("init", ["gaussian", "tokens"])
 def test_a_compiled_unet_keeps_working(init: str) -> None:
-    unet = make_unet()
+    unet = make_unet(**ONE_LEVEL)
     before = call(unet)
     config = StemConfig(num_bases=8, num_iters=2, init=init, num_frames=4)
     with stem.enabled(unet, config):

@@ -14,7 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
-from pipelines import call, make_pipeline, make_unet
+from pipelines import ONE_LEVEL, call, make_pipeline, make_unet
 
 import stem
 from stem import InflatedConfig, SparseCausalConfig, StemConfig
@@ -69,6 +69,7 @@ def test_what_cannot_be_known_is_an_error() -> None:
 
 def test_a_compiled_pipeline_tells_them_apart_too() -> None:
     pipeline = make_pipeline()
+    pipeline.unet = make_unet(**ONE_LEVEL)
     with stem.enabled(pipeline, StemConfig(num_bases=8)):
         expected = generated(pipeline, prompt="a duck")
         plain, torch._dynamo.config.suppress_errors = pipeline.unet, False

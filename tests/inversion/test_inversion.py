@@ -33,7 +33,7 @@ from stem_kernels import BackendError, cuda
 def test_every_method_inverts_and_reconstructs(tmp_path: Path, method: str, shape: str) -> None:
     pipeline = make_pipeline(shape)
     processors = dict(pipeline.unet.attn_processors)
-    folder = inverted(tmp_path, method=method, pipeline=pipeline, num_steps=50)
+    folder = inverted(tmp_path, method=method, pipeline=pipeline, num_steps=25)
     assert folder.complete
     assert folder.path.name.startswith(f"{method}-")
     latents = reconstruct_latents(pipeline, folder, progress=False)
@@ -49,7 +49,7 @@ def test_every_method_inverts_and_reconstructs(tmp_path: Path, method: str, shap
 
 def test_v_prediction(tmp_path: Path) -> None:
     pipeline = make_pipeline(prediction_type="v_prediction")
-    folder = inverted(tmp_path, pipeline=pipeline, num_steps=50)
+    folder = inverted(tmp_path, pipeline=pipeline, num_steps=25)
     latents = reconstruct_latents(pipeline, folder, progress=False)
     assert (latents - folder.x0()).norm() / folder.x0().norm() < 0.5
 
@@ -110,7 +110,7 @@ sys.path.insert(0, {tests!r})
 from inversions import inverted
 def slowly():
     print("step", flush=True)
-inverted(Path({root!r}), options={options!r}, num_steps=20, on_step=slowly)
+inverted(Path({root!r}), options={options!r}, num_steps=10, on_step=slowly)
 """
 
 
@@ -124,14 +124,14 @@ def test_killed_half_way(tmp_path: Path) -> None:
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdout is not None
-    for _ in range(8):
+    for _ in range(4):
         assert process.stdout.readline() == "step\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
     (path,) = (tmp_path / "killed").iterdir()
-    assert 8 <= InversionFolder.open(path).steps_done < 20
-    resumed = inverted(tmp_path / "killed", options=options, num_steps=20)
-    whole = inverted(tmp_path / "whole", options=options, num_steps=20)
+    assert 4 <= InversionFolder.open(path).steps_done < 10
+    resumed = inverted(tmp_path / "killed", options=options, num_steps=10)
+    whole = inverted(tmp_path / "whole", options=options, num_steps=10)
     assert resumed.path == path
     assert torch.equal(all_latents(resumed), all_latents(whole))
 
@@ -157,7 +157,7 @@ def test_equal_settings_are_reused_and_others_start_afresh(
     others = [
         {"options": {**STEM, "num_bases": 9}},
         {"options": {**STEM, "seed": 1}},
-        {"num_steps": 10},
+        {"num_steps": 4},
         {"keep_bases": True},
         {"pipeline": make_pipeline("sd2")},
         {"model": "another/name"},
@@ -176,7 +176,7 @@ def test_equal_settings_are_reused_and_others_start_afresh(
 def test_cached_bases(tmp_path: Path, space: str) -> None:
     pipeline = make_pipeline()
     options = {**STEM, "space": space}
-    folder = inverted(tmp_path, options=options, keep_bases=True, num_steps=20)
+    folder = inverted(tmp_path, options=options, keep_bases=True, num_steps=10)
     x0 = folder.x0()
     cached = reconstruct_latents(pipeline, folder, bases="cached", progress=False)
     estimated = reconstruct_latents(pipeline, folder, progress=False)

@@ -13,6 +13,7 @@ from pipelines import make_pipeline
 
 from stem.diffusion import memory
 from stem.diffusion.memory import chunk_that_fits
+from stem.diffusion.pipeline import encode_prompt
 from stem.inversion import InversionFolder, reconstruct_latents
 
 MIB = 2**20
@@ -57,7 +58,7 @@ def test_what_does_not_fit_at_all_says_how_much_it_needs(counted: dict[str, int]
 
 def test_a_probe_measures_a_call() -> None:
     pipeline = make_pipeline()
-    _, held = memory._probe(pipeline, 1, 32, 32)
+    _, held = memory._probe(pipeline, 1, 32, 32, encode_prompt(pipeline, "", 32, 32))
     # conv_in, then a resnet and a downsampler of the first level, then the last level's resnet
     skips = 4 * (32 * 16 * 16 + 32 * 16 * 16 + 32 * 8 * 8 + 64 * 8 * 8)
     assert held == skips + 4 * 4 * 32 * 16 * 16
@@ -73,15 +74,15 @@ def test_an_inversion_goes_on_with_the_chunk_it_was_begun_with(
         monkeypatch.setattr(module, "chunk_that_fits", lambda *a, **k: size)
 
     choose(2)
-    first = inverted(tmp_path)
+    first = inverted(tmp_path, chunk="auto")
     assert first.settings["attention"]["chunk"] == 2
     choose(None)  # more memory is free now
-    assert inverted(tmp_path).path == first.path
+    assert inverted(tmp_path, chunk="auto").path == first.path
     assert inverted(tmp_path, chunk=2).path == first.path
     whole = inverted(tmp_path, chunk=None)
     assert whole.path != first.path
     assert inverted(tmp_path, chunk=3).path == whole.path  # all of its three frames
-    assert inverted(tmp_path / "new").settings["attention"]["chunk"] is None
+    assert inverted(tmp_path / "new", chunk="auto").settings["attention"]["chunk"] is None
     difference = all_latents(whole) - all_latents(first)
     assert float(difference.norm() / all_latents(whole).norm()) < 1e-4
 
