@@ -202,7 +202,7 @@ def _moments(
 ) -> torch.Tensor:
     """The matrix [B, h, d, d] of `calibration="moments"`, in the tokens' dtype."""
     count = min(read.shape[1], MOMENTS_TOKENS)
-    some = read[:, spread_tokens(read.shape[1], count, read.device)]
+    some = read[:, spread_tokens(read.shape[1], count, read.device, other=True)]
     key, value, base_key, base_value = (
         _projected(project, rows)
         for rows in (some, bases)

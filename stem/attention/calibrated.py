@@ -142,4 +142,4 @@ def moments_of(
             backend=config.backend,
         )
 
-    return of_spread_tokens(features, MOMENTS_TOKENS, exchange, of_some)
+    return of_spread_tokens(features, MOMENTS_TOKENS, exchange, of_some, other=True)

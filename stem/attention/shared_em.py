@@ -174,6 +174,8 @@ def of_spread_tokens(
     count: int,
     exchange: Lockstep | None,
     made: Callable[[torch.Tensor], Found],
+    *,
+    other: bool = False,
 ) -> Found:
     """What is made of some of a video's tokens, spread evenly over it, whatever its chunks.
 
@@ -182,29 +184,30 @@ def of_spread_tokens(
         count: Number of tokens wanted at most.
         exchange: Exchange in which the chunks meet, once; None: the tokens are whole videos'.
         made: Function of the tokens [videos, m, C], called once in this process; it meets nobody.
+        other: Whether they are others than those that EM starts from, see `spread_tokens`.
     """
     if exchange is None:
         total = features.shape[1]
         if count >= total:
             return made(features)
-        return made(features.index_select(1, _places(total, count, features.device)))
+        return made(features.index_select(1, _places(total, count, other, features.device)))
     total = features.shape[1] // len(exchange.running) * exchange.num_frames
-    index = spread_tokens(total, min(total, count), CPU)
+    index = spread_tokens(total, min(total, count), CPU, other=other)
     sample: _Sample[Found] = gathered(exchange, features, index, _Sample)
     return sample.find(made)
 
 
-_known: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+_known: dict[tuple[int, int, bool, torch.device], torch.Tensor] = {}
 
 
-def _places(num_tokens: int, count: int, device: torch.device) -> torch.Tensor:
+def _places(num_tokens: int, count: int, other: bool, device: torch.device) -> torch.Tensor:
     """`spread_tokens`, made once for each number of tokens: it takes eight small kernels."""
-    key = (num_tokens, count, device)
+    key = (num_tokens, count, other, device)
     if torch.compiler.is_compiling():
-        return spread_tokens(*key)
+        return spread_tokens(num_tokens, count, device, other=other)
     if key not in _known:
         with torch.inference_mode(False):
-            found = spread_tokens(*key)
+            found = spread_tokens(num_tokens, count, device, other=other)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if type(found) is not torch.Tensor or capturing:  # a fake one, or not yet filled
             return found

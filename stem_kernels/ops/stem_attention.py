@@ -172,7 +172,7 @@ def stem_attention(
             query, bases.bases, bases.payload, scale=scale, bias=bases.bias, backend=backend
         )
     if calibration == "moments":
-        some = spread_tokens(read, min(read, MOMENTS_TOKENS), key.device)
+        some = spread_tokens(read, min(read, MOMENTS_TOKENS), key.device, other=True)
         some_key, some_value = (part.index_select(-2, some) for part in (read_key, read_value))
         some = spread_tokens(
             query.shape[-2], min(query.shape[-2], MOMENTS_TOKENS // MOMENTS_STEP), query.device

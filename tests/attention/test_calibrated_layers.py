@@ -24,6 +24,7 @@ from stem.editing.map_fusion import MapFusion
 from stem.editing.source_store import SourceStore
 from stem.inversion import reconstruct_latents, round_trip
 from stem.storage import load_tensors, save_tensors
+from stem_kernels import initial_bases
 from stem_kernels.ops.calibration import CALIBRATIONS, Calibration, moments
 from stem_kernels.ops.partial_attention import PartialAttention, partial_attention
 
@@ -116,6 +117,28 @@ def test_moments_run_on_the_backend_of_the_layer(monkeypatch: pytest.MonkeyPatch
     config = StemConfig(num_bases=8, backend="torch", calibration="moments", num_frames=FRAMES)
     attended(*smooth_layer(), config)
     assert asked == ["torch"]
+
+
+def test_moments_are_not_of_the_tokens_that_em_starts_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tokens that bases start from are nearer to them than others are. As many as there are bases
+    # were those very tokens once: the error was 1.3 to 1.6 times that with other ones.
+    read = []
+
+    def noted(*operands: torch.Tensor, **settings: Any) -> Calibration:
+        read.append(operands[1])
+        return moments(*operands, **settings)
+
+    monkeypatch.setattr(stem.attention.calibrated, "moments", noted)
+    monkeypatch.setattr(stem.attention.calibrated, "MOMENTS_TOKENS", 16)
+    layer, tokens = smooth_layer()
+    config = StemConfig(
+        num_bases=16, sample_per_base=None, calibration="moments", num_frames=FRAMES
+    )
+    attended(layer, tokens, config)
+    start = initial_bases(tokens.flatten(0, 1).unsqueeze(0), 16)[0]
+    (some,) = read
+    assert some.shape[-2] == 16
+    assert (some[0].unsqueeze(1) != start).any(-1).all()
 
 
 def test_videos_of_a_batch_are_calibrated_each_by_itself() -> None:

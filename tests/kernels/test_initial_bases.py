@@ -30,8 +30,9 @@ def test_initial_bases() -> None:
 
 
 @pytest.mark.parametrize(("n", "count"), [(7, 7), (100, 99), (4096 * 32, 256), (2**23 + 5, 8192)])
-def test_spread_tokens_come_from_everywhere(n: int, count: int) -> None:
-    index = spread_tokens(n, count, torch.device("cpu"))
+@pytest.mark.parametrize("other", [False, True])
+def test_spread_tokens_come_from_everywhere(n: int, count: int, other: bool) -> None:
+    index = spread_tokens(n, count, torch.device("cpu"), other=other)
     edges = [k * n // count for k in range(count + 1)]
     stretches = zip(edges[:-1], index.tolist(), edges[1:], strict=True)
     assert all(start <= chosen < end for start, chosen, end in stretches)
