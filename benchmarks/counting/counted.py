@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -19,9 +20,10 @@ from stem_kernels.info import provenance
 
 from .. import records
 from ..cases import operators
+from ..cases.em import NUM_BASES
 from ..cases.floors import Ceilings, Work
 from . import counted_report, sass, scoreboard
-from .forms import forms
+from .forms import FEATURE_WIDTHS, em_feature, forms
 from .launches import Launch, launches
 
 OUT = records.RESULTS / "counted.json"
@@ -41,6 +43,9 @@ CASES = (
     *(f"em feature d={width}" for width in (320, 640, 1280)),
     *(f"basis attention d={width}" for width in (40, 64, 80, 160)),
 )
+
+SAMPLE_WIDTH, SAMPLE_TOKENS = 320, 16 * NUM_BASES
+"""Channels of the layer whose EM on a sample is counted, and the tokens of the sample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +164,10 @@ def kinds(loop: Sequence[sass.Instruction]) -> dict[str, int]:
     return {"all": len(loop), **found}
 
 
-def case(name: str, work: Work) -> dict[str, Any]:
+def case(call: Callable[[], object], work: Work) -> dict[str, Any]:
     """The row of one case: its launches, their sums, and the floor."""
-    (form,) = (form for form in forms(torch.float16) if form.name == name)
     counted = [
-        count(launch) for launch in launches(ARCH, form.call) if launch.name not in BESIDE_PRODUCTS
+        count(launch) for launch in launches(ARCH, call) if launch.name not in BESIDE_PRODUCTS
     ]
     floor, limit = CEILINGS.floor(work)
     return {
@@ -178,13 +182,21 @@ def case(name: str, work: Work) -> dict[str, Any]:
     }
 
 
+def _of_sample(work: Work) -> Work:
+    share = SAMPLE_TOKENS / FEATURE_WIDTHS[SAMPLE_WIDTH]
+    return Work(share * work.flops, share * work.exponentials, share * work.bytes)
+
+
 def main(
     before: Annotated[bool, typer.Option(help="Keep these figures beside later ones.")] = False,
 ) -> None:
     """Count every case, and write the tables."""
     suite = operators.cases(torch.device("cpu"), torch.float16, small=False)
     works = {each.name: each.work for each in suite if each.work is not None}
-    rows = {name: case(name, works[name]) for name in CASES}
+    calls = {form.name: form.call for form in forms(torch.float16)}
+    rows = {name: case(calls[name], works[name]) for name in CASES}
+    sample = partial(em_feature, SAMPLE_WIDTH, torch.float16, SAMPLE_TOKENS)
+    rows[counted_report.SAMPLE] = case(sample, _of_sample(works[f"em feature d={SAMPLE_WIDTH}"]))
     results = records.read(OUT) if OUT.is_file() else {}
     results["before" if before else "now"] = {"provenance": provenance(), **rows}
     records.write(results, OUT)

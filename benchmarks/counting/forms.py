@@ -103,8 +103,8 @@ def em_key_of_layer(width: int, dtype: torch.dtype) -> object:
     return em_statistics(keys, bases, payload=values, backend="triton")
 
 
-def em_feature(width: int, dtype: torch.dtype) -> object:
-    features = torch.empty(1, FEATURE_WIDTHS[width], width, dtype=dtype)
+def em_feature(width: int, dtype: torch.dtype, tokens: int | None = None) -> object:
+    features = torch.empty(1, tokens or FEATURE_WIDTHS[width], width, dtype=dtype)
     bases = torch.empty(1, NUM_BASES, width, dtype=dtype)
     return em_statistics(features, bases, backend="triton")
 
