@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter
-from pipelines import make_pipeline
+from pipelines import make_pipeline, make_unet
 
 import stem
 from stem import StemConfig
@@ -21,7 +21,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.fixture
 def animated() -> Any:
     """AnimateDiff on the shared pipeline's parts, which it copies."""
-    parts = make_pipeline().components
+    parts = {**make_pipeline().components, "unet": make_unet()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         adapter = MotionAdapter(

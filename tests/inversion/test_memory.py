@@ -59,8 +59,7 @@ def test_what_does_not_fit_at_all_says_how_much_it_needs(counted: dict[str, int]
 def test_a_probe_measures_a_call() -> None:
     pipeline = make_pipeline()
     _, held = memory._probe(pipeline, 1, 32, 32, encode_prompt(pipeline, "", 32, 32))
-    # conv_in, then a resnet and a downsampler of the first level, then the last level's resnet
-    skips = 4 * (32 * 16 * 16 + 32 * 16 * 16 + 32 * 8 * 8 + 64 * 8 * 8)
+    skips = 4 * (32 * 16 * 16 + 32 * 16 * 16)  # conv_in, then the resnet of the only level
     assert held == skips + 4 * 4 * 32 * 16 * 16
     assert not pipeline.unet.conv_in._forward_hooks
     assert chunk_that_fits(pipeline, 4, 32, 32, branches=1, meets=True) is None

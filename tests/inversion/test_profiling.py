@@ -9,7 +9,7 @@ from pathlib import Path
 import nvtx
 import pytest
 import test_inversion
-from pipelines import make_unet
+from pipelines import make_pipeline
 
 from stem import profiling
 from stem.attention.families import self_attentions
@@ -26,7 +26,7 @@ def test_one_range_per_step_and_layer(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(nvtx, "annotate", annotate)
     test_inversion.inverted(tmp_path, num_steps=2)
-    layers = set(self_attentions(make_unet()))
+    layers = set(self_attentions(make_pipeline().unet))
     assert seen[0] == "invert stem t=1"
     assert seen[len(layers) + 1] == "invert stem t=501"
     for step in (seen[1 : len(layers) + 1], seen[len(layers) + 2 :]):
