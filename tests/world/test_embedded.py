@@ -37,7 +37,7 @@ def measured() -> dict[str, Any]:
     """The card's measurements again, on an eighth of its data or less and in fewer steps."""
     size = Size(frames=24, natural=8, videos=1, steps=20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stem.world.training.evaluate.SAMPLING_STEPS", 20)
+        patch.setattr("stem.world.training.evaluate.SAMPLING_STEPS", 10)
         return evaluate(load_pipeline("embedded"), size)
 
 
