@@ -61,23 +61,24 @@ def wanted(part: str, arch: int, small: bool) -> Sequence[Any]:
 
     found: dict[str, Any] = {}
     with torch.no_grad(), Recorded():
-        for call in calls(part, small=small):
+        for _, call in calls(part, small=small):
             for launch in launches(arch, call):
                 found.setdefault(launch.digest(), launch)
     return list(found.values())
 
 
-def calls(part: str, *, small: bool) -> Iterator[Callable[[], object]]:
-    """Calls of the Triton backend that launch all that a part launches, on tensors without data."""
+def calls(part: str, *, small: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls of the Triton backend that launch all that a part launches, on tensors without data,
+    by name."""
     from ..counting.forms import forms
 
     if part != "correctness":
         for form in forms(torch.float16):
-            yield form.call
+            yield form.name, form.call
         return
     with torch.device("meta"):
         for case in correctness.cases(torch.device("meta"), small=small):
-            yield case.contenders["triton"].start(case.inputs())
+            yield case.name, case.contenders["triton"].start(case.inputs())
 
 
 class Recorded(TorchDispatchMode):
