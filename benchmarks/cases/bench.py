@@ -13,6 +13,7 @@ import torch
 
 from stem_kernels.backends import BackendError
 from stem_kernels.measure import PeakMemory
+from stem_kernels.shared.memory import lacks_memory
 
 from .case import AnyCase, Call, Trial, UnavailableError, dtype_name
 from .floors import Ceilings
@@ -150,7 +151,7 @@ class Survived:
     ) -> bool:
         if isinstance(error, (BackendError, UnavailableError)):
             self.outcome, self.note = UNAVAILABLE, reason(self._contender, error)
-        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        elif error is not None and lacks_memory(error):
             self.outcome, self.note = UNAVAILABLE, short(f"{type(error).__name__}: {error}")
         elif isinstance(error, Exception):
             self.outcome, self.note = FAILED, short(f"{type(error).__name__}: {error}")

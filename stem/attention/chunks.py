@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stem_kernels.shared.memory import lacks_memory
+
 from .exchange import Lockstep
 from .families import Family
 from .families.family import Tensors
@@ -87,8 +89,8 @@ class ChunkedForward:
             try:
                 found = self._in_chunks(sample, args, kwargs)
                 break
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or self.chunk == 1 or self.group is not None:
+            except (MemoryError, RuntimeError) as error:
+                if not lacks_memory(error) or self.chunk == 1 or self.group is not None:
                     raise
                 # Outside the handler, whose traceback holds the failed pass's memory.
                 failed = self.chunk
@@ -196,9 +198,3 @@ def _rows_of(given: Any, rows: int, videos: int, frames: list[int]) -> Any:
     if isinstance(given, (tuple, list)):
         return type(given)(_rows_of(value, rows, videos, frames) for value in given)
     return given
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # torch has no exception of its own for a CPU that has no memory left.
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "can't allocate memory" in str(error)

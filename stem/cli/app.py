@@ -131,18 +131,15 @@ def run(arguments: list[str] | None = None) -> int:
 
 def _expected(error: ArithmeticError | RuntimeError) -> str | None:
     """What to say of an error of the computing; None: it is a fault of this package."""
-    import torch
-
     from stem_kernels import BackendError
+    from stem_kernels.shared.memory import lacks_memory
 
     from ..diffusion.loop import NonFiniteError
 
     if isinstance(error, (BackendError, NonFiniteError)):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{error} Take fewer or smaller frames"
-    if "can't allocate memory" in str(error):  # torch's CPU allocator has no class for it
-        return f"{error}. Take fewer or smaller frames"
+    if lacks_memory(error):
+        return f"{str(error).rstrip('. ')}. Take fewer or smaller frames"
     return None
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from stem_kernels.shared.memory import lacks_memory
+
 from ..attention.families import unet_of
 from .schedule import check_schedule
 
@@ -306,7 +308,9 @@ def _in_parts(
     while first < frames.shape[0]:
         try:
             done = work(frames[first : first + size])
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
             if size == 1:
                 raise torch.OutOfMemoryError(
                     f"the VAE has no memory for one frame: {error}. Call "

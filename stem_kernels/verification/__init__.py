@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..backends import BackendError, Tensors, named, select
 from ..shared import forms
+from ..shared.memory import lacks_memory
 from .comparison import Comparison
 from .report import said
 
@@ -96,7 +97,7 @@ def run(
             # Memory that is lacking, and a policy that is none, are no fault of the kernel.
             known = isinstance(error, forms.RefusedFormError)
             fresh = entered[:]
-            if not known and (not fresh or _lacks_memory(error)):
+            if not known and (not fresh or lacks_memory(error)):
                 raise
             if policy() == "never":
                 raise
@@ -111,13 +112,6 @@ def run(
             logger.warning('%s\n  backend="auto" goes on with the next backend.', fault)
             forms.pass_over(op, chosen)
         refused = (*refused, chosen)
-
-
-def _lacks_memory(error: Exception) -> bool:
-    """Whether memory was lacking; torch's CPU allocator has no class for it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "can't allocate memory" in str(error)
-    )
 
 
 def _wrong(
@@ -137,7 +131,7 @@ def _wrong(
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             found = check()
     except (MemoryError, RuntimeError) as error:
-        if _lacks_memory(error):
+        if lacks_memory(error):
             return None  # the part did not fit beside the call; the next one is compared
         raise
     if not found:

@@ -178,3 +178,22 @@ def test_a_bad_configuration_file(
     config.write_text(text)
     assert run("compare", video, "--config", str(config)) == 2
     assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "said", ["DefaultCPUAllocator: can't allocate memory", "Triton Error [CUDA]: out of memory"]
+)
+def test_lacking_memory_is_one_line(
+    said: str,
+    model: str,
+    video: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def load(*arguments: object, **_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("stem.models.load_pipeline", load)
+    assert run("compare", video, "--model", model, "--out", str(tmp_path)) == 2
+    assert f"error: {said}. Take fewer or smaller frames" in capfd.readouterr().err

@@ -13,7 +13,7 @@ from pipelines import make_pipeline
 
 from stem.diffusion import memory
 from stem.diffusion.memory import chunk_that_fits
-from stem.diffusion.pipeline import encode_prompt
+from stem.diffusion.pipeline import decode_latents, encode_prompt
 from stem.inversion import InversionFolder, reconstruct_latents
 
 MIB = 2**20
@@ -145,3 +145,28 @@ def test_fit_frames_are_an_option_of_an_inversion(tmp_path: Path) -> None:
     assert not torch.equal(cached, fitted)
     with pytest.raises(ValueError, match="stem has no option 'chunk'"):
         inverted(tmp_path, options={"chunk": 2})
+
+
+def test_a_vae_that_lacks_memory_takes_fewer_frames(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = make_pipeline()
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected, decode = decode_latents(pipeline, latents), pipeline.vae.decode
+    most, said = 1, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+
+    def small(part: torch.Tensor) -> Any:
+        if part.shape[0] > most:
+            raise RuntimeError(said)
+        return decode(part)
+
+    monkeypatch.setattr(pipeline.vae, "decode", small)
+    found = decode_latents(pipeline, latents)
+    assert int((found.int() - expected.int()).abs().max()) <= 1  # of rounding
+    assert "memory ran out in the VAE; it takes 1 frames at a time now" in caplog.text
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError, match="has no memory for one frame: Def"):
+        decode_latents(pipeline, latents)
+    said = "another error"
+    with pytest.raises(RuntimeError, match="another error"):
+        decode_latents(pipeline, latents)

@@ -444,9 +444,20 @@ def test_a_launch_that_raises_is_passed_over(
 
 @pytest.mark.interpreter
 @needs_kernels
-def test_lacking_memory_is_no_fault_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["CUDA", "CPU", "Triton"],
+)
+def test_lacking_memory_is_no_fault_of_the_kernel(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     with monkeypatch.context() as patch:
         if INTERPRETED:
@@ -455,7 +466,7 @@ def test_lacking_memory_is_no_fault_of_the_kernel(monkeypatch: pytest.MonkeyPatc
             patch.setattr(_Launch, "__call__", fail)
         else:
             patch.setattr(torch.ops.stem_kernels_ext, "basis_attention", fail)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(type(error), match="memory"):
             attend("auto")
     attend(BACKEND)
 
