@@ -13,8 +13,8 @@ import torch
 Probe = TypeVar("Probe", bound=Callable[[], str | None])
 
 MIN_CAPABILITY = (8, 0)
-AMD_ARCHITECTURES = ("gfx942",)
-"""AMD's GPUs for which all kernels compile within their means; `configs/` has a table of each."""
+AMD_ARCHITECTURES = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
+"""AMD's GPUs for which all kernels were compiled; `configs/` has a table for each."""
 OLDEST_TRITON = (3, 6)  # that of the oldest torch; tl.range(disable_licm=...) came with 3.5
 
 
@@ -85,8 +85,8 @@ def device_reasons(device: torch.device) -> list[str]:
             return []
         served = ", ".join(AMD_ARCHITECTURES)
         return [
-            f"{device} is {amd}; of AMD's GPUs it serves {served}, as on others kernels spill "
-            "registers or ask for more shared memory than there is"
+            f"{device} is {amd}; of AMD's GPUs it serves {served}, as for others no kernel was "
+            "compiled yet, and tiles that fit one may not fit another"
         ]
     capability = device_capability(device)
     if capability < MIN_CAPABILITY:

@@ -13,7 +13,7 @@ import torch
 from . import amd_architecture, device_capability, interpreted, multiprocessors
 
 MIN_TILE = 16
-ALIKE = {"sm103": "sm100", "sm121": "sm120"}
+ALIKE = {"sm103": "sm100", "sm121": "sm120", "gfx90a": "gfx942", "gfx1201": "gfx1100"}
 """GPUs that take the table of another: of one family, with as much of everything a block has."""
 # Tokens that one float32 sum is made of at most. A long sum rounds as often as something is added,
 # each time by more, and tensor cores truncate where others round.
