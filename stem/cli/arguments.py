@@ -100,6 +100,10 @@ Deinterlace = Annotated[
         help="Every frame is two fields, as of a television camera: show the first one alone.",
     ),
 ]
+ToneMap = Annotated[
+    bool,
+    typer.Option("--tone-map", help="Make HDR pictures (PQ or HLG) SDR, where a video has them."),
+]
 Steps = Annotated[int, typer.Option(help="DDIM steps; must divide the training steps.")]
 Seed = Annotated[int, typer.Option(help="Of STEM's Gaussian initial bases, and of a random model.")]
 Options = Annotated[

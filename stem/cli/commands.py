@@ -19,7 +19,9 @@ from .run_options import RunOptions, takes_run_options
 
 
 @app.command("demo")
-@takes_run_options(without=("prompt", "frames", "deinterlace", "chunk"), out=Path("out/demo"))
+@takes_run_options(
+    without=("prompt", "frames", "deinterlace", "tone_map", "chunk"), out=Path("out/demo")
+)
 def demo_command(
     run: RunOptions,
     videos: Annotated[int, typer.Option(help="World videos; one natural clip comes on top.")] = 4,

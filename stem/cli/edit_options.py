@@ -12,7 +12,9 @@ from ..names import EDIT_METHODS, EMBEDDED_MODEL, INVERSION_METHODS, PRESETS
 from .arguments import encodable_text, names_of, one_of, typed_value
 from .config_file import with_config_file
 
-OF_INVERSIONS = ("source_prompt", "inversion", "frames", "size", "deinterlace", "steps", "chunk")
+OF_INVERSIONS = (
+    "source_prompt", "inversion", "frames", "size", "deinterlace", "tone_map", "steps", "chunk",
+)  # fmt: skip
 """Parameters that shape an inversion, and say nothing where one is there already."""
 
 

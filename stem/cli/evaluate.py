@@ -11,7 +11,7 @@ import typer
 from ..names import CLIP_MODEL, FLOWS
 from ..storage import check_output_file
 from .app import app, console, quieten_libraries, say
-from .arguments import Config, Deinterlace, Device, Frames, Size, encodable_text, one_of
+from .arguments import Config, Deinterlace, Device, Frames, Size, ToneMap, encodable_text, one_of
 from .edit_options import SourcePrompt
 from .ranks import one_process
 
@@ -36,6 +36,7 @@ def evaluate_command(
     frames: Frames = None,
     size: Size = None,
     deinterlace: Deinterlace = False,
+    tone_map: ToneMap = False,
     flow: Annotated[
         str | None,
         typer.Option(
@@ -57,9 +58,9 @@ def evaluate_command(
 ) -> None:
     """Judge an edit by fidelity, by CLIP and along the source's flow.
 
-    --frames, --size and --deinterlace are those that the edit was made with; the source is read by
-    them. Nothing is downloaded: a metric whose weights are not here is listed with the command that
-    gets them.
+    --frames, --size, --deinterlace and --tone-map are those that the edit was made with; the source
+    is read by them. Nothing is downloaded: a metric whose weights are not here is listed with the
+    command that gets them.
     """
     from ..metrics import WorldJudge
     from ..models import check_device
@@ -71,7 +72,14 @@ def evaluate_command(
     check_device(device)
     if json is not None:
         check_output_file(json)
-    before = read_video(source, frames=frames, size=size, deinterlace=deinterlace, multiple_of=1)
+    before = read_video(
+        source,
+        frames=frames,
+        size=size,
+        deinterlace=deinterlace,
+        tone_map=tone_map,
+        multiple_of=1,
+    )
     after = read_video(edit, multiple_of=1)
     before = _cropped_alike(before, after)
     for path, video in ((source, before), (edit, after)):

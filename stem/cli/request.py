@@ -154,7 +154,8 @@ class Request:
 
 def read_options(run: RunOptions) -> dict[str, Any]:
     """What the options ask of `read_video`."""
-    return {"frames": run.frames, "size": run.size, "deinterlace": run.deinterlace}
+    names = ("frames", "size", "deinterlace", "tone_map")
+    return {name: getattr(run, name) for name in names}
 
 
 def load(source: ModelSource, device: str | None, dtype: str | None) -> Any:

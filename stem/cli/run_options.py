@@ -31,6 +31,7 @@ from .arguments import (
     Size,
     Steps,
     TextualInversions,
+    ToneMap,
     Vae,
     Variant,
 )
@@ -51,6 +52,7 @@ class RunOptions:
     frames: Frames = None
     size: Size = None
     deinterlace: Deinterlace = False
+    tone_map: ToneMap = False
     steps: Steps = 50
     seed: Seed = 0
     option: Options = None

@@ -12,6 +12,7 @@ import av
 import numpy as np
 
 from .frames import VideoError, size_text, usable_size
+from .tone_mapping import tone_mapped
 
 MAX_SIDE = 8192
 """Pixels of a picture's longest side."""
@@ -42,6 +43,7 @@ class Layout:
         scaled: Width and height of the upright picture before the crop.
         crop: Left, top, width and height of the crop.
         untagged: Matrix, as `frame.colorspace` has it, of frames that name none.
+        hdr: Transfer of HDR pictures that are tone-mapped, as `tone_mapped` takes it; None: none.
     """
 
     stored: tuple[int, int]
@@ -50,6 +52,7 @@ class Layout:
     scaled: tuple[int, int]
     crop: tuple[int, int, int, int]
     untagged: int
+    hdr: int | None = None
 
     def apply(self, frame: av.VideoFrame) -> np.ndarray:
         """The picture of a frame, uint8 [H, W, 3].
@@ -61,13 +64,15 @@ class Layout:
             return self._refitted((frame.width, frame.height)).apply(frame)
         source, target = _matrices(frame, self.untagged)
         width, height = reversed(self.scaled) if self.swapped else self.scaled
-        rgb = frame.reformat(width, height, "rgb24", source, target, interpolation=SCALER)
+        form = "rgb24" if self.hdr is None else "rgb48le"
+        rgb = frame.reformat(width, height, form, source, target, interpolation=SCALER)
         picture = rgb.to_ndarray()
         if self.swapped:
             picture = picture.swapaxes(0, 1)
         step_x, step_y = self.steps
         left, top, width, height = self.crop
-        return picture[::step_y, ::step_x][top : top + height, left : left + width]
+        picture = picture[::step_y, ::step_x][top : top + height, left : left + width]
+        return picture if self.hdr is None else tone_mapped(picture, self.hdr)
 
     def _refitted(self, stored: tuple[int, int]) -> Layout:
         """The layout that has frames of another size cover the same picture."""

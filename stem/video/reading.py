@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 from .deinterlacing import DEINTERLACED, deinterlaced
 from .frames import FrameRange, Video, VideoError, usable_size
 from .layout import Layout, parse_size, plan
-from .streams import colour_notes, frame_rate, holds_times, video_stream
+from .streams import colour_notes, frame_rate, hdr_transfer, holds_times, video_stream
 from .tally import Tally
 
 Pictures = TypeVar("Pictures", bound="Video | VideoFile")
@@ -33,6 +33,7 @@ def read_video(
     size: int | tuple[int, int] | str | None = None,
     multiple_of: int = 8,
     deinterlace: bool = False,
+    tone_map: bool = False,
 ) -> Video:
     """Decode a video into RGB frames. Only the frames asked for are held, at their final size.
 
@@ -44,6 +45,8 @@ def read_video(
         multiple_of: Number; width and height are then centre-cropped to multiples of it.
         deinterlace: Whether to deinterlace. A frame that holds two fields of different moments then
             shows the first field alone; its missing lines are interpolated (FFmpeg's filter bwdif).
+        tone_map: Whether HDR pictures (PQ or HLG, of BT.2020's colours) are made SDR: by BT.2390's
+            curve, of which 1,000 nits are white. SDR pictures stay as they are.
 
     The video's notes name what its pictures do not show: a frame rate that varies, transparency,
     interlaced frames, HDR that is read as SDR and the like. If the file does not name the matrix of
@@ -52,9 +55,9 @@ def read_video(
     Raises:
         TypeError: `frames` is of another type.
         VideoError: the file is absent, has no video, is damaged before the range is complete or
-            has too few frames, or the range or the size cannot be used.
+            has too few frames, or the range, the size or `tone_map` cannot be used.
     """
-    reader = _Reader(path, frames, size, multiple_of, deinterlace)
+    reader = _Reader(path, frames, size, multiple_of, deinterlace, tone_map)
     pixels = bytearray()  # grows in place: a list of frames would need twice the memory to stack
     for picture in reader.pictures():
         pixels += picture.tobytes()
@@ -69,6 +72,7 @@ def open_video(
     size: int | tuple[int, int] | str | None = None,
     multiple_of: int = 8,
     deinterlace: bool = False,
+    tone_map: bool = False,
 ) -> VideoFile:
     """Open a video whose frames are decoded a few at a time, when they are needed.
 
@@ -80,11 +84,12 @@ def open_video(
         size: Size in pixels, as for `read_video`.
         multiple_of: Number that width and height become multiples of, as for `read_video`.
         deinterlace: Whether frames are deinterlaced, as for `read_video`.
+        tone_map: Whether HDR pictures are made SDR, as for `read_video`.
 
     Raises:
         TypeError, VideoError: as for `read_video`.
     """
-    reader = _Reader(path, frames, size, multiple_of, deinterlace)
+    reader = _Reader(path, frames, size, multiple_of, deinterlace, tone_map)
     count = sum(1 for _ in reader.pictures())
     return VideoFile(
         reader.path,
@@ -92,6 +97,7 @@ def open_video(
         size,
         multiple_of,
         deinterlace,
+        tone_map,
         count,
         reader.height,
         reader.width,
@@ -111,6 +117,7 @@ class VideoFile:
         size: Size in pixels that was asked for.
         multiple_of: Number that width and height are multiples of.
         deinterlace: Whether frames are deinterlaced.
+        tone_map: Whether HDR pictures are made SDR.
         num_frames: Number N of frames.
         height: Height H in pixels.
         width: Width W in pixels.
@@ -124,6 +131,7 @@ class VideoFile:
     size: int | tuple[int, int] | str | None
     multiple_of: int
     deinterlace: bool
+    tone_map: bool
     num_frames: int
     height: int
     width: int
@@ -137,7 +145,9 @@ class VideoFile:
         Raises:
             VideoError: the frames of the file have changed since it was opened.
         """
-        reader = _Reader(self.path, self.asked, self.size, self.multiple_of, self.deinterlace)
+        reader = _Reader(
+            self.path, self.asked, self.size, self.multiple_of, self.deinterlace, self.tone_map
+        )
         seen, held = 0, []
         for picture in reader.pictures():
             held.append(torch.from_numpy(picture.copy()))
@@ -164,6 +174,7 @@ class _Reader:
         size: Size in pixels, as `read_video` takes it.
         multiple_of: Number that width and height become multiples of.
         deinterlace: Whether frames are deinterlaced.
+        tone_map: Whether HDR pictures are made SDR.
     """
 
     def __init__(
@@ -173,6 +184,7 @@ class _Reader:
         size: int | tuple[int, int] | str | None,
         multiple_of: int,
         deinterlace: bool,
+        tone_map: bool,
     ) -> None:
         self.path = Path(path)
         if not isinstance(frames, FrameRange | str | None):
@@ -187,6 +199,7 @@ class _Reader:
         self._size = parse_size(size)
         self._multiple_of = multiple_of
         self._deinterlace = deinterlace
+        self._tone_map = tone_map
         if multiple_of < 1:
             raise VideoError(f"multiple_of must be at least 1, got {multiple_of}")
         if self.path.is_dir():
@@ -228,7 +241,11 @@ class _Reader:
             if layout is None:
                 aspect, multiple_of = stream.sample_aspect_ratio, self._multiple_of
                 layout = plan(path, frame, aspect, self._size, multiple_of, self.notes)
-                self.notes += colour_notes(stream.codec_context)
+                self.notes += colour_notes(stream.codec_context, tone_map=self._tone_map)
+                if self._tone_map:
+                    layout = dataclasses.replace(
+                        layout, hdr=hdr_transfer(stream.codec_context, path)
+                    )
                 _, _, self.width, self.height = layout.crop
             tally.add(index, frame)
             try:

@@ -12,14 +12,12 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from .frames import VideoError
+from .tone_mapping import HLG, PEAK, PQ
 
 _NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS
-_HDR = {16: "PQ", 18: "HLG"}  # AVCOL_TRC_SMPTE2084 and AVCOL_TRC_ARIB_STD_B67
-_WIDE = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}  # AVCOL_PRI_*, wider than BT.709's
-_TO_SDR = (
-    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,"
-    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
-)
+_HDR = {PQ: "PQ", HLG: "HLG"}
+_BT2020 = 9
+_WIDE = {_BT2020: "BT.2020", 11: "DCI-P3", 12: "Display P3"}  # AVCOL_PRI_*, wider than BT.709's
 _TO_BT709 = "zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
 
 
@@ -90,18 +88,47 @@ def frame_rate(
     return rate
 
 
-def colour_notes(context: VideoCodecContext) -> Iterator[str]:
+def hdr_transfer(context: VideoCodecContext, path: Path) -> int | None:
+    """The transfer of HDR pictures that are to be tone-mapped; None of SDR ones.
+
+    Args:
+        context: Context of a stream of which a frame has been decoded.
+        path: File that it is, for errors.
+
+    Raises:
+        VideoError: the pictures are HDR of other primaries than BT.2020's.
+    """
+    if context.color_trc not in _HDR:
+        return None
+    if context.color_primaries in _WIDE.keys() - {_BT2020}:
+        raise VideoError(
+            f"{path}: is HDR in the colours of {_WIDE[context.color_primaries]}, and tone mapping "
+            "is for those of BT.2020; convert it first, or leave it as it is"
+        )
+    return context.color_trc
+
+
+def colour_notes(context: VideoCodecContext, *, tone_map: bool) -> Iterator[str]:
     """Say so where colours are of another kind than the pictures that are made of them.
 
     Args:
         context: Context of a stream of which a frame has been decoded.
+        tone_map: Whether HDR pictures are tone-mapped.
     """
-    if context.color_trc in _HDR:
+    name = _HDR.get(context.color_trc)
+    if tone_map:
         yield (
-            f"the pictures are HDR ({_HDR[context.color_trc]}) and were read as if they were SDR, "
-            f"which makes them pale; to have them right, first run ffmpeg -i FILE -vf {_TO_SDR} "
-            "sdr.mp4"
+            f"the pictures are HDR ({name}) and were tone-mapped to SDR (BT.2390, {PEAK:.0f} nits "
+            "to white)"
+            if name
+            else "the pictures are neither PQ nor HLG, and were not tone-mapped"
         )
+    if name:
+        if not tone_map:
+            yield (
+                f"the pictures are HDR ({name}) and were read as if they were SDR, which makes "
+                "them pale; to have them right, pass tone_map=True (--tone-map)"
+            )
     elif context.color_primaries in _WIDE:
         yield (
             f"the colours are of {_WIDE[context.color_primaries]} and were read as if they were of "

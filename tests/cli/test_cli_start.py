@@ -97,6 +97,7 @@ def test_mistakes_need_no_diffusers(video: str, inversion: str, tmp_path: Path) 
         ("edit", inversion, "--prompt", "b", "--steps", "5", *out): "belongs to an inversion",
         ("ablate", video, "--only", "Q", *out): "options to change: Q",
         ("edit", inversion, "--prompt", "b", "--deinterlace", *out): "belongs to an inversion",
+        ("edit", inversion, "--prompt", "b", "--tone-map", *out): "belongs to an inversion",
         ("evaluate", video, video, "--prompt", "a", "--json", str(tmp_path)): "is a folder; name",
         ("report", inversion): "holds no compare.json",
         ("reconstruct", inversion, "--bases", "cached"): "keep",

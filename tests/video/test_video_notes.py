@@ -82,7 +82,7 @@ def test_hdr_is_said(tmp_path: Path, transfer: int, name: str) -> None:
     path = encode(tmp_path / "clip.mp4", smooth(2), "libx264", "yuv420p10le", **tags)
     (note,) = read_video(path).notes
     assert note.startswith(f"the pictures are HDR ({name}) and were read as if they were SDR")
-    assert "tonemap=hable" in note
+    assert "pass tone_map=True (--tone-map)" in note
 
 
 def test_wide_colours_are_said(tmp_path: Path) -> None:

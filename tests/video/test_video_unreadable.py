@@ -126,6 +126,6 @@ def test_no_frame_rate(tmp_path: Path) -> None:
     )
     path = tmp_path / "clip.mp4"
     path.touch()
-    reader = reading._Reader(path, FrameRange(), None, 8, False)
+    reader = reading._Reader(path, FrameRange(), None, 8, False, False)
     with pytest.raises(VideoError, match=r"clip.mp4: states no frame rate"):
         next(reader._read(container))
