@@ -86,6 +86,19 @@ def mapped_blocks() -> Iterator[None]:
 
 
 @pytest.fixture
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No kernel was compared with torch yet, and none is afterwards."""
+    from verified import forget
+
+    monkeypatch.delenv("STEM_KERNELS_VERIFY", raising=False)
+    if not INTERPRETED:
+        monkeypatch.setattr(cuda, "instructions", lambda: "avx2")  # for "auto" to take it
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
 def no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python takes a module that is None for one that is not installed."""
     for name in ("torchvision", "torchvision.models", "torchvision.models.optical_flow"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,11 @@ from benchmarks.cases.attention import attention_case
 from benchmarks.cases.bench import FAILED, MEASURED, SKIPPED, UNAVAILABLE
 from benchmarks.cases.case import AnyCase, Call, Trial
 from benchmarks.cases.memory import holders_at_peak
-from benchmarks.counting.forms import forms
-from benchmarks.counting.launches import launches
-from benchmarks.suite import compiling, correctness, gpu_suite, targets, tune
+from benchmarks.suite import compiling, correctness, gpu_suite, targets
 from benchmarks.suite import parts as suite_parts
 from benchmarks.suite import report as suite_report
 from benchmarks.suite.file import SuiteFile
 from benchmarks.suite.gpu_suite import PARTS
-from stem_kernels.triton import tuning
-from stem_kernels.triton.tuning import table
 
 CPU = torch.device("cpu")
 # On a machine that lacks these, with an operator that ends the process.
@@ -373,36 +369,3 @@ def test_what_holds_the_peak() -> None:
     ]
     assert holders_at_peak(events) == {"stem/attend.py:7": 45}
     assert holders_at_peak(events[:2]) == {"stem/attend.py:7": 30, "stem/early.py:7": 10}
-
-
-def test_every_row_of_the_tables_has_a_case_and_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(tune, "TOKENS", 64)
-    # All rows stand in one table, each with a number of stages of its own.
-    marks = {op: 100 + place for place, op in enumerate(tune.known())}
-    rows = {**table("default"), **table("sm80"), **table("sm90")}
-    marked = {op: {**rows[op], "num_stages": mark} for op, mark in marks.items()}
-    monkeypatch.setattr(tuning, "table", lambda name: marked)
-
-    def taken(call: Callable[[], object]) -> set[int]:
-        return {launch.options.get("num_stages") for launch in launches(90, call)}
-
-    for op, mark in marks.items():
-        assert mark in taken(Trial(tune.case_for(op, CPU)).start("triton")), op
-    dtypes = (torch.float16, torch.float32)
-    found = set().union(*(taken(form.call) for dtype in dtypes for form in forms(dtype)))
-    assert found >= set(marks.values())
-
-
-def test_tuning_drops_what_spills_and_writes_tables_as_they_are(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(tune, "WARPS", (8,))
-    monkeypatch.setattr(tune, "STAGES", (2,))
-    monkeypatch.setitem(tune.TILES, "em_fused", {"block_n": (32, 128)})
-    found = list(tune.candidates("em_fused 160", 90))
-    assert {row["block_n"] for row in found} == {32}
-    assert [row["programs"] for row in found] == [1, 2, 3, 4]
-    committed = (tune.CONFIGS / "sm90.json").read_text()
-    assert tune.text(table("sm90")) == committed

@@ -14,9 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from stem_kernels import basis_attention, cuda, soft_em
-from stem_kernels.ops.partial_attention import partial_attention
-from stem_kernels.testing import clustered_tokens
+from stem_kernels import cuda
 
 ROOT = Path(__file__).parents[2]
 
@@ -321,33 +319,6 @@ def test_nvcc_takes_the_compiler_and_not_what_launches_it(
             assert "ccache" not in line
 
 
-def test_a_gpu_that_the_object_has_no_image_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "load_error", lambda part: None)
-    device = torch.device("cuda", 0)
-
-    def reasons(built: str, capability: tuple[int, int]) -> list[str]:
-        monkeypatch.setattr(cuda, "_images", tuple(map(cuda.Image.of, built.split())))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        return cuda.device_reasons(device)
-
-    for built, capability in (
-        ("9.0", (9, 0)),
-        ("8.0", (8, 9)),
-        ("8.0 8.6+PTX", (12, 0)),
-        ("10.0", (10, 3)),
-        ("", (9, 0)),
-    ):
-        assert reasons(built, capability) == []
-    for built, capability in (("9.0", (8, 0)), ("9.0", (12, 0)), ("8.6 9.0+PTX", (8, 0))):
-        (reason,) = reasons(built, capability)
-        have = ".".join(map(str, capability))
-        names = built.replace(" ", ", ")
-        assert f"cuda:0 has compute capability {have}; its kernels were compiled for {names}; " in (
-            reason
-        )
-        assert reason.endswith(f"with: TORCH_CUDA_ARCH_LIST={have} pip install --no-deps .")
-
-
 def test_without_a_report(package: Path) -> None:
     text = info(package)
     assert "setup.py has not run (to build it, in the source tree: pip install --no-deps .)" in text
@@ -393,118 +364,3 @@ def test_the_gpu_part_needs_a_torch_with_cuda(
     assert "has no CUDA, which the C++ extension's cuda part needs" in str(
         cuda.load("cuda", package)
     )
-
-
-@built
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_the_other_instructions(capability: str) -> None:
-    chosen = "cuda and (iterations or excluded or repeat or correction or (attention and 255) "
-    chosen += "or (partial and 100))"
-    files = ("tests/kernels/test_parity.py", "tests/kernels/test_calibration.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", chosen, *files],
-        cwd=ROOT,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
-
-
-@built
-def test_threads_do_not_change_a_bit() -> None:
-    features = clustered_tokens((2, 3000, 40))
-    bases, payload = features[:, ::50].clone(), clustered_tokens((2, 3000, 24))
-    heads = features.view(2, 1, 3000, 40)
-    results = []
-    threads = torch.get_num_threads()
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        try:
-            found = soft_em(features, bases, payload=payload, backend="cuda")
-            attended = partial_attention(heads[:, :, ::50], heads, heads, backend="cuda")
-        finally:
-            torch.set_num_threads(threads)
-        results.append((*found, *attended))
-    for other in results[1:]:
-        for one, two in zip(results[0], other, strict=True):
-            assert torch.equal(one, two)
-
-
-@built
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_halves_are_read_and_rounded_as_torch_does(dtype: torch.dtype) -> None:
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    one = torch.zeros(1, 1, 1, 1, dtype=dtype)
-    value = every.view(1, 1, 1, -1)
-    out = basis_attention(one, one, value, backend="cuda")[0, 0, 0]
-    assert torch.equal(out.isnan(), every.isnan())
-    numbers = ~every.isnan()
-    assert torch.equal(out[numbers], every[numbers])
-    # The mean of two neighbours that are not 0 or 1 apart has to be rounded.
-    pair = torch.stack([every, every.roll(3)]).view(1, 1, 2, -1)
-    key = torch.zeros(1, 1, 2, 1, dtype=dtype)
-    out = basis_attention(one, key, pair, backend="cuda")[0, 0, 0]
-    expected = ((every.float() + every.roll(3).float()) / 2).to(dtype)
-    numbers = ~expected.isnan()
-    assert torch.equal(out.isnan(), expected.isnan())
-    assert torch.equal(out[numbers], expected[numbers])
-
-
-EXPONENTIALS = """
-#include "stem/cpu/exp.h"
-using namespace stem::cpu::baseline;
-int main() {
-  float last = 1.0f;
-  const float exponents[] = {0, -50, -99, -130, -300, -1e4f, -3e38f, -__builtin_inff()};
-  for (float t : exponents) {
-    const float weight = exp2_of_nonpositive(broadcast(t))[0];
-    if (!(weight <= last) || (t < -100.0f && weight != 0.0f)) return 2;
-    last = weight;
-  }
-  return 0;
-}
-"""
-
-
-def test_exponentials_overflow_no_integer(tmp_path: Path) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not found")
-    source, program = tmp_path / "exponentials.cpp", tmp_path / "exponentials"
-    source.write_text(EXPONENTIALS)
-    flags = ["-std=c++17", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    flags += ["-DSTEM_ISA=baseline", "-DSTEM_LANES=4", f"-I{ROOT / 'csrc' / 'include'}"]
-    subprocess.run(["g++", *flags, source, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@built
-def test_the_operators_check_what_they_are_given() -> None:
-    operators = torch.ops.stem_kernels_ext
-    x, m = torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 3, 4)
-
-    def attention(*tensors: torch.Tensor | None) -> torch.Tensor:
-        given = [*tensors, *[None] * (6 - len(tensors))]
-        found: torch.Tensor = operators.basis_attention(*given, 1.0)
-        return found
-
-    for call, message in (
-        (lambda: operators.em_statistics(x, m[..., :3], None, 1.0, True), r"must be \[1, 1, any"),
-        (lambda: operators.em_statistics(x.double(), m, None, 1.0, True), "must be float32, float"),
-        (lambda: operators.em_statistics(x, m.half(), None, 1.0, True), "contiguous and float32"),
-        (lambda: operators.em_statistics(x.mT, x.mT, None, 1.0, True), "contiguous in its last"),
-        (lambda: operators.em_statistics(x, m, x[:, :, 1:], 1.0, True), r"must be \[1, 1, 5, any"),
-        (lambda: attention(x, m, m.half()), "must have one dtype"),
-        (lambda: attention(x, m, m, m[0]), r"bias must be \[B, h, K\]"),
-        (lambda: attention(x, m, m, None, m), "go together"),
-        (lambda: attention(x, m, m, None, m, m[:, :, 0]), r"correction must be \[1, 1, 5, 4\]"),
-        (lambda: attention(x, m, m, None, x, m[0]), r"query_mean must be \[1, 1, 4\]"),
-        (lambda: operators.partial_attention(x, m, x, 1.0), r"value must be \[1, 1, 3, any\]"),
-        (lambda: operators.partial_attention(x, m.half(), m, 1.0), "must have one dtype"),
-        (lambda: operators.partial_attention(x, x[:, :, :0], x[:, :, :0], 1.0), "one key"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            call()
