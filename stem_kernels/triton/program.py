@@ -21,6 +21,9 @@ from . import on_device_of
 from .precision import tf32_asked_for
 
 LARGEST_CACHE = 256  # programs of one kind
+LARGEST_GRID = 2**31 - 1
+"""Programs of a launch. Triton's launcher counts them in 32 bits, and launches nothing, without a
+word, where that number overflows to one below 1."""
 ALIGNMENT = 16  # bytes, which Triton compiles kernels for
 
 Built = TypeVar("Built")
@@ -170,7 +173,15 @@ class Program:
             buffers: Buffers that the pointers point at.
             numbers: Numbers.
             constants: Constexprs, and the options num_warps and num_stages.
+
+        Raises:
+            ValueError: the grid has more than LARGEST_GRID programs.
         """
+        if math.prod(grid) > LARGEST_GRID:
+            raise ValueError(
+                f"{kernel.__name__} would take {math.prod(grid)} programs, and a launch has "
+                f'{LARGEST_GRID} at most; take fewer tokens or heads in a call, or backend="torch"'
+            )
         # Errors are bounded for products that are added without a rounding between; what Triton
         # does without being asked differs between its versions.
         constants = {**constants, "enable_fp_fusion": True}

@@ -16,7 +16,7 @@ if torch.cuda.is_available():
     pytest.skip("a GPU needs no stand-in", allow_module_level=True)
 
 from stem_kernels import basis_attention
-from stem_kernels.triton import machine_reasons, program, tuning
+from stem_kernels.triton import machine_reasons, program, resident_attention, tuning
 
 if machine_reasons():
     pytest.skip(machine_reasons()[0], allow_module_level=True)
@@ -107,6 +107,18 @@ def test_memory_that_is_not_aligned_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(program, "ALIGNMENT", 1)  # one program for both of the calls
     _, (found,) = dry_run([("attention", attention(0, 1))])
     assert "; it was compiled for multiples of 16" in found
+
+
+def test_more_programs_than_a_launch_has_are_refused() -> None:
+    # 70,000 x 40,000 is negative in 32 bits; Triton's launcher returns without a launch.
+    def launch(*grid: int) -> None:
+        one = program.Program(torch.device("cpu"))
+        buffer = one.input(program.Layout.of(torch.zeros(4)))
+        one.launch(resident_attention._resident_kernel, grid, [buffer], ())
+
+    with pytest.raises(ValueError, match="would take 2800000000 programs, and a launch has 2147"):
+        launch(70_000, 40_000)
+    launch(70_000, 30_000, 1)
 
 
 def test_more_shared_memory_than_there_is_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
