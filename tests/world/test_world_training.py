@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ from PIL import Image
 
 from stem.world.grammar import VOCABULARY
 from stem.world.training.fitting import Schedule, fit
-from stem.world.training.networks import make_tokenizer
-from stem.world.training.train import Recipe, sample_grid, train
+from stem.world.training.networks import make_tokenizer, sample_frames
+from stem.world.training.train import Recipe, train
 
 SMALL = {
     "scenes": 8,
@@ -39,8 +38,10 @@ def test_twenty_steps_resume_and_load_without_this_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stem.world.training.train.GRID_CAPTIONS", 1)
-    few = functools.partial(sample_grid, columns=3)
-    monkeypatch.setattr("stem.world.training.train.sample_grid", few)
+    monkeypatch.setattr(
+        "stem.world.training.train.sample_frames",
+        lambda *given, **settings: sample_frames(*given, **settings | {"num_steps": 2}),
+    )
     recipe = Recipe(**SMALL)
     for steps in (3, 13, 18):
         assert train(recipe, tmp_path / "resumed", until=steps) is None
