@@ -25,6 +25,8 @@ MOMENTS_SHARE = 0.85
 MOMENTS_TOKENS = 512
 """Tokens from which `moments` is estimated, others than EM starts from, which lie nearer to their
 bases than tokens do: from more it is hardly nearer, from a few it is noise."""
+MOMENTS_KEYS = 1024
+"""The same of `stem_attention`, whose keys and values are there: nothing is projected for them."""
 MOMENTS_STEP = 4
 """Of these tokens every fourth has its query taken."""
 MOMENTS_ATOL = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..backends import BACKENDS, select
 from ..shared.spread import spread_tokens
 from .basis_attention import basis_attention
-from .calibration import CALIBRATIONS, MOMENTS_STEP, MOMENTS_TOKENS, calibrate_bases, moments
+from .calibration import CALIBRATIONS, MOMENTS_KEYS, MOMENTS_STEP, calibrate_bases, moments
 from .checks import (
     check_choice,
     check_count,
@@ -172,10 +172,10 @@ def stem_attention(
             query, bases.bases, bases.payload, scale=scale, bias=bases.bias, backend=backend
         )
     if calibration == "moments":
-        some = spread_tokens(read, min(read, MOMENTS_TOKENS), key.device, other=True)
+        some = spread_tokens(read, min(read, MOMENTS_KEYS), key.device, other=True)
         some_key, some_value = (part.index_select(-2, some) for part in (read_key, read_value))
         some = spread_tokens(
-            query.shape[-2], min(query.shape[-2], MOMENTS_TOKENS // MOMENTS_STEP), query.device
+            query.shape[-2], min(query.shape[-2], MOMENTS_KEYS // MOMENTS_STEP), query.device
         )
         fitted = moments(
             query.index_select(-2, some),
@@ -246,7 +246,7 @@ def exact_is_cheaper(
     bases = passes + 2 * num_queries * num_bases * both
     if corrected:
         bases += 2 * num_queries * key_width * value_width
-        some = min(read, MOMENTS_TOKENS) if calibrating == 0 else 0
+        some = min(read, MOMENTS_KEYS) if calibrating == 0 else 0
         bases += 2 * some * (num_bases * (key_width + both) + key_width * value_width)
         bases += 2 * calibrating * num_keys * both
     return exact <= bases
