@@ -30,15 +30,17 @@ struct Parts {
   int count = 0, width = 0;
 };
 
-// Ranges of whole tiles that `wanted` blocks share evenly.
+// Ranges of whole tiles that `wanted` blocks share evenly, of `longest` tokens at most.
 struct Ranges {
   int count = 0;
   int64_t tokens = 0;
 
   Ranges() = default;
-  Ranges(int64_t n, int64_t tile, int64_t wanted) {
+  Ranges(int64_t n, int64_t tile, int64_t wanted, int64_t longest) {
     const int64_t tiles = ceil_div(n, tile);
     if (tiles == 0) return;
+    const int64_t least = ceil_div(n, round_up(longest, tile));
+    wanted = larger(wanted, smaller<int64_t>(least, LARGEST_GRID));
     tokens = ceil_div(tiles, smaller(tiles, larger<int64_t>(1, wanted))) * tile;
     count = static_cast<int>(ceil_div(n, tokens));
   }
@@ -64,7 +66,7 @@ class EmPass {
     directions.p = context.make<T>(call.leads * directions.stride);
 
     if (fused_) {
-      ranges_ = Ranges(call.n, 8 * fused_tiles(steps), context.programs() / call.leads);
+      ranges_ = Ranges(call.n, 8 * fused_tiles(steps), context.programs() / call.leads, longest());
       mass = make_parts(ranges_.count, 1);
       sums = make_parts(ranges_.count, dim());
       payload = make_parts(ranges_.count, call.payload.width);
@@ -73,17 +75,19 @@ class EmPass {
     chunk_ = chunk_of(context.chunk_bytes, call.bases * static_cast<int64_t>(sizeof(T)), call.leads,
                       call.n, WIDE_TILE);
     p_z_ = context.make<T>(chunk_.leads * chunk_.tokens * call.bases);
+    const int64_t chunks = ceil_div(call.n, larger<int64_t>(1, chunk_.tokens));
+    const int groups = static_cast<int>(ceil_div(chunks, context.longest_sum));
     ranges_ = product_ranges(dim());
     payload_ranges_ = product_ranges(call.payload.width);
-    sums = make_parts(ranges_.count, dim());
-    payload = make_parts(payload_ranges_.count, call.payload.width);
+    sums = make_parts(groups * ranges_.count, dim());
+    payload = make_parts(groups * payload_ranges_.count, call.payload.width);
     if constexpr (!SINGLE) {
       const int64_t tile = call.bases <= FUSED_BASES ? WideShape<2>::TOKENS : WideShape<8>::TOKENS;
       mass_ranges_ = Ranges(smaller(chunk_.tokens, call.n), tile,
-                            context.programs() / chunk_.leads);
-      mass = make_parts(mass_ranges_.count, 1);
+                            context.programs() / chunk_.leads, longest());
+      mass = make_parts(groups * mass_ranges_.count, 1);
     } else {
-      mass = make_parts(ranges_.count, 1);
+      mass = make_parts(groups * ranges_.count, 1);
     }
   }
 
@@ -108,12 +112,15 @@ class EmPass {
     }
     for (int64_t lead = 0; lead < call_.leads; lead += chunk_.leads)
       for (int64_t first = 0; first < call_.n; first += chunk_.tokens) {
-        const int64_t leads = smaller(chunk_.leads, call_.leads - lead);
-        const int64_t count = smaller(chunk_.tokens, call_.n - first);
+        const int64_t chunk = first / chunk_.tokens;
+        const Piece piece{
+            lead, smaller(chunk_.leads, call_.leads - lead), first,
+            smaller(chunk_.tokens, call_.n - first), chunk / context_.longest_sum,
+            chunk % context_.longest_sum > 0};
         if constexpr (SINGLE) {
-          single(lead, leads, first, count, with_payload);
+          single(piece, with_payload);
         } else {
-          wide(lead, leads, first, count, with_payload);
+          wide(piece, with_payload);
         }
       }
   }
@@ -121,6 +128,14 @@ class EmPass {
  private:
   static constexpr bool SINGLE = std::is_same_v<T, float>;
 
+  // Some leads' chunk of tokens. Its sums become the parts of a group, or are added to those of the
+  // chunks before.
+  struct Piece {
+    int64_t lead, leads, first, count, group;
+    bool add;
+  };
+
+  int64_t longest() const { return context_.longest_sum * (SINGLE ? 1 : MMA_DEPTH); }
   int dim() const { return call_.features.width; }
   float scale() const { return LOG2E / call_.temperature; }
 
@@ -134,7 +149,8 @@ class EmPass {
     const int columns = SINGLE ? ProductShape::N : ProductsShape::CHANNELS;
     const int64_t tiles = ceil_div(call_.bases, rows) * ceil_div(width, columns);
     const int64_t blocks = larger<int64_t>(1, chunk_.leads * tiles);
-    return Ranges(smaller(chunk_.tokens, call_.n), WIDE_TILE, context_.programs() / blocks);
+    return Ranges(
+        smaller(chunk_.tokens, call_.n), WIDE_TILE, context_.programs() / blocks, longest());
   }
 
   void fused(const View<T>& values, bool separate, float* p_sums, float* p_mass) {
@@ -145,12 +161,14 @@ class EmPass {
     }
   }
 
-  void wide(int64_t lead, int64_t leads, int64_t first, int64_t count, bool with_payload) {
+  void wide(const Piece& piece, bool with_payload) {
+    const int64_t rows = call_.leads * call_.bases, first_mass = piece.group * mass_ranges_.count;
     const ResponsibilitiesArgs<T> args{
-        call_.features.from(lead, first), directions.p, p_z_, mass.p, chunk_.tokens,
-        directions.stride, call_.leads * call_.bases, static_cast<int>(count), call_.bases,
-        directions.steps, scale(), first > 0};
-    const dim3 grid(static_cast<unsigned>(leads), static_cast<unsigned>(mass.count));
+        call_.features.from(piece.lead, piece.first), directions.p, p_z_,
+        mass.p + first_mass * rows, chunk_.tokens, directions.stride, rows,
+        static_cast<int>(piece.count), call_.bases, directions.steps, scale(), piece.add};
+    const dim3 grid(
+        static_cast<unsigned>(piece.leads), static_cast<unsigned>(mass_ranges_.count));
     auto run = [&](auto kernel, int m_tiles, auto shared) {
       const int warps = ceil_div(call_.bases, 16 * m_tiles);
       launch("em_responsibilities_kernel", kernel, grid, warps * WARP, shared(warps), context_,
@@ -164,12 +182,13 @@ class EmPass {
     auto products = [&](const View<T>& values, const Ranges& ranges, const Parts& parts) {
       const int base_tiles = ceil_div(call_.bases, ProductsShape::BASES);
       const int value_tiles = ceil_div(values.width, ProductsShape::CHANNELS);
+      const int64_t size = rows * parts.width;
       const ProductsArgs<T> args{
-          values.from(lead, first), p_z_, parts.p, chunk_.tokens,
-          call_.leads * call_.bases * parts.width, static_cast<int>(count),
-          static_cast<int>(ranges.tokens), call_.bases, base_tiles, value_tiles, first > 0};
+          values.from(piece.lead, piece.first), p_z_, parts.p + piece.group * ranges.count * size,
+          chunk_.tokens, size, static_cast<int>(piece.count), static_cast<int>(ranges.tokens),
+          call_.bases, base_tiles, value_tiles, piece.add};
       launch("em_products_kernel", em_products_kernel<T>,
-             dim3(static_cast<unsigned>(leads * base_tiles * value_tiles),
+             dim3(static_cast<unsigned>(piece.leads * base_tiles * value_tiles),
                   static_cast<unsigned>(ranges.count)),
              LARGEST_BLOCK, ProductsShape::SHARED, context_, args);
     };
@@ -177,29 +196,32 @@ class EmPass {
     if (with_payload) products(call_.payload, payload_ranges_, payload);
   }
 
-  void single(int64_t lead, int64_t leads, int64_t first, int64_t count, bool with_payload) {
+  void single(const Piece& piece, bool with_payload) {
+    const int64_t rows = call_.leads * call_.bases;
     const int64_t stride_z = chunk_.tokens * call_.bases;
     const View<float> z = view<float>(p_z_, stride_z, 0, call_.bases, 1, call_.bases);
     const View<float> bases =
-        view<float>(directions.p, directions.stride, 0, dim(), 1, dim()).from(lead, 0);
+        view<float>(directions.p, directions.stride, 0, dim(), 1, dim()).from(piece.lead, 0);
     launch_product<false, false>(
         context_,
-        {call_.features.from(lead, first), bases, z, p_z_, nullptr, count, dim(), dim(), 0, 0,
-         call_.bases, false},
-        leads, 1);
-    launch_softmax<float>(context_, {p_z_, {}, leads, count, stride_z, call_.bases, scale()});
+        {call_.features.from(piece.lead, piece.first), bases, z, p_z_, nullptr, piece.count, dim(),
+         dim(), 0, 0, call_.bases, false},
+        piece.leads, 1);
+    launch_softmax<float>(
+        context_, {p_z_, {}, piece.leads, piece.count, stride_z, call_.bases, scale(), {}});
     auto products = [&](const View<float>& values, const Ranges& ranges, const Parts& parts,
                         float* p_mass) {
       const int64_t size = static_cast<int64_t>(call_.bases) * parts.width;
       const View<float> layout =
-          view<float>(parts.p, size, 0, parts.width, 1, parts.width).from(lead, 0);
+          view<float>(parts.p, size, 0, parts.width, 1, parts.width).from(piece.lead, 0);
       launch_product<true, true>(
           context_,
-          {z, values.from(lead, first), layout, parts.p, p_mass, call_.bases, count, ranges.tokens,
-           call_.leads * size, call_.leads * call_.bases, values.width, first > 0},
-          leads, ranges.count);
+          {z, values.from(piece.lead, piece.first), layout,
+           parts.p + piece.group * ranges.count * rows * parts.width, p_mass, call_.bases,
+           piece.count, ranges.tokens, rows * parts.width, rows, values.width, piece.add},
+          piece.leads, ranges.count);
     };
-    products(call_.features, ranges_, sums, mass.p);
+    products(call_.features, ranges_, sums, mass.p + piece.group * ranges_.count * rows);
     if (with_payload) products(call_.payload, payload_ranges_, payload, nullptr);
   }
 

@@ -17,6 +17,8 @@
 
 namespace stem {
 
+constexpr int MMA_DEPTH = 16;  // products that one addition to a sum takes
+
 // d += a b
 template <typename T>
 __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -40,10 +40,13 @@ struct PartialShape {
   static int64_t shared(int width, int value_width) {
     return ((QUERIES + KEYS) * (width + 1) + KEYS * (value_width + 1) + QUERIES * (KEYS + 1)) * 4;
   }
-  // By the shapes and the GPU alone, so that equal calls give equal bits.
+  // By the shapes and the GPU alone, so that equal calls give equal bits. A sum takes a tile of
+  // keys at a time.
   static int64_t parts(const Context& context, int64_t leads, int64_t queries, int64_t n) {
     const int64_t blocks = leads * ceil_div<int64_t>(queries, QUERIES);
-    return smaller(ceil_div<int64_t>(n, 8 * KEYS), ceil_div(4 * context.programs(), blocks));
+    const int64_t least = smaller<int64_t>(ceil_div(n, context.longest_sum * KEYS), LARGEST_GRID);
+    const int64_t wanted = larger(least, ceil_div(4 * context.programs(), blocks));
+    return smaller(ceil_div<int64_t>(n, 8 * KEYS), wanted);
   }
 };
 
@@ -60,7 +63,7 @@ __device__ inline void widen_rows(
 template <typename T, int COUNT>
 __global__ void __launch_bounds__(LARGEST_BLOCK, 2) partial_kernel(const PartialArgs<T> args) {
   using Shape = PartialShape;
-  constexpr int KEYS = Shape::KEYS, SIDE = Shape::SIDE, OWN = KEYS / SIDE;
+  constexpr int KEYS = Shape::KEYS, SIDE = Shape::SIDE, OWN = KEYS / SIDE, FEW = 4;
   const PartialCall<T>& call = args.call;
   const int row = threadIdx.x / SIDE, side = threadIdx.x % SIDE;
   const int width = call.query.width, value_width = call.value.width;
@@ -105,23 +108,31 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, 2) partial_kernel(const Partial
     const float shift = highest == -INF ? 0.0f : highest;
     const float rescale = exp2_fast(largest - shift);
     largest = highest;
-    mass *= rescale;
+    float tile_mass = 0.0f;
 #pragma unroll
     for (int j = 0; j < OWN; ++j) {
       const float weight = exp2_fast(logits[j] - shift);
-      mass += weight;
+      tile_mass += weight;
       b_weight[side + SIDE * j] = weight;
     }
+    mass = fmaf(mass, rescale, tile_mass);
     __syncwarp();
+    // A few channels at a time: the sums of all beside the others would take too many registers.
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) sums[i] *= rescale;
-    for (int key = 0; key < KEYS; ++key) {
-      const float weight = b_weight[key];
-      const float* b_row = b_value + key * (value_width + 1);
+    for (int first_of_few = 0; first_of_few < COUNT; first_of_few += FEW) {
+      float tile[FEW] = {};
+      for (int key = 0; key < KEYS; ++key) {
+        const float weight = b_weight[key];
+        const float* b_row = b_value + key * (value_width + 1);
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i)
-        if (side + SIDE * i < value_width)
-          sums[i] = fmaf(weight, b_row[side + SIDE * i], sums[i]);
+        for (int i = 0; i < FEW; ++i) {
+          const int channel = side + SIDE * (first_of_few + i);
+          if (channel < value_width) tile[i] = fmaf(weight, b_row[channel], tile[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < FEW; ++i)
+        sums[first_of_few + i] = fmaf(sums[first_of_few + i], rescale, tile[i]);
     }
   }
   for (int bit = 1; bit < SIDE; bit *= 2) mass += __shfl_xor_sync(0xffffffffu, mass, bit);
@@ -143,6 +154,9 @@ struct MergeArgs {  // T as partial_kernel's: each dtype's source has its own
   int width;
 };
 
+// Parts are added to runs of so many, and the runs to one another.
+constexpr int MERGED_RUN = 64;
+
 // A warp per row.
 template <typename T>
 __global__ void __launch_bounds__(LARGEST_BLOCK) merge_kernel(const MergeArgs<T> args) {
@@ -150,23 +164,27 @@ __global__ void __launch_bounds__(LARGEST_BLOCK) merge_kernel(const MergeArgs<T>
   const int64_t row = blockIdx.x * int64_t{LARGEST_BLOCK / WARP} + threadIdx.x / WARP;
   if (row >= args.rows) return;
   const PartialStates& states = args.states;
-  float largest = -INF, mass = 0.0f;
+  float largest = -INF;
   for (int64_t part = 0; part < states.parts; ++part)
     largest = fmaxf(largest, states.p_largest[part * args.rows + row]);
   const float shift = largest == -INF ? 0.0f : largest;
-  for (int64_t part = 0; part < states.parts; ++part) {
-    const int64_t place = part * args.rows + row;
-    mass += states.p_mass[place] * exp2_fast(states.p_largest[place] - shift);
-  }
-  for (int channel = lane; channel < args.width; channel += WARP) {
+  // The sum over parts of what is found at a part's place, times its share.
+  auto merged = [&](auto found) {
     float sum = 0.0f;
-    for (int64_t part = 0; part < states.parts; ++part) {
-      const int64_t place = part * args.rows + row;
-      sum += states.p_sums[place * args.width + channel] *
-             exp2_fast(states.p_largest[place] - shift);
+    for (int64_t first = 0; first < states.parts; first += MERGED_RUN) {
+      float run = 0.0f;
+      for (int64_t part = first; part < smaller(states.parts, first + MERGED_RUN); ++part) {
+        const int64_t place = part * args.rows + row;
+        run += found(place) * exp2_fast(states.p_largest[place] - shift);
+      }
+      sum += run;
     }
-    args.p_out[row * args.width + channel] = sum / mass;
-  }
+    return sum;
+  };
+  const float mass = merged([&](int64_t place) { return states.p_mass[place]; });
+  for (int channel = lane; channel < args.width; channel += WARP)
+    args.p_out[row * args.width + channel] =
+        merged([&](int64_t place) { return states.p_sums[place * args.width + channel]; }) / mass;
   constexpr float LN2 = 0.69314718055994531f;
   if (lane == 0) args.p_logsumexp[row] = fmaf(largest, LN2, logf(mass));
 }

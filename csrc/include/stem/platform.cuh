@@ -25,6 +25,7 @@ namespace stem {
 
 constexpr int WARP = 32;
 constexpr int LARGEST_BLOCK = 256;  // threads
+constexpr int LARGEST_GRID = 65535;  // blocks along any axis but the first
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float MASS_EPS = 1e-4f;  // added to a base's mass, and
 constexpr float NORM_EPS = 1e-4f;  // to its length, before the division
@@ -37,6 +38,9 @@ struct Context {
   std::function<void*(int64_t bytes)> allocate;  // lives until the operator returns
   // Of logits or responsibilities that go through memory: they should stay in the L2 cache mostly.
   int64_t chunk_bytes = 1 << 24;
+  // Additions that one float32 sum is made of at most: each rounds, by more as the sum grows, and
+  // tensor cores truncate. What there is more of goes into further parts.
+  int64_t longest_sum = 1 << 10;
 
   // Blocks to aim at.
   int64_t programs() const { return 2 * int64_t{multiprocessors}; }

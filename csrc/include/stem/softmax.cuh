@@ -145,9 +145,12 @@ __device__ inline void add_mass(
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-    for (int i = 0; i < N_TILES; ++i)
+    for (int row = 0; row < 2; ++row) {
+      float tile = 0.0f;  // one addition a tile is less rounding than one a token
 #pragma unroll
-      for (int c = 0; c < 4; ++c) b_mass[m][c / 2] += b_z[m][i][c];
+      for (int i = 0; i < N_TILES; ++i) tile += b_z[m][i][2 * row] + b_z[m][i][2 * row + 1];
+      b_mass[m][row] += tile;
+    }
 }
 
 // Over the four lanes t of each row; the same in all of them.

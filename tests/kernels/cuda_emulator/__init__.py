@@ -20,7 +20,8 @@ OPERATORS = (
     "partial_attention",
 )  # fmt: skip
 SIZES = (
-    "batch", "heads", "n", "bases", "dtype", "shared_limit", "multiprocessors", "chunk_bytes"
+    "batch", "heads", "n", "bases", "dtype", "shared_limit", "multiprocessors", "chunk_bytes",
+    "longest_sum",
 )  # fmt: skip
 MARGIN = 64  # numbers of a tensor's dtype
 
@@ -65,8 +66,10 @@ class Kernels:
     Attributes:
         shared_limit: bytes of shared memory that the GPU gives a block.
         multiprocessors: number of them.
-        extra_bytes: memory that the last em_statistics or nearest_token asked for.
+        extra_bytes: memory that the last em_statistics, nearest_token or partial_attention asked
+            for.
         chunk_bytes: of responsibilities that are held at a time.
+        longest_sum: additions that a float32 sum is made of at most.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,10 +87,12 @@ class Kernels:
         self.multiprocessors = 132
         self.extra_bytes = 0
         self.chunk_bytes = 1 << 24
+        self.longest_sum = 1 << 10
 
     def _sizes(self, tokens: torch.Tensor, bases: torch.Tensor) -> Sizes:
         numbers = (DTYPES.index(tokens.dtype), self.shared_limit, self.multiprocessors)
-        return Sizes(*tokens.shape[:3], bases.shape[2], *numbers, self.chunk_bytes)
+        cuts = (self.chunk_bytes, self.longest_sum)
+        return Sizes(*tokens.shape[:3], bases.shape[2], *numbers, *cuts)
 
     def em_statistics(
         self,
@@ -205,6 +210,7 @@ class Kernels:
             *(output.pointer for output in outputs),
         )
         assert extra >= 0
+        self.extra_bytes = extra
         return outputs[0].result(), outputs[1].result()
 
     def _inputs(

@@ -45,7 +45,7 @@ struct Rows {
 };
 
 struct Sizes {
-  int64_t batch, heads, n, bases, dtype, shared_limit, multiprocessors, chunk_bytes;
+  int64_t batch, heads, n, bases, dtype, shared_limit, multiprocessors, chunk_bytes, longest_sum;
 };
 
 template <typename Function>
@@ -54,7 +54,7 @@ int64_t run(const Sizes& sizes, Function function) {
   const stem::Context context{nullptr, static_cast<int>(sizes.shared_limit),
                               static_cast<int>(sizes.multiprocessors),
                               [&](int64_t bytes) { return memory.allocate(bytes); },
-                              sizes.chunk_bytes};
+                              sizes.chunk_bytes, sizes.longest_sum};
   try {
     if (sizes.dtype == 0) function(context, float());
     if (sizes.dtype == 1) function(context, __half());

@@ -116,8 +116,14 @@ float bfloat16_of(uint16_t bits) {
   return x;
 }
 
+float toward_zero(double x) {
+  const float rounded = static_cast<float>(x);
+  return std::fabs(rounded) > std::fabs(x) ? std::nextafterf(rounded, 0.0f) : rounded;
+}
+
 // mma.m16n8k16 as PTX's documentation gives it, element by element: a_i, b_i and c_i of a lane are
-// numbered from the low half of the first register on.
+// numbered from the low half of the first register on. The products are added at once, and the sum
+// is truncated, as tensor cores do.
 void multiply(Warp& warp, float (*number)(uint16_t)) {
   static float a[16][16], b[16][8], c[16][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -137,8 +143,11 @@ void multiply(Warp& warp, float (*number)(uint16_t)) {
       std::memcpy(&c[i < 2 ? group : group + 8][in_group * 2 + (i & 1)], in + 6 + i, 4);
   }
   for (int row = 0; row < 16; ++row)
-    for (int k = 0; k < 16; ++k)
-      for (int column = 0; column < 8; ++column) c[row][column] += a[row][k] * b[k][column];
+    for (int column = 0; column < 8; ++column) {
+      double sum = c[row][column];
+      for (int k = 0; k < 16; ++k) sum += double{a[row][k]} * b[k][column];
+      c[row][column] = toward_zero(sum);
+    }
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i)
       std::memcpy(&warp.out[lane][i], &c[(lane >> 2) + (i < 2 ? 0 : 8)][lane % 4 * 2 + (i & 1)], 4);
