@@ -1,27 +1,24 @@
 """What every Triton kernel takes of AMD's GPUs, which are not here.
 
-`python -m benchmarks.counting.amd_resources` compiles what the launchers launch there (`launches`)
-in every form of the suite (`forms`), and writes registers, spills, shared memory and matrix
-instructions to benchmarks/results/amd-resources.{json,md}. What the file already holds of the same
-sources, arguments and Triton is not compiled again. Fails where a kernel is not within its means.
+`python -m benchmarks.counting.amd_resources` compiles them (`compiled_table`), and writes
+registers, spills, shared memory and matrix instructions to
+benchmarks/results/amd-resources.{json,md}. Fails where a kernel is not within its means.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
 from stem_kernels.triton import AMD_ARCHITECTURES
 
 from .. import records
-from .forms import forms
-from .launches import Launch, launches
-from .resources import WITHOUT_PRODUCTS
+from .compiled_table import WITHOUT_PRODUCTS, CompiledTable
+from .launches import Launch
 
 OUT = records.RESULTS / "amd-resources.json"
 DTYPES = (torch.float16, torch.float32)
@@ -94,32 +91,9 @@ def measure(launch: Launch, form: str, dtype: str) -> Resources:
     )
 
 
-def wanted() -> Iterator[tuple[str, Launch, str, str]]:
-    """Every different launch of all forms: digest, launch, form and dtype."""
-    seen = set()
-    for arch in AMD_ARCHITECTURES:
-        for dtype in DTYPES:
-            for form in forms(dtype):
-                for launch in launches(arch, form.call):
-                    if launch.name in WITHOUT_PRODUCTS and dtype != DTYPES[0]:
-                        continue
-                    digest = launch.digest()
-                    if digest not in seen:
-                        seen.add(digest)
-                        yield digest, launch, form.name, form.dtype_name
-
-
 def version() -> str:
     """Of Triton, whose wheel has the compiler."""
     return importlib.metadata.version("triton")
-
-
-def committed() -> dict[str, Resources]:
-    """The file's kernels by digest; none where it is of another Triton."""
-    results = records.read(OUT) if OUT.is_file() else {}
-    if results.get("triton") != version():
-        return {}
-    return {digest: Resources(**row) for digest, row in results["kernels"].items()}
 
 
 def text(found: Mapping[str, Resources]) -> str:
@@ -140,31 +114,17 @@ def text(found: Mapping[str, Resources]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(found: Mapping[str, Resources]) -> None:
-    """Write both files."""
-    rows = {digest: asdict(each) for digest, each in found.items()}
-    records.write({"triton": version(), "kernels": rows}, OUT)
-    OUT.with_suffix(".md").write_text(text(found))
-
-
-def main() -> None:
-    """Compile what is new, and write the files; where this is interrupted, what it has so far."""
-    known = committed()
-    found: dict[str, Resources] = {}
-    try:
-        for digest, launch, form, dtype in wanted():
-            new = digest not in known
-            found[digest] = measure(launch, form, dtype) if new else known[digest]
-            if new:
-                print(found[digest], *found[digest].faults(), flush=True)
-    except BaseException:
-        write(known | found)
-        raise
-    write(found)
-    faults = [f"{row}: {'; '.join(row.faults())}" for row in found.values() if row.faults()]
-    if faults:
-        sys.exit("\n".join([f"{len(faults)} kernels are not within their means:", *faults]))
+TABLE = CompiledTable(
+    out=OUT,
+    row=Resources,
+    measure=measure,
+    version=version,
+    text=text,
+    archs=AMD_ARCHITECTURES,
+    dtypes=DTYPES,
+)
+committed, wanted = TABLE.committed, TABLE.wanted
 
 
 if __name__ == "__main__":
-    main()
+    TABLE.update()

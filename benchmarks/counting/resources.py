@@ -1,32 +1,29 @@
 """What every Triton kernel takes of GPUs that are not here.
 
-`python -m benchmarks.counting.resources` compiles what the launchers launch (`launches`) in every
-form of the suite (`forms`), and writes registers, spills, narrow loads, shared memory and matrix
-instructions to benchmarks/results/triton-resources.{json,md}. What the file already holds of the
-same sources, arguments and Triton is not compiled again. Fails where a kernel is not within its
-means.
+`python -m benchmarks.counting.resources` compiles them (`compiled_table`), and writes registers,
+spills, narrow loads, shared memory and matrix instructions to
+benchmarks/results/triton-resources.{json,md}. Fails where a kernel is not within its means.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from triton import knobs
 
 from .. import records
 from . import sass
-from .forms import DTYPES, forms
-from .launches import Launch, launches
+from .compiled_table import WITHOUT_PRODUCTS, CompiledTable
+from .forms import DTYPES
+from .launches import Launch
 
 OUT = records.RESULTS / "triton-resources.json"
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """What one block may ask for, by compute capability."""
 MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma", 103: "tcgen05.mma"}
 """What a product is in PTX, of half precision; "mma.sync" on the others."""
-WITHOUT_PRODUCTS = ("directions", "update", "merge", "nearest_merge", "moments_sum")
 
 SCATTERED = ("update",)
 """Kernels whose loads are single numbers far apart, the parts of one base's mass."""
@@ -97,34 +94,11 @@ def measure(launch: Launch, form: str, dtype: str) -> Resources:
     )
 
 
-def wanted(archs: Iterable[int] = SHARED_KIB) -> Iterator[tuple[str, Launch, str, str]]:
-    """Every different launch of all forms: digest, launch, form and dtype."""
-    seen = set()
-    for arch in archs:
-        for dtype in DTYPES:
-            for form in forms(dtype):
-                for launch in launches(arch, form.call):
-                    if launch.name in WITHOUT_PRODUCTS and dtype != DTYPES[0]:
-                        continue
-                    digest = launch.digest()
-                    if digest not in seen:
-                        seen.add(digest)
-                        yield digest, launch, form.name, form.dtype_name
-
-
 def version() -> str:
     """Of Triton and of the compilers of machine code, as the file says it."""
     before, since = knobs.nvidia.ptxas.version, knobs.nvidia.ptxas_blackwell.version
     own = importlib.metadata.version("triton")
     return f"{own}, ptxas {before}" + (f", from sm_100 on {since}" if since != before else "")
-
-
-def committed() -> dict[str, Resources]:
-    """The file's kernels by digest; none where it is of another Triton."""
-    results = records.read(OUT) if OUT.is_file() else {}
-    if results.get("triton") != version():
-        return {}
-    return {digest: Resources(**row) for digest, row in results["kernels"].items()}
 
 
 def text(triton: str, found: Mapping[str, Resources]) -> str:
@@ -157,35 +131,17 @@ def cell(found: Resources | None) -> str:
     return f"**{numbers}: {'; '.join(found.faults())}**" if found.faults() else numbers
 
 
-def write(found: Mapping[str, Resources]) -> None:
-    """Write both files."""
-    rows = {digest: asdict(each) for digest, each in found.items()}
-    records.write({"triton": version(), "kernels": rows}, OUT)
-    OUT.with_suffix(".md").write_text(text(version(), found))
-
-
-def main() -> None:
-    """Compile what is new, and write the files; where this is interrupted, what it has so far."""
-    known = committed()
-    found: dict[str, Resources] = {}
-    try:
-        for digest, launch, form, dtype in wanted():
-            new = digest not in known
-            found[digest] = measure(launch, form, dtype) if new else known[digest]
-            if new:
-                print(found[digest], *found[digest].faults(), flush=True)
-    except BaseException:
-        write(known | found)
-        raise
-    write(found)
-    faults = [
-        f"{each.kernel}, {each.form}, {each.dtype}, sm_{each.arch}: {'; '.join(each.faults())}"
-        for each in found.values()
-        if each.faults()
-    ]
-    if faults:
-        sys.exit("\n".join([f"{len(faults)} kernels are not within their means:", *faults]))
+TABLE = CompiledTable(
+    out=OUT,
+    row=Resources,
+    measure=measure,
+    version=version,
+    text=lambda found: text(version(), found),
+    archs=tuple(SHARED_KIB),
+    dtypes=DTYPES,
+)
+committed, wanted = TABLE.committed, TABLE.wanted
 
 
 if __name__ == "__main__":
-    main()
+    TABLE.update()
