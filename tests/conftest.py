@@ -98,6 +98,23 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget()
 
 
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA kernels, built for the emulator of tests/kernels once."""
+    from cuda_emulator import Kernels
+
+    return Kernels(tmp_path_factory.mktemp("cuda_emulator"))
+
+
+@pytest.fixture
+def kernels(emulated: Any) -> Iterator[Any]:
+    """The same; what a test sets of them is as before afterwards."""
+    names = ("shared_limit", "multiprocessors", "chunk_bytes", "longest_sum")
+    before = {name: getattr(emulated, name) for name in names}
+    yield emulated
+    vars(emulated).update(before)
+
+
 @pytest.fixture
 def no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python takes a module that is None for one that is not installed."""

@@ -17,6 +17,12 @@ void print_attention(int limit) {
   std::printf("attention_kernel %d %lld\n", STEPS, static_cast<long long>(bytes));
 }
 
+void print_direct_attention(int limit) {
+  using Shape = stem::AttentionShape<5, false>;
+  const auto bytes = Shape::shared(Shape::resident(stem::LARGEST_BASES, limit));
+  std::printf("attention_direct_kernel 5 %lld\n", static_cast<long long>(bytes));
+}
+
 int main(int count, char** arguments) {
   if (count != 2) return 1;
   const int limit = std::atoi(arguments[1]), warps = stem::LARGEST_BLOCK / stem::WARP;
@@ -24,6 +30,7 @@ int main(int count, char** arguments) {
   print_attention<4>(limit);
   print_attention<5>(limit);
   print_attention<10>(limit);
+  print_direct_attention(limit);
   for (int steps : {3, 4, 5, 10})
     for (bool separate : {false, true}) {
       const auto bytes = stem::fused_shared(steps, warps, separate);

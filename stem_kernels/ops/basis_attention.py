@@ -45,8 +45,8 @@ def basis_attention(
         scale: Factor of the logits; 1 / sqrt(d) if None.
         bias: Bias of the logits, floating, [h, K], [1, h, K] or [B, h, K], where h may be 1.
             -inf excludes a base; a head whose bases are all excluded gives NaN, as in
-            `torch.nn.functional.scaled_dot_product_attention`. On a GPU, "triton" and "cuda" may
-            take a finite bias beyond 1e37 for infinite.
+            `torch.nn.functional.scaled_dot_product_attention`. "triton" may take a finite bias
+            beyond 1e37 for infinite: to tell them apart costs registers in its inner loops.
         correction: Correction E [B or 1, h, d + 1, e] of calibrated bases, floating, or None.
         query_mean: Mean query [B or 1, h, d] of the correction, floating; it is given together with
             `correction`.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from cuda_emulator.cases import (
     em_case,
     interleaved,
 )
+from torch.nn.functional import scaled_dot_product_attention
 
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL as ATTENTION_ATOL
 from stem_kernels.ops.nearest_token import ROUNDING_ATOL as NEAREST_ATOL
@@ -54,19 +54,6 @@ WIDE = [
     (35, 1024, 64, 0, 3),
     (140, 16, 330, 170, 0),
 ]
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels(tmp_path_factory.mktemp("cuda_emulator"))
-
-
-@pytest.fixture
-def kernels(built: Kernels) -> Iterator[Kernels]:
-    names = ("shared_limit", "multiprocessors", "chunk_bytes", "longest_sum")
-    before = {name: getattr(built, name) for name in names}
-    yield built
-    vars(built).update(before)
 
 
 @pytest.mark.parametrize("case", NARROW + WIDE, ids=str)
@@ -198,6 +185,24 @@ def test_attention_with_little_memory(kernels: Kernels, dtype: torch.dtype) -> N
     assert torch.equal(whole, parts)
 
 
+@pytest.mark.parametrize(
+    ("width", "value_width", "padding"), [(80, 80, 0), (77, 65, 3), (75, 70, 5)]
+)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_all_bases_stay_on_the_chip_in_little_memory(
+    kernels: Kernels, dtype: torch.dtype, width: int, value_width: int, padding: int
+) -> None:
+    query, key, value, bias = attention_case(300, 256, width, value_width, padding, dtype)
+    kernels.multiprocessors = 2
+    found = {}
+    for name, kilobytes in (("attention_kernel", 227), ("attention_direct_kernel", 99)):
+        kernels.shared_limit = kilobytes * 1024
+        found[name] = kernels.basis_attention(query, key, value, bias, width**-0.5)
+        check_attention(found[name], query, key, value, bias)
+        assert kernels.last_kernel() == name
+    assert torch.equal(*found.values())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_head_whose_bases_are_all_excluded(kernels: Kernels, dtype: torch.dtype) -> None:
     query, key, value, bias = attention_case(20, 100, 40, 40, 0, dtype)
@@ -206,6 +211,21 @@ def test_a_head_whose_bases_are_all_excluded(kernels: Kernels, dtype: torch.dtyp
     found = kernels.basis_attention(query, key, value, bias, 1.0)
     assert bool(found[:, :, 0].isfinite().all())
     assert bool(found[:, :, 1].isnan().all())
+
+
+@pytest.mark.parametrize("lowest", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_lowest_bias_is_a_bias(kernels: Kernels, dtype: torch.dtype, lowest: bool) -> None:
+    query, key, value, bias = attention_case(20, 300, 40, 40, 0, dtype)
+    limits = torch.finfo(torch.float32)
+    bias = torch.full_like(bias, limits.min if lowest else limits.max)
+    for excluded in (300, 3):
+        bias[..., excluded:] = float("-inf")
+        found = kernels.basis_attention(query, key, value, bias, 40**-0.5)
+        plain = [tensor.float() for tensor in (query, key, value)]
+        expected = scaled_dot_product_attention(*plain, bias.unsqueeze(-2))
+        limit = ATTENTION_ATOL[dtype] * float(expected.abs().max())
+        assert max_error(found.transpose(1, 2), expected) <= limit
 
 
 @pytest.mark.parametrize("sizes", [(70, 16, 40, 24, 0), (33, 5, 37, 45, 3)])
@@ -317,62 +337,6 @@ def test_em_makes_parts_for_the_multiprocessors_of_the_gpu(kernels: Kernels) -> 
         extra[multiprocessors] = kernels.extra_bytes
     part = 16 * (40 + 1) * 4
     assert extra[16] - extra[4] == (32 - 8) * part
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_sums_over_many_tokens_stay_exact(kernels: Kernels, dtype: torch.dtype) -> None:
-    """Equal tokens, each sum of which is rounded, or truncated, the same way, by one block each."""
-    kernels.multiprocessors = 1
-    n, num_bases, width = 5_000 if dtype == torch.float32 else 40_000, 3, 8
-    features = torch.full((1, 2, n, width), 0.7, dtype=dtype)
-    value = float(features[0, 0, 0, 0])
-    # Responsibilities are rounded to the tokens' dtype, in a unit of 2^-15 in float16.
-    share = float(torch.tensor(2**15 / num_bases).to(dtype)) / 2**15
-    sums, mass, _ = kernels.em_statistics(
-        features, torch.ones(1, 2, num_bases, width), None, temperature=1.0
-    )
-    assert float((mass / (n / num_bases) - 1).abs().max()) <= 1e-5
-    near = 1e-5 if dtype == torch.float32 else 2e-5
-    assert float((sums / (n * share * value) - 1).abs().max()) <= near
-    out, logsumexp = kernels.partial_attention(features[:, :, :1], features, features, 1.0)
-    assert float((out / value - 1).abs().max()) <= 1e-5
-    total = (logsumexp.double() - width * value**2 - math.log(n)).exp()
-    assert float((total - 1).abs().max()) <= 1e-5
-
-
-@pytest.mark.parametrize(
-    ("width", "dtype", "fewest", "most"),
-    [(40, torch.float16, 2, 24), (176, torch.float16, 1, 3), (24, torch.float32, 1, 3)],
-    ids=["one kernel", "two products", "float32"],
-)
-def test_no_sum_has_more_additions_than_are_allowed(
-    kernels: Kernels, width: int, dtype: torch.dtype, fewest: int, most: int
-) -> None:
-    kernels.multiprocessors = 1
-    n, num_bases = 1500, 16
-    kernels.chunk_bytes = 128 * num_bases * dtype.itemsize  # twelve chunks
-    features = clustered_tokens((1, 1, n, width), seed=3).to(dtype)
-    bases = clustered_tokens((1, 1, num_bases, width), seed=1)
-    extra = {}
-    for longest in (1024, 4):
-        kernels.longest_sum = longest
-        found = kernels.em_statistics(features, bases, None, 2.0)
-        check_em(found, features, bases, None, 2.0)
-        extra[longest] = kernels.extra_bytes
-    assert extra[4] - extra[1024] == (most - fewest) * num_bases * (width + 1) * 4
-
-
-def test_partial_attention_splits_many_keys(kernels: Kernels) -> None:
-    kernels.multiprocessors = 1
-    query, key = clustered_tokens((1, 2, 5, 16)), clustered_tokens((1, 2, 3000, 16), seed=1)
-    found, extra = {}, {}
-    for longest in (1024, 8):
-        kernels.longest_sum = longest
-        found[longest] = kernels.partial_attention(query, key, key, 0.25)
-        extra[longest] = kernels.extra_bytes
-    assert extra[8] - extra[1024] == (12 - 4) * 2 * 5 * (16 + 2) * 4
-    for one, other in zip(found[8], found[1024], strict=True):
-        assert max_error(one, other) <= 1e-6 * float(other.abs().max())
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 40, 24, 0), (70, 100, 37, 5, 0), (40, 300, 80, 80, 8)])

@@ -2,8 +2,9 @@
 //
 // 16 bits: keys and values of a head lie in shared memory while a block's queries pass by; 256 of
 // them at most, and where a head has more, they come by turns for each tile of queries. A warp owns
-// 16 queries, so it waits for no other; logits of 32 or 64 bases are held at a time, and what the
-// earlier ones gave is rescaled. float32: two products and a softmax over a chunk of queries.
+// 16 queries, so it waits for no other; they pass through shared memory, too, unless there is room
+// for all bases without them only. Logits of 32 or 64 bases are held at a time, and what the earlier
+// ones gave is rescaled. float32: two products and a softmax over a chunk of queries.
 #pragma once
 
 #include "copy.cuh"
@@ -33,14 +34,14 @@ struct AttentionArgs {
   int resident;  // bases in shared memory, a multiple of PART
 };
 
-template <int STEPS>
+template <int STEPS, bool STAGED = true>
 struct AttentionShape {
   static constexpr int WIDTH = 16 * STEPS, PITCH = pitch_of(WIDTH);
   static constexpr int WARPS = LARGEST_BLOCK / WARP, ROWS = 16, QUERIES = WARPS * ROWS;
   // Up to 80 channels, 128 registers do for logits of 32 bases: two blocks share a multiprocessor.
   static constexpr int PART = STEPS > 5 ? 64 : 32, RESIDENT = 256;
   static int64_t shared(int resident) {
-    return resident * (2 * PITCH * 2 + 4) + QUERIES * PITCH * 2;
+    return resident * (2 * PITCH * 2 + 4) + (STAGED ? QUERIES * PITCH * 2 : 0);
   }
   // How many of a head's bases are kept in so many bytes.
   static int resident(int bases, int limit) {
@@ -50,10 +51,9 @@ struct AttentionShape {
   }
 };
 
-template <typename T, int STEPS>
-__global__ void __launch_bounds__(LARGEST_BLOCK, STEPS > 5 ? 1 : 2)
-    attention_kernel(const AttentionArgs<T> args) {
-  using Shape = AttentionShape<STEPS>;
+template <typename T, int STEPS, bool STAGED>
+__device__ inline void attend(const AttentionArgs<T>& args) {
+  using Shape = AttentionShape<STEPS, STAGED>;
   constexpr int WIDTH = Shape::WIDTH, PITCH = Shape::PITCH, PART = Shape::PART;
   constexpr int N_TILES = PART / 8, ROWS = Shape::ROWS;
   const AttentionCall<T>& call = args.call;
@@ -67,10 +67,27 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, STEPS > 5 ? 1 : 2)
   T* b_query = reinterpret_cast<T*>(b_bias + args.resident) + warp * ROWS * PITCH;
 
   const T* p_query = call.query.at(lead);
+  // A fragments of [ROWS, WIDTH]; `ahead` are those of the next tile.
+  uint32_t q[STEPS][4], ahead[STAGED ? 1 : STEPS][4];
   auto fetch_query = [&](int64_t start) {
-    load_rows<ROWS, WIDTH>(
-        b_query, p_query + start * call.query.stride_n, call.query.stride_n,
-        static_cast<int>(smaller<int64_t>(ROWS, call.n - start)), call.query.width, call.query.vectors, lane, WARP);
+    const T* p = p_query + start * call.query.stride_n;
+    const int rows = static_cast<int>(smaller<int64_t>(ROWS, call.n - start));
+    if constexpr (STAGED) {
+      load_rows<ROWS, WIDTH>(
+          b_query, p, call.query.stride_n, rows, call.query.width, call.query.vectors, lane, WARP);
+    } else {
+      auto fetch = [&](bool pairs) {
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+          load_a_pairs(ahead[step], p, call.query.stride_n, 16 * step, rows, call.query.width,
+                       pairs, lane);
+      };
+      if (call.query.vectors && call.query.width % 2 == 0) {
+        fetch(true);
+      } else {
+        fetch(false);
+      }
+    }
   };
   auto fetch_bases = [&](int first) {
     const T* p_key = call.key.at(lead) + first * call.key.stride_n;
@@ -88,7 +105,7 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, STEPS > 5 ? 1 : 2)
     for (int k = thread; k < args.resident; k += LARGEST_BLOCK)
       b_bias[k] = k >= left           ? -INF
                   : p_bias == nullptr ? 0.0f
-                                      : p_bias[(first + k) * call.bias.stride_n] * LOG2E;
+                                      : in_base_2(p_bias[(first + k) * call.bias.stride_n]);
   };
   const float scale = call.scale * LOG2E;
   const bool whole = call.bases <= args.resident;
@@ -102,10 +119,15 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, STEPS > 5 ? 1 : 2)
   for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
     copy_wait<0>();
     __syncwarp();
-    // A fragments of [ROWS, WIDTH]
-    uint32_t q[STEPS][4];
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) load_a<PITCH>(q[step], b_query + 16 * step, lane);
+    for (int step = 0; step < STEPS; ++step) {
+      if constexpr (STAGED) {
+        load_a<PITCH>(q[step], b_query + 16 * step, lane);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) q[step][i] = ahead[step][i];
+      }
+    }
     __syncwarp();
     const int64_t next = start + static_cast<int64_t>(gridDim.y) * Shape::QUERIES;
     if (tile + gridDim.y < tiles) fetch_query(next);
@@ -215,14 +237,33 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, STEPS > 5 ? 1 : 2)
 }
 
 template <typename T, int STEPS>
+__global__ void __launch_bounds__(LARGEST_BLOCK, STEPS > 5 ? 1 : 2)
+    attention_kernel(const AttentionArgs<T> args) {
+  attend<T, STEPS, true>(args);
+}
+
+// Queries go straight to registers, which leaves room in shared memory for more bases.
+template <typename T, int STEPS>
+__global__ void __launch_bounds__(LARGEST_BLOCK, 1) attention_direct_kernel(
+    const AttentionArgs<T> args) {
+  attend<T, STEPS, false>(args);
+}
+
+template <typename T, int STEPS, bool STAGED>
 void launch_attention(const Context& context, const AttentionCall<T>& call) {
-  using Shape = AttentionShape<STEPS>;
+  using Shape = AttentionShape<STEPS, STAGED>;
   const int resident = Shape::resident(call.bases, context.shared_limit);
   const int64_t tiles = ceil_div<int64_t>(call.n, Shape::QUERIES);
   const int64_t blocks = smaller(tiles, larger<int64_t>(1, 2 * context.programs() / call.leads));
-  launch("attention_kernel", attention_kernel<T, STEPS>,
-         dim3(static_cast<unsigned>(call.leads), static_cast<unsigned>(blocks)), LARGEST_BLOCK,
-         Shape::shared(resident), context, AttentionArgs<T>{call, resident});
+  const dim3 grid(static_cast<unsigned>(call.leads), static_cast<unsigned>(blocks));
+  const AttentionArgs<T> args{call, resident};
+  if constexpr (STAGED) {
+    launch("attention_kernel", attention_kernel<T, STEPS>, grid, LARGEST_BLOCK,
+           Shape::shared(resident), context, args);
+  } else {
+    launch("attention_direct_kernel", attention_direct_kernel<T, STEPS>, grid, LARGEST_BLOCK,
+           Shape::shared(resident), context, args);
+  }
 }
 
 template <typename T>
@@ -262,10 +303,17 @@ void basis_attention(const Context& context, const AttentionCall<T>& call) {
     float32_attention(context, call);
   } else {
     const int widest = larger(call.query.width, call.value.width);
-    if (widest <= 48) return launch_attention<T, 3>(context, call);
-    if (widest <= 64) return launch_attention<T, 4>(context, call);
-    if (widest <= 80) return launch_attention<T, 5>(context, call);
-    launch_attention<T, 10>(context, call);
+    if (widest <= 48) return launch_attention<T, 3, true>(context, call);
+    if (widest <= 64) return launch_attention<T, 4, true>(context, call);
+    if (widest <= 80) {
+      const int limit = context.shared_limit;
+      const bool fits = AttentionShape<5>::resident(call.bases, limit) >= call.bases;
+      // Where all of a head's bases then stay: they would come anew for each tile of queries.
+      if (!fits && AttentionShape<5, false>::resident(call.bases, limit) >= call.bases)
+        return launch_attention<T, 5, false>(context, call);
+      return launch_attention<T, 5, true>(context, call);
+    }
+    launch_attention<T, 10, true>(context, call);
   }
 }
 

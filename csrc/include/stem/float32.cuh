@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(LARGEST_BLOCK) float32_softmax_kernel(const So
   float largest = -INF;
   for (int k = lane; k < args.bases; k += WARP) {
     float s = p_z[k] * args.scale;
-    if (WITH_BIAS) s += p_bias[k * args.bias.stride_n] * LOG2E;
+    if (WITH_BIAS) s += in_base_2(p_bias[k * args.bias.stride_n]);
     p_z[k] = s;
     largest = fmaxf(largest, s);
   }

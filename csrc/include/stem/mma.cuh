@@ -69,6 +69,26 @@ __device__ inline void load_a(uint32_t (&a)[4], const T* b_tile, int lane) {
   ldmatrix_x4<false>(a, b_tile + (lane % 16) * PITCH + (lane / 16) * 8);
 }
 
+// A of rows p_rows, in global memory, from column `first` on; zero past `rows` and `width`. Pairs are
+// read at once if every one is aligned.
+template <typename T>
+__device__ inline void load_a_pairs(
+    uint32_t (&a)[4], const T* p_rows, int64_t stride, int first, int rows, int width, bool pairs,
+    int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i % 2 * 8, column = first + lane % 4 * 2 + i / 2 * 8;
+    const T* p = p_rows + row * stride + column;
+    a[i] = 0;
+    if (row >= rows || column >= width) continue;
+    if (pairs) {
+      a[i] = *reinterpret_cast<const uint32_t*>(p);
+    } else {
+      a[i] = pack<T>(widen(p[0]), column + 1 < width ? widen(p[1]) : 0.0f);
+    }
+  }
+}
+
 // B of [k, 16 columns] from a tile that lies as [columns, k]: the first eight columns' fragment in
 // b[0], b[1], the others' in b[2], b[3].
 template <int PITCH, typename T>

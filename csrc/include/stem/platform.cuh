@@ -144,4 +144,12 @@ __device__ inline float exp2_fast(float x) {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
+// A bias in base 2. Only -inf excludes a base: the lowest finite bias must not become it.
+__device__ inline float in_base_2(float bias) {
+  constexpr float LARGEST = 0x1p127f;
+  const float scaled = bias * LOG2E;
+  if (bias == INF || bias == -INF) return bias;
+  return scaled > LARGEST ? LARGEST : scaled < -LARGEST ? -LARGEST : scaled;
+}
+
 }  // namespace stem

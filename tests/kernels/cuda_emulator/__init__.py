@@ -83,6 +83,7 @@ class Kernels:
         self.library = ctypes.CDLL(str(target))
         for name in OPERATORS:
             getattr(self.library, name).restype = ctypes.c_int64
+        self.library.last_kernel.restype = ctypes.c_char_p
         self.shared_limit = 227 * 1024
         self.multiprocessors = 132
         self.extra_bytes = 0
@@ -93,6 +94,10 @@ class Kernels:
         numbers = (DTYPES.index(tokens.dtype), self.shared_limit, self.multiprocessors)
         cuts = (self.chunk_bytes, self.longest_sum)
         return Sizes(*tokens.shape[:3], bases.shape[2], *numbers, *cuts)
+
+    def last_kernel(self) -> str:
+        found: bytes = self.library.last_kernel()
+        return found.decode()
 
     def em_statistics(
         self,

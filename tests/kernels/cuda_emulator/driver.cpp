@@ -95,7 +95,9 @@ stem::AttentionCall<T> attention_call(
 
 extern "C" {
 
-// Each returns the bytes of extra memory, or -1 after an error.
+const char* last_kernel() { return emulator::last_kernel(); }
+
+// Each of the others returns the bytes of extra memory, or -1 after an error.
 
 int64_t em_statistics(
     const Sizes* sizes, const Rows* features, const Rows* payload, const float* p_bases,

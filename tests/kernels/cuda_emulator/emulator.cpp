@@ -189,6 +189,7 @@ void fail(const std::string& what) {
 void multiply_half(Warp& warp) { multiply(warp, half_of); }
 void multiply_bfloat16(Warp& warp) { multiply(warp, bfloat16_of); }
 
+const char* last_kernel() { return running; }
 unsigned char* shared_memory() { return p_shared; }
 Warp& warp_of_current() { return warps[current->index.x / 32]; }
 int lane_of_current() { return current->index.x % 32; }

@@ -114,6 +114,7 @@ extern Fiber* current;
 extern dim3 block, grid, threads;
 
 void run(const char* name, dim3 grid, int threads, int64_t shared, std::function<void()> kernel);
+const char* last_kernel();  // that was launched
 unsigned char* shared_memory();
 [[noreturn]] void fail(const std::string& what);
 
