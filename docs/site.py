@@ -18,8 +18,8 @@ STAGED = (
     "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "examples/*.py",
 )  # fmt: skip
 PACKAGES = (
-    "stem", "stem_kernels", "stem.attention", "stem.inversion", "stem.editing", "stem.metrics",
-    "stem.video", "stem.world",
+    "stem", "stem_kernels", "stem.attention", "stem.control", "stem.inversion", "stem.editing",
+    "stem.metrics", "stem.video", "stem.world",
 )  # fmt: skip
 """Packages whose public names have a page; docs/mkdocs.yml lists the same."""
 

@@ -9,6 +9,7 @@ from .exports import lazy
 if TYPE_CHECKING:
     from .attention import Handle, disable, enable, enabled
     from .config import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
+    from .control import Control
     from .editing import edit, edit_latents
     from .inversion import InversionFolder, invert, reconstruct
     from .models import load_pipeline, random_pipeline
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Control",
     "Handle",
     "InflatedConfig",
     "InversionFolder",
@@ -55,6 +57,7 @@ _MODULES = {
     "attention": ("Handle", "disable", "enable", "enabled"),
     "workflows.comparison": ("compare",),
     "config": ("InflatedConfig", "PerFrameConfig", "SparseCausalConfig", "StemConfig"),
+    "control": ("Control",),
     "editing": ("edit", "edit_latents"),
     "workflows.evaluation": ("evaluate",),
     "inversion": ("InversionFolder", "invert", "reconstruct"),

@@ -12,8 +12,9 @@ import torch
 from packaging.version import Version
 
 from . import names
-from .diffusion.pipeline import check_pipeline
+from .diffusion.checks import check_pipeline
 from .loading.additions import add_loras, add_textual_inversions, load_vae
+from .loading.controlnets import with_controlnets
 from .loading.single_file import configuration_folder, load_single_file
 from .names import EMBEDDED_MODEL, RANDOM_MODEL
 from .sources import WEIGHTS, ModelError, ModelSource
@@ -53,6 +54,7 @@ def load_pipeline(
     vae: str | None = None,
     loras: Sequence[str] = (),
     textual_inversions: Sequence[str] = (),
+    controlnets: Sequence[str] = (),
 ) -> DiffusionPipeline:
     """Load a Stable Diffusion 1.x, 2.x or XL pipeline for inversions.
 
@@ -74,6 +76,8 @@ def load_pipeline(
         textual_inversions: Texts "FILE" or "FILE:TOKEN". Without a token the word for it is the
             name of the file's tensor, or the file's own where that says nothing (`clip_l`,
             `clip_g` and `emb_params`).
+        controlnets: Hub ids or folders of ControlNets made for this model; `invert` then needs
+            `control`.
 
     Raises:
         ModelError: the model or a part of it cannot be loaded, or it cannot be inverted.
@@ -82,15 +86,23 @@ def load_pipeline(
     device, dtype = check_device(device), _dtype(dtype)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-    for name, texts in (("loras", loras), ("textual_inversions", textual_inversions)):
+    repeated = {
+        "loras": loras,
+        "textual_inversions": textual_inversions,
+        "controlnets": controlnets,
+    }
+    for name, texts in repeated.items():
         if isinstance(texts, str):
             raise TypeError(f"{name} is {texts!r}; pass a sequence of texts, such as [{texts!r}]")
-    source = ModelSource(model, variant, config, vae, tuple(loras), tuple(textual_inversions))
+    source = ModelSource(
+        model, variant, config, vae, **{name: tuple(texts) for name, texts in repeated.items()}
+    )
     source.check()
     with torch.random.fork_rng(devices=[]):  # what is resized is first filled with random numbers
         pipeline = _loaded(source, dtype)
         add_loras(pipeline, source.loras)
         add_textual_inversions(pipeline, source.textual_inversions)
+        pipeline = with_controlnets(pipeline, source.controlnets, dtype)
     try:
         check_pipeline(pipeline)
     except (TypeError, ValueError) as error:

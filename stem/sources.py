@@ -55,6 +55,7 @@ class ModelSource:
         vae: Hub id, folder or file of a VAE that takes the place of the model's own.
         loras: Texts "FILE" or "FILE:SCALE".
         textual_inversions: Texts "FILE" or "FILE:TOKEN".
+        controlnets: Hub ids or folders of ControlNets.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ModelSource:
     vae: str | None = None
     loras: tuple[str, ...] = ()
     textual_inversions: tuple[str, ...] = ()
+    controlnets: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, record: str | Mapping[str, Any]) -> ModelSource:
@@ -148,7 +150,8 @@ class ModelSource:
         Raises:
             ModelError: a file that is missing, damaged, of another kind than its option takes or
                 no .safetensors file; a scale that is no number; a variant or a configuration where
-                none can be; LoRAs without peft.
+                none can be; LoRAs without peft; a ControlNet that is neither a folder here nor can
+                be a hub id.
         """
         if self.is_file:
             check_checkpoint(Path(self.name), has_vae=self.vae is not None)
@@ -177,11 +180,37 @@ class ModelSource:
             check_kind(lora_of(text)[0], "a LoRA")
         for text in self.textual_inversions:
             check_kind(embedding_of(text)[0], "a textual inversion")
+        for name in self.controlnets:
+            check_controlnet(name)
         if self.loras and importlib.util.find_spec("peft") is None:
             raise ModelError(
                 "a LoRA (--lora, loras) needs peft, which is not installed; pip install "
                 "'stem-inversion[lora]'"
             )
+
+
+def check_controlnet(name: str) -> None:
+    """Raise where a ControlNet cannot be loaded, as far as that can be said before.
+
+    Args:
+        name: Hub id, or folder in diffusers' format.
+
+    Raises:
+        ModelError: a file, or a text that is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"the ControlNet {name!r} is a folder without config.json; --controlnet "
+                "(controlnets) takes a ControlNet's own folder in diffusers' format"
+            )
+    elif path.is_file() or path.suffix in (WEIGHTS, *_PICKLES) or not _HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"the ControlNet {name!r} is no folder here, and cannot be a hub id; --controlnet "
+            "(controlnets) takes one of these. ControlNetModel.from_single_file(FILE)"
+            ".save_pretrained(FOLDER) (of diffusers) makes a folder of a file"
+        )
 
 
 def lora_of(text: str) -> tuple[Path, float]:

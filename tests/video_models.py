@@ -130,7 +130,7 @@ def _of_i2vgen_xl(videos: int, frames: int) -> dict[str, Any]:
     }
 
 
-def _with_control(model: Any) -> Any:
+def with_control(model: Any) -> Any:
     """The same, with weights where training begins at 0."""
     for module in (*model.controlnet_down_blocks, model.controlnet_mid_block):
         torch.nn.init.normal_(module.weight, std=0.2)
@@ -140,7 +140,7 @@ def _with_control(model: Any) -> Any:
 
 
 def _controlnet() -> ControlNetModel:
-    return _with_control(
+    return with_control(
         ControlNetModel(
             down_block_types=("CrossAttnDownBlock2D",) * 2,
             attention_head_dim=2,
@@ -156,7 +156,7 @@ def _of_controlnet(videos: int, frames: int) -> dict[str, Any]:
 
 
 def _sparse_controlnet(levels: int = 2) -> SparseControlNetModel:
-    return _with_control(
+    return with_control(
         SparseControlNetModel(
             **{
                 **_NORMED,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .controlled import uncontrolled
 from .processor import TextAttentionProcessor, VideoAttentionProcessor
 
 _LIBRARIES = ("diffusers", "torch", "peft")
@@ -32,7 +33,8 @@ def nobody_looks_in(unet: torch.nn.Module, forward: Callable[..., Any]) -> bool:
     from diffusers import UNet2DConditionModel
     from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 
-    if getattr(forward, "__func__", None) is not UNet2DConditionModel.forward:
+    # Residuals of ControlNets are added before the decoder: it sees the sums alone.
+    if getattr(uncontrolled(forward), "__func__", None) is not UNet2DConditionModel.forward:
         return False
     if any(type(block) not in (UpBlock2D, CrossAttnUpBlock2D) for block in unet.up_blocks):  # type: ignore[union-attr]
         return False

@@ -30,7 +30,7 @@ def fingerprint(pipeline: Any) -> dict[str, str]:
     A component's bytes are read once; they are read again when a tensor was replaced or written to
     since (torch's version counter, and the sums of every tensor's rows for writes through `.data`,
     which the counter does not see). Weights that are offloaded to a disk are read from there,
-    and hash as they would in memory.
+    and hash as they would in memory. ControlNets have hashes of their own, see `fingerprint_of`.
 
     Args:
         pipeline: Stable Diffusion 1.x, 2.x or XL pipeline.
@@ -38,14 +38,32 @@ def fingerprint(pipeline: Any) -> dict[str, str]:
     Raises:
         ValueError: weights are on the meta device, and nothing tells where they are kept.
     """
-    configs = {
-        name: _configuration(component)
+    parts = {
+        name: component
         for name, component in sorted(pipeline.components.items())
-        if component is not None
+        if component is not None and name != "controlnet"
     }
+    return _fingerprint(parts)
+
+
+def fingerprint_of(name: str, module: torch.nn.Module) -> dict[str, str]:
+    """Hashes of one component's configuration and weights, as `fingerprint` makes them.
+
+    Args:
+        name: Name of the component, for errors.
+        module: Component, such as a ControlNet.
+
+    Raises:
+        ValueError: as `fingerprint`.
+    """
+    return _fingerprint({name: module})
+
+
+def _fingerprint(parts: dict[str, Any]) -> dict[str, str]:
+    configs = {name: _configuration(component) for name, component in parts.items()}
     text = json.dumps(configs, sort_keys=True, default=str)
     weights = hashlib.sha256()
-    for name, component in sorted(pipeline.components.items()):
+    for name, component in parts.items():
         if isinstance(component, torch.nn.Module):
             weights.update(
                 f"{name} {_weights_hash(name, component)} {_switches(component)}".encode()

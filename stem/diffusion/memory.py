@@ -12,6 +12,8 @@ from stem_kernels.measure import PeakMemory
 from ..attention.families import unet_of
 from ..attention.handle import plain
 from ..attention.memory import free_bytes
+from ..control import Control
+from .control import Shown, controlled, controlnets_of
 from .pipeline import Conditioning, encode_prompt, execution_device, predict, vae_factor
 
 logger = logging.getLogger("stem")
@@ -30,7 +32,7 @@ def chunk_that_fits(
 ) -> int | None:
     """The largest power of two of frames, up to LARGEST_CHUNK, whose UNet call fits into memory.
 
-    Two calls of the UNet, on 1 and on 3 frames, tell what a frame takes.
+    Two calls of the UNet and its ControlNets, on 1 and on 3 frames, tell what a frame takes.
 
     Args:
         pipeline: Pipeline whose UNet is called.
@@ -88,6 +90,10 @@ def _probe(
     factor = vae_factor(pipeline)
     shape = (frames, unet.config.in_channels, height // factor, width // factor)
     latents = torch.zeros(shape, device=device)
+    nets = controlnets_of(pipeline)
+    if nets:
+        black = Control(torch.zeros((frames, height, width, 3), dtype=torch.uint8))
+        conditioning = conditioning.showing(Shown((black,) * len(nets)))
     held = [0, 0]  # skip connections; the widest residual stream
 
     def count(module: torch.nn.Module, given: Any, output: Any) -> None:
@@ -99,9 +105,11 @@ def _probe(
     hooks = [module.register_forward_hook(count) for module in (unet.conv_in, *unet.down_blocks)]
     memory = PeakMemory(device)
     try:
-        with plain(pipeline), memory:
+        with plain(unet), controlled(pipeline), memory:
             predict(pipeline, latents, torch.ones((), dtype=torch.int64), conditioning)
     finally:
         for hook in hooks:
             hook.remove()
+    if nets:
+        held[0] *= 2  # residuals are of the skip connections' sizes
     return memory.extra_bytes, held[0] + _WAITING_COPIES * held[1]

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from stem_kernels.shared.memory import lacks_memory
 
-from ..attention.families import unet_of
-from .schedule import check_schedule
+from .control import Shown, rows_shown
 
 logger = logging.getLogger("stem")
 
-_BASE_MODELS = "use a Stable Diffusion 1.x, 2.x or XL model"
 VAE_FRAMES = 8
 """Frames that the VAE takes at once; each is independent of the others."""
 
@@ -29,10 +27,12 @@ class Conditioning:
     Args:
         embeddings: Embeddings of the prompts, [branches, tokens, channels].
         added: SDXL's `text_embeds` [branches, channels] and `time_ids` [branches, 6]; else empty.
+        shown: What ControlNets are shown in each branch, None: nothing; empty: nothing in any.
     """
 
     embeddings: torch.Tensor
     added: dict[str, torch.Tensor] = field(default_factory=dict)
+    shown: tuple[Shown | None, ...] = ()
 
     @property
     def branches(self) -> int:
@@ -44,7 +44,12 @@ class Conditioning:
         return Conditioning(
             torch.cat([self.embeddings, other.embeddings]),
             {name: torch.cat([value, other.added[name]]) for name, value in self.added.items()},
+            sum((one.shown or (None,) * one.branches for one in (self, other)), ()),
         )
+
+    def showing(self, shown: Shown | None) -> Conditioning:
+        """The same, with what ControlNets are shown in every branch."""
+        return replace(self, shown=(shown,) * self.branches)
 
     def for_frames(self, frames: int) -> dict[str, Any]:
         """The UNet's keyword arguments for a batch of rows [branch, frame]."""
@@ -56,78 +61,6 @@ class Conditioning:
                 name: value.repeat_interleave(frames, dim=0) for name, value in self.added.items()
             }
         return arguments
-
-
-def check_pipeline(pipeline: Any) -> None:
-    """Raise where an inversion through this pipeline's UNet would leave something out.
-
-    Args:
-        pipeline: Pipeline of diffusers.
-
-    Raises:
-        TypeError: it has no UNet2DConditionModel.
-        ValueError: it has no VAE or text encoder, its control would be ignored, its UNet takes
-            more than latents, it is a refiner, or its scheduler is of another kind. The message
-            gives the reason.
-    """
-    unet, name = unet_of(pipeline), type(pipeline).__name__
-    if getattr(pipeline, "vae", None) is None:
-        raise ValueError(
-            f"the pipeline, a {name}, has no VAE: it denoises pixels (as DeepFloyd IF does) or has "
-            f"latents of another kind; {_BASE_MODELS}"
-        )
-    for part in ("controlnet", "adapter", "motion_adapter"):
-        if getattr(pipeline, part, None) is not None:
-            raise ValueError(
-                f"the pipeline, a {name}, has a {part}, whose control the inversion would ignore; "
-                "pass a plain pipeline of the same model, for example "
-                "StableDiffusionPipeline(**{the components it shares})"
-            )
-    projected = getattr(unet.config, "encoder_hid_dim_type", None)
-    if projected == "ip_image_proj":
-        raise ValueError(
-            f"the UNet of the pipeline, a {name}, wants image embeddings (an IP-Adapter), which an "
-            "inversion does not have; call pipeline.unload_ip_adapter() first"
-        )
-    if projected is not None:
-        raise ValueError(
-            f"the UNet of the pipeline, a {name}, projects the embeddings of another encoder than "
-            f"CLIP's (encoder_hid_dim_type={projected!r}, as Kolors, DeepFloyd IF and Kandinsky "
-            f"do), which an inversion does not make; {_BASE_MODELS}"
-        )
-    if getattr(getattr(pipeline, "config", {}), "requires_aesthetics_score", False):
-        raise ValueError(
-            f"the pipeline, a {name}, is a refiner (requires_aesthetics_score): it is told an "
-            "aesthetics score in place of the target's size, and was trained on the last, least "
-            "noisy timesteps only, so no inversion can go through it; use the base model"
-        )
-    latents, taken = pipeline.vae.config.latent_channels, unet.config.in_channels
-    if taken != latents:
-        raise ValueError(
-            f"the UNet of the pipeline, a {name}, takes {taken} channels, and the VAE's latents "
-            f"have {latents}: it is made for inpainting, depth or instructions and wants more than "
-            "latents; use the base model"
-        )
-    if unet.config.out_channels != taken:
-        raise ValueError(
-            f"the UNet of the pipeline, a {name}, gives {unet.config.out_channels} channels for "
-            f"{taken}: it predicts its variance, too, which DDIM does not use; use another model"
-        )
-    if unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None:
-        raise ValueError(
-            f"the UNet of the pipeline, a {name}, wants class labels, which an inversion does not "
-            "have; use a model that is told by text alone"
-        )
-    try:
-        check_schedule(pipeline.scheduler)
-    except ValueError as error:
-        raise ValueError(f"the pipeline, a {name}, cannot be inverted: {error}") from error
-    for part in ("text_encoder", "tokenizer"):
-        if getattr(pipeline, part, None) is None:
-            raise ValueError(
-                f"the pipeline, a {name}, has no {part}, and an inversion encodes its prompt; load "
-                f"it with its {part}"
-            )
 
 
 @torch.no_grad()
@@ -348,9 +281,13 @@ def execution_device(pipeline: Any) -> torch.device:
 
 @torch.no_grad()
 def predict(
-    pipeline: Any, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
+    pipeline: Any,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    conditioning: Conditioning,
+    frames: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """The UNet's prediction at one timestep.
+    """The UNet's prediction at one timestep; ControlNets need a block of `controlled` around it.
 
     A UNet that was distilled with its guidance (`time_cond_proj_dim`) is told a scale of 1, as its
     pipeline does without guidance, so that it predicts what the prompt says and no more: the same
@@ -361,12 +298,18 @@ def predict(
         latents: Latents [branches * N, c, h, w], float32, rows [branch, frame].
         timestep: Timestep, an integer tensor of one element.
         conditioning: Conditioning of the branches.
+        frames: Numbers of the N frames, for ControlNets; None: all, from 0 on.
 
     Returns:
         float32 [branches * N, c, h, w].
     """
     unet, given = pipeline.unet, latents.to(pipeline.unet.dtype)
-    arguments = conditioning.for_frames(latents.shape[0] // conditioning.branches)
+    count = latents.shape[0] // conditioning.branches
+    arguments = conditioning.for_frames(count)
+    if any(conditioning.shown):
+        arguments["control"] = rows_shown(
+            conditioning.shown, int(timestep), range(count) if frames is None else frames
+        )
     if unet.config.time_cond_proj_dim is not None:
         arguments["timestep_cond"] = _unguided(unet.config.time_cond_proj_dim, given)
     return unet(given, timestep, return_dict=False, **arguments)[0].float()

@@ -3,6 +3,7 @@
     <method>-<hash of the settings>/
         settings.json               everything that shaped the latents
         x0.safetensors              the VAE's latents of the video
+        control.safetensors         the pictures that ControlNets are shown, where there are some
         steps/000-t0001.safetensors latents after step 0, at timestep 1
         bases/000-t0001.safetensors the bases of that step, where kept
         reconstruction-<hash>.safetensors  how far a reconstruction has come
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
     import torch
 
     from ..attention.hooks import LayerBases
+    from ..control import Control
 
 SETTINGS = "settings.json"
 X0 = "x0"
+CONTROL = "control"
 RUN_PREFIXES = ("reconstruction-", "edit-")
 _STATE = "state."
 _AGAIN = "run the same inversion again, it mends what is damaged or missing"
@@ -153,7 +156,8 @@ class InversionFolder:
     def complete(self) -> bool:
         """Whether every file that the settings ask for exists. Their contents are checked on
         reading, and by `verify`."""
-        return self._file(X0).is_file() and self.steps_done == len(self.timesteps)
+        whole = all(file.is_file() for file in (self._file(X0), *self._control_files()))
+        return whole and self.steps_done == len(self.timesteps)
 
     @property
     def steps_done(self) -> int:
@@ -165,7 +169,7 @@ class InversionFolder:
 
     def verify(self) -> list[str]:
         """A line for each file that is damaged or missing; empty if all files are whole."""
-        found = self.x0_problems()
+        found = self.x0_problems() + self.control_problems()
         for step in range(len(self.timesteps)):
             found += self.step_problems(step)
         for prefix in RUN_PREFIXES:
@@ -175,6 +179,10 @@ class InversionFolder:
     def x0_problems(self) -> list[InversionError]:
         """The errors in the file of the video's own latents: one or none."""
         return self._problems([self._file(X0)])
+
+    def control_problems(self) -> list[InversionError]:
+        """The errors in the file of the control pictures: one or none."""
+        return self._problems(self._control_files())
 
     def step_problems(self, step: int) -> list[InversionError]:
         """The errors in the files of one step: at most one for each file."""
@@ -201,6 +209,25 @@ class InversionFolder:
     def x0(self) -> torch.Tensor:
         """The video's own latents, float32 [N, c, h, w]."""
         return self._latents(self._file(X0))
+
+    def save_control(
+        self, pictures: Sequence[torch.Tensor], environment: Mapping[str, str]
+    ) -> None:
+        """Keep what each ControlNet is shown, uint8 [N, H, W, 3] (see `save_x0`)."""
+        tensors = {str(number): each for number, each in enumerate(pictures)}
+        self._save(self._file(CONTROL), tensors, environment)
+
+    def control(self) -> tuple[Control, ...]:
+        """What the ControlNets of the pipeline were shown, one by one; empty where it had none."""
+        records = self.settings.get("control", [])
+        if not records:
+            return ()
+        from ..control import Control
+
+        tensors, _ = self._load(self._file(CONTROL))
+        return tuple(
+            Control.of(record, tensors[str(number)]) for number, record in enumerate(records)
+        )
 
     def save_latents(
         self, step: int, latents: torch.Tensor, environment: Mapping[str, str]
@@ -279,6 +306,9 @@ class InversionFolder:
 
     def _step_file(self, kind: str, step: int) -> Path:
         return self._file(f"{kind}/{step:03d}-t{self.timesteps[step]:04d}")
+
+    def _control_files(self) -> list[Path]:
+        return [self._file(CONTROL)] if self.settings.get("control") else []
 
     def _step_files(self, step: int) -> list[Path]:
         kinds = ("steps", "bases") if self.settings["keep_bases"] else ("steps",)

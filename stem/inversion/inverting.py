@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,15 @@ from stem_kernels.backends import select
 from ..attention import Recording
 from ..attention.stem import StemState
 from ..config import AttentionConfig, StemConfig
+from ..control import Control
+from ..diffusion.checks import check_pipeline
+from ..diffusion.control import Shown, checked_controls, controlnets_of
 from ..diffusion.environment import numeric_environment, warn_of_differences
-from ..diffusion.fingerprint import fingerprint
+from ..diffusion.fingerprint import fingerprint, fingerprint_of
 from ..diffusion.loop import denoise, guided
 from ..diffusion.memory import chunk_that_fits
 from ..diffusion.pipeline import (
     VAE_FRAMES,
-    check_pipeline,
     encode_frames,
     encode_prompt,
     execution_device,
@@ -55,6 +57,7 @@ def invert(
     num_steps: int = 50,
     chunk: int | str | None = "auto",
     model: str | Mapping[str, Any] = "",
+    control: Control | Sequence[Control] | None = None,
     keep_bases: bool = False,
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
@@ -90,6 +93,8 @@ def invert(
         model: Name of the pipeline, for the record; or a mapping of `name` and the other arguments
             that `load_pipeline` was given, such as {"name": "one.safetensors", "loras":
             ["style.safetensors:0.7"]}.
+        control: What the pipeline's ControlNet is shown, or each of several. The pictures are kept
+            in the folder; reconstructions and edits are shown them, too.
         keep_bases: Whether to keep, with "stem", the bases of every step for
             `reconstruct(bases="cached")`.
         group: Process group whose ranks share the chunks; all ranks make this call. Its first
@@ -116,6 +121,7 @@ def invert(
             "returns, or stem.Video(frames, fps)"
         )
     check_pipeline(pipeline)
+    controls = checked_controls(pipeline, control, video.num_frames, video.height, video.width)
     source, ranks = ModelSource.of(model), Ranks(group)
     config = attention_config(method, options or {}, video.num_frames)
     if keep_bases and not isinstance(config, StemConfig):
@@ -125,12 +131,19 @@ def invert(
     device = execution_device(pipeline)
     environment = numeric_environment(device)
     fingerprinted = fingerprint(pipeline)
+    controlled_by = [
+        {**each.record(), **fingerprint_of("controlnet", net)}
+        for each, net in zip(controls, controlnets_of(pipeline), strict=True)
+    ]
     ranks.check_equal("model", fingerprinted)
+    ranks.check_equal("control", controlled_by)
 
     def prepared() -> tuple[InversionFolder, list[int]]:
         check_output(Path(root) / method)
         settings = _settings(pipeline, video, prompt, method, config, num_steps, keep_bases)
         settings["model"] = {"name": source.name, **source.additions, **fingerprinted}
+        if controlled_by:
+            settings["control"] = controlled_by
         timesteps = tuple(int(timestep) for timestep in scheduler.timesteps)
         size = _chunk(pipeline, settings, timesteps, Path(root), chunk)
         settings["attention"]["chunk"] = size
@@ -140,6 +153,7 @@ def invert(
             logger.warning("%s; the settings were written again", wrong)
         remove_stale(folder.path)
         _mend_x0(pipeline, folder, video, environment)
+        _mend_control(folder, controls, environment)
         undone = _undone(folder, environment)
         if not undone:
             logger.info("%s has these settings and is complete; it is reused", folder.path)
@@ -149,6 +163,8 @@ def invert(
     if not undone:
         return folder
     conditioning = encode_prompt(pipeline, prompt, video.height, video.width)
+    if controls:
+        conditioning = conditioning.showing(Shown(controls, folder.timesteps))
     with attention_on(pipeline, inversion_attention(folder), group) as handle:
         assert handle is not None
         state = handle.state if keep_bases else None
@@ -233,6 +249,17 @@ def _mend_x0(
     if folder.steps_done or not isinstance(wrong[0], MissingFileError):
         logger.warning("%s; the video is encoded again", wrong[0].problem)
     folder.save_x0(encode_frames(pipeline, video.parts(VAE_FRAMES)), environment)
+
+
+def _mend_control(
+    folder: InversionFolder, controls: Sequence[Control], environment: dict[str, str]
+) -> None:
+    wrong = folder.control_problems()
+    if not wrong:
+        return
+    if folder.steps_done or not isinstance(wrong[0], MissingFileError):
+        logger.warning("%s; the control pictures are written again", wrong[0].problem)
+    folder.save_control([each.pictures for each in controls], environment)
 
 
 def _undone(folder: InversionFolder, environment: dict[str, str]) -> list[int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from ..config import (
     SparseCausalConfig,
     StemConfig,
 )
+from ..diffusion.control import controlled
 from ..names import INVERSION_METHODS
 from .folder import InversionError, InversionFolder
 
@@ -104,13 +105,16 @@ def inversion_attention(inversion: InversionFolder, chunk: int | None = None) ->
     return attention_config(method, options, frames, chunk or begun)
 
 
+@contextlib.contextmanager
 def attention_on(
     pipeline: Any,
     config: AttentionConfig | None,
     group: dist.ProcessGroup | None = None,
     hooks: Hooks | None = None,
-) -> AbstractContextManager[Handle | None]:
+) -> Iterator[Handle | None]:
     """The attention on in the pipeline's UNet for the length of a `with` block.
+
+    The pipeline's ControlNets stand beside the UNet, with their own attention.
 
     Args:
         pipeline: Pipeline with the UNet.
@@ -120,4 +124,10 @@ def attention_on(
     """
     # On the UNet: the pipeline would speak of the guidance of its own last call.
     unet = unet_of(pipeline)
-    return plain(unet) if config is None else enabled(unet, config, group=group, hooks=hooks)
+    with controlled(pipeline):
+        if config is None:
+            with plain(unet):
+                yield None
+        else:
+            with enabled(unet, config, group=group, hooks=hooks) as handle:
+                yield handle

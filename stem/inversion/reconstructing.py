@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ..attention import Replay
 from ..attention.hooks import LayerBases
 from ..config import AttentionConfig, StemConfig
+from ..diffusion.control import Shown
 from ..diffusion.environment import numeric_environment
 from ..diffusion.loop import Predictor, denoise, guided
 from ..diffusion.pipeline import decode_latents, encode_prompt, execution_device
@@ -39,7 +40,7 @@ def reconstruct_latents(
     progress: bool = True,
     on_step: Callable[[], None] | None = None,
 ) -> torch.Tensor:
-    """Sample back from the noisiest latents, with the inversion's prompt and attention.
+    """Sample back from the noisiest latents, with the inversion's prompt, attention and control.
 
     Args:
         pipeline: Pipeline that the inversion was made with.
@@ -74,6 +75,11 @@ def reconstruct_latents(
     negative = None
     if guidance != 1.0:
         negative = encode_prompt(pipeline, negative_prompt, size["height"], size["width"])
+    controls = ranks.from_main(inversion.control)
+    if controls:
+        shown = Shown(controls, inversion.timesteps)
+        conditioning = conditioning.showing(shown)
+        negative = None if negative is None else negative.showing(shown)
     device = execution_device(pipeline)
     environment = numeric_environment(device)
     environment["chunk"] = str(config.chunk)

@@ -11,6 +11,7 @@ import torch
 from ..attention import Recording
 from ..attention.hooks import LayerBases
 from ..config import AttentionConfig, PerFrameConfig, StemConfig
+from ..diffusion.control import check_uncontrolled
 from ..diffusion.loop import denoise, guided
 from ..diffusion.memory import chunk_that_fits
 from ..diffusion.pipeline import encode_prompt, vae_factor
@@ -46,8 +47,10 @@ def round_trip(
         float32 [N, c, h, w].
 
     Raises:
-        ValueError: `cached` without a StemConfig, or a number of steps that cannot be inverted.
+        ValueError: `cached` without a StemConfig, a number of steps that cannot be inverted, or a
+            pipeline with ControlNets.
     """
+    check_uncontrolled(pipeline, "round_trip")
     if cached and not isinstance(config, StemConfig):
         raise ValueError(f"cached is True and config is {config!r}; only StemConfig has bases")
     prediction = guided(pipeline, encode_prompt(pipeline, prompt, *pixels(pipeline, latents)))

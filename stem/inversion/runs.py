@@ -7,9 +7,10 @@ import json
 import logging
 from typing import Any
 
+from ..diffusion.checks import check_pipeline
+from ..diffusion.control import controlnets_of
 from ..diffusion.environment import warn_of_differences
-from ..diffusion.fingerprint import fingerprint
-from ..diffusion.pipeline import check_pipeline
+from ..diffusion.fingerprint import fingerprint, fingerprint_of
 from ..sources import ModelSource
 from ..storage import check_output, tensor_bytes
 from .folder import InversionError, InversionFolder, Progress
@@ -54,6 +55,31 @@ def check_same_pipeline(pipeline: Any, inversion: InversionFolder) -> None:
             "pipeline's",
             "load that one",
         )
+    _check_same_controlnets(pipeline, inversion)
+
+
+def _check_same_controlnets(pipeline: Any, inversion: InversionFolder) -> None:
+    records, nets = inversion.settings.get("control", []), controlnets_of(pipeline)
+    of_model = ModelSource.of(
+        {k: v for k, v in inversion.settings["model"].items() if not k.endswith("_sha256")}
+    )
+    named = of_model.controlnets or ("?",) * len(records)
+    if len(records) != len(nets):
+        what = f"with {len(records)} ControlNets" if records else "without a ControlNet"
+        raise InversionError(
+            f"{inversion.path} was made {what}, and this pipeline has {len(nets) or 'none'}",
+            "load it with those of the inversion, controlnets=[...] (--controlnet)"
+            if records
+            else "pass a pipeline without one",
+        )
+    for number, (record, net) in enumerate(zip(records, nets, strict=True)):
+        found = fingerprint_of("controlnet", net)
+        if {name: record[name] for name in found} != found:
+            raise InversionError(
+                f"{inversion.path} was made with the ControlNet {named[number]!r} (number "
+                f"{number + 1}), whose configuration or weights differ from this pipeline's",
+                "load that one",
+            )
 
 
 def run_name(inversion: InversionFolder, prefix: str, shaped_by: Any) -> str:

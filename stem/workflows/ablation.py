@@ -16,8 +16,10 @@ from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
 
 from ..config import StemConfig
+from ..diffusion.checks import check_pipeline
+from ..diffusion.control import check_uncontrolled
 from ..diffusion.fingerprint import fingerprint
-from ..diffusion.pipeline import check_pipeline, decode_latents, encode_frames, execution_device
+from ..diffusion.pipeline import decode_latents, encode_frames, execution_device
 from ..diffusion.schedule import inverse_scheduler
 from ..inversion.inverting import check_chunk
 from ..inversion.round_trips import chunked, round_trip
@@ -100,6 +102,7 @@ def ablate(
     check_output(out)
     check_measurable(video, ["stem"], {})
     check_pipeline(pipeline)
+    check_uncontrolled(pipeline, "ablate")
     inverse_scheduler(pipeline, num_steps)
     check_chunk(chunk)
     base = base_config(form, options or {}, video.num_frames)

@@ -12,9 +12,11 @@ import torch
 
 from ..attention.families import unet_of
 from ..attention.features import LastFeatures
+from ..diffusion.checks import check_pipeline
+from ..diffusion.control import check_uncontrolled
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import denoise, guided
-from ..diffusion.pipeline import check_pipeline, encode_frames, encode_prompt, execution_device
+from ..diffusion.pipeline import encode_frames, encode_prompt, execution_device
 from ..diffusion.schedule import inverse_scheduler
 from ..inversion.inverting import check_chunk
 from ..inversion.methods import attention_config, attention_on, check_methods
@@ -123,6 +125,7 @@ def analyse(
     out, options = Path(out), options or {}
     check_output(out)
     check_pipeline(pipeline)
+    check_uncontrolled(pipeline, "analyse")
     check_analysable(video, methods, options)
     check_chunk(chunk)
     timesteps = [int(step) for step in inverse_scheduler(pipeline, num_steps).timesteps]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..control import Control
 from ..distributed import Ranks
 from ..inversion import InversionFolder
 from ..names import INVERSIONS
@@ -49,6 +50,7 @@ def compare(
     num_steps: int = 50,
     chunk: int | str | None = "auto",
     model: str | Mapping[str, Any] = "",
+    control: Control | Sequence[Control] | None = None,
     note: str = "",
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
@@ -67,6 +69,7 @@ def compare(
         num_steps: Number of steps of each inversion and reconstruction.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
         model: Name of the pipeline, for the record, or more, as for `invert`.
+        control: What the pipeline's ControlNets are shown, as for `invert`.
         note: Note that the weights are random, for compare.json; the pictures then say so, too.
         group: Process group whose ranks share the chunks; all ranks make this call.
         progress: Whether to show progress.
@@ -94,6 +97,7 @@ def compare(
         num_steps=num_steps,
         chunk=chunk,
         model=model,
+        control=control,
         group=group,
         progress=progress,
     )

@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from stem_kernels.measure import PeakMemory
 
+from ..control import Control
+from ..diffusion.checks import check_pipeline
+from ..diffusion.control import checked_controls
 from ..diffusion.pipeline import (
-    check_pipeline,
     decode_latents,
     encode_prompt,
     execution_device,
@@ -62,6 +64,7 @@ def measure(
     num_steps: int,
     chunk: int | str | None,
     model: str | Mapping[str, Any],
+    control: Control | Sequence[Control] | None,
     group: dist.ProcessGroup | None,
     progress: bool,
 ) -> Measured:
@@ -77,6 +80,7 @@ def measure(
         num_steps: Number of steps of each inversion and reconstruction.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
         model: Name of the pipeline, for the record.
+        control: What the pipeline's ControlNets are shown, as for `invert`.
         group: Process group whose ranks share the chunks, or None.
         progress: Whether to show progress.
 
@@ -86,6 +90,7 @@ def measure(
     """
     check_measurable(video, methods, options)
     check_pipeline(pipeline)
+    checked_controls(pipeline, control, video.num_frames, video.height, video.width)
     inverse_scheduler(pipeline, num_steps)
     warm_up(pipeline)
     device = execution_device(pipeline)
@@ -106,6 +111,7 @@ def measure(
                     num_steps=num_steps,
                     chunk=chunk,
                     model=model,
+                    control=control,
                     group=group,
                     progress=progress,
                     on_step=inverting.step,

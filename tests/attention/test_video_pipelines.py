@@ -11,7 +11,7 @@ from pipelines import make_pipeline, make_unet
 
 import stem
 from stem import StemConfig
-from stem.diffusion.pipeline import check_pipeline
+from stem.diffusion.checks import check_pipeline
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

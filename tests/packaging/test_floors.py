@@ -16,19 +16,21 @@ KERNELS = "stem_kernels"
 FLOORS: dict[str, dict[str, str]] = {
     "stem": {
         "stem.__main__": "cli",
-        "stem.cli": "workflows report metrics inversion models diffusion world video sources "
-        "storage names",
-        "stem.workflows": "report metrics editing inversion models diffusion attention "
+        "stem.cli": "workflows report metrics inversion models diffusion control world video "
+        "sources storage names",
+        "stem.workflows": "report metrics editing inversion models diffusion control attention "
         "attention.families world video config distributed storage progress names",
         "stem.world.training": "report metrics inversion models diffusion world video",
         "stem.report": "metrics video storage names",
         "stem.metrics": "world names",
-        "stem.editing": "inversion diffusion attention attention.families config storage names",
-        "stem.inversion": "diffusion attention attention.families video config distributed sources "
-        "storage names exports",
+        "stem.editing": "inversion diffusion control attention attention.families config storage "
+        "names",
+        "stem.inversion": "diffusion control attention attention.families video config distributed "
+        "sources storage names exports",
         "stem.models": "loading diffusion sources names",
         "stem.loading": "sources storage",
-        "stem.diffusion": "attention attention.families storage profiling progress",
+        "stem.diffusion": "control attention attention.families storage profiling progress",
+        "stem.control": "storage",
         "stem.attention": "attention.families config profiling",
         "stem.attention.families": "",
         "stem.world": "",
