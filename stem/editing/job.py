@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,9 +30,9 @@ class Job:
         pipeline: Pipeline that the inversion was made with.
         inversion: Inversion, complete.
         prompt: Prompt of the edited video.
-        source: Conditioning of the inversion's prompt, one branch.
-        negative: Conditioning of the negative prompt, one branch.
-        target: Conditioning of the prompt, one branch.
+        source: Conditioning of the inversion's prompt and control, one branch.
+        negative: Conditioning of the negative prompt and the edit's control, one branch.
+        target: Conditioning of the prompt and the edit's control, one branch.
         guidance: Guidance scale g of u + g (c - u).
         seed: Seed of whatever the method draws.
         device: Device that the pipeline computes on.
@@ -100,7 +100,11 @@ class Job:
         return torch.tensor(self.inversion.timesteps[level - 1])
 
     def predict(
-        self, rows: list[torch.Tensor], timestep: torch.Tensor, *conditionings: Conditioning
+        self,
+        rows: list[torch.Tensor],
+        timestep: torch.Tensor,
+        *conditionings: Conditioning,
+        frames: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The UNet's predictions for several branches in one call.
 
@@ -108,6 +112,7 @@ class Job:
             rows: Latents [n, c, h, w] of each branch, of equal shape.
             timestep: Timestep, an integer tensor of one element.
             conditionings: Conditionings, one for each branch.
+            frames: Numbers of the n frames; None: all, from 0 on.
 
         Returns:
             float32 [n, c, h, w] for each branch.
@@ -115,7 +120,8 @@ class Job:
         joined = conditionings[0]
         for other in conditionings[1:]:
             joined = joined.joined(other)
-        return predict(self.pipeline, torch.cat(rows), timestep, joined).chunk(len(rows))
+        found = predict(self.pipeline, torch.cat(rows), timestep, joined, frames)
+        return found.chunk(len(rows))
 
 
 class Method(ABC):

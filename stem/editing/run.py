@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 
 from stem_kernels.ops.calibration import CALIBRATIONS
 
+from ..control import Control
+from ..diffusion.control import Shown, checked_controls
 from ..diffusion.environment import numeric_environment
 from ..diffusion.loop import denoise
 from ..diffusion.pipeline import decode_latents, encode_prompt, execution_device
@@ -73,6 +75,7 @@ def edit(
     guidance: float | None = None,
     seed: int = 0,
     options: Options | Mapping[str, Any] | None = None,
+    control: Control | Sequence[Control] | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
     """Edit a video by a prompt: `edit_latents`, decoded.
@@ -87,6 +90,8 @@ def edit(
         seed: Seed of the method's random numbers.
         options: Options of the method: its dataclass in `stem.editing`, or some of its fields by
             name.
+        control: What the pipeline's ControlNet is shown in the edit, or each of several; None:
+            what it was shown in the inversion, as the source's branch always is.
         progress: Whether to show progress.
 
     Returns:
@@ -104,6 +109,7 @@ def edit(
         guidance=guidance,
         seed=seed,
         options=options,
+        control=control,
         progress=progress,
     )
     return decode_latents(pipeline, latents)
@@ -119,6 +125,7 @@ def edit_latents(
     guidance: float | None = None,
     seed: int = 0,
     options: Options | Mapping[str, Any] | None = None,
+    control: Control | Sequence[Control] | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
     """Edit a video by a prompt, starting from the noisiest latents of its inversion.
@@ -134,6 +141,8 @@ def edit_latents(
         seed: Seed of the method's random numbers.
         options: Options of the method: its dataclass in `stem.editing`, or some of its fields by
             name.
+        control: What the pipeline's ControlNet is shown in the edit, or each of several; None:
+            what it was shown in the inversion, as the source's branch always is.
         progress: Whether to show progress.
 
     Returns:
@@ -154,6 +163,7 @@ def edit_latents(
         guidance=guidance,
         seed=seed,
         options=options,
+        control=control,
         progress=progress,
     ).latents
 
@@ -168,6 +178,7 @@ def run_edit(
     guidance: float | None = None,
     seed: int = 0,
     options: Options | Mapping[str, Any] | None = None,
+    control: Control | Sequence[Control] | None = None,
     resume: bool = True,
     progress: bool = True,
     on_step: Callable[[], None] | None = None,
@@ -183,6 +194,7 @@ def run_edit(
         guidance: Classifier-free guidance scale, or None.
         seed: Seed of the method's random numbers.
         options: Options of the method.
+        control: What the pipeline's ControlNets are shown in the edit, or None.
         resume: Whether to keep the latents reached so far in the inversion's folder, and to go on
             from those that an earlier call of equal arguments kept there.
         progress: Whether to show progress.
@@ -213,6 +225,12 @@ def run_edit(
         encode_prompt(pipeline, text, size["height"], size["width"])
         for text in (inversion.settings["prompt"], negative_prompt, prompt)
     )
+    given = inversion.control() if control is None else control
+    controls = checked_controls(pipeline, given, size["num_frames"], size["height"], size["width"])
+    if controls:
+        source = source.showing(Shown(inversion.control(), inversion.timesteps))
+        edited = source.shown[0] if control is None else Shown(controls, inversion.timesteps)
+        negative, target = negative.showing(edited), target.showing(edited)
     scale = chosen.guidance if guidance is None else float(guidance)
     job = Job(pipeline, inversion, prompt, source, negative, target, scale, seed, device)
     settings = edit_settings(
@@ -223,6 +241,7 @@ def run_edit(
         guidance=guidance,
         seed=seed,
         options=chosen,
+        control=None if control is None else controls,
     )
     environment = numeric_environment(device)
     environment["chunk"] = str(job.attention.chunk)
@@ -342,10 +361,13 @@ def edit_settings(
     guidance: float | None,
     seed: int,
     options: Options,
+    control: Sequence[Control] | None = None,
 ) -> dict[str, Any]:
     """Everything that shapes an edit beside its inversion, as JSON types."""
     scale = options.guidance if guidance is None else float(guidance)
+    shown = {} if control is None else {"control": [each.record() for each in control]}
     return {
+        **shown,
         "inversion": inversion.path.name,
         "prompt": prompt,
         "negative_prompt": negative_prompt,

@@ -141,7 +141,12 @@ class TokenFlow(PnP):
         with attention_on(job.pipeline, self._extended, hooks=hooks) as handle:
             assert handle is not None
             chosen = latents[pivots.to(latents.device)]
-            job.predict([source[pivots.to(source.device)], chosen, chosen], timestep, *texts)
+            job.predict(
+                [source[pivots.to(source.device)], chosen, chosen],
+                timestep,
+                *texts,
+                frames=pivots.tolist(),
+            )
             # Memory may have run out in it: the next step need not find that out again.
             self._extended = dataclasses.replace(self._extended, chunk=handle.chunk)
         self._propagation.plan = pivots_of_frames(

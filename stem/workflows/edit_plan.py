@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..control import Control
 from ..editing import check_edit, edit_options
 from ..editing.run import check_numbers
 from ..inversion import InversionFolder
@@ -31,6 +32,7 @@ class EditPlan:
         negative_prompt: Negative prompt of all edits.
         guidance: Guidance scale; None: each method's own.
         seed: Seed of the methods' draws.
+        control: What the pipeline's ControlNets are shown in the edits; None: as in the inversion.
 
     Raises:
         TypeError: prompts or methods of another type.
@@ -44,6 +46,7 @@ class EditPlan:
     negative_prompt: str = ""
     guidance: float | None = None
     seed: int = 0
+    control: Sequence[Control] | None = None
 
     def __post_init__(self) -> None:
         for name, values in (("prompts", self.prompts), ("methods", self.methods)):
@@ -71,7 +74,7 @@ class EditPlan:
         return len(self.prompts) * len(self.methods)
 
     def arguments(self, method: str) -> dict[str, Any]:
-        """Arguments of `check_edit` and `run_edit` beside the prompt."""
+        """Arguments of `check_edit` and `run_edit` beside the prompt and the control."""
         return {
             "method": method,
             "negative_prompt": self.negative_prompt,
@@ -127,6 +130,7 @@ class EditPlan:
             "inversion": inversion.path.resolve().name,
             "prompt": prompt,
             **self.arguments(method),
+            **({} if self.control is None else {"control": [c.record() for c in self.control]}),
             "options": asdict(edit_options(method, self.options.get(method))),
             "exact": answer,
             "versions": {

@@ -118,6 +118,7 @@ def write_edits(
             inversion,
             result.prompt,
             **plan.arguments(result.method),
+            control=plan.control,
             progress=progress,
             on_step=clock.step,
         )
