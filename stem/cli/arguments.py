@@ -74,6 +74,12 @@ TextualInversions = Annotated[
         help="A .safetensors file of a word's embeddings, repeatable: cat.safetensors:<cat>.",
     ),
 ]
+ControlNets = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID|FOLDER", help="A ControlNet made for the model, repeatable; see --control."
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:NUMBER. Default: a GPU where there is one.")
 ]

@@ -15,12 +15,13 @@ from .edit_options import OF_INVERSIONS
 from .evaluate import print_evaluation
 from .ranks import rank_device, ranks
 from .request import Request, load, source_of
-from .run_options import RunOptions, takes_run_options
+from .run_options import WITHOUT_CONTROL, RunOptions, takes_run_options
 
 
 @app.command("demo")
 @takes_run_options(
-    without=("prompt", "frames", "deinterlace", "tone_map", "chunk"), out=Path("out/demo")
+    without=("prompt", "frames", "deinterlace", "tone_map", "chunk", *WITHOUT_CONTROL),
+    out=Path("out/demo"),
 )
 def demo_command(
     run: RunOptions,
@@ -90,6 +91,7 @@ def compare_command(video: VideoPath, run: RunOptions) -> None:
             num_steps=run.steps,
             chunk=chunk_of(run.chunk),
             model=request.model,
+            control=request.control(pipeline, clip, run),
             note=request.note,
             group=group,
         )
@@ -123,6 +125,7 @@ def invert_command(
         )
     with ranks(run.device) as group:
         pipeline, clip = request.load_for(request.open(video, run), video)
+        control = request.control(pipeline, clip, run)
         for method in request.methods:
             inversion = invert(
                 pipeline,
@@ -134,6 +137,7 @@ def invert_command(
                 num_steps=run.steps,
                 chunk=chunk_of(run.chunk),
                 model=request.model,
+                control=control,
                 keep_bases=keep_bases and method == "stem",
                 group=group,
             )

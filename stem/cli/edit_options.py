@@ -11,9 +11,11 @@ import typer
 from ..names import EDIT_METHODS, EMBEDDED_MODEL, INVERSION_METHODS, PRESETS
 from .arguments import encodable_text, names_of, one_of, typed_value
 from .config_file import with_config_file
+from .control_options import OF_CONTROL
 
 OF_INVERSIONS = (
     "source_prompt", "inversion", "frames", "size", "deinterlace", "tone_map", "steps", "chunk",
+    *OF_CONTROL,
 )  # fmt: skip
 """Parameters that shape an inversion, and say nothing where one is there already."""
 

@@ -12,6 +12,7 @@ from ..names import EMBEDDED_MODEL, INVERSIONS
 from ..storage import remove_stale
 from .app import app, print_note, say
 from .arguments import chunk_of
+from .control_options import EditControls, EditControlScales, control_of_edit
 from .edit_options import (
     EditMethods,
     EditModel,
@@ -34,6 +35,7 @@ from .request import Request, load, random_note, source_of
 from .run_options import DEFAULTS, RunOptions, takes_run_options
 
 if TYPE_CHECKING:
+    from ..inversion import InversionFolder
     from ..workflows.edit_plan import EditPlan
     from ..workflows.edits import Edits
 
@@ -53,6 +55,8 @@ def edit_command(
     option: EditOptions = None,
     inversion: InversionMethod = "stem",
     model: EditModel = None,
+    edit_control: EditControls = None,
+    edit_control_scale: EditControlScales = None,
     run: RunOptions = DEFAULTS,
 ) -> None:
     """Edit a video, or an inversion, by prompts; an interrupted edit goes on where it stopped.
@@ -66,13 +70,14 @@ def edit_command(
     options, of_inversion = split_options(option, methods, None if is_folder else inversion)
     options = with_preset(options, methods, preset)
 
-    from ..inversion import invert
+    from ..inversion import InversionFolder, invert
     from ..workflows.edit_plan import EditPlan
     from ..workflows.edits import write_edits
 
     plan = EditPlan(prompt, methods, options, negative_prompt, guidance, seed)
     if is_folder:
         refuse_of_inversions(context)
+        plan = _with_control(plan, InversionFolder.open(source), edit_control, edit_control_scale)
         found, note = _edit_inversion(source, plan, model, run)
     else:
         request = Request.checked(
@@ -97,12 +102,27 @@ def edit_command(
             num_steps=run.steps,
             chunk=chunk_of(run.chunk),
             model=request.model,
+            control=request.control(pipeline, clip, run),
         )
+        plan = _with_control(plan, inverted, edit_control, edit_control_scale)
         say(f"inversion: {inverted.path}")
         note = request.note
         found = write_edits(pipeline, inverted, plan, run.out, video=clip, note=note)
     _print(found)
     print_note(note)
+
+
+def _with_control(
+    plan: EditPlan,
+    inversion: InversionFolder,
+    texts: list[str] | None,
+    scales: list[float] | None,
+) -> EditPlan:
+    """The plan with what the options say of the edits' control."""
+    video = inversion.settings["video"]
+    size = (video[name] for name in ("num_frames", "height", "width"))
+    control = control_of_edit(texts, scales, inversion.control(), *size)
+    return dataclasses.replace(plan, control=control)
 
 
 def _edit_inversion(

@@ -12,9 +12,11 @@ from ..sources import ModelError, ModelSource
 from ..storage import check_output
 from .app import quieten_libraries, say
 from .arguments import chosen_methods, method_options
+from .control_options import check_control, read_control
 from .ranks import rank_device
 
 if TYPE_CHECKING:
+    from ..control import Control
     from ..inversion import InversionFolder
     from ..video import Video, VideoFile
     from ..video.reading import Pictures
@@ -70,6 +72,7 @@ class Request:
             ModelSource(f"{RANDOM_MODEL}:{run.seed}" if run.model == RANDOM_MODEL else run.model)
         )
         source.check()
+        check_control(run, source.controlnets)
         schedule = known_schedule(source.name, source.config)
         if schedule is not None:
             train_steps = schedule.get("num_train_timesteps", 1000)  # diffusers' default
@@ -133,6 +136,12 @@ class Request:
     def load(self) -> Any:
         """The model's pipeline, on this rank's device where there are several."""
         return load(self.source, rank_device(self.device), self.dtype)
+
+    def control(self, pipeline: Any, clip: Video | VideoFile, run: RunOptions) -> list[Control]:
+        """What the pipeline's ControlNets are shown of a clip, in the order of --control."""
+        from ..diffusion.pipeline import execution_device, vae_factor
+
+        return read_control(run, clip, vae_factor(pipeline), execution_device(pipeline))
 
     def load_for(self, clip: Pictures, path: Path) -> tuple[Any, Pictures]:
         """The model's pipeline, and the clip as its VAE takes it; prints what was changed in it."""

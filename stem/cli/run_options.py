@@ -16,6 +16,7 @@ from .arguments import (
     ALL_METHODS,
     Chunk,
     Config,
+    ControlNets,
     Deinterlace,
     Device,
     Dtype,
@@ -35,6 +36,17 @@ from .arguments import (
     Vae,
     Variant,
 )
+from .control_options import (
+    OF_CONTROL,
+    ControlEnds,
+    Controls,
+    ControlScales,
+    ControlStarts,
+    DepthModel,
+)
+
+WITHOUT_CONTROL = ("controlnet", *OF_CONTROL)
+"""Parameters that a command lacks which shows ControlNets nothing."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,12 @@ class RunOptions:
     vae: Vae = None
     lora: Loras = None
     textual_inversion: TextualInversions = None
+    controlnet: ControlNets = None
+    control: Controls = None
+    control_scale: ControlScales = None
+    control_start: ControlStarts = None
+    control_end: ControlEnds = None
+    depth_model: DepthModel = None
     prompt: Prompt = ""
     methods: Methods = ALL_METHODS
     frames: Frames = None
@@ -74,6 +92,7 @@ class RunOptions:
             "vae": self.vae,
             "loras": tuple(self.lora or ()),
             "textual_inversions": tuple(self.textual_inversion or ()),
+            "controlnets": tuple(self.controlnet or ()),
         }
         return dataclasses.replace(of, **{name: value for name, value in given.items() if value})
 
