@@ -118,7 +118,7 @@ def read_control(
     texts = run.control or []
     numbers = zip(*_numbers(run, len(texts)), strict=True)
     return [
-        Control(_pictures(text, run, clip, multiple_of, device), *each, source=_named(text, run))
+        Control(_pictures(text, run, clip, multiple_of, device), *each, _named(text, run))
         for text, each in zip(texts, numbers, strict=True)
     ]
 

@@ -217,11 +217,11 @@ def controlled(pipeline: Any) -> Iterator[None]:
         for net in nets:
             stack.enter_context(plain(net))
         forward = ControlledForward(unet, nets).__call__
-        unet.forward = forward  # type: ignore[method-assign]
+        unet.forward = forward
         try:
             yield
         finally:
             if unet.__dict__.get("forward") is forward:
                 del unet.forward
                 if before is not None:
-                    unet.forward = before  # type: ignore[method-assign]
+                    unet.forward = before

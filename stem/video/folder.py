@@ -52,7 +52,8 @@ def read_pictures(
             f"{folder}: asked for pictures {str(asked).removesuffix(':1')}, the folder has "
             f"{len(found)}"
         )
-    read, notes = [], dict[str, None]()
+    read: list[torch.Tensor] = []
+    notes: dict[str, None] = {}
     for file in chosen:
         picture = read_video(file, size=size, multiple_of=multiple_of)
         if picture.num_frames != 1:

@@ -106,7 +106,10 @@ class EditPlan:
             for method in self.methods:
                 check_edit(inversion, prompt, **self.arguments(method))
         video = inversion.settings["video"]
-        self.check_space(out, video["num_frames"], video["height"], video["width"])
+        size = (video["num_frames"], video["height"], video["width"])
+        for each in self.control or ():
+            each.check_fits(*size)
+        self.check_space(out, *size)
 
     def shaped_by(
         self,

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from controls import make_control_pipeline, pictures
 from inversions import clip
 from pipelines import make_pipeline
 
-from stem import invert
+from stem import Control, invert
 from stem.attention.exchange import Lockstep
 from stem.inversion import InversionFolder, reconstruct_latents
 
@@ -39,12 +40,13 @@ try:
 finally:
     dist.destroy_process_group()
 """
-# (method, options, frames in a chunk)
+# (method, options, frames in a chunk); under "control" with a ControlNet.
 RUNS: list[tuple[str, dict[str, Any], int]] = [
     ("stem", {"num_bases": 8, "init": "gaussian", "empty": "reseed", "calibration": "joint"}, 2),
     ("stem", {"num_bases": 8, "space": "key", "fit_frames": 5}, 1),
     ("st-ddim", {}, 2),
     ("inflated", {}, 2),
+    ("control", {"num_bases": 8}, 2),
 ]
 
 
@@ -54,12 +56,15 @@ def run(
     """Invert and reconstruct; sums of the reconstructions, which say whether ranks agree."""
     found = {}
     for method, options, chunk in runs:
+        control = Control(pictures(7)) if method == "control" else None
+        pipeline = make_pipeline() if control is None else make_control_pipeline()
         folder = invert(
-            make_pipeline(),
+            pipeline,
             clip(7),
             "a duck",
             root / "inversions",
-            method=method,
+            method=method if control is None else "stem",
+            control=control,
             options=options,
             num_steps=num_steps,
             chunk=chunk,
@@ -67,9 +72,7 @@ def run(
             progress=False,
             on_step=lambda: print("step", flush=True),
         )
-        latents = reconstruct_latents(
-            make_pipeline(), folder, guidance=2.0, group=group, progress=False
-        )
+        latents = reconstruct_latents(pipeline, folder, guidance=2.0, group=group, progress=False)
         found[folder.path.name] = latents.double().sum(dim=(1, 2, 3)).tolist()
     return found
 
@@ -117,7 +120,7 @@ def test_one_two_and_three_processes_give_the_same_bits(tmp_path: Path) -> None:
     assert sorted(ranks for ranks, _ in found) == [1, 2, 2, 3, 3, 3]
     assert all(sums == found[0][1] for _, sums in found)
     expected = files(tmp_path / "1")
-    assert len(expected) == len(RUNS) * (2 + 2 + 1)
+    assert len(expected) == len(RUNS) * (2 + 2 + 1) + 1  # control pictures
     assert files(tmp_path / "2") == expected
     assert files(tmp_path / "3") == expected
 
