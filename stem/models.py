@@ -76,8 +76,8 @@ def load_pipeline(
         textual_inversions: Texts "FILE" or "FILE:TOKEN". Without a token the word for it is the
             name of the file's tensor, or the file's own where that says nothing (`clip_l`,
             `clip_g` and `emb_params`).
-        controlnets: Hub ids or folders of ControlNets made for this model; `invert` then needs
-            `control`.
+        controlnets: Hub ids or folders of ControlNets, or of T2I-Adapters, made for this model;
+            `invert` then needs `control`.
 
     Raises:
         ModelError: the model or a part of it cannot be loaded, or it cannot be inverted.

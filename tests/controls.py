@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from diffusers import (
     ControlNetModel,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
+    T2IAdapter,
 )
 from pipelines import make_pipeline
 from video_models import with_control
@@ -35,6 +38,32 @@ def make_control_pipeline(shape: str = "sd1", nets: int = 1) -> Any:
     pipeline = kind(
         **plain.components,
         controlnet=found[0] if nets == 1 else found,
+        **({} if xl else {"requires_safety_checker": False}),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_adapter(seed: int = 0, channels: int = 3) -> T2IAdapter:
+    """A T2I-Adapter for the UNets of `make_unet` beside a VAE of factor 2."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return T2IAdapter(
+            in_channels=channels, channels=[32, 64], num_res_blocks=1, downscale_factor=2
+        ).eval()
+
+
+@functools.cache
+def make_adapter_pipeline(shape: str = "sd1", nets: int = 1) -> Any:
+    """`make_pipeline(shape)` with T2I-Adapters. Shared: leave it as it is."""
+    parts = dict(make_pipeline(shape).components)
+    xl = shape == "sdxl"
+    if not xl:
+        del parts["image_encoder"]
+    found = [make_adapter(seed) for seed in range(nets)]
+    pipeline = (StableDiffusionXLAdapterPipeline if xl else StableDiffusionAdapterPipeline)(
+        **parts,
+        adapter=found[0] if nets == 1 else found,
         **({} if xl else {"requires_safety_checker": False}),
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""ControlNets beside a UNet: every chunk of frames goes through them, then through the UNet."""
+"""ControlNets and T2I-Adapters beside a UNet: each chunk of frames goes through them first."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+_NET, _ADAPTER = "net", "adapter"  # whose residuals
+
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """What a ControlNet is shown in a call, of all frames: no tensor that chunks would cut.
+    """What a ControlNet or adapter is shown in a call: no tensor, which chunks would cut.
 
     Args:
-        net: Number of the ControlNet.
+        net: Number of the ControlNet or adapter.
         pictures: Pictures, uint8 [N, H, W, 3].
         scale: Factor of the residuals.
     """
@@ -25,14 +27,14 @@ class Scaled:
 
 
 class ControlledForward:
-    """Takes the place of a UNet's `forward`: ControlNets see its rows first.
+    """Takes the place of a UNet's `forward`: ControlNets and adapters see its rows first.
 
     It stands inside `ChunkedForward`, so the residuals are those of one chunk's frames, on the
     rank that runs the chunk.
 
     Args:
         unet: UNet2DConditionModel whose `forward` this is to be.
-        nets: ControlNets of it.
+        nets: ControlNets and T2I-Adapters of it.
     """
 
     def __init__(self, unet: torch.nn.Module, nets: Sequence[Any]) -> None:
@@ -80,8 +82,8 @@ class ControlledForward:
         group: torch.Tensor,
         frame: torch.Tensor,
     ) -> dict[str, Any]:
-        """The UNet's arguments that hold the ControlNets' residuals."""
-        whole: list[torch.Tensor] | None = None
+        """The UNet's arguments that hold the residuals of ControlNets and adapters."""
+        whole: dict[str, list[torch.Tensor]] = {}
         for number, shown in enumerate(groups):
             if not shown:
                 continue
@@ -95,16 +97,19 @@ class ControlledForward:
             own = None if added is None else {name: value[on] for name, value in added.items()}
             texts = {name: value[on] for name, value in text.items()}
             found = self._sum(shown, sample[on], timestep, frame[rows], texts, own)
-            if whole is None:
-                whole = [each.new_zeros(len(sample), *each.shape[1:]) for each in found]
-            for into, each in zip(whole, found, strict=True):
-                into[on] = each
-        if whole is None:
-            return {}
-        return {
-            "down_block_additional_residuals": tuple(whole[:-1]),
-            "mid_block_additional_residual": whole[-1],
-        }
+            for name, parts in found.items():
+                if name not in whole:
+                    whole[name] = [part.new_zeros(len(sample), *part.shape[1:]) for part in parts]
+                for into, part in zip(whole[name], parts, strict=True):
+                    into[on] = part
+        arguments: dict[str, Any] = {}
+        if _NET in whole:
+            *down, mid = whole[_NET]
+            arguments["down_block_additional_residuals"] = tuple(down)
+            arguments["mid_block_additional_residual"] = mid
+        if _ADAPTER in whole:
+            arguments["down_intrablock_additional_residuals"] = list(whole[_ADAPTER])
+        return arguments
 
     def _sum(
         self,
@@ -114,27 +119,45 @@ class ControlledForward:
         frames: torch.Tensor,
         text: dict[str, torch.Tensor],
         added: dict[str, torch.Tensor] | None,
-    ) -> list[torch.Tensor]:
-        """The residuals of all ControlNets added up: the encoder's, then the middle's."""
-        total: list[torch.Tensor] = []
+    ) -> dict[str, list[torch.Tensor]]:
+        """Residuals added up: of all ControlNets (the middle's last), and of all adapters."""
+        total: dict[str, list[torch.Tensor]] = {}
         for each in shown:
             net, pictures = self._nets[each.net], each.pictures
             # As diffusers' VaeImageProcessor without normalisation: 0 ... 1.
             images = pictures[frames.to(pictures.device)].permute(0, 3, 1, 2).contiguous()
-            arguments: dict[str, Any] = {**text, "controlnet_cond": images.float() / 255}
-            if added is not None:
-                arguments["added_cond_kwargs"] = added
-            moved = _moved(arguments, sample.device, net.dtype)
-            down, mid = net(
-                sample.to(net.dtype),
-                timestep,
-                conditioning_scale=each.scale,
-                return_dict=False,
-                **moved,
-            )
-            found = [part.to(sample.dtype) for part in (*down, mid)]
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+            images = images.float() / 255
+            if is_adapter(net):
+                name = _ADAPTER
+                if net.config.in_channels == 1:
+                    images = images.mean(1, keepdim=True)
+                parts = [part * each.scale for part in net(images.to(sample.device, net.dtype))]
+            else:
+                name = _NET
+                given: dict[str, Any] = {**text, "controlnet_cond": images}
+                if added is not None:
+                    given["added_cond_kwargs"] = added
+                down, mid = net(
+                    sample.to(net.dtype),
+                    timestep,
+                    conditioning_scale=each.scale,
+                    return_dict=False,
+                    **_moved(given, sample.device, net.dtype),
+                )
+                parts = [*down, mid]
+            found = [part.to(sample.dtype) for part in parts]
+            before = total.get(name)
+            total[name] = found if before is None else _added(before, found)
         return total
+
+
+def _added(one: list[torch.Tensor], other: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [a + b for a, b in zip(one, other, strict=True)]
+
+
+def is_adapter(net: Any) -> bool:
+    """Whether a net is a T2I-Adapter, which sees pictures alone."""
+    return type(net).__name__ == "T2IAdapter"
 
 
 def _moved(given: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

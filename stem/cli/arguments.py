@@ -77,7 +77,8 @@ TextualInversions = Annotated[
 ControlNets = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="ID|FOLDER", help="A ControlNet made for the model, repeatable; see --control."
+        metavar="ID|FOLDER",
+        help="A ControlNet or T2I-Adapter made for the model, repeatable; see --control.",
     ),
 ]
 Device = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -145,30 +146,43 @@ def control_of_edit(
         typer.BadParameter: there are not as many as ControlNets.
         ValueError: a file that cannot be read, or has another number of frames.
     """
-    import dataclasses
-
     if not texts and not scales:
         return None
-    if texts and len(texts) != len(own):
-        raise typer.BadParameter(
-            f"there are {len(texts)} for {len(own)} ControlNets; give one for each",
-            param_hint="--edit-control",
-        )
-    if not own:
-        raise typer.BadParameter(
-            "the inversion has no ControlNet; invert with --controlnet and --control",
-            param_hint="--edit-control-scale",
-        )
+    check_edit_control(texts, scales, len(own))
     kept = [each.scale for each in own]
     chosen = _each("--edit-control-scale", scales, len(own), 1.0) if scales else kept
     found = [dataclasses.replace(c, scale=scale) for c, scale in zip(own, chosen, strict=True)]
     for number, text in enumerate(texts or []):
-        _check_path(text, "--edit-control", ())
         pictures = _read(text, size=(width, height), multiple_of=1)
         found[number] = dataclasses.replace(found[number], pictures=pictures, source=text)
     for each in found:
         each.check_fits(num_frames, height, width)
     return found
+
+
+def check_edit_control(texts: list[str] | None, scales: list[float] | None, count: int) -> None:
+    """Raise where the options of an edit's control do not fit so many ControlNets.
+
+    Args:
+        texts: Texts of --edit-control.
+        scales: Numbers of --edit-control-scale.
+        count: Number of ControlNets.
+
+    Raises:
+        typer.BadParameter: with the option.
+        ValueError: a scale that means nothing.
+    """
+    from ..control.control import check_numbers
+
+    if texts and len(texts) != count:
+        raise typer.BadParameter(
+            f"there are {len(texts)} for {count} ControlNets; give one for each",
+            param_hint="--edit-control",
+        )
+    for text in texts or []:
+        _check_path(text, "--edit-control", ())
+    for scale in _each("--edit-control-scale", scales, count, 1.0):
+        check_numbers(scale, 0.0, 1.0)
 
 
 def _numbers(run: RunOptions, count: int) -> tuple[list[float], ...]:

@@ -12,7 +12,7 @@ from ..names import EMBEDDED_MODEL, INVERSIONS
 from ..storage import remove_stale
 from .app import app, print_note, say
 from .arguments import chunk_of
-from .control_options import EditControls, EditControlScales, control_of_edit
+from .control_options import EditControls, EditControlScales, check_edit_control, control_of_edit
 from .edit_options import (
     EditMethods,
     EditModel,
@@ -89,6 +89,7 @@ def edit_command(
                 seed=seed,
             )
         )
+        check_edit_control(edit_control, edit_control_scale, len(request.source.controlnets))
         clip = request.open(source, run)
         plan.check_space(run.out, clip.num_frames, clip.height, clip.width)
         pipeline, clip = request.load_for(clip, source)

@@ -122,7 +122,7 @@ def _damage(inversion: InversionFolder) -> list[str]:
     last = max(written, default=-1)
     found = [error for problems in steps[: last + 1] for error in problems]
     if last >= 0:
-        found = inversion.x0_problems() + found
+        found = inversion.x0_problems() + inversion.control_problems() + found
     return [error.problem for error in found]
 
 

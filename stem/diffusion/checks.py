@@ -38,13 +38,12 @@ def check_pipeline(pipeline: Any) -> None:
             f"latents of another kind; {_BASE_MODELS}"
         )
     check_controlnets(pipeline)
-    for part in ("adapter", "motion_adapter"):
-        if getattr(pipeline, part, None) is not None:
-            raise ValueError(
-                f"the pipeline, a {name}, has a {part}, whose control the inversion would ignore; "
-                "pass a plain pipeline of the same model, for example "
-                "StableDiffusionPipeline(**{the components it shares})"
-            )
+    if getattr(pipeline, "motion_adapter", None) is not None:
+        raise ValueError(
+            f"the pipeline, a {name}, has a motion_adapter, which the inversion would ignore; pass "
+            "a plain pipeline of the same model, for example "
+            "StableDiffusionPipeline(**{the components it shares})"
+        )
     projected = getattr(unet.config, "encoder_hid_dim_type", None)
     if projected == "ip_image_proj":
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..attention.controlled import ControlledForward, Scaled, is_controlled
+from ..attention.controlled import ControlledForward, Scaled, is_adapter, is_controlled
 from ..attention.families import unet_of
 from ..attention.handle import plain
 from ..control import Control
@@ -67,62 +67,89 @@ def rows_shown(
 
 
 def controlnets_of(pipeline: Any) -> list[Any]:
-    """The ControlNets of a pipeline, those of a MultiControlNetModel one by one."""
-    found = getattr(pipeline, "controlnet", None)
-    if found is None:
-        return []
-    nets = found if isinstance(found, (list, tuple)) else getattr(found, "nets", [found])
-    return [getattr(net, "_orig_mod", net) for net in nets]
+    """The ControlNets or T2I-Adapters of a pipeline, those of a wrapper of several one by one."""
+    found: list[Any] = []
+    for part, several in (("controlnet", "nets"), ("adapter", "adapters")):
+        value = getattr(pipeline, part, None)
+        if value is not None:
+            listed = isinstance(value, (list, tuple))
+            found += value if listed else getattr(value, several, [value])
+    return [getattr(net, "_orig_mod", net) for net in found]
 
 
 def check_controlnets(pipeline: Any) -> None:
-    """Raise where a ControlNet of a pipeline cannot stand beside its UNet.
+    """Raise where a ControlNet or T2I-Adapter of a pipeline cannot stand beside its UNet.
 
     Args:
         pipeline: Pipeline with a UNet2DConditionModel and a VAE.
 
     Raises:
-        ValueError: a ControlNet is of another class, wants guess mode or class labels, or was made
-            for another UNet or VAE. The message names what differs.
+        ValueError: one is of another class, wants guess mode or class labels, or was made for
+            another UNet or VAE. The message names what differs.
     """
     unet, name = unet_of(pipeline), type(pipeline).__name__
     nets = controlnets_of(pipeline)
+    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     for number, net in enumerate(nets, 1):
-        which = f"the ControlNet{f' {number} of {len(nets)}' if len(nets) > 1 else ''} of the "
-        which += f"pipeline, a {name},"
-        kind = type(net).__name__
-        if kind != "ControlNetModel":
-            raise ValueError(
-                f"{which} is a {kind} (its controlnet), whose control an inversion does not have; "
-                "use a ControlNetModel, or several"
-            )
-        config = net.config
-        if config.global_pool_conditions:
-            raise ValueError(
-                f"{which} averages its residuals over the picture (global_pool_conditions) and "
-                "needs guess mode, which an inversion does not have; use one on edges or depth"
-            )
-        if config.class_embed_type is not None or config.num_class_embeds is not None:
-            raise ValueError(f"{which} wants class labels, which an inversion does not have")
-        for key in (*_SAME, "addition_embed_type"):
-            own, found = unet.config.get(key), config.get(key)
-            if _as_list(own) != _as_list(found):
-                raise ValueError(
-                    f"{which} has {key} {found}, and the UNet has {own}: it was made for another "
-                    "model (1.x, 2.x and XL each have their own); use one that was made for this"
-                )
-        if config.conditioning_channels != 3:
-            raise ValueError(
-                f"{which} takes pictures of {config.conditioning_channels} channels, and control "
-                "pictures have 3"
-            )
-        shrunk = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
-        factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        if shrunk != factor:
-            raise ValueError(
-                f"{which} makes a place of {shrunk}x{shrunk} pixels, and the VAE a latent of "
-                f"{factor}x{factor}; use one that was made for this model"
-            )
+        order = f" {number} of {len(nets)}" if len(nets) > 1 else ""
+        which = f"the {_word(net)}{order} of the pipeline, a {name},"
+        if is_adapter(net):
+            _check_adapter(net, unet, factor, which)
+        else:
+            _check_controlnet(net, unet, factor, which)
+
+
+def _check_controlnet(net: Any, unet: Any, factor: int, which: str) -> None:
+    kind = type(net).__name__
+    if kind != "ControlNetModel":
+        raise ValueError(
+            f"{which} is a {kind} (its controlnet or adapter), whose control an inversion does not "
+            "have; use a ControlNetModel or a T2IAdapter, or several"
+        )
+    config = net.config
+    if config.global_pool_conditions:
+        raise ValueError(
+            f"{which} averages its residuals over the picture (global_pool_conditions) and needs "
+            "guess mode, which an inversion does not have; use one on edges or depth"
+        )
+    if config.class_embed_type is not None or config.num_class_embeds is not None:
+        raise ValueError(f"{which} wants class labels, which an inversion does not have")
+    for key in (*_SAME, "addition_embed_type"):
+        _check_same(which, key, config.get(key), unet.config.get(key))
+    if config.conditioning_channels != 3:
+        raise ValueError(
+            f"{which} takes pictures of {config.conditioning_channels} channels, and control "
+            "pictures have 3"
+        )
+    _check_place(which, 2 ** (len(config.conditioning_embedding_out_channels) - 1), factor)
+
+
+def _check_adapter(net: Any, unet: Any, factor: int, which: str) -> None:
+    config, widths = net.config, list(unet.config.block_out_channels)
+    _check_same(which, "channels", list(config.channels)[: len(widths)], widths)
+    if config.in_channels not in (1, 3):
+        raise ValueError(
+            f"{which} takes pictures of {config.in_channels} channels, and control pictures have 3"
+        )
+    # The first features of XL's adapters are added after the UNet's first downsampling.
+    halved = 2 if config.adapter_type == "full_adapter_xl" else 1
+    _check_place(which, config.downscale_factor, factor * halved)
+
+
+def _check_same(which: str, key: str, found: Any, own: Any) -> None:
+    if _as_list(own) != _as_list(found):
+        raise ValueError(
+            f"{which} has {key} {found}, and the UNet has {own}: it was made for another model "
+            "(1.x, 2.x and XL each have their own); use one that was made for this"
+        )
+
+
+def _check_place(which: str, found: int, own: int) -> None:
+    if found != own:
+        raise ValueError(
+            f"{which} makes a place of {found}x{found} pixels, and the VAE a latent of "
+            f"{own}x{own}; use one that was made for this model"
+        )
 
 
 def _as_list(value: Any) -> Any:
@@ -161,7 +188,7 @@ def checked_controls(
         )
     if nets and not controls:
         raise ValueError(
-            f"the pipeline, a {name}, has {_counted(nets)} (controlnet), and nothing to show it; "
+            f"the pipeline, a {name}, has {_counted(nets)}, and nothing to show it; "
             f"{_GIVE}, or pass a pipeline without one"
         )
     if len(nets) != len(controls):
@@ -169,13 +196,24 @@ def checked_controls(
             f"the pipeline, a {name}, has {_counted(nets)}, and control has {len(controls)}; "
             f"{_GIVE}"
         )
-    for each in controls:
+    for net, each in zip(nets, controls, strict=True):
         each.check_fits(num_frames, height, width)
+        multiple = net.config.downscale_factor if is_adapter(net) else 1
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"the T2I-Adapter of the pipeline, a {name}, takes pictures whose width and height "
+                f"are multiples of {multiple}, and the frames are {width}x{height}; take another "
+                "size"
+            )
     return controls
 
 
+def _word(net: Any) -> str:
+    return "T2I-Adapter" if is_adapter(net) else "ControlNet"
+
+
 def _counted(nets: Sequence[Any]) -> str:
-    return "a ControlNet" if len(nets) == 1 else f"{len(nets)} ControlNets"
+    return f"a {_word(nets[0])}" if len(nets) == 1 else f"{len(nets)} {_word(nets[0])}s"
 
 
 def check_uncontrolled(pipeline: Any, what: str) -> None:
@@ -183,7 +221,7 @@ def check_uncontrolled(pipeline: Any, what: str) -> None:
     nets = controlnets_of(pipeline)
     if nets:
         raise ValueError(
-            f"the pipeline, a {type(pipeline).__name__}, has {_counted(nets)} (controlnet), and "
+            f"the pipeline, a {type(pipeline).__name__}, has {_counted(nets)}, and "
             f"{what} has no control pictures; pass a pipeline without one"
         )
 
@@ -215,7 +253,8 @@ def controlled(pipeline: Any) -> Iterator[None]:
             yield
             return
         for net in nets:
-            stack.enter_context(plain(net))
+            if not is_adapter(net):
+                stack.enter_context(plain(net))
         forward = ControlledForward(unet, nets).__call__
         unet.forward = forward
         try:

@@ -18,6 +18,7 @@ _THREADS = 4  # hashing releases the interpreter's lock
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _STATE_OF_CALLS = ("truncation", "padding")
 _OF_THE_LOADING = ("architectures", "dtype", "torch_dtype", "transformers_version")
+_APART = ("controlnet", "adapter")
 # By component: the state in which its weights were hashed, and the hash.
 _hashed: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
 
@@ -30,7 +31,8 @@ def fingerprint(pipeline: Any) -> dict[str, str]:
     A component's bytes are read once; they are read again when a tensor was replaced or written to
     since (torch's version counter, and the sums of every tensor's rows for writes through `.data`,
     which the counter does not see). Weights that are offloaded to a disk are read from there,
-    and hash as they would in memory. ControlNets have hashes of their own, see `fingerprint_of`.
+    and hash as they would in memory. ControlNets and T2I-Adapters have hashes of their own, see
+    `fingerprint_of`.
 
     Args:
         pipeline: Stable Diffusion 1.x, 2.x or XL pipeline.
@@ -41,7 +43,7 @@ def fingerprint(pipeline: Any) -> dict[str, str]:
     parts = {
         name: component
         for name, component in sorted(pipeline.components.items())
-        if component is not None and name != "controlnet"
+        if component is not None and name not in _APART
     }
     return _fingerprint(parts)
 

@@ -93,8 +93,8 @@ def invert(
         model: Name of the pipeline, for the record; or a mapping of `name` and the other arguments
             that `load_pipeline` was given, such as {"name": "one.safetensors", "loras":
             ["style.safetensors:0.7"]}.
-        control: What the pipeline's ControlNet is shown, or each of several. The pictures are kept
-            in the folder; reconstructions and edits are shown them, too.
+        control: What the pipeline's ControlNet or T2I-Adapter is shown, or each of several. The
+            pictures are kept in the folder; reconstructions and edits are shown them, too.
         keep_bases: Whether to keep, with "stem", the bases of every step for
             `reconstruct(bases="cached")`.
         group: Process group whose ranks share the chunks; all ranks make this call. Its first

@@ -173,6 +173,31 @@ def test_mistakes_are_found_before_the_video_is_read(
     assert loads == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--edit-control", "gone.mp4"), "'gone.mp4': there is no such file or folder"),
+        (("--edit-control", "net", "--edit-control", "net"), "there are 2 for 1 ControlNets"),
+        (("--edit-control-scale", "inf"), "scale is inf; it must be finite"),
+    ],
+)
+def test_mistakes_of_an_edit_s_control_are_found_before_the_video_is_read(
+    arguments: tuple[str, ...], message: str, loads: list[str], capfd: Any
+) -> None:
+    edit = ("edit", "absent.mp4", *MODEL, *EDGES, "--prompt", "a swan")
+    assert run(*edit, *arguments) == 2
+    assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert loads == []
+
+
+def test_damaged_pictures_are_named(video: str, capfd: Any) -> None:
+    inversion = inverted(video, *EDGES)
+    assert run("verify", str(inversion.path)) == 0
+    (inversion.path / "control.safetensors").write_bytes(b"half")
+    assert run("verify", str(inversion.path)) == 1
+    assert "control.safetensors" in capfd.readouterr().out
+
+
 def test_a_control_net_of_another_model_is_one_line(video: str, here: Path, capfd: Any) -> None:
     capfd.readouterr()
     wrong = ("--controlnet", "xl", "--control", "canny")

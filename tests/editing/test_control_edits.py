@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from controls import make_control_pipeline, pictures
+from controls import make_adapter_pipeline, make_control_pipeline, pictures
 from inversions import inverted
 
 from stem import Control
@@ -118,6 +118,19 @@ def test_the_same_control_given_again_is_the_inversion_s(folder: InversionFolder
     own = edited(folder, "fusion")
     again = edited(folder, "fusion", control=Control(SOURCE))
     assert (again - own).norm() / own.norm() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["tokenflow", "fusion"])
+def test_edits_under_an_adapter(tmp_path: Path, method: str) -> None:
+    pipeline = make_adapter_pipeline()
+    folder = inverted(
+        tmp_path, pipeline=pipeline, control=Control(SOURCE), num_steps=STEPS, chunk=2
+    )
+    settings: dict[str, Any] = {"method": method, "resume": False, "progress": False}
+    own = run_edit(pipeline, folder, "a swan", **settings).latents
+    other = run_edit(pipeline, folder, "a swan", control=Control(EDITED), **settings).latents
+    assert own.isfinite().all()
+    assert not torch.equal(own, other)
 
 
 def test_controls_that_do_not_fit_the_inversion(folder: InversionFolder, tmp_path: Path) -> None:

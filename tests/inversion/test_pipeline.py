@@ -143,8 +143,9 @@ def flow_sigmas() -> UniPCMultistepScheduler:
     ("parts", "message"),
     [
         (lambda: {"vae": None}, "has no VAE"),
-        (lambda: {"controlnet": object()}, r"is a object \(its controlnet\), whose control an inv"),
-        (lambda: {"adapter": object()}, "has a adapter, whose control"),
+        (lambda: {"controlnet": object()}, r"is a object \(its controlnet or adapter\), whose"),
+        (lambda: {"adapter": object()}, r"is a object \(its controlnet or adapter\), whose"),
+        (lambda: {"motion_adapter": object()}, "has a motion_adapter, which the inversion would"),
         (lambda: {"unet": other_unet(out_channels=8)}, "gives 8 channels for 4: it predicts its"),
         (lambda: {"unet": other_unet(num_class_embeds=3)}, "wants class labels"),
         (

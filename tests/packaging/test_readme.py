@@ -6,12 +6,14 @@ import functools
 import importlib.util
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import typer
 import yaml
+from controls import make_control_pipeline
 from pipelines import make_pipeline
 
 import stem
@@ -42,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the files that commands name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out/edit/inversions/stem-0123456789ab").mkdir(parents=True)
-    for name in ("video.mp4", "long.mp4", "edit.mp4"):
+    for name in ("video.mp4", "long.mp4", "edit.mp4", "truck-edges.mp4"):
         stem.write_video(tmp_path / name, torch.zeros(2, 16, 16, 3, dtype=torch.uint8), 8)
     return tmp_path
 
@@ -58,7 +60,10 @@ def test_the_front_page_is_short() -> None:
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=name_of)
 def test_the_code_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stem, "load_pipeline", lambda model: make_pipeline())
+    def load(model: str, controlnets: Sequence[str] = ()) -> object:
+        return make_control_pipeline(nets=len(controlnets)) if controlnets else make_pipeline()
+
+    monkeypatch.setattr(stem, "load_pipeline", load)
     monkeypatch.setattr(stem, "invert", functools.partial(stem.invert, num_steps=2))
     names: dict[str, object] = {}
     for code in blocks(page, "python"):
