@@ -44,12 +44,13 @@ def make_control_pipeline(shape: str = "sd1", nets: int = 1) -> Any:
     return pipeline
 
 
-def make_adapter(seed: int = 0, channels: int = 3) -> T2IAdapter:
-    """A T2I-Adapter for the UNets of `make_unet` beside a VAE of factor 2."""
+def make_adapter(unet: Any, seed: int = 0, channels: int = 3) -> T2IAdapter:
+    """A T2I-Adapter for a UNet beside a VAE of factor 2."""
+    widths = list(unet.config.block_out_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return T2IAdapter(
-            in_channels=channels, channels=[32, 64], num_res_blocks=1, downscale_factor=2
+            in_channels=channels, channels=widths, num_res_blocks=1, downscale_factor=2
         ).eval()
 
 
@@ -60,7 +61,7 @@ def make_adapter_pipeline(shape: str = "sd1", nets: int = 1) -> Any:
     xl = shape == "sdxl"
     if not xl:
         del parts["image_encoder"]
-    found = [make_adapter(seed) for seed in range(nets)]
+    found = [make_adapter(parts["unet"], seed) for seed in range(nets)]
     pipeline = (StableDiffusionXLAdapterPipeline if xl else StableDiffusionAdapterPipeline)(
         **parts,
         adapter=found[0] if nets == 1 else found,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..control import Control
+    from ..sources import ModelSource
     from ..video import Video, VideoFile
     from .run_options import RunOptions
 
@@ -69,12 +70,12 @@ EditControlScales = Annotated[
 ]
 
 
-def check_control(run: RunOptions, controlnets: Sequence[str]) -> None:
+def check_control(run: RunOptions, source: ModelSource) -> None:
     """Raise where the options of control do not fit each other, before any model is loaded.
 
     Args:
         run: Options of the command.
-        controlnets: ControlNets of the model.
+        source: Model with its ControlNets.
 
     Raises:
         typer.BadParameter: with the option.
@@ -83,11 +84,10 @@ def check_control(run: RunOptions, controlnets: Sequence[str]) -> None:
     from ..control.control import check_numbers
     from ..control.depth import DEPTH_MODEL, check_model
 
-    texts = run.control or []
-    if len(texts) != len(controlnets):
+    texts, nets = run.control or [], len(source.controlnets)
+    if len(texts) != nets and not (nets == 0 and _may_have_own(source)):
         raise typer.BadParameter(
-            f"there are {len(texts)} for {len(controlnets)} ControlNets; give one for each "
-            "--controlnet",
+            f"there are {len(texts)} for {nets} ControlNets; give one for each --controlnet",
             param_hint="--control",
         )
     for scale, start, end in zip(*_numbers(run, len(texts)), strict=True):
@@ -98,6 +98,15 @@ def check_control(run: RunOptions, controlnets: Sequence[str]) -> None:
         check_model(run.depth_model or DEPTH_MODEL)
     elif run.depth_model is not None:
         raise typer.BadParameter("it goes with --control depth", param_hint="--depth-model")
+
+
+def _may_have_own(source: ModelSource) -> bool:
+    """Whether a model may be a pipeline that has ControlNets already."""
+    if source.is_file or source.is_built_in:
+        return False
+    folder = Path(source.name)
+    parts = ("controlnet", "adapter")
+    return not folder.is_dir() or any((folder / part).is_dir() for part in parts)
 
 
 def read_control(

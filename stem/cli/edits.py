@@ -89,7 +89,7 @@ def edit_command(
                 seed=seed,
             )
         )
-        check_edit_control(edit_control, edit_control_scale, len(request.source.controlnets))
+        check_edit_control(edit_control, edit_control_scale, len(run.control or []))
         clip = request.open(source, run)
         plan.check_space(run.out, clip.num_frames, clip.height, clip.width)
         pipeline, clip = request.load_for(clip, source)

@@ -72,7 +72,7 @@ class Request:
             ModelSource(f"{RANDOM_MODEL}:{run.seed}" if run.model == RANDOM_MODEL else run.model)
         )
         source.check()
-        check_control(run, source.controlnets)
+        check_control(run, source)
         schedule = known_schedule(source.name, source.config)
         if schedule is not None:
             train_steps = schedule.get("num_train_timesteps", 1000)  # diffusers' default

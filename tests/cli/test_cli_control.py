@@ -131,6 +131,19 @@ def test_a_config_file_has_these_options_too(video: str) -> None:
     assert InversionFolder.open(folder).settings["control"][0]["start"] == 0.5
 
 
+def test_a_model_that_has_a_control_net_of_its_own(video: str, here: Path, capfd: Any) -> None:
+    make_control_pipeline().save_pretrained(here / "both")
+    model = ("--model", "both")
+    assert run("invert", video, *model, "--control", "canny", *SHORT) == 0
+    (folder,) = Path("out/inversions").iterdir()
+    assert run("reconstruct", str(folder)) == 0
+    capfd.readouterr()
+    assert run("invert", video, *model, *SHORT) == 2
+    assert "has a ControlNet, and nothing to show it" in capfd.readouterr().err
+    assert run("invert", video, *model, *EDGES, *SHORT) == 2
+    assert "the model is a StableDiffusionControlNetPipeline, and --c" in capfd.readouterr().err
+
+
 def test_commands_that_invert_have_the_options() -> None:
     from typer.main import get_command
 

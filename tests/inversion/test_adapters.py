@@ -76,22 +76,22 @@ def test_inversions_come_back_and_name_another_adapter(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_grey_pictures() -> None:
-    check_pipeline(with_adapter(make_adapter(channels=1)))
+    check_pipeline(with_adapter(make_adapter(make_pipeline().unet, channels=1)))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"channels": [32, 32]},
-            r"the T2I-Adapter of .* has channels \[32, 32\], and the",
+            {"channels": [16]},
+            r"the T2I-Adapter of .* has channels \[16\], and the UNet has \[32\]",
         ),
         ({"in_channels": 2}, "takes pictures of 2 channels"),
         ({"downscale_factor": 4}, "makes a place of 4x4 pixels, and the VAE a latent of 2x2"),
     ],
 )
 def test_adapters_of_another_model(changes: dict[str, Any], message: str) -> None:
-    own = {"in_channels": 3, "channels": [32, 64], "num_res_blocks": 1, "downscale_factor": 2}
+    own = {"in_channels": 3, "channels": [32], "num_res_blocks": 1, "downscale_factor": 2}
     with pytest.raises(ValueError, match=message):
         check_pipeline(with_adapter(T2IAdapter(**{**own, **changes})))
 

@@ -130,7 +130,7 @@ def made(name: str, kind: type) -> Any:
         elif key == "controlnet" and "ControlNetModel" in annotation:
             given[key] = make_controlnet(own["unet"])
         elif key == "adapter":
-            given[key] = make_adapter()
+            given[key] = make_adapter(own["unet"])
         elif key == "vae" and first(EXPECTED, name) == "makes latents of":
             given[key] = AutoencoderKL(in_channels=6, out_channels=6, norm_num_groups=4)
         elif key in ("movq", "vqvae"):
