@@ -128,8 +128,10 @@ def read_control(
     texts = run.control or []
     numbers = zip(*_numbers(run, len(texts)), strict=True)
     return [
-        Control(_pictures(text, run, clip, multiple_of, device), *each, _named(text, run))
-        for text, each in zip(texts, numbers, strict=True)
+        Control(
+            _pictures(text, run, clip, multiple_of, device), scale, start, end, _named(text, run)
+        )
+        for text, (scale, start, end) in zip(texts, numbers, strict=True)
     ]
 
 

@@ -74,7 +74,7 @@ class EditPlan:
         return len(self.prompts) * len(self.methods)
 
     def arguments(self, method: str) -> dict[str, Any]:
-        """Arguments of `check_edit` and `run_edit` beside the prompt and the control."""
+        """Arguments of `check_edit` beside the prompt."""
         return {
             "method": method,
             "negative_prompt": self.negative_prompt,
@@ -82,6 +82,11 @@ class EditPlan:
             "seed": self.seed,
             "options": self.options.get(method),
         }
+
+    def arguments_with_control(self, method: str) -> dict[str, Any]:
+        """Arguments of `run_edit` beside the prompt; the control only where there is one."""
+        shown = {} if self.control is None else {"control": self.control}
+        return {**self.arguments(method), **shown}
 
     def check_space(self, out: Path, num_frames: int, height: int, width: int) -> None:
         """Raise if `out` cannot be written, or has no space for the videos.

@@ -117,8 +117,7 @@ def write_edits(
             pipeline,
             inversion,
             result.prompt,
-            **plan.arguments(result.method),
-            control=plan.control,
+            **plan.arguments_with_control(result.method),
             progress=progress,
             on_step=clock.step,
         )
