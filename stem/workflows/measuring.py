@@ -64,7 +64,7 @@ def measure(
     num_steps: int,
     chunk: int | str | None,
     model: str | Mapping[str, Any],
-    control: Control | Sequence[Control] | None,
+    control: Control | Sequence[Control] | None = None,
     group: dist.ProcessGroup | None,
     progress: bool,
 ) -> Measured:
