@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
 import sys
-import textwrap
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from controls import make_control_pipeline, pictures
 from inversions import clip
 from pipelines import make_pipeline
@@ -21,25 +23,59 @@ from stem import Control, invert
 from stem.attention.exchange import Lockstep
 from stem.inversion import InversionFolder, reconstruct_latents
 
-TESTS = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-RANK = """
-import sys
-from datetime import timedelta
-from pathlib import Path
-import torch, torch.distributed as dist
-torch.set_num_threads(1)
-sys.path[:0] = {tests!r}
-root, world, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-dist.init_process_group(
-    "gloo", store=dist.FileStore(str(root / "store"), world), rank=rank, world_size=world,
-    timeout=timedelta(seconds=120),
-)
-from test_distributed import run
-try:
-{body}
-finally:
-    dist.destroy_process_group()
-"""
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["test_distributed"])  # all ranks share one import of torch
+
+
+def be_a_rank(body: str, root: Path, world: int, rank: int, told: str, errors: str) -> None:
+    """What a process of its own does: `body`, in a group of `world` processes."""
+    for name, number in ((told, 1), (errors, 2)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(root / "store"), world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=120),
+    )
+    try:
+        exec(body, {**globals(), "root": root, "rank": rank})
+    finally:
+        dist.destroy_process_group()
+
+
+class Rank:
+    """A process that runs `be_a_rank`."""
+
+    def __init__(self, body: str, root: Path, world: int, rank: int) -> None:
+        self.told, self.errors = root / f"told-{rank}", root / f"errors-{rank}"
+        self.process = FORKSERVER.Process(
+            target=be_a_rank, args=(body, root, world, rank, str(self.told), str(self.errors))
+        )
+        self.process.start()
+
+    def lines(self) -> list[str]:
+        """What it has printed so far."""
+        told = self.told.read_text() if self.told.exists() else ""
+        return [line for line in told.splitlines() if not line.startswith(GLOO)]
+
+    def wait_for(self, lines: list[str]) -> None:
+        """Until it has printed these lines."""
+        end = time.monotonic() + 240
+        while len(self.lines()) < len(lines):
+            assert self.process.is_alive(), self.errors.read_text()[-2000:]
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert self.lines()[: len(lines)] == lines
+
+    def ended(self) -> int:
+        """Its exit status."""
+        self.process.join(240)
+        assert self.process.exitcode is not None, "it does not end"
+        return self.process.exitcode
+
+
 # (method, options, frames in a chunk); under "control" with a ControlNet.
 RUNS: list[tuple[str, dict[str, Any], int]] = [
     ("stem", {"num_bases": 8, "init": "gaussian", "empty": "reseed", "calibration": "joint"}, 2),
@@ -77,18 +113,10 @@ def run(
     return found
 
 
-def start(root: Path, world: int, body: str) -> list[subprocess.Popen[str]]:
-    code = RANK.format(tests=TESTS, body=textwrap.indent(body, "    "))
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(root), str(world), str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(world)
-    ]
+def start(root: Path, world: int, body: str) -> list[Rank]:
+    # The server that processes are forked from takes its path from here alone.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        return [Rank(body, root, world, rank) for rank in range(world)]
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -113,10 +141,8 @@ def test_one_two_and_three_processes_give_the_same_bits(tmp_path: Path) -> None:
     processes = start(tmp_path, 3, WORLDS.format(runs=RUNS))
     found = []
     for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-2000:]
-        told = [line for line in out.splitlines() if not line.startswith(GLOO)]
-        found += [json.loads(line) for line in told if line != "step"]
+        assert process.ended() == 0, process.errors.read_text()[-2000:]
+        found += [json.loads(line) for line in process.lines() if line != "step"]
     assert sorted(ranks for ranks, _ in found) == [1, 2, 2, 3, 3, 3]
     assert all(sums == found[0][1] for _, sums in found)
     expected = files(tmp_path / "1")
@@ -127,13 +153,10 @@ def test_one_two_and_three_processes_give_the_same_bits(tmp_path: Path) -> None:
 
 def test_begun_with_two_killed_and_finished_by_one(tmp_path: Path) -> None:
     processes = start(tmp_path, 2, f"run(root, {RUNS[:1]!r}, dist.group.WORLD, 4)")
-    assert processes[0].stdout is not None
-    told = (line for line in processes[0].stdout if not line.startswith(GLOO))
-    assert [next(told), next(told)] == ["step\n", "step\n"]
-    processes[1].send_signal(signal.SIGKILL)
+    processes[0].wait_for(["step", "step"])
+    processes[1].process.kill()
     for process in processes:
-        process.communicate(timeout=240)  # the other rank ends by itself, with an error
-        assert process.returncode != 0
+        assert process.ended() != 0  # the other rank ends by itself, with an error
     (path,) = (tmp_path / "inversions").iterdir()
     assert 2 <= InversionFolder.open(path).steps_done < 4
     threads = torch.get_num_threads()
@@ -148,9 +171,9 @@ def test_begun_with_two_killed_and_finished_by_one(tmp_path: Path) -> None:
 def test_an_error_on_the_main_rank_is_every_rank_s(tmp_path: Path) -> None:
     (tmp_path / "inversions").write_text("a file where the folder should be")
     for process in start(tmp_path, 2, f"run(root, {RUNS[:1]!r}, dist.group.WORLD)"):
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 1, err
-        assert "NotADirectoryError" in err
+        error = process.ended(), process.errors.read_text()
+        assert error[0] == 1, error
+        assert "NotADirectoryError" in error[1]
 
 
 class ThreeRanks:
