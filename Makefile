@@ -9,7 +9,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/stem demo
 
-test: lint unit interpreter
+# The checks of style and types take one core, while the first tests wait for processes to start.
+test: $(VENV)/.dev
+	@$(MAKE) --no-print-directory -j2 lint unit
+	@$(MAKE) --no-print-directory interpreter
 
 lint: $(VENV)/.dev
 	@echo "== lint: style, format and types"
@@ -60,7 +63,8 @@ COMPILER := $(shell command -v $${CXX:-c++})
 NVCC := $(shell PATH="$${CUDA_HOME:-/usr/local/cuda}/bin:$$PATH" command -v nvcc)
 ARCHITECTURES := $(if $(shell command -v nvidia-smi),,TORCH_CUDA_ARCH_LIST=9.0)
 REQUIRE := $(if $(COMPILER),STEM_REQUIRE_EXT=1 $(if $(NVCC),STEM_CUDA=1 $(ARCHITECTURES)))
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# Modules are compiled when they are imported: most of what is installed never is.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
 
 $(VENV)/.demo $(VENV)/.dev: pyproject.toml setup.py $(CONSTRAINTS) \
 		$(shell find csrc -type f -not -name '*.pyc')

@@ -127,12 +127,16 @@ def test_videos_that_cannot_be_compared() -> None:
 
 @pytest.mark.usefixtures("mapped_blocks")
 def test_peak_memory_counts_what_was_held_at_once() -> None:
-    torch.zeros(20_000_000)  # freed before the measurement; must not hide the next ones
-    with PeakMemory("cpu") as memory:
-        for _ in range(3):
-            torch.ones(20_000_000)
-    assert memory.extra_bytes is not None
-    assert 75e6 < memory.extra_bytes < 100e6
+    def extra_bytes() -> int:
+        torch.zeros(20_000_000)  # freed before the measurement; must not hide the next ones
+        with PeakMemory("cpu") as memory:
+            for _ in range(3):
+                torch.ones(20_000_000)
+        assert memory.extra_bytes is not None
+        return memory.extra_bytes
+
+    # What else a process does can only add; in one run of all tests there was twice as much.
+    assert 75e6 < min(extra_bytes() for _ in range(3)) < 100e6
 
 
 def test_features_that_move_with_the_flow_are_steady() -> None:
