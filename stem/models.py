@@ -15,6 +15,7 @@ from . import names
 from .diffusion.checks import check_pipeline
 from .loading.additions import add_loras, add_textual_inversions, load_vae
 from .loading.controlnets import with_controlnets
+from .loading.offloading import check_offload, offload_weights
 from .loading.single_file import configuration_folder, load_single_file
 from .names import EMBEDDED_MODEL, RANDOM_MODEL
 from .sources import WEIGHTS, ModelError, ModelSource
@@ -55,6 +56,8 @@ def load_pipeline(
     loras: Sequence[str] = (),
     textual_inversions: Sequence[str] = (),
     controlnets: Sequence[str] = (),
+    offload: str | None = None,
+    offload_folder: str | Path | None = None,
 ) -> DiffusionPipeline:
     """Load a Stable Diffusion 1.x, 2.x or XL pipeline for inversions.
 
@@ -78,12 +81,18 @@ def load_pipeline(
             `clip_g` and `emb_params`).
         controlnets: Hub ids or folders of ControlNets, or of T2I-Adapters, made for this model;
             `invert` then needs `control`.
+        offload: Way of keeping weights away from a small accelerator: "model" (whole models on the
+            CPU until they run), "sequential" or "group" (layer by layer); None: everything is on
+            the device. No bit of a result depends on it, but on a CPU with a folder, where weights
+            lie elsewhere in memory and the last bits can differ.
+        offload_folder: Folder on a disk that "group" keeps the weights in, in place of the CPU's
+            memory.
 
     Raises:
         ModelError: the model or a part of it cannot be loaded, or it cannot be inverted.
-        ValueError: the device or the dtype does not exist here.
+        ValueError: the device or the dtype does not exist here, or it cannot be offloaded so.
     """
-    device, dtype = check_device(device), _dtype(dtype)
+    device, dtype = check_device(device, offload, offload_folder), _dtype(dtype)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     repeated = {
@@ -108,7 +117,10 @@ def load_pipeline(
     except (TypeError, ValueError) as error:
         raise ModelError(f"{model!r}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    if offload is None:
+        return pipeline.to(device)
+    offload_weights(pipeline, offload, offload_folder, device)
+    return pipeline
 
 
 def _loaded(source: ModelSource, dtype: torch.dtype) -> Any:
@@ -199,14 +211,20 @@ def _only_variant(folder: Path) -> str | None:
     return None
 
 
-def check_device(device: str | torch.device | None) -> torch.device:
+def check_device(
+    device: str | torch.device | None,
+    offload: str | None = None,
+    offload_folder: str | Path | None = None,
+) -> torch.device:
     """The device that a name means, where a pipeline can run on it.
 
     Args:
         device: Device; None: "cuda" if there is a GPU, else "cpu".
+        offload: Way of keeping weights away from it, as for `load_pipeline`.
+        offload_folder: Folder on a disk for them, likewise.
 
     Raises:
-        ValueError: it does not exist here.
+        ValueError: it does not exist here, or weights cannot be kept away from it so.
     """
     on_gpu = torch.cuda.is_available()
     try:
@@ -230,6 +248,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
             f"device is {device!r}, and torch {torch.__version__} has only {' and '.join(usable)} "
             "here; take one of them"
         )
+    check_offload(offload, offload_folder, found)
     return found
 
 

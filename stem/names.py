@@ -7,6 +7,8 @@ EMBEDDED_MODEL = "embedded"
 RANDOM_MODEL = "random"
 """An untrained pipeline, also with a seed: random:SEED."""
 DTYPES = ("float32", "float16", "bfloat16")
+OFFLOADS = ("model", "sequential", "group")
+"""Ways of keeping weights away from a small accelerator."""
 INVERSIONS = "inversions"
 """Folder of inversions, beside what is made of them."""
 INVERSION_METHODS = ("ddim", "st-ddim", "inflated", "stem")

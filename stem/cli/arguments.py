@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..names import DTYPES, EMBEDDED_MODEL, INVERSION_METHODS, RANDOM_MODEL
+from ..names import DTYPES, EMBEDDED_MODEL, INVERSION_METHODS, OFFLOADS, RANDOM_MODEL
 from .config_file import read_config, with_config_file
 
 ALL_METHODS = ",".join(INVERSION_METHODS)
@@ -91,6 +91,19 @@ Dtype = Annotated[
         "reconstruction and of a folder's edit, the inversion's own.",
         callback=one_of(DTYPES),
     ),
+]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(OFFLOADS),
+        help="For a card that is too small: whole models wait on the CPU until they run, or each "
+        "layer does. Default: all weights are on the device.",
+        callback=one_of(OFFLOADS),
+    ),
+]
+OffloadFolder = Annotated[
+    Path | None,
+    typer.Option(help="Of --offload group: the weights wait on this disk, not in memory."),
 ]
 Prompt = Annotated[str, typer.Option(help="Describes the source video.", callback=encodable_text)]
 Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(INVERSION_METHODS)}.")]

@@ -14,7 +14,7 @@ from .arguments import VideoPath, chunk_of, one_of
 from .edit_options import OF_INVERSIONS
 from .evaluate import print_evaluation
 from .ranks import rank_device, ranks
-from .request import Request, load, source_of
+from .request import Request, check_run_device, load, source_of
 from .run_options import WITHOUT_CONTROL, RunOptions, takes_run_options
 
 
@@ -164,11 +164,10 @@ def reconstruct_command(
     from ..diffusion.pipeline import decoded_parts
     from ..inversion import InversionFolder, reconstruct_latents
     from ..inversion.reconstructing import check_reconstructible
-    from ..models import check_device
     from ..storage import remove_stale
     from ..video import check_video_output, write_video
 
-    check_device(rank_device(run.device))
+    check_run_device(run, rank_device(run.device))
     folder = InversionFolder.open(inversion)
     check_reconstructible(folder, bases)
     source = source_of(folder, model, run)
@@ -177,7 +176,8 @@ def reconstruct_command(
     check_video_output(path, video["num_frames"], video["height"], video["width"])
     remove_stale(folder.path)
     with ranks(run.device) as group:
-        pipeline = load(source, rank_device(run.device), run.dtype or folder.settings["dtype"])
+        dtype = run.dtype or folder.settings["dtype"]
+        pipeline = load(source, rank_device(run.device), dtype, run.offloading)
         latents = reconstruct_latents(pipeline, folder, bases=bases, group=group)
         if group is None or group.rank() == 0:
             write_video(path, decoded_parts(pipeline, latents), Fraction(video["fps"]))

@@ -31,7 +31,7 @@ from .edit_options import (
     with_preset,
 )
 from .ranks import one_process
-from .request import Request, load, random_note, source_of
+from .request import Request, check_run_device, load, random_note, source_of
 from .run_options import DEFAULTS, RunOptions, takes_run_options
 
 if TYPE_CHECKING:
@@ -131,15 +131,15 @@ def _edit_inversion(
 ) -> tuple[Edits, str]:
     """What was found, and what to say of the model."""
     from ..inversion import InversionFolder
-    from ..models import check_device
     from ..workflows.edits import write_edits
 
-    check_device(run.device)
+    check_run_device(run, run.device)
     inversion = InversionFolder.open(path)
     plan.check(inversion, run.out)
     source = source_of(inversion, model, run)
     remove_stale(inversion.path)
-    pipeline = load(source, run.device, run.dtype or inversion.settings["dtype"])
+    dtype = run.dtype or inversion.settings["dtype"]
+    pipeline = load(source, run.device, dtype, run.offloading)
     note = random_note(source)
     return write_edits(pipeline, inversion, plan, run.out, note=note), note
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ class Request:
         num_steps: Number of DDIM steps.
         device: Device to load the model onto; None: as `load_pipeline` chooses.
         dtype: Dtype of the weights; None: likewise.
+        offloading: Arguments of `load_pipeline` that say where weights wait.
         out: Folder of everything written.
     """
 
@@ -51,6 +52,7 @@ class Request:
     num_steps: int
     device: str | None
     dtype: str | None
+    offloading: dict[str, Any]
     out: Path
 
     @classmethod
@@ -64,7 +66,7 @@ class Request:
             typer.BadParameter, ValueError, OSError: one of them cannot be followed.
         """
         from ..diffusion.schedule import check_steps
-        from ..models import check_device, known_schedule
+        from ..models import known_schedule
 
         names = chosen_methods(run.methods)
         options = method_options(run.option, names, run.seed)
@@ -77,9 +79,11 @@ class Request:
         if schedule is not None:
             train_steps = schedule.get("num_train_timesteps", 1000)  # diffusers' default
             check_steps(run.steps, train_steps, schedule.get("steps_offset", 0))
-        check_device(rank_device(run.device))
+        check_run_device(run, rank_device(run.device))
         check_output(run.out / INVERSIONS)
-        return cls(source, names, options, run.steps, run.device, run.dtype, run.out)
+        return cls(
+            source, names, options, run.steps, run.device, run.dtype, run.offloading, run.out
+        )
 
     @property
     def note(self) -> str:
@@ -135,7 +139,7 @@ class Request:
 
     def load(self) -> Any:
         """The model's pipeline, on this rank's device where there are several."""
-        return load(self.source, rank_device(self.device), self.dtype)
+        return load(self.source, rank_device(self.device), self.dtype, self.offloading)
 
     def control(self, pipeline: Any, clip: Video | VideoFile, run: RunOptions) -> list[Control]:
         """What the pipeline's ControlNets are shown of a clip, in the order of --control."""
@@ -167,12 +171,26 @@ def read_options(run: RunOptions) -> dict[str, Any]:
     return {name: getattr(run, name) for name in names}
 
 
-def load(source: ModelSource, device: str | None, dtype: str | None) -> Any:
+def check_run_device(run: RunOptions, device: str | None) -> None:
+    """Raise where the device is not here, or weights cannot be offloaded from it so.
+
+    Args:
+        run: Options of the command.
+        device: Name of the device, or None.
+    """
+    from ..models import check_device
+
+    check_device(device, **run.offloading)
+
+
+def load(
+    source: ModelSource, device: str | None, dtype: str | None, offloading: Mapping[str, Any]
+) -> Any:
     """A model's pipeline, loaded without a word of the libraries that load it."""
     from ..models import load_pipeline
 
     quieten_libraries()
-    return load_pipeline(source.name, device=device, dtype=dtype, **source.additions)
+    return load_pipeline(source.name, device=device, dtype=dtype, **offloading, **source.additions)
 
 
 def source_of(inversion: InversionFolder, model: str | None, run: RunOptions) -> ModelSource:

@@ -25,6 +25,8 @@ from .arguments import (
     Methods,
     Model,
     ModelConfig,
+    Offload,
+    OffloadFolder,
     Options,
     Out,
     Prompt,
@@ -77,8 +79,15 @@ class RunOptions:
     chunk: Chunk = "auto"
     device: Device = None
     dtype: Dtype = None
+    offload: Offload = None
+    offload_folder: OffloadFolder = None
     config: Config = None
     out: Out = Path("out")
+
+    @property
+    def offloading(self) -> dict[str, Any]:
+        """The arguments of `load_pipeline` that say where weights wait."""
+        return {"offload": self.offload, "offload_folder": self.offload_folder}
 
     def source(self, of: ModelSource) -> ModelSource:
         """The model that the options ask for.

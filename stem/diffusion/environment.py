@@ -5,23 +5,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from stem_kernels import cuda
 
+from .pipeline import execution_device
+from .weights import ON_A_DISK, offloading
+
 logger = logging.getLogger("stem")
 
+_OFFLOADING = "offloading"
 
-def numeric_environment(device: torch.device) -> dict[str, str]:
+
+def numeric_environment(pipeline: Any) -> dict[str, str]:
     """Name and value of everything outside the settings that bits depend on.
 
     Sums are split over threads and vector registers, so their order, and with it the rounding,
     changes with the number of threads and the kind of processor.
 
     Args:
-        device: Device that the UNet runs on.
+        pipeline: Pipeline that runs, of diffusers.
     """
+    device = execution_device(pipeline)
     found = {
         "threads": str(torch.get_num_threads()),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -33,6 +40,9 @@ def numeric_environment(device: torch.device) -> dict[str, str]:
     else:
         found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
         found["extension"] = cuda.instructions() or "none"
+    found[_OFFLOADING] = offloading(pipeline)
+    if getattr(pipeline.vae, "use_tiling", False):
+        found["vae"] = "tiled"
     return found
 
 
@@ -47,7 +57,7 @@ def warn_of_differences(path: Path, before: Mapping[str, str], now: Mapping[str,
     changed = [
         f"{name} {before.get(name, 'not recorded')} -> {now.get(name, 'not recorded')}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        if not _of_equal_bits(name, before, now)
     ]
     if changed:
         logger.warning(
@@ -56,3 +66,10 @@ def warn_of_differences(path: Path, before: Mapping[str, str], now: Mapping[str,
             path,
             ", ".join(changed),
         )
+
+
+def _of_equal_bits(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    if name != _OFFLOADING or "gpu" in now:
+        return name == _OFFLOADING or before.get(name) == now.get(name)
+    # Weights that are read from files lie elsewhere in memory, by which a CPU sums small layers.
+    return (ON_A_DISK in before.get(name, "")) == (ON_A_DISK in now[name])

@@ -13,6 +13,7 @@ import torch
 from stem_kernels.shared.memory import lacks_memory
 
 from .control import Shown, rows_shown
+from .weights import keeps_copies
 
 logger = logging.getLogger("stem")
 
@@ -267,6 +268,12 @@ def _upcast_vae(pipeline: Any) -> Iterator[torch.dtype]:
     if not upcast:
         yield dtype
         return
+    if keeps_copies(vae):
+        raise ValueError(
+            "the VAE's configuration asks for float32 (force_upcast), its weights are float16, and "
+            "group offloading onto a disk or with streams gives them back as they were; offload "
+            "without it (exclude_modules=['vae']), or load the VAE in float32"
+        )
     vae.to(torch.float32)
     try:
         yield torch.float32

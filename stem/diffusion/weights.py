@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 
 Read = Callable[[], Any]
+ON_A_DISK = "group, on a disk"
+"""What `offloading` says of groups of layers whose weights are in files."""
 
 # Where a tensor is, and where an object is: not what it holds.
 _PLACES = re.compile(r"device\([^)]*\)| at 0x[0-9a-f]+")
@@ -119,14 +121,59 @@ def _kept_by_accelerate(module: torch.nn.Module) -> dict[str, Read]:
 def _kept_by_diffusers(module: torch.nn.Module) -> dict[int, Read]:
     """By the tensor's id: what group offloading has on a disk, whose tensors are uninitialised."""
     found: dict[int, Read] = {}
+    for group in _groups(module):
+        if group._is_offloaded_to_disk:
+            for tensor, key in group.tensor_to_key.items():
+                found[id(tensor)] = partial(_from_file, group.safetensors_file_path, key)
+    return found
+
+
+def _groups(module: torch.nn.Module) -> Iterator[Any]:
+    """The groups of diffusers' group offloading."""
     for layer in module.modules():
         registry = getattr(layer, "_diffusers_hook", None)
         for hook in () if registry is None else registry.hooks.values():
-            group: Any = getattr(hook, "group", None)
-            if getattr(group, "_is_offloaded_to_disk", False):
-                for tensor, key in group.tensor_to_key.items():
-                    found[id(tensor)] = partial(_from_file, group.safetensors_file_path, key)
-    return found
+            if hasattr(hook, "group"):
+                yield hook.group
+
+
+def keeps_copies(module: torch.nn.Module) -> bool:
+    """Whether group offloading computes with copies of weights, whose dtype stays as it was.
+
+    Args:
+        module: Module of a pipeline.
+    """
+    return any(group.offload_to_disk_path or group.stream is not None for group in _groups(module))
+
+
+def offloading(pipeline: Any) -> str:
+    """How a pipeline's weights are kept away from the device that computes.
+
+    Args:
+        pipeline: Pipeline of diffusers.
+
+    Returns:
+        "none", "model", "sequential" or "group", the last with ", on a disk" where they are in
+        files. Parts that differ are all named.
+    """
+    found = set()
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            found |= {
+                ON_A_DISK if group.offload_to_disk_path else "group" for group in _groups(module)
+            }
+            found |= set(_ways_of_accelerate(module))
+    return "; ".join(sorted(found)) or "none"
+
+
+def _ways_of_accelerate(module: torch.nn.Module) -> Iterator[str]:
+    for layer in module.modules():
+        hook: Any = getattr(layer, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):  # a SequentialHook's
+            if type(one).__name__ == "CpuOffload":
+                yield "model"
+            elif getattr(one, "offload", False):
+                yield "sequential"
 
 
 def _from_file(path: str, key: str) -> torch.Tensor:

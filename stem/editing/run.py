@@ -243,7 +243,7 @@ def run_edit(
         options=chosen,
         control=None if control is None else controls,
     )
-    environment = numeric_environment(device)
+    environment = numeric_environment(pipeline)
     environment["chunk"] = str(job.attention.chunk)
     run = run_name(inversion, "edit-", settings)
     found = earlier_run(inversion, run, "edit", environment) if resume else None

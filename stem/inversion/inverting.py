@@ -129,7 +129,7 @@ def invert(
     check_chunk(chunk)
     scheduler = inverse_scheduler(pipeline, num_steps)
     device = execution_device(pipeline)
-    environment = numeric_environment(device)
+    environment = numeric_environment(pipeline)
     fingerprinted = fingerprint(pipeline)
     controlled_by = [
         {**each.record(), **fingerprint_of("controlnet", net)}

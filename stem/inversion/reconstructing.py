@@ -81,7 +81,7 @@ def reconstruct_latents(
         conditioning = conditioning.showing(shown)
         negative = None if negative is None else negative.showing(shown)
     device = execution_device(pipeline)
-    environment = numeric_environment(device)
+    environment = numeric_environment(pipeline)
     environment["chunk"] = str(config.chunk)
     shaped_by = [bases, guidance, negative_prompt if guidance != 1.0 else "", config.chunk]
 

@@ -28,7 +28,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.inversion": "diffusion control attention attention.families video config distributed "
         "sources storage names exports",
         "stem.models": "loading diffusion sources names",
-        "stem.loading": "sources storage",
+        "stem.loading": "sources storage names",
         "stem.diffusion": "control attention attention.families storage profiling progress",
         "stem.control": "storage",
         "stem.attention": "attention.families config profiling",
