@@ -2,7 +2,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 RESULT ?= latest
+PROCESSES := $(shell echo $$(( $$(nproc) < 8 ? $$(nproc) + 1 : 8 )))
 BIN := $(VENV)/bin
+
+# Tests start hundreds of processes; each would compile our modules anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint unit interpreter docs bench profile lowest clean
 
@@ -20,10 +24,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A process a core: most tests are small, and threads gain little in them.
+# A process a core, for small tests gain little by threads, and one for those that wait for others.
 unit: $(VENV)/.dev
 	@echo "== unit: every backend of this machine"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES)
 
 # Triton reads TRITON_INTERPRET when it is imported, so its tests have processes of their own.
 # The interpreter is Python, which uses one core a process.
@@ -63,8 +67,7 @@ COMPILER := $(shell command -v $${CXX:-c++})
 NVCC := $(shell PATH="$${CUDA_HOME:-/usr/local/cuda}/bin:$$PATH" command -v nvcc)
 ARCHITECTURES := $(if $(shell command -v nvidia-smi),,TORCH_CUDA_ARCH_LIST=9.0)
 REQUIRE := $(if $(COMPILER),STEM_REQUIRE_EXT=1 $(if $(NVCC),STEM_CUDA=1 $(ARCHITECTURES)))
-# Modules are compiled when they are imported: most of what is installed never is.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
 $(VENV)/.demo $(VENV)/.dev: pyproject.toml setup.py $(CONSTRAINTS) \
 		$(shell find csrc -type f -not -name '*.pyc')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -100,10 +101,15 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The CUDA kernels, built for the emulator of tests/kernels once."""
+    """The CUDA kernels, built for the emulator of tests/kernels once for all of xdist's workers."""
     from cuda_emulator import Kernels
 
-    return Kernels(tmp_path_factory.mktemp("cuda_emulator"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_emulator"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return Kernels(folder)
 
 
 @pytest.fixture

@@ -55,7 +55,10 @@ def write_pictures(folder: Path, frames: torch.Tensor) -> None:
         Image.fromarray(frame.numpy()).save(folder / f"{number + 8}.png")  # 8, 9, 10, 11
 
 
-def test_an_inversion_finds_its_control_again(video: str, here: Path, capfd: Any) -> None:
+def test_an_inversion_finds_its_control_again(
+    video: str, here: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no tries over a network
     numbers = ("--control-scale", "0.5", "--control-end", "0.9")
     inversion = inverted(video, *EDGES, *numbers)
     assert inversion.settings["model"]["controlnets"] == ["net"]

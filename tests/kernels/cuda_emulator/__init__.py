@@ -79,7 +79,8 @@ class Kernels:
         sources = [HERE / "emulator.cpp", HERE / "driver.cpp"]
         flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-DSTEM_EMULATOR", "-Wall", "-Wextra"]
         includes = ["-Wno-unknown-pragmas", f"-I{CSRC / 'include'}", f"-I{HERE}"]
-        subprocess.run([compiler, *flags, *includes, *sources, "-o", target], check=True)
+        if not target.exists():
+            subprocess.run([compiler, *flags, *includes, *sources, "-o", target], check=True)
         self.library = ctypes.CDLL(str(target))
         for name in OPERATORS:
             getattr(self.library, name).restype = ctypes.c_int64
