@@ -29,9 +29,12 @@ WIDTHS = [40, 64, 80, 160, 320]
 TOKENS = [1, 7, 255, 1000]
 NUM_BASES = [1, 16, 256]
 TEMPERATURES = [0.01, 1.0]
-STEPS = list(itertools.product(TOKENS, TEMPERATURES))
-if INTERPRETED:  # a factor of the logits, for which a kernel is no other; each takes a second
-    STEPS = [(1, 1.0), (7, 0.01), (255, 0.01), (255, 1.0), (1000, 0.01)]
+STEPS = list(itertools.product(TOKENS, NUM_BASES, TEMPERATURES))
+if INTERPRETED:  # where each takes a second: every value of each, and the largest together
+    STEPS = [
+        (1, 1, 1.0), (7, 16, 0.01), (255, 256, 0.01), (255, 16, 1.0), (1000, 1, 1.0),
+        (1000, 256, 0.01),
+    ]  # fmt: skip
 
 
 def em_case(n: int, num_bases: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -43,8 +46,7 @@ def em_case(n: int, num_bases: int, width: int, dtype: torch.dtype) -> tuple[tor
     return features.to(DEVICE), bases.to(DEVICE), payload.to(DEVICE)
 
 
-@pytest.mark.parametrize("num_bases", NUM_BASES)
-@pytest.mark.parametrize(("n", "temperature"), STEPS)
+@pytest.mark.parametrize(("n", "num_bases", "temperature"), STEPS)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_em_step(
