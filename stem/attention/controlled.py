@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -62,21 +63,17 @@ class ControlledForward:
             others: Other arguments of the UNet.
         """
         if control is not None:
-            others |= self._residuals(
-                sample,
-                timestep,
-                {"encoder_hidden_states": encoder_hidden_states},
-                others.get("added_cond_kwargs"),
-                **control,
-            )
+            given: dict[str, Any] = {"encoder_hidden_states": encoder_hidden_states}
+            if others.get("added_cond_kwargs") is not None:
+                given["added_cond_kwargs"] = others["added_cond_kwargs"]
+            others |= self._residuals(sample, timestep, given, **control)
         return self.forward(sample, timestep, encoder_hidden_states, **others)
 
     def _residuals(
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor,
-        text: dict[str, torch.Tensor],
-        added: dict[str, torch.Tensor] | None,
+        given: dict[str, Any],
         *,
         groups: tuple[tuple[Scaled, ...], ...],
         group: torch.Tensor,
@@ -88,15 +85,14 @@ class ControlledForward:
             if not shown:
                 continue
             if len(groups) == 1:
-                whole = self._sum(shown, sample, timestep, frame, text, added)
+                whole = self._sum(shown, sample, timestep, frame, given)
                 break
             rows = (group == number).nonzero().squeeze(1)
             if not len(rows):
                 continue
             on = rows.to(sample.device)
-            own = None if added is None else {name: value[on] for name, value in added.items()}
-            texts = {name: value[on] for name, value in text.items()}
-            found = self._sum(shown, sample[on], timestep, frame[rows], texts, own)
+            own = _each(given, itemgetter(on))
+            found = self._sum(shown, sample[on], timestep, frame[rows], own)
             for name, parts in found.items():
                 if name not in whole:
                     whole[name] = [part.new_zeros(len(sample), *part.shape[1:]) for part in parts]
@@ -117,8 +113,7 @@ class ControlledForward:
         sample: torch.Tensor,
         timestep: torch.Tensor,
         frames: torch.Tensor,
-        text: dict[str, torch.Tensor],
-        added: dict[str, torch.Tensor] | None,
+        given: dict[str, Any],
     ) -> dict[str, list[torch.Tensor]]:
         """Residuals added up: of all ControlNets (the middle's last), and of all adapters."""
         total: dict[str, list[torch.Tensor]] = {}
@@ -134,15 +129,14 @@ class ControlledForward:
                 parts = [part * each.scale for part in net(images.to(sample.device, net.dtype))]
             else:
                 name = _NET
-                given: dict[str, Any] = {**text, "controlnet_cond": images}
-                if added is not None:
-                    given["added_cond_kwargs"] = added
+                where = sample.device, net.dtype
                 down, mid = net(
                     sample.to(net.dtype),
                     timestep,
+                    controlnet_cond=images.to(*where),
                     conditioning_scale=each.scale,
                     return_dict=False,
-                    **_moved(given, sample.device, net.dtype),
+                    **_each(given, methodcaller("to", *where)),
                 )
                 parts = [*down, mid]
             found = [part.to(sample.dtype) for part in parts]
@@ -160,9 +154,12 @@ def is_adapter(net: Any) -> bool:
     return type(net).__name__ == "T2IAdapter"
 
 
-def _moved(given: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _each(
+    given: dict[str, Any], function: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """Arguments with a function of each of their tensors, those of dictionaries too."""
     return {
-        name: _moved(value, device, dtype) if isinstance(value, dict) else value.to(device, dtype)
+        name: _each(value, function) if isinstance(value, dict) else function(value)
         for name, value in given.items()
     }
 
