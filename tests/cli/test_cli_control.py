@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,9 @@ EDGES = ("--controlnet", "net", "--control", "canny")
 SHORT = ("--steps", "2", "--size", "16x16", "--prompt", "a duck", "--methods", "ddim")
 
 
+pytestmark = pytest.mark.usefixtures("here")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
@@ -30,15 +32,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_controlnet(make_pipeline().unet, 1).save_pretrained(folder / "other")
     make_controlnet(make_unet("sdxl")).save_pretrained(folder / "xl")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files, where the commands run."""
-    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
-    return tmp_path
 
 
 def inverted(video: str, *arguments: str, out: str = "out") -> InversionFolder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import diffusers
@@ -18,9 +17,13 @@ from safetensors.torch import save_file
 from stem import cli
 from stem.inversion import InversionFolder
 
-pytestmark = pytest.mark.skipif(
-    Version(diffusers.__version__) < Version("0.39"), reason="one-file models need diffusers 0.39"
-)
+pytestmark = [
+    pytest.mark.usefixtures("here"),
+    pytest.mark.skipif(
+        Version(diffusers.__version__) < Version("0.39"),
+        reason="one-file models need diffusers 0.39",
+    ),
+]
 MODEL = ("--model", "one.safetensors", "--model-config", "base", "--vae", "vae.safetensors")
 LORA = ("--lora", "style.safetensors:0.7")
 ADDED = (*MODEL, *LORA, "--textual-inversion", "cat.safetensors")
@@ -40,15 +43,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vae = {key: 1.01 * value.contiguous() for key, value in vae_tensors(pipeline.vae).items()}
     save_file(vae, folder / "vae.safetensors")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files, where the commands run."""
-    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
-    return tmp_path
 
 
 def inverted(video: str, *arguments: str, out: str = "out") -> InversionFolder:
