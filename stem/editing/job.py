@@ -8,6 +8,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from ..attention import Hooks
 from ..config import AttentionConfig, StemConfig
 from ..diffusion.pipeline import Conditioning, predict, vae_factor
+from ..distributed import Ranks
 from ..inversion import InversionFolder
 from ..inversion.methods import attention_on, inversion_attention
 
@@ -36,6 +38,7 @@ class Job:
         guidance: Guidance scale g of u + g (c - u).
         seed: Seed of whatever the method draws.
         device: Device that the pipeline computes on.
+        ranks: Ranks that share the frames; the first one reads the inversion.
     """
 
     pipeline: Any
@@ -47,6 +50,7 @@ class Job:
     guidance: float
     seed: int
     device: torch.device
+    ranks: Ranks = field(default_factory=lambda: Ranks(None))
     _last: tuple[int, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -91,7 +95,8 @@ class Job:
         The level asked for last is held: a step asks for one several times.
         """
         if self._last is None or self._last[0] != level:
-            found = self.inversion.latents(level - 1) if level else self.inversion.x0()
+            read = partial(self.inversion.latents, level - 1) if level else self.inversion.x0
+            found = self.ranks.from_main(read)
             self._last = level, found.to(self.device)
         return self._last[1]
 
@@ -153,7 +158,8 @@ class Method(ABC):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The attention on, for the length of a `with` block around `begin` and all steps."""
-        with attention_on(self.job.pipeline, self.config, hooks=self.hooks):
+        group = self.job.ranks.group
+        with attention_on(self.job.pipeline, self.config, group, hooks=self.hooks):
             yield
 
     @abstractmethod
