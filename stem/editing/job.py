@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..attention import Hooks
+from ..attention.families import family_of_unet
 from ..config import AttentionConfig, StemConfig
 from ..diffusion.pipeline import Conditioning, predict, vae_factor
 from ..distributed import Ranks
@@ -81,13 +82,16 @@ class Job:
         """The attention that the inversion was made with, in its chunks.
 
         All frames at once are one chunk here, so that it can be halved where memory runs out: an
-        edit has up to three branches, the inversion had one. Bases have no correction: methods mix
-        the queries, keys and values of several branches, and a correction belongs to one.
+        edit has up to three branches, the inversion had one. Not so where the UNet's temporal parts
+        see all frames of a call. Bases have no correction: methods mix the queries, keys and values
+        of several branches, and a correction belongs to one.
         """
         found = inversion_attention(self.inversion)
         if isinstance(found, StemConfig):
             found = dataclasses.replace(found, calibration="none")
-        return found if found.chunk else dataclasses.replace(found, chunk=self.num_frames)
+        if found.chunk or family_of_unet(self.pipeline).outputs is None:
+            return found
+        return dataclasses.replace(found, chunk=self.num_frames)
 
     def level(self, level: int) -> torch.Tensor:
         """The source's latents at a level, float32 [N, c, h, w], on the device; not to be changed.
@@ -214,6 +218,9 @@ class Options:
 
     def check(self, inversion: InversionFolder, prompt: str) -> None:
         """Raise ValueError where these options do not fit the inversion and the prompt."""
+
+    def check_pipeline(self, pipeline: Any) -> None:
+        """Raise ValueError where these options do not fit the pipeline's UNet."""
 
 
 def steps_of(share: float, num_steps: int) -> int:

@@ -230,6 +230,7 @@ def run_edit(
         )
     )
     check_same_pipeline(pipeline, inversion)
+    chosen.check_pipeline(pipeline)
     calibration = inversion.settings["attention"].get("calibration", "none")
     if calibration in CALIBRATIONS:
         logger.warning(

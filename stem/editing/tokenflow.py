@@ -12,6 +12,7 @@ import torch
 from stem_kernels import nearest_token
 
 from ..attention import Hook, Hooks
+from ..attention.families import family_of_unet
 from ..attention.hooks import Attend, Operands, Site
 from ..attention.processor import attend_densely, project_keys_and_values
 from ..config import InflatedConfig, StemConfig
@@ -75,6 +76,18 @@ class PropagationOptions(Options):
                         f"{chunk.start} ... {chunk.stop - 1}; name one of these"
                     )
 
+    def check_pipeline(self, pipeline: Any) -> None:
+        family = family_of_unet(pipeline)
+        if family.temporal and self.chunk > 1:
+            raise ValueError(
+                f"chunk is {self.chunk}: the pivot of each chunk would go through the UNet without "
+                f"the frames between, and the temporal parts of {family.name} "
+                f"({', '.join(family.temporal)}) take the frames of a call for neighbours, so that "
+                "the pivots' features would not be those that they have among all frames; take "
+                "chunk=1 (--option METHOD.chunk=1), with which every frame is a pivot, or fusion, "
+                "fatezero or pnp"
+            )
+
 
 @dataclass(frozen=True)
 class TokenFlowOptions(PropagationOptions, PnPOptions):
@@ -118,9 +131,10 @@ class TokenFlow(PnP):
             self.kept["pivots"] = draw_pivots(chunks, job.num_steps, job.seed)
         else:
             self.kept["pivots"] = torch.tensor(options.pivots)
-        size = min(len(chunks), job.attention.chunk or len(chunks))
+        chunk = job.attention.chunk
+        size = None if chunk is None else min(len(chunks), chunk)
         # Of too few pivots to share every rank runs all.
-        shared = job.ranks.size <= -(-len(chunks) // size)
+        shared = job.ranks.size <= -(-len(chunks) // (size or len(chunks)))
         self._pivots_of = job.ranks if shared else Ranks(None)
         self._pass = PivotPass(len(chunks), self._pivots_of)
         self._propagation = Propagation(self._pass)

@@ -103,6 +103,7 @@ def write_edits(
 
     def planned() -> tuple[list[EditResult], EditsFiles | None, bool]:
         plan.check(inversion, out)
+        plan.check_pipeline(pipeline)
         results = []
         for prompt in plan.prompts:
             for method in plan.methods:
