@@ -15,12 +15,12 @@ from .edit_options import OF_INVERSIONS
 from .evaluate import print_evaluation
 from .ranks import rank_device, ranks
 from .request import Request, check_run_device, load, source_of
-from .run_options import WITHOUT_CONTROL, RunOptions, takes_run_options
+from .run_options import OF_PARTS, RunOptions, takes_run_options
 
 
 @app.command("demo")
 @takes_run_options(
-    without=("prompt", "frames", "deinterlace", "tone_map", "chunk", *WITHOUT_CONTROL),
+    without=("prompt", "frames", "deinterlace", "tone_map", "chunk", *OF_PARTS),
     out=Path("out/demo"),
 )
 def demo_command(

@@ -99,6 +99,7 @@ def edit_command(
             clip = request.open(source, run)
             plan.check_space(run.out, clip.num_frames, clip.height, clip.width)
             pipeline, clip = request.load_for(clip, source)
+            plan.check_pipeline(pipeline)
             inverted = invert(
                 pipeline,
                 clip,
