@@ -41,7 +41,8 @@ def with_motion(pipeline: Any, name: str | None, window: int | None) -> Any:
             f"the model is a {kind}, and --motion-adapter (motion_adapter) goes with a "
             f"{' or a '.join(_WITH)}; use one of these"
         )
-    adapter = _loaded(name)
+    # FreeNoise's layers are made in the dtype of the pipeline's first part.
+    adapter = _loaded(name).to(pipeline.unet.dtype)
     places = adapter.config.motion_max_seq_length
     if window is not None and window > places:
         raise ModelError(

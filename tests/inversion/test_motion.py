@@ -156,6 +156,12 @@ def test_an_adapter_is_loaded_with_all_else(files: Path, tmp_path: Path) -> None
         reconstruct_latents(make_motion_pipeline(), folder, progress=False)
 
 
+def test_windows_in_half_precision(files: Path) -> None:
+    arguments: dict[str, Any] = {"motion_adapter": f"{files}/motion", "motion_window": 4}
+    unet = load_pipeline(f"{files}/base", dtype="bfloat16", **arguments).unet
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
+
+
 def test_offloaded_layers_along_frames_give_the_same_bits(files: Path, tmp_path: Path) -> None:
     found = []
     settings: dict[str, Any] = {"options": STEM, "num_steps": 1, "progress": False}
