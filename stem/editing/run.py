@@ -19,6 +19,7 @@ from ..control import Control
 from ..diffusion.control import Shown, checked_controls
 from ..diffusion.environment import numeric_environment
 from ..diffusion.loop import denoise
+from ..diffusion.motion import check_frames
 from ..diffusion.pipeline import decode_latents, encode_prompt, execution_device
 from ..diffusion.schedule import sampling_scheduler
 from ..distributed import Ranks
@@ -251,6 +252,7 @@ def run_edit(
         negative, target = negative.showing(edited), target.showing(edited)
     scale = chosen.guidance if guidance is None else float(guidance)
     job = Job(pipeline, inversion, prompt, source, negative, target, scale, seed, device, ranks)
+    check_frames(pipeline, job.num_frames, group=group)
     _check_shared(job)
     settings = edit_settings(
         inversion,
