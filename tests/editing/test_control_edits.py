@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from controls import make_adapter_pipeline, make_control_pipeline, pictures
+from interruptions import stop_after
 from inversions import inverted
 
 from stem import Control
@@ -94,16 +95,8 @@ def test_pivots_are_shown_their_own_pictures(
 def test_a_stopped_edit_goes_on_bit_for_bit(folder: InversionFolder, method: str) -> None:
     settings: dict[str, Any] = {"control": Control(pictures(seed=5), scale=0.7)}
     expected = edited(folder, method, **settings)
-    steps = 0
-
-    def stop() -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        edited(folder, method, resume=True, on_step=stop, **settings)
+        edited(folder, method, resume=True, on_step=stop_after(2), **settings)
     again: list[int] = []
     found = edited(folder, method, resume=True, on_step=lambda: again.append(1), **settings)
     assert torch.equal(found, expected)

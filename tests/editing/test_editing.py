@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import stop_after
 from inversions import clip, inverted
 from peft import LoraConfig
 from pipelines import SHAPES, make_pipeline
@@ -67,19 +68,8 @@ def test_a_killed_edit_goes_on_bit_for_bit(tmp_path: Path, method: str) -> None:
     options = ALL_OF_FUSION if method == "fusion" else None
     expected = edited(folder, method=method, options=options)
 
-    class Killed(Exception):
-        pass
-
-    steps = 0
-
-    def kill() -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 2:
-            raise Killed
-
-    with pytest.raises(Killed):
-        edited(folder, method=method, options=options, resume=True, on_step=kill)
+    with pytest.raises(KeyboardInterrupt):
+        edited(folder, method=method, options=options, resume=True, on_step=stop_after(2))
     counted: list[int] = []
     arguments: dict[str, Any] = {"method": method, "options": options, "resume": True}
     found = edited(folder, **arguments, on_step=lambda: counted.append(1))

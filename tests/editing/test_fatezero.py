@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import stop_after
 from inversions import STEM, clip, inverted
 from pipelines import make_pipeline
 
@@ -95,20 +96,14 @@ def test_nothing_depends_on_the_chunk(inversions: dict[str, InversionFolder], me
 
 
 def test_a_killed_edit_goes_on_bit_for_bit(inversions: dict[str, InversionFolder]) -> None:
-    inversion, steps = inversions["stem"], 0
+    inversion = inversions["stem"]
 
     def run(resume: bool, **more: Any) -> Edit:
         arguments: dict[str, Any] = {"method": "fatezero", "options": BLEND, "progress": False}
         return run_edit(make_pipeline(), inversion, TARGET, resume=resume, **arguments, **more)
 
-    def kill() -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(True, on_step=kill)
+        run(True, on_step=stop_after(3))
     done: list[int] = []
     resumed = run(True, on_step=lambda: done.append(1))
     whole = run(False)

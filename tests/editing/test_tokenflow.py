@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import stop_after
 from pipelines import make_pipeline
 
 from stem import Video, invert
@@ -165,23 +166,13 @@ def test_pivots_are_drawn_in_their_chunks_and_replayed_bit_for_bit(folder: Any) 
     assert not torch.equal(other.latents, drawn.latents)
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("method", ["pnp", "tokenflow", "sdedit"])
 def test_a_stopped_edit_goes_on_bit_for_bit(short: Any, method: str) -> None:
-    steps = []
-
-    def on_step() -> None:
-        steps.append(0)
-        if len(steps) == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        edited(short, method, resume=True, on_step=on_step, seed=5)
-    found = edited(short, method, resume=True, on_step=lambda: steps.append(0), seed=5)
-    assert len(steps) == (4 if method == "sdedit" else STEPS)
+    with pytest.raises(KeyboardInterrupt):
+        edited(short, method, resume=True, on_step=stop_after(2), seed=5)
+    more: list[int] = []
+    found = edited(short, method, resume=True, on_step=lambda: more.append(0), seed=5)
+    assert 2 + len(more) == (4 if method == "sdedit" else STEPS)
     whole = edited(short, method, seed=5)
     assert torch.equal(found.latents, whole.latents)
     if whole.pivots is not None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from controls import make_control_pipeline, make_controlnet, pictures, shown
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from interruptions import stop_after
 from inversions import STEM, all_latents, clip, inverted
 from PIL import Image
 from pipelines import make_pipeline, make_unet
@@ -155,22 +156,13 @@ def test_going_on_gives_the_same_bits(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"pipeline": pipeline, "control": shown()}
     whole = inverted(tmp_path / "whole", **settings)
     expected = reconstruct_latents(pipeline, whole, progress=False, resume=False)
-    calls = 0
-
-    def stop() -> None:
-        nonlocal calls
-        calls += 1
-        if calls in (3, 8):
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        inverted(tmp_path / "broken", on_step=stop, **settings)
+        inverted(tmp_path / "broken", on_step=stop_after(3), **settings)
     assert "forward" not in vars(pipeline.unet)
-    resumed = inverted(tmp_path / "broken", on_step=stop if calls > 3 else None, **settings)
+    resumed = inverted(tmp_path / "broken", **settings)
     assert torch.equal(all_latents(resumed), all_latents(whole))
-    calls = 5
     with pytest.raises(KeyboardInterrupt):
-        reconstruct_latents(pipeline, resumed, progress=False, on_step=stop)
+        reconstruct_latents(pipeline, resumed, progress=False, on_step=stop_after(3))
     found = reconstruct_latents(pipeline, resumed, progress=False)
     assert torch.equal(found, expected)
 

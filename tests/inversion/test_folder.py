@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import stop_after
 from inversions import all_latents, clip, inverted
 from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
@@ -237,12 +238,8 @@ def test_other_thread_counts_are_recorded_and_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     threads = torch.get_num_threads()
-
-    def stop() -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        inverted(tmp_path, on_step=stop)
+        inverted(tmp_path, on_step=stop_after(1))
     (path,) = tmp_path.iterdir()
     assert InversionFolder.open(path).environment(0)["threads"] == str(threads)
     try:
@@ -265,17 +262,11 @@ def test_a_reconstruction_goes_on_where_it_stopped(tmp_path: Path, resume: bool)
     expected = reconstruct_latents(pipeline, folder, resume=False, progress=False)
     done: list[None] = []
 
-    def stop_after_two() -> None:
-        done.append(None)
-        if len(done) == 2:
-            raise KeyboardInterrupt
-
     def run(**settings: Any) -> torch.Tensor:
         return reconstruct_latents(pipeline, folder, resume=resume, progress=False, **settings)
 
     with pytest.raises(KeyboardInterrupt):
-        run(on_step=stop_after_two)
-    done.clear()
+        run(on_step=stop_after(2))
     assert torch.equal(run(on_step=lambda: done.append(None)), expected)
     assert len(done) == (3 if resume else 5)
     done.clear()

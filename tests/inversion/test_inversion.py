@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import stop_after
 from inversions import STEM, all_latents, clip, inverted
 from pipelines import SHAPES, make_pipeline
 
@@ -78,16 +79,8 @@ def test_methods_differ(tmp_path: Path) -> None:
 def test_going_on_gives_the_same_bits(tmp_path: Path, init: str, keep_bases: bool) -> None:
     settings: dict[str, Any] = {"options": {**STEM, "init": init}, "keep_bases": keep_bases}
     whole = inverted(tmp_path / "whole", **settings)
-    calls = 0
-
-    def stop_after_three() -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        inverted(tmp_path / "broken", on_step=stop_after_three, **settings)
+        inverted(tmp_path / "broken", on_step=stop_after(3), **settings)
     (path,) = (tmp_path / "broken").iterdir()
     broken = InversionFolder.open(path)
     assert broken.steps_done == 3
