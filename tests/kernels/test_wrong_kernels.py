@@ -227,27 +227,29 @@ def test_a_wrong_triton_kernel_is_found(
         assert part in warned
 
 
+def with_result(operator: Any, change: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda *given: change(operator(*given))
+
+
+def with_other_arguments(operator: Any, change: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda *given: operator(*change(given))
+
+
 @in_extension
-@pytest.mark.parametrize("mutant", EXTENSION_MUTANTS)
-def test_a_wrong_result_of_the_extension_is_found(
-    mutant: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("mutant", "mutated"),
+    [
+        *((mutant, with_result) for mutant in EXTENSION_MUTANTS.values()),
+        *((mutant, with_other_arguments) for mutant in ARGUMENT_MUTANTS.values()),
+    ],
+    ids=[*EXTENSION_MUTANTS, *ARGUMENT_MUTANTS],
+)
+def test_a_wrong_kernel_of_the_extension_is_found(
+    mutant: Any, mutated: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    call, name, change = EXTENSION_MUTANTS[mutant]
+    call, name, change = mutant
     operator = getattr(torch.ops.stem_kernels_ext, name)
-    monkeypatch.setattr(
-        torch.ops.stem_kernels_ext, name, lambda *arguments: change(operator(*arguments))
-    )
+    monkeypatch.setattr(torch.ops.stem_kernels_ext, name, mutated(operator, change))
     warned = found_wrong(call, caplog)
     assert "gave wrong results: its" in warned
     assert "avx2 kernels of the extension" in warned
-
-
-@in_extension
-@pytest.mark.parametrize("mutant", ARGUMENT_MUTANTS)
-def test_a_kernel_of_the_extension_that_does_something_else_is_found(
-    mutant: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    call, name, change = ARGUMENT_MUTANTS[mutant]
-    operator = getattr(torch.ops.stem_kernels_ext, name)
-    monkeypatch.setattr(torch.ops.stem_kernels_ext, name, lambda *given: operator(*change(given)))
-    assert "gave wrong results: its" in found_wrong(call, caplog)
