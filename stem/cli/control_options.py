@@ -82,7 +82,7 @@ def check_control(run: RunOptions, source: ModelSource) -> None:
         ValueError: a scale or a share that means nothing, or a depth model that is not here.
     """
     from ..control.control import check_numbers
-    from ..control.depth import DEPTH_MODEL, check_model
+    from ..control.depth import check_model
 
     texts, nets = run.control or [], len(source.controlnets)
     if len(texts) != nets and not (nets == 0 and _may_have_own(source)):
@@ -95,7 +95,7 @@ def check_control(run: RunOptions, source: ModelSource) -> None:
     for text in texts:
         _check_path(text, "--control", (CANNY, DEPTH))
     if DEPTH in texts:
-        check_model(run.depth_model or DEPTH_MODEL)
+        check_model(_depth_model(run))
     elif run.depth_model is not None:
         raise typer.BadParameter("it goes with --control depth", param_hint="--depth-model")
 
@@ -231,13 +231,12 @@ def _pictures(
     import torch
 
     from ..control import canny, depth
-    from ..control.depth import DEPTH_MODEL
 
     if text == CANNY:
         return torch.cat([canny(part) for part in clip.parts(_PARTS)])
     if text == DEPTH:
         frames = torch.cat(list(clip.parts(_PARTS)))
-        return depth(frames, run.depth_model or DEPTH_MODEL, device)
+        return depth(frames, _depth_model(run), device)
     return _read(text, frames=run.frames, size=run.size, multiple_of=multiple_of)
 
 
@@ -251,6 +250,10 @@ def _read(text: str, **options: Any) -> torch.Tensor:
 
 
 def _named(text: str, run: RunOptions) -> str:
+    return f"depth of {_depth_model(run)}" if text == DEPTH else text
+
+
+def _depth_model(run: RunOptions) -> str:
     from ..control.depth import DEPTH_MODEL
 
-    return f"depth of {run.depth_model or DEPTH_MODEL}" if text == DEPTH else text
+    return run.depth_model or DEPTH_MODEL
