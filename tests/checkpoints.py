@@ -140,9 +140,14 @@ def write_checkpoint(path: Path, pipeline: Any, **more: torch.Tensor) -> str:
     return str(path)
 
 
-def write_lora(path: Path, shape: str = "sd1", seed: int = 0, encoder: bool = False) -> str:
-    """Write a LoRA of random numbers on the attentions of a UNet, and on a text encoder's."""
-    pipeline = make_pipeline.__wrapped__(shape)
+def write_lora(
+    path: Path, shape: str = "sd1", seed: int = 0, encoder: bool = False, pipeline: Any = None
+) -> str:
+    """Write a LoRA of random numbers on the attentions of a UNet, and on a text encoder's.
+
+    A pipeline of its own that is given keeps the LoRA; else it is for `make_pipeline(shape)`.
+    """
+    pipeline = pipeline or make_pipeline.__wrapped__(shape)
     layers = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -20,11 +20,12 @@ from video_models import with_control
 from stem import Control
 
 
-def make_controlnet(unet: Any, seed: int = 0) -> ControlNetModel:
-    """A ControlNet for a UNet beside a VAE of factor 2, whose last layers are not 0."""
+def make_controlnet(unet: Any, seed: int = 0, factor: int = 2) -> ControlNetModel:
+    """A ControlNet for a UNet beside a VAE of this factor, whose last layers are not 0."""
+    channels = (8,) * factor.bit_length()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8))
+        net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
         return with_control(net).eval()
 
 
@@ -44,13 +45,13 @@ def make_control_pipeline(shape: str = "sd1", nets: int = 1) -> Any:
     return pipeline
 
 
-def make_adapter(unet: Any, seed: int = 0, channels: int = 3) -> T2IAdapter:
-    """A T2I-Adapter for a UNet beside a VAE of factor 2."""
+def make_adapter(unet: Any, seed: int = 0, channels: int = 3, factor: int = 2) -> T2IAdapter:
+    """A T2I-Adapter for a UNet beside a VAE of this factor."""
     widths = list(unet.config.block_out_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return T2IAdapter(
-            in_channels=channels, channels=widths, num_res_blocks=1, downscale_factor=2
+            in_channels=channels, channels=widths, num_res_blocks=1, downscale_factor=factor
         ).eval()
 
 

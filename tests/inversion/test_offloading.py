@@ -7,12 +7,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from commands import run
 from diffusers.hooks import apply_group_offloading
 from inversions import all_latents, clip, inverted
+from offloading import CPU, WAYS, offloaded
 from pipelines import make_pipeline
 
 from stem import reconstruct
@@ -23,25 +23,6 @@ from stem.inversion import InversionFolder
 from stem.loading.offloading import offload_weights
 from stem.models import load_pipeline, random_pipeline
 from stem_kernels.testing import max_error
-
-CPU = torch.device("cpu")
-WAYS = ("model", "sequential", "group", "group, on a disk")
-"""Each on a CPU here, where weights wait on the meta device ("sequential"), or uninitialised (the
-last)."""
-
-
-def offloaded(pipeline: Any, way: str, folder: Path) -> Any:
-    if way == "sequential":
-        # As enable_sequential_cpu_offload, which would take cpu:0, where accelerate makes tensors
-        # of parameters.
-        for module in pipeline.components.values():
-            if isinstance(module, torch.nn.Module):
-                accelerate.cpu_offload(module, CPU, offload_buffers=bool(module._parameters))
-    else:
-        how, on_disk, _ = way.partition(", ")
-        offload_weights(pipeline, how, folder / "weights" if on_disk else None, CPU)
-    assert way in offloading(pipeline)
-    return pipeline
 
 
 @pytest.mark.parametrize("way", WAYS)
