@@ -30,6 +30,8 @@ from .studies.features.run import table as features_table
 from .studies.quality.report import is_world, values
 from .studies.quality.report import table as study_table
 from .studies.quality.variants import CEILING
+from .studies.small_cards.run import OUT as SMALL_CARDS
+from .studies.small_cards.run import table as small_cards_table
 from .suite.targets import COMPARED, EM, PROFILED, Rows
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +40,7 @@ KERNELS = ROOT / "docs/kernels.md"
 STUDY = ROOT / "docs/study.md"
 ANALYSIS = ROOT / "docs/analysis.md"
 EDITS = ROOT / "docs/editing.md"
+CARDS = ROOT / "docs/small-cards.md"
 RESULTS = Path("benchmarks/results/cpu-2-cores.json")
 PROFILES = tuple(RESULTS.with_stem(f"cpu-2-cores-{name}") for name in ("profile", "avx2"))
 QUALITY = Path("benchmarks/results/quality.json")
@@ -279,6 +282,7 @@ TABLES = {
     "quality": Table(STUDY, QUALITY, quality_table),
     "features": Table(ANALYSIS, FEATURES, flow_table),
     "editing": Table(EDITS, EDITING, editing_table),
+    "small cards": Table(CARDS, SMALL_CARDS, small_cards_table),
 }
 """By the name of their place in the page."""
 PAGES = tuple(dict.fromkeys(table.page for table in TABLES.values()))

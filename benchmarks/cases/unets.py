@@ -144,6 +144,7 @@ def unet_error(unets: UNets, config: AttentionConfig | None, side: int) -> float
     return check(answer(unets.unet, config))
 
 
+@torch.no_grad()
 def sd15_unet(text_channels: int = 768) -> UNet2DConditionModel:
     """A UNet of Stable Diffusion 1.5's shape with random weights, for text states so wide."""
     with torch.device("meta"):

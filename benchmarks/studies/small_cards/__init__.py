@@ -1,0 +1,1 @@
+"""A study: what spares the memory of a small card, by a whole edit's peak."""
