@@ -17,11 +17,11 @@ from .arguments import (
 )
 from .ranks import one_process
 from .request import Request, read_options
-from .run_options import OF_PARTS, RunOptions, takes_run_options
+from .run_options import OF_MOTION, RunOptions, takes_run_options
 
 
 @app.command("ablate")
-@takes_run_options(without=("methods", *OF_PARTS), methods="stem", out=Path("out/ablate"))
+@takes_run_options(without=("methods", *OF_MOTION), methods="stem", out=Path("out/ablate"))
 def ablate_command(
     video: VideoPath,
     run: RunOptions,
@@ -65,6 +65,7 @@ def ablate_command(
         num_steps=run.steps,
         chunk=chunk_of(run.chunk),
         model=request.model,
+        control=request.control(pipeline, clip, run),
         note=request.note,
     )
     console.print(ablation_table(found))

@@ -16,7 +16,7 @@ from .arguments import (
 )
 from .ranks import one_process
 from .request import Request, read_options
-from .run_options import OF_PARTS, RunOptions, takes_run_options
+from .run_options import OF_MOTION, RunOptions, takes_run_options
 
 if TYPE_CHECKING:
     from ..metrics import Flow
@@ -27,7 +27,7 @@ _WORLD_MULTIPLE = 8  # a side that every model's VAE takes as it is
 
 
 @app.command("analyse")
-@takes_run_options(without=OF_PARTS, methods="ddim,stem", out=Path("out/analyse"))
+@takes_run_options(without=OF_MOTION, methods="ddim,stem", out=Path("out/analyse"))
 def analyse_command(
     video: Annotated[
         Path,
@@ -79,6 +79,7 @@ def analyse_command(
         num_steps=run.steps,
         chunk=chunk_of(run.chunk),
         model=request.model,
+        control=request.control(pipeline, clip, run),
         note=request.note,
     )
     console.print(analysis_table(found))

@@ -49,7 +49,9 @@ from .control_options import (
     DepthModel,
 )
 
-OF_PARTS = ("motion_adapter", "motion_window", "controlnet", *OF_CONTROL)
+OF_MOTION = ("motion_adapter", "motion_window")
+"""Parameters of motion adapters, which commands lack that take pipelines without."""
+OF_PARTS = (*OF_MOTION, "controlnet", *OF_CONTROL)
 """Parameters of a pipeline's further parts, which commands lack that take plain pipelines."""
 
 

@@ -13,6 +13,7 @@ from ..attention.controlled import ControlledForward, Scaled, is_adapter, is_con
 from ..attention.families import family_of_unet, unet_of
 from ..attention.handle import plain
 from ..control import Control
+from .fingerprint import fingerprint_of
 
 _SAME = ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block")
 _GIVE = "give control=[stem.Control(pictures), ...], one for each (--control)"
@@ -221,14 +222,17 @@ def _counted(nets: Sequence[Any]) -> str:
     return f"a {_word(nets[0])}" if len(nets) == 1 else f"{len(nets)} {_word(nets[0])}s"
 
 
-def check_uncontrolled(pipeline: Any, what: str) -> None:
-    """Raise ValueError where a pipeline has ControlNets, for `what` that has no control."""
-    nets = controlnets_of(pipeline)
-    if nets:
-        raise ValueError(
-            f"the pipeline, a {type(pipeline).__name__}, has {_counted(nets)}, and "
-            f"{what} has no control pictures; pass a pipeline without one"
-        )
+def control_records(pipeline: Any, controls: Sequence[Control]) -> list[dict[str, Any]]:
+    """What shapes latents of each control, its ControlNet's hashes included, as JSON types.
+
+    Args:
+        pipeline: Pipeline.
+        controls: What each of its ControlNets is shown, from `checked_controls`.
+    """
+    return [
+        {**each.record(), **fingerprint_of("controlnet", net)}
+        for each, net in zip(controls, controlnets_of(pipeline), strict=True)
+    ]
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ from ..attention.stem import StemState
 from ..config import AttentionConfig, StemConfig
 from ..control import Control
 from ..diffusion.checks import check_pipeline
-from ..diffusion.control import Shown, checked_controls, controlnets_of
+from ..diffusion.control import Shown, checked_controls, control_records
 from ..diffusion.environment import numeric_environment, warn_of_differences
-from ..diffusion.fingerprint import fingerprint, fingerprint_of
+from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import denoise, guided
 from ..diffusion.memory import chunk_that_fits
 from ..diffusion.motion import check_frames
@@ -139,10 +139,7 @@ def invert(
     device = execution_device(pipeline)
     environment = numeric_environment(pipeline)
     fingerprinted = fingerprint(pipeline)
-    controlled_by = [
-        {**each.record(), **fingerprint_of("controlnet", net)}
-        for each, net in zip(controls, controlnets_of(pipeline), strict=True)
-    ]
+    controlled_by = control_records(pipeline, controls)
     ranks.check_equal("model", fingerprinted)
     ranks.check_equal("control", controlled_by)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from ..attention import Recording
 from ..attention.hooks import LayerBases
 from ..config import AttentionConfig, PerFrameConfig, StemConfig
-from ..diffusion.control import check_uncontrolled
+from ..control import Control
+from ..diffusion.control import Shown, checked_controls
 from ..diffusion.loop import denoise, guided
 from ..diffusion.memory import chunk_that_fits
 from ..diffusion.motion import check_frames
@@ -29,6 +30,7 @@ def round_trip(
     num_steps: int,
     config: AttentionConfig | None = None,
     *,
+    control: Sequence[Control] = (),
     cached: bool = False,
     on_inverted: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
@@ -41,6 +43,7 @@ def round_trip(
         num_steps: Number of steps of the inversion and of the reconstruction.
         config: Configuration of the attention; None: the UNet's own. Its `num_frames` may be
             fewer than N.
+        control: What each of the pipeline's ControlNets is shown.
         cached: Whether to sample with the bases of the inversion; with a StemConfig only.
         on_inverted: Function called with the timestep after each step of the inversion.
 
@@ -48,16 +51,17 @@ def round_trip(
         float32 [N, c, h, w].
 
     Raises:
-        ValueError: `cached` without a StemConfig, a number of steps that cannot be inverted, or a
-            pipeline with ControlNets.
+        ValueError: `cached` without a StemConfig, a number of steps that cannot be inverted, or
+            controls that do not fit the pipeline's ControlNets.
     """
-    check_uncontrolled(pipeline, "round_trip")
+    controls = checked_controls(pipeline, control, latents.shape[0], *pixels(pipeline, latents))
     check_frames(pipeline, latents.shape[0])
     if cached and not isinstance(config, StemConfig):
         raise ValueError(f"cached is True and config is {config!r}; only StemConfig has bases")
-    prediction = guided(pipeline, encode_prompt(pipeline, prompt, *pixels(pipeline, latents)))
-    kept: list[dict[int, LayerBases]] = []
     scheduler = inverse_scheduler(pipeline, num_steps)
+    conditioning = encode_prompt(pipeline, prompt, *pixels(pipeline, latents))
+    prediction = guided(pipeline, conditioning.showing(shown_in(scheduler, controls)))
+    kept: list[dict[int, LayerBases]] = []
     with attention_on(pipeline, config) as handle:
         state = None if handle is None or not cached else handle.state
         recording = Recording()
@@ -73,6 +77,16 @@ def round_trip(
         latents = denoise(latents, scheduler, prediction, after_step=keep, name="invert")
     bases_at = kept.__getitem__ if cached else None
     return sample(pipeline, latents, prediction, num_steps, config, bases_at=bases_at)
+
+
+def shown_in(scheduler: Any, controls: tuple[Control, ...]) -> Shown | None:
+    """What the ControlNets are shown in an inversion, and on the way back; None without control.
+
+    Args:
+        scheduler: Scheduler of the inversion, whose timesteps ascend.
+        controls: What each ControlNet is shown.
+    """
+    return Shown(controls, tuple(map(int, scheduler.timesteps))) if controls else None
 
 
 def pixels(pipeline: Any, latents: torch.Tensor) -> tuple[int, int]:

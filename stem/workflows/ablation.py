@@ -16,8 +16,9 @@ from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
 
 from ..config import StemConfig
+from ..control import Control
 from ..diffusion.checks import check_pipeline
-from ..diffusion.control import check_uncontrolled
+from ..diffusion.control import checked_controls, control_records
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.motion import check_without_motion
 from ..diffusion.pipeline import decode_latents, encode_frames, execution_device
@@ -66,6 +67,7 @@ def ablate(
     num_steps: int = 50,
     chunk: int | str | None = "auto",
     model: str | Mapping[str, Any] = "",
+    control: Control | Sequence[Control] | None = None,
     note: str = "",
     progress: bool = True,
 ) -> Ablation:
@@ -90,6 +92,7 @@ def ablate(
         num_steps: Number of steps of each inversion and of each reconstruction.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
         model: Name of the pipeline, for the record, or more, as for `invert`.
+        control: What the pipeline's ControlNets are shown, as for `invert`.
         note: Note for ablation.json, such as that the weights are random.
         progress: Whether to show progress.
 
@@ -103,7 +106,7 @@ def ablate(
     check_output(out)
     check_measurable(video, ["stem"], {})
     check_pipeline(pipeline)
-    check_uncontrolled(pipeline, "ablate")
+    controls = checked_controls(pipeline, control, *video.frames.shape[:3])
     check_without_motion(pipeline, "ablate")
     inverse_scheduler(pipeline, num_steps)
     check_chunk(chunk)
@@ -124,6 +127,8 @@ def ablate(
         "peak_memory": memory,
         "provenance": provenance("diffusers"),
     }
+    if controls:
+        settings["control"] = control_records(pipeline, controls)
     parts = [json.dumps(settings), repr(fingerprint(pipeline)), tensor_hash(video.frames)]
     folder = out / result_name(video.name, parts)
     figures, plot = ablation_files(folder)
@@ -139,7 +144,7 @@ def ablate(
                 row = next((row for row in rows.values() if row.config == fields), None)
                 if row is None:
                     figures_of_config = measure_config(
-                        pipeline, video, latents, prompt, config, num_steps, chunk
+                        pipeline, video, latents, prompt, config, num_steps, chunk, controls
                     )
                     is_base = fields == fields_of(base)
                     row = AblationRow(option, value, fields, is_base, **figures_of_config)
@@ -160,6 +165,7 @@ def measure_config(
     config: StemConfig,
     num_steps: int,
     chunk: int | str | None,
+    control: Sequence[Control] = (),
 ) -> dict[str, Any]:
     """The figures of one configuration: a video there and back, by name as in `AblationRow`.
 
@@ -171,11 +177,12 @@ def measure_config(
         config: Configuration of the attention.
         num_steps: Number of steps of the inversion, and of the way back.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
+        control: What each of the pipeline's ControlNets is shown.
     """
     config_of_video = chunked(pipeline, config, latents, chunk)
     with PeakMemory(latents.device) as memory:
         start = time.perf_counter()
-        back = round_trip(pipeline, latents, prompt, num_steps, config_of_video)
+        back = round_trip(pipeline, latents, prompt, num_steps, config_of_video, control=control)
         if back.device.type == "cuda":
             torch.cuda.synchronize(back.device)
         seconds = time.perf_counter() - start

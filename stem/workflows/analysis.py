@@ -12,8 +12,9 @@ import torch
 
 from ..attention.families import unet_of
 from ..attention.features import LastFeatures
+from ..control import Control
 from ..diffusion.checks import check_pipeline
-from ..diffusion.control import check_uncontrolled
+from ..diffusion.control import checked_controls, control_records
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import denoise, guided
 from ..diffusion.motion import check_without_motion
@@ -21,7 +22,7 @@ from ..diffusion.pipeline import encode_frames, encode_prompt, execution_device
 from ..diffusion.schedule import inverse_scheduler
 from ..inversion.inverting import check_chunk
 from ..inversion.methods import attention_config, attention_on, check_methods
-from ..inversion.round_trips import chunked, pixels
+from ..inversion.round_trips import chunked, pixels, shown_in
 from ..metrics import Flow, estimate_flow, warped_similarity
 from ..report.analysis_files import Shown, analysis_files, write_analysis
 from ..storage import check_output, tensor_hash
@@ -84,6 +85,7 @@ def analyse(
     num_steps: int = 50,
     chunk: int | str | None = "auto",
     model: str | Mapping[str, Any] = "",
+    control: Control | Sequence[Control] | None = None,
     note: str = "",
     progress: bool = True,
 ) -> Analysis:
@@ -110,6 +112,7 @@ def analyse(
         num_steps: Number of steps of each inversion.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
         model: Name of the pipeline, for the record, or more, as for `invert`.
+        control: What the pipeline's ControlNets are shown, as for `invert`.
         note: Note for analysis.json, such as that the weights are random.
         progress: Whether to show progress.
 
@@ -126,7 +129,7 @@ def analyse(
     out, options = Path(out), options or {}
     check_output(out)
     check_pipeline(pipeline)
-    check_uncontrolled(pipeline, "analyse")
+    controls = checked_controls(pipeline, control, *video.frames.shape[:3])
     check_without_motion(pipeline, "analyse")
     check_analysable(video, methods, options)
     check_chunk(chunk)
@@ -147,11 +150,12 @@ def analyse(
             timestep=shown,
             num_steps=num_steps,
             chunk=chunk,
+            control=controls,
             progress=progress,
         )
         for method in methods
     }
-    settings = {
+    settings: dict[str, Any] = {
         "note": note,
         "model": model,
         "prompt": prompt,
@@ -160,6 +164,8 @@ def analyse(
         "flow": found_flow.name,
         "timestep_shown": shown,
     }
+    if controls:
+        settings["control"] = control_records(pipeline, controls)
     hashes = [tensor_hash(tensor) for tensor in (video.frames, found_flow.forward)]
     parts = [repr(settings), repr(fingerprint(pipeline)), *hashes]
     folder = out / result_name(video.name, parts)
@@ -206,6 +212,7 @@ def feature_curve(
     options: Mapping[str, Any] | None = None,
     num_steps: int = 50,
     chunk: int | str | None = None,
+    control: tuple[Control, ...] = (),
     progress: bool = False,
 ) -> FeatureCurve:
     """Invert latents in memory, and follow the last self-attention's features along a flow.
@@ -220,12 +227,14 @@ def feature_curve(
         options: Fields of the method's configuration.
         num_steps: Number of steps of the inversion.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
+        control: What each of the pipeline's ControlNets is shown.
         progress: Whether to show progress.
     """
     frames, _, height, width = latents.shape
     config = chunked(pipeline, attention_config(method, options or {}, frames), latents, chunk)
     scheduler = inverse_scheduler(pipeline, num_steps)
     conditioning = encode_prompt(pipeline, prompt, *pixels(pipeline, latents))
+    conditioning = conditioning.showing(shown_in(scheduler, control))
     backwards = flow.reversed()  # from each frame to the former one
     similarity: dict[int, float] = {}
     kept: list[torch.Tensor] = []

@@ -118,6 +118,35 @@ def test_compare_and_an_edit_of_a_video_under_control(video: str, here: Path) ->
     assert json.loads(document.read_text())["settings"]["control"][0]["scale"] == 0.3
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("analyse", ("--methods", "ddim", "--flow", "dis")), ("ablate", ("--only", "proportional"))],
+)
+def test_what_looks_inside_shows_control(
+    command: str, options: tuple[str, ...], video: str, here: Path
+) -> None:
+    common = ("--steps", "2", "--size", "16x16", "--out", "out", *options)
+    found = []
+    for control in (EDGES, (*EDGES, "--control-scale", "0.5")):
+        assert run(command, video, *MODEL, *control, *common) == 0
+        (document,) = here.glob("out/*/*.json")
+        found.append(json.loads(document.read_text()))
+        document.unlink()
+    figures = "similarity" if command == "analyse" else "rows"
+    full, half = found
+    assert full["control"][0]["source"] == "canny"
+    assert full["control"][0]["weights_sha256"] == half["control"][0]["weights_sha256"]
+    assert half["control"][0]["scale"] == 0.5
+    assert _steady(full[figures]) != _steady(half[figures])
+
+
+def _steady(figures: Any) -> Any:
+    """Figures without those of time and memory."""
+    if isinstance(figures, dict):
+        return {k: _steady(v) for k, v in figures.items() if k not in ("seconds", "peak_bytes")}
+    return [_steady(each) for each in figures] if isinstance(figures, list) else figures
+
+
 def test_a_config_file_has_these_options_too(video: str) -> None:
     Path("run.yaml").write_text(
         "model: base\ncontrolnet: [net]\ncontrol: canny\ncontrol-start: [0.5]\n"
@@ -148,10 +177,10 @@ def test_commands_that_invert_have_the_options() -> None:
     for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]
         found[name] = {parameter.name for parameter in command.params} & {*options, "controlnet"}
     assert {name for name, has in found.items() if has == {*options, "controlnet"}} == {
-        *("compare", "edit", "invert")
+        *("ablate", "analyse", "compare", "edit", "invert")
     }
     assert found["reconstruct"] == {"controlnet"}
-    assert found["analyse"] == found["ablate"] == found["demo"] == set()
+    assert found["demo"] == set()
 
 
 @pytest.mark.parametrize(

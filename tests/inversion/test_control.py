@@ -167,6 +167,14 @@ def test_going_on_gives_the_same_bits(tmp_path: Path) -> None:
     assert torch.equal(found, expected)
 
 
+def test_a_round_trip_in_memory_is_the_same(tmp_path: Path) -> None:
+    pipeline, controls = make_control_pipeline(nets=2), shown(2, end=0.5)
+    folder = inverted(tmp_path, method="ddim", pipeline=pipeline, control=controls)
+    config = stem.PerFrameConfig(num_frames=3)
+    back = round_trip(pipeline, folder.x0(), "a duck", 5, config, control=controls)
+    assert torch.equal(back, reconstruct_latents(pipeline, folder, progress=False))
+
+
 def test_the_folder_keeps_the_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipeline = make_control_pipeline(nets=2)
     control = [*shown(scale=0.5, source="canny"), Control(pictures(seed=7), end=0.9)]
@@ -245,7 +253,7 @@ def test_controls_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"control holds a Tensor; pass stem\.Control objects"):
         inverted(tmp_path, pipeline=one, control=[pictures()])
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="round_trip has no control pictures"):
+    with pytest.raises(ValueError, match="has a ControlNet, and nothing to show it"):
         round_trip(one, torch.zeros(1, 4, 8, 8), "a duck", 2)
 
 
