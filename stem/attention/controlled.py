@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter, methodcaller
 from typing import Any
@@ -103,7 +103,7 @@ class ControlledForward:
         arguments: dict[str, Any] = {}
         if _NET in whole:
             *down, mid = whole[_NET]
-            arguments["down_block_additional_residuals"] = tuple(down)
+            arguments["down_block_additional_residuals"] = _handed_over(down)
             arguments["mid_block_additional_residual"] = mid
         if _ADAPTER in whole:
             arguments["down_intrablock_additional_residuals"] = list(whole[_ADAPTER])
@@ -120,15 +120,19 @@ class ControlledForward:
         """Residuals added up: of all ControlNets (the middle's last), and of all adapters."""
         total: dict[str, list[torch.Tensor]] = {}
         for each in shown:
-            net, pictures = self._nets[each.net], each.pictures
+            net, pictures, seen = self._nets[each.net], each.pictures, frames
+            if is_adapter(net):  # a frame's features are the same in every branch
+                seen, rows = frames.unique(return_inverse=True)
+                rows = rows.to(sample.device)
             # As diffusers' VaeImageProcessor without normalisation: 0 ... 1.
-            images = pictures[frames.to(pictures.device)].permute(0, 3, 1, 2).contiguous()
+            images = pictures[seen.to(pictures.device)].permute(0, 3, 1, 2).contiguous()
             images = images.float() / 255
             if is_adapter(net):
                 name = _ADAPTER
                 if net.config.in_channels == 1:
                     images = images.mean(1, keepdim=True)
-                parts = [part * each.scale for part in net(images.to(sample.device, net.dtype))]
+                features = net(images.to(sample.device, net.dtype))
+                parts = [(part * each.scale)[rows] for part in features]
             else:
                 name = _NET
                 where = sample.device, net.dtype
@@ -145,6 +149,12 @@ class ControlledForward:
             before = total.get(name)
             total[name] = found if before is None else _added(before, found)
         return total
+
+
+def _handed_over(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Each tensor once; a tuple would live until the UNet returns, long after it was added."""
+    while tensors:
+        yield tensors.pop(0)
 
 
 def _added(one: list[torch.Tensor], other: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -75,6 +75,20 @@ def test_inversions_come_back_and_name_another_adapter(tmp_path: Path) -> None:
         inverted(tmp_path, pipeline=pipeline)
 
 
+def test_an_adapter_sees_a_frame_once_whatever_the_branches() -> None:
+    pipeline = make_adapter_pipeline()
+    scheduler = sampling_scheduler(pipeline, 2)
+    told = Shown(tuple(shown()), tuple(sorted(scheduler.timesteps.tolist())))
+    branch = encode_prompt(pipeline, "a duck", 16, 24).showing(told)
+    seen: list[int] = []
+    hook = pipeline.adapter.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    with controlled(pipeline):
+        prediction = guided(pipeline, branch, negative=branch, guidance=3.0)
+        denoise(torch.zeros(3, 4, 8, 12), scheduler, prediction, name="x")
+    hook.remove()
+    assert seen == [3, 3]
+
+
 def test_an_adapter_of_grey_pictures() -> None:
     check_pipeline(with_adapter(make_adapter(make_pipeline().unet, channels=1)))
 
