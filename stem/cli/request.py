@@ -29,6 +29,7 @@ RANDOM_NOTE = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt '...'"
 )
 _LATENT_BYTES = 16  # four channels of float32
+_PICTURE_BYTES = 3  # a control picture's pixel
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Request:
         dtype: Dtype of the weights; None: likewise.
         offloading: Arguments of `load_pipeline` that say where weights wait.
         out: Folder of everything written.
+        num_controls: Number of ControlNets that are shown pictures.
     """
 
     source: ModelSource
@@ -54,6 +56,7 @@ class Request:
     dtype: str | None
     offloading: dict[str, Any]
     out: Path
+    num_controls: int = 0
 
     @classmethod
     def checked(
@@ -81,9 +84,8 @@ class Request:
             check_steps(run.steps, train_steps, schedule.get("steps_offset", 0))
         check_run_device(run, rank_device(run.device))
         check_output(run.out / INVERSIONS)
-        return cls(
-            source, names, options, run.steps, run.device, run.dtype, run.offloading, run.out
-        )
+        settings = (run.steps, run.device, run.dtype, run.offloading, run.out)
+        return cls(source, names, options, *settings, len(run.control or []))
 
     @property
     def note(self) -> str:
@@ -112,14 +114,17 @@ class Request:
         return clip
 
     def check_space(self, clips: Sequence[Video | VideoFile]) -> None:
-        """Raise if the latents of all steps, less what lies there already, do not fit on the disk.
+        """Raise if latents of all steps and control pictures do not fit on the disk.
+
+        What lies there already is not counted.
 
         Raises:
             OSError: there is too little space.
         """
         pixels = sum(clip.num_frames * clip.height * clip.width for clip in clips)
         latents = _LATENT_BYTES * pixels // (self._factor or 8) ** 2
-        total = len(self.methods) * (self.num_steps + 1) * latents
+        shown = self.num_controls * _PICTURE_BYTES * pixels
+        total = len(self.methods) * ((self.num_steps + 1) * latents + shown)
         folder = self.out / INVERSIONS
         there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         check_output(folder, max(0, total - there))

@@ -157,8 +157,8 @@ def invert(
         if wrong:
             logger.warning("%s; the settings were written again", wrong)
         remove_stale(folder.path)
-        _mend_x0(pipeline, folder, video, environment)
         _mend_control(folder, controls, environment)
+        _mend_x0(pipeline, folder, video, environment)
         undone = _undone(folder, environment)
         if not undone:
             logger.info("%s has these settings and is complete; it is reused", folder.path)
@@ -264,7 +264,9 @@ def _mend_control(
         return
     if folder.steps_done or not isinstance(wrong[0], MissingFileError):
         logger.warning("%s; the control pictures are written again", wrong[0].problem)
-    folder.save_control([each.pictures for each in controls], environment)
+    pictures = [each.pictures for each in controls]
+    check_output(folder.path, sum(each.numel() for each in pictures))
+    folder.save_control(pictures, environment)
 
 
 def _undone(folder: InversionFolder, environment: dict[str, str]) -> list[int]:

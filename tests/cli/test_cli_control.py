@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -225,6 +226,16 @@ def test_mistakes_of_an_edit_s_control_are_found_before_the_video_is_read(
     edit = ("edit", "absent.mp4", *MODEL, *EDGES, "--prompt", "a swan")
     assert run(*edit, *arguments) == 2
     assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert loads == []
+
+
+def test_the_disk_has_to_hold_the_pictures(
+    video: str, capfd: Any, monkeypatch: pytest.MonkeyPatch, loads: list[str]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=15_000))
+    assert run("invert", video, *MODEL, *EDGES, *SHORT) == 2
+    # 3 latents of 4 frames of 8 x 8 x 4 numbers, and 4 pictures of 16 x 16 pixels
+    assert "needs 15,360 bytes, and 15,000 are free" in capfd.readouterr().err
     assert loads == []
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,16 @@ def test_going_on_gives_the_same_bits(tmp_path: Path) -> None:
         reconstruct_latents(pipeline, resumed, progress=False, on_step=stop_after(3))
     found = reconstruct_latents(pipeline, resumed, progress=False)
     assert torch.equal(found, expected)
+
+
+def test_too_little_space_for_the_pictures_is_said_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=6900))
+    monkeypatch.setattr("stem.inversion.inverting.encode_frames", lambda *_: pytest.fail("work"))
+    # 2 ControlNets, 3 pictures of 16 x 24 pixels of 3 bytes
+    with pytest.raises(OSError, match="needs 6,912 bytes, and 6,900 are free"):
+        inverted(tmp_path, pipeline=make_control_pipeline(nets=2), control=shown(2))
 
 
 def test_a_round_trip_in_memory_is_the_same(tmp_path: Path) -> None:
