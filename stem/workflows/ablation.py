@@ -114,7 +114,7 @@ def ablate(
     variants = variants_of(base, only)
     device = execution_device(pipeline)
     memory = PeakMemory(device).what
-    settings = {
+    settings: dict[str, Any] = {
         "note": note,
         "model": model,
         "prompt": prompt,
