@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from controls import make_control_pipeline, shown
 from inversions import all_latents, inverted
 from pipelines import make_pipeline
 
@@ -170,3 +172,25 @@ def test_a_vae_that_lacks_memory_takes_fewer_frames(
     said = "another error"
     with pytest.raises(RuntimeError, match="another error"):
         decode_latents(pipeline, latents)
+
+
+def test_residuals_are_gone_before_the_decoder(tmp_path: Path) -> None:
+    pipeline = make_control_pipeline()
+    residuals: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        residuals[:] = map(weakref.ref, output[0])
+
+    def count(*_: Any) -> None:
+        alive.append(sum(each() is not None for each in residuals))
+
+    hooks = [
+        pipeline.controlnet.register_forward_hook(note),
+        pipeline.unet.up_blocks[0].register_forward_pre_hook(count),
+    ]
+    inverted(tmp_path, pipeline=pipeline, control=shown(), num_steps=2, chunk=None)
+    for hook in hooks:
+        hook.remove()
+    assert len(residuals) > 1
+    assert alive == [1, 1]  # the loop variable of diffusers holds the last, which is small
