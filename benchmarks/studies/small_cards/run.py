@@ -54,7 +54,13 @@ def _slices(pipeline: Any) -> None:
 
 
 def _stored(dtype: torch.dtype) -> Callable[[Any], None]:
-    return lambda pipeline: pipeline.unet.enable_layerwise_casting(dtype, torch.float32)
+    def apply(pipeline: Any) -> None:
+        pipeline.unet.enable_layerwise_casting(dtype, torch.float32)
+        # What stays float32 lies in the file of the weights, and keeps all of it mapped.
+        for parameter in pipeline.unet.parameters():
+            parameter.data = parameter.data.clone()
+
+    return apply
 
 
 @dataclass(frozen=True)
