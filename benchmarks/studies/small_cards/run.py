@@ -208,7 +208,9 @@ def table(results: Mapping[str, Any]) -> str:
     commits = ", ".join(f"`{each}`" for each in dict.fromkeys(r["commit"] for r in rows.values()))
     lines += [
         "",
-        "Peaks of a process's resident set, Python and its libraries included. A model of Stable "
+        "Peaks of a process's resident set: Python, its libraries and pages of files that are "
+        "mapped are in it. Of weights that are cast, the parameters that stay float32 were copied, "
+        "for they keep the whole file of the weights mapped. A model of Stable "
         f"Diffusion 1.5's shape, random float32 weights (4.1 GiB); {results['frames']} frames of "
         f"{results['pixels']}x{results['pixels']} pixels at once, {results['steps']} step, `stem` "
         f"and `fusion`. Source: [small-cards.json](benchmarks/results/small-cards.json) "
