@@ -211,7 +211,7 @@ def table(results: Mapping[str, Any]) -> str:
         "Peaks of a process's resident set: Python, its libraries and pages of files that are "
         "mapped are in it. Of weights that are cast, the parameters that stay float32 were copied, "
         "for they keep the whole file of the weights mapped. A model of Stable "
-        f"Diffusion 1.5's shape, random float32 weights (4.1 GiB); {results['frames']} frames of "
+        f"Diffusion 1.5's shape, random float32 weights (4.0 GiB); {results['frames']} frames of "
         f"{results['pixels']}x{results['pixels']} pixels at once, {results['steps']} step, `stem` "
         f"and `fusion`. Source: [small-cards.json](benchmarks/results/small-cards.json) "
         f"({where['cpu']}, torch {where['versions']['torch']}, diffusers "
