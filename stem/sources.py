@@ -55,7 +55,7 @@ class ModelSource:
         vae: Hub id, folder or file of a VAE that takes the place of the model's own.
         loras: Texts "FILE" or "FILE:SCALE".
         textual_inversions: Texts "FILE" or "FILE:TOKEN".
-        controlnets: Hub ids or folders of ControlNets.
+        controlnets: Hub ids or folders of ControlNets, or "embedded".
     """
 
     name: str
@@ -193,11 +193,13 @@ def check_controlnet(name: str) -> None:
     """Raise where a ControlNet cannot be loaded, as far as that can be said before.
 
     Args:
-        name: Hub id, or folder in diffusers' format.
+        name: Hub id, folder in diffusers' format, or "embedded".
 
     Raises:
-        ModelError: a file, or a text that is neither.
+        ModelError: a file, or a text that is none of these.
     """
+    if name == EMBEDDED_MODEL:
+        return
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
