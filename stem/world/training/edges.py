@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -83,8 +83,8 @@ def train(
         The trained ControlNet, as saved; None where `until` stopped it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    pipeline = load_pipeline(str(model), device="cpu")
-    vae, unet, text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder  # type: ignore[attr-defined]
+    pipeline: Any = load_pipeline(str(model), device="cpu")
+    vae, unet, text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder
     net = make_controlnet(unet, recipe.seed)
     for part in (vae, unet, text_encoder):
         part.requires_grad_(False)
@@ -93,10 +93,10 @@ def train(
     frames, scenes = world_frames(recipe.scenes, RESOLUTION, first_seed=0)
     latents = encoded(vae, frames)
     edges = canny(frames)[..., 0] > 0
-    ids = pipeline.tokenizer(  # type: ignore[attr-defined]
+    ids = pipeline.tokenizer(
         ["", *map(caption, scenes)], padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
-    alphas = pipeline.scheduler.alphas_cumprod  # type: ignore[attr-defined]
+    alphas = pipeline.scheduler.alphas_cumprod
     weights, single = layout_weights(alphas), of_one_object(scenes)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
@@ -104,7 +104,7 @@ def train(
         clean = latents[chosen].float() * vae.config.scaling_factor
         noise = torch.randn(clean.shape, generator=generator)
         told = torch.rand(recipe.batch, generator=generator) >= CAPTION_DROPOUT
-        noisy = pipeline.scheduler.add_noise(clean, noise, timesteps)  # type: ignore[attr-defined]
+        noisy = pipeline.scheduler.add_noise(clean, noise, timesteps)
         text = text_encoder(ids[(chosen + 1) * told])[0]
         shown = edges[chosen].float()[:, None].expand(-1, 3, -1, -1)
         down, middle = net(noisy, timesteps, text, shown, return_dict=False)

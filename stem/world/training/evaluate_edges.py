@@ -35,7 +35,7 @@ class Size:
     """
 
     frames: int = 100
-    steps: int = 25
+    steps: int = 20
 
 
 def evaluate_edges(model: str | Path, size: Size = Size()) -> dict[str, Any]:
