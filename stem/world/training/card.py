@@ -71,8 +71,8 @@ check.
 _EDGES = """
 ## ControlNet on edges
 
-`controlnet/` is a ControlNet of this model, shown Canny's edges (OpenCV, thresholds 100 and 200)
-white on black: `--controlnet embedded --control canny`, or with diffusers alone
+`controlnet/` is a ControlNet of this model. It is shown Canny's edges (OpenCV, thresholds 100 and
+200), white on black: `--controlnet embedded --control canny`, or with diffusers alone
 
 ```python
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
@@ -82,10 +82,10 @@ pipeline = StableDiffusionControlNetPipeline.from_pretrained("{folder}", control
 ```
 
 It is a copy of the UNet's down blocks with an embedding of edges, trained on {scenes:,} of the
-scenes above and their edges while the model stayed as it is: {steps:,} steps of {batch}, learning
-rate {learning_rate:g}, timesteps and weights of the refinement, 50 % of the captions dropped,
-averaged weights; {hours:.1f} hours on one thread of a shared machine, final loss {final_loss:.4f}
-({over}). `python -m stem.world.training.edges` trained it on {training_machine};
+scenes above and their edges while the model stayed as it is: {steps:,} steps of batches of {batch},
+learning rate {learning_rate:g}, timesteps and weights of the refinement, 50 % of the captions
+dropped, averaged weights. It took {hours:.1f} hours on a shared machine; its final loss is
+{final_loss:.4f} ({over}). `python -m stem.world.training.edges` trained it on {training_machine};
 `python -m stem.world.training.evaluate_edges` measured it on {evaluation_machine}.
 
 Pictures sampled from {frames} unseen one-object captions, {sampling} steps, guidance {guidance:g},
@@ -195,7 +195,9 @@ def _batch(recipe: dict[str, Any], stage: str) -> int:
 
 
 def _machine(provenance: dict[str, Any]) -> str:
-    where = provenance["gpu"] or f"{provenance['cpu']}, {provenance['threads']} cores"
+    threads = provenance["threads"]
+    cores = f"{threads} core{'s' if threads > 1 else ''}"
+    where = provenance["gpu"] or f"{provenance['cpu']}, {cores}"
     versions = provenance["versions"]
     return (
         f"{where}, torch {versions['torch']}, diffusers {versions['diffusers']}, commit "
