@@ -60,11 +60,12 @@ def make_controlnet(unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
         net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=EMBEDDING)
         # With diffusers' first weights, zeros at the end, hundreds of steps pass before any edge is
         # seen. Zeros where the copy's features leave it are enough to add nothing.
-        for layer in net.controlnet_cond_embedding.modules():
-            if isinstance(layer, nn.Conv2d):
+        for values in net.controlnet_cond_embedding.parameters():
+            if values.ndim == 1:
+                nn.init.zeros_(values)
+            else:
                 # Makes the edges' features as large as those of latents: SiLU halves small numbers.
-                nn.init.normal_(layer.weight, std=1.75 / math.sqrt(layer.weight[0].numel()))
-                nn.init.zeros_(layer.bias)
+                nn.init.normal_(values, std=1.75 / math.sqrt(values[0].numel()))
     return net
 
 
