@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 
 Value = TypeVar("Value")
@@ -25,7 +26,17 @@ class Ranks:
     @property
     def main(self) -> bool:
         """Whether this process is the one that reads, shows progress and writes."""
-        return self.group is None or self.group.rank() == 0
+        return self.number == 0
+
+    @property
+    def size(self) -> int:
+        """The number N of ranks."""
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def number(self) -> int:
+        """The number of this rank, 0 ... N - 1."""
+        return 0 if self.group is None else self.group.rank()
 
     def from_main(self, make: Callable[[], Value]) -> Value:
         """What `make` returns on the main rank, on every rank. What it raises there is raised
@@ -45,6 +56,25 @@ class Ranks:
             self._raise(outcome[1])
         value: Value = outcome[0]
         return value
+
+    def fill(self, whole: torch.Tensor, own: Iterable[int]) -> None:
+        """Fill in, in place, the rows of a tensor that other ranks have.
+
+        Args:
+            whole: Tensor [N, ...] of one shape on every rank.
+            own: Numbers of the rows that this rank has.
+        """
+        if self.group is None:
+            return
+        rows: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(rows, sorted(own), group=self.group)
+        mine = rows[self.number]
+        sent = whole.new_zeros((max(map(len, rows)), *whole.shape[1:]))
+        sent[: len(mine)] = whole[mine]
+        received = [torch.empty_like(sent) for _ in rows]
+        dist.all_gather(received, sent, group=self.group)
+        for numbers, found in zip(rows, received, strict=True):
+            whole[numbers] = found[: len(numbers)]
 
     def check_equal(self, what: str, value: object) -> None:
         """Raise on every rank where the ranks do not hold the same.

@@ -15,6 +15,7 @@ from . import names
 from .diffusion.checks import check_pipeline
 from .loading.additions import add_loras, add_textual_inversions, load_vae
 from .loading.controlnets import with_controlnets
+from .loading.motion import with_motion
 from .loading.offloading import check_offload, offload_weights
 from .loading.single_file import configuration_folder, load_single_file
 from .names import EMBEDDED_MODEL, RANDOM_MODEL
@@ -58,6 +59,8 @@ def load_pipeline(
     loras: Sequence[str] = (),
     textual_inversions: Sequence[str] = (),
     controlnets: Sequence[str] = (),
+    motion_adapter: str | None = None,
+    motion_window: int | None = None,
     offload: str | None = None,
     offload_folder: str | Path | None = None,
 ) -> DiffusionPipeline:
@@ -83,6 +86,11 @@ def load_pipeline(
             `clip_g` and `emb_params`).
         controlnets: Hub ids or folders of ControlNets, or of T2I-Adapters, made for this model, or
             "embedded" (on edges, for the model of that name); `invert` then needs `control`.
+        motion_adapter: Hub id or folder of a motion adapter of AnimateDiff made for this model: its
+            layers between the UNet's attend along the frames. The noise schedule becomes linear.
+        motion_window: Number of frames that these layers see at once, in overlapping windows (by
+            diffusers' FreeNoise), for videos of more frames than the adapter has places for; None:
+            all frames.
         offload: Way of keeping weights away from a small accelerator: "model" (whole models on the
             CPU until they run), "sequential" or "group" (layer by layer); None: everything is on
             the device. No bit of a result depends on it, but on a CPU with a folder, where weights
@@ -106,11 +114,18 @@ def load_pipeline(
         if isinstance(texts, str):
             raise TypeError(f"{name} is {texts!r}; pass a sequence of texts, such as [{texts!r}]")
     source = ModelSource(
-        model, variant, config, vae, **{name: tuple(texts) for name, texts in repeated.items()}
+        model,
+        variant,
+        config,
+        vae,
+        **{name: tuple(texts) for name, texts in repeated.items()},
+        motion_adapter=motion_adapter,
+        motion_window=motion_window,
     )
     source.check()
     with torch.random.fork_rng(devices=[]):  # what is resized is first filled with random numbers
         pipeline = _loaded(source, dtype)
+        pipeline = with_motion(pipeline, source.motion_adapter, source.motion_window)
         add_loras(pipeline, source.loras)
         add_textual_inversions(pipeline, source.textual_inversions)
         nets = [

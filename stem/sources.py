@@ -40,6 +40,9 @@ _OPTIONS = {
 }
 
 
+_CLASSES = {"ControlNet": "ControlNetModel", "motion adapter": "MotionAdapter"}
+
+
 class ModelError(ValueError):
     """A model that cannot be loaded, or that this package cannot use."""
 
@@ -56,6 +59,8 @@ class ModelSource:
         loras: Texts "FILE" or "FILE:SCALE".
         textual_inversions: Texts "FILE" or "FILE:TOKEN".
         controlnets: Hub ids or folders of ControlNets, or "embedded".
+        motion_adapter: Hub id or folder of a motion adapter of AnimateDiff.
+        motion_window: Number of frames that its layers see at once; None: all.
     """
 
     name: str
@@ -65,6 +70,8 @@ class ModelSource:
     loras: tuple[str, ...] = ()
     textual_inversions: tuple[str, ...] = ()
     controlnets: tuple[str, ...] = ()
+    motion_adapter: str | None = None
+    motion_window: int | None = None
 
     @classmethod
     def of(cls, record: str | Mapping[str, Any]) -> ModelSource:
@@ -150,8 +157,8 @@ class ModelSource:
         Raises:
             ModelError: a file that is missing, damaged, of another kind than its option takes or
                 no .safetensors file; a scale that is no number; a variant or a configuration where
-                none can be; LoRAs without peft; a ControlNet that is neither a folder here nor can
-                be a hub id.
+                none can be; LoRAs without peft; a ControlNet or a motion adapter that is neither a
+                folder here nor can be a hub id; a window without a motion adapter.
         """
         if self.is_file:
             check_checkpoint(Path(self.name), has_vae=self.vae is not None)
@@ -181,7 +188,21 @@ class ModelSource:
         for text in self.textual_inversions:
             check_kind(embedding_of(text)[0], "a textual inversion")
         for name in self.controlnets:
-            check_controlnet(name)
+            if name != EMBEDDED_MODEL:
+                check_part(name, "ControlNet", "--controlnet (controlnets)")
+        if self.motion_adapter is not None:
+            option = "--motion-adapter (motion_adapter)"
+            check_part(self.motion_adapter, "motion adapter", option)
+        window = self.motion_window
+        if window is not None and (type(window) is not int or window < 2):
+            raise ModelError(
+                f"motion_window is {window!r}; it must be a number of frames of at least 2"
+            )
+        if window is not None and self.motion_adapter is None:
+            raise ModelError(
+                f"motion_window is {window}, and there is no motion adapter: --motion-window "
+                "(motion_window) goes with --motion-adapter (motion_adapter)"
+            )
         if self.loras and importlib.util.find_spec("peft") is None:
             raise ModelError(
                 "a LoRA (--lora, loras) needs peft, which is not installed; pip install "
@@ -189,29 +210,29 @@ class ModelSource:
             )
 
 
-def check_controlnet(name: str) -> None:
-    """Raise where a ControlNet cannot be loaded, as far as that can be said before.
+def check_part(name: str, kind: str, option: str) -> None:
+    """Raise where a part of a pipeline cannot be loaded, as far as that can be said before.
 
     Args:
-        name: Hub id, folder in diffusers' format, or "embedded".
+        name: Hub id, or folder in diffusers' format.
+        kind: Kind of the part, a key of `_CLASSES`.
+        option: Option that takes it, for messages.
 
     Raises:
-        ModelError: a file, or a text that is none of these.
+        ModelError: a file, or a text that is neither.
     """
-    if name == EMBEDDED_MODEL:
-        return
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
-                f"the ControlNet {name!r} is a folder without config.json; --controlnet "
-                "(controlnets) takes a ControlNet's own folder in diffusers' format"
+                f"the {kind} {name!r} is a folder without config.json; {option} takes a {kind}'s "
+                "own folder in diffusers' format"
             )
     elif path.is_file() or path.suffix in (WEIGHTS, *_PICKLES) or not _HUB_ID.fullmatch(name):
         raise ModelError(
-            f"the ControlNet {name!r} is no folder here, and cannot be a hub id; --controlnet "
-            "(controlnets) takes one of these. ControlNetModel.from_single_file(FILE)"
-            ".save_pretrained(FOLDER) (of diffusers) makes a folder of a file"
+            f"the {kind} {name!r} is no folder here, and cannot be a hub id; {option} takes one of "
+            f"these. {_CLASSES[kind]}.from_single_file(FILE).save_pretrained(FOLDER) (of "
+            "diffusers) makes a folder of a file"
         )
 
 

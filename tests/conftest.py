@@ -13,9 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from stem_kernels import cuda
 from stem_kernels.testing import clustered_tokens
+
+# How fast a machine is that has other work to do says nothing of the code.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 NO_CLIP = "hf download nobody/clip"
 """End of the advice where CLIP's weights are not on this machine."""

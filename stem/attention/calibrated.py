@@ -19,12 +19,11 @@ from stem_kernels.ops.partial_attention import (
     partial_attention,
 )
 from stem_kernels.ops.soft_em import SoftEM
-from stem_kernels.shared.spread import spread_tokens
 
 from ..config import StemConfig
 from .exchange import Lockstep, Tensors
 from .processor import project_keys_and_values, project_queries
-from .shared_em import CPU, of_spread_tokens, own_tokens
+from .shared_em import of_spread_tokens, spread_over
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -86,11 +85,10 @@ def _attended(
     if config.key_share < 1:
         features = tokens.flatten(1, 2)
         total = features.shape[1] if exchange is None else tokens.shape[2] * exchange.num_frames
-        index = spread_tokens(total, max(1, round(config.key_share * total)), CPU)
-        own = index if exchange is None else own_tokens(exchange, index, tokens.shape[2])
-        if len(own) == 0:  # of a small chunk
+        own = spread_over(features, max(1, round(config.key_share * total)), exchange)
+        if own.shape[1] == 0:  # of a small chunk
             return _to_nothing(query)
-        tokens, projected = features.index_select(1, own.to(features.device)).unsqueeze(1), None
+        tokens, projected = own.unsqueeze(1), None
     key, value = projected or project_keys_and_values(attn, tokens, tokens.shape[0])
     return partial_attention(query, key, value, backend=config.backend)
 

@@ -34,7 +34,7 @@ class ControlledForward:
     rank that runs the chunk.
 
     Args:
-        unet: UNet2DConditionModel whose `forward` this is to be.
+        unet: UNet whose `forward` this is to be.
         nets: ControlNets and T2I-Adapters of it.
     """
 
@@ -54,7 +54,8 @@ class ControlledForward:
         """The UNet's output.
 
         Args:
-            sample: Latents [rows, c, h, w].
+            sample: Latents [rows, c, h, w], or [branches, c, frames, h, w] where the UNet's samples
+                have an axis of frames; rows are then [branch, frame].
             timestep: Timestep, a tensor of one element.
             encoder_hidden_states: Embeddings of the prompts [rows, tokens, channels].
             control: What ControlNets are shown: "groups", a tuple of what each group of rows is
@@ -66,7 +67,8 @@ class ControlledForward:
             given: dict[str, Any] = {"encoder_hidden_states": encoder_hidden_states}
             if others.get("added_cond_kwargs") is not None:
                 given["added_cond_kwargs"] = others["added_cond_kwargs"]
-            others |= self._residuals(sample, timestep, given, **control)
+            rows = sample if sample.ndim == 4 else sample.transpose(1, 2).flatten(0, 1)
+            others |= self._residuals(rows, timestep, given, **control)
         return self.forward(sample, timestep, encoder_hidden_states, **others)
 
     def _residuals(

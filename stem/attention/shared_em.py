@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Generic, TypeVar
 
 import torch
 
 from stem_kernels import em_statistics, em_update
 from stem_kernels.ops.soft_em import SoftEM
-from stem_kernels.shared.bases import candidate_tokens
+from stem_kernels.shared.bases import num_candidates
 from stem_kernels.shared.spread import spread_tokens
 
 from ..config import StemConfig
@@ -44,15 +45,15 @@ def shared_em(
     tokens = features.shape[-2] // len(exchange.running)
     total = tokens * exchange.num_frames
     if normals is None:
-        start = gathered_tokens(exchange, features, spread_tokens(total, config.num_bases, CPU))
+        start = _gathered(exchange, features, config.num_bases, False, lambda tokens: tokens)
         bases = start.to(torch.promote_types(features.dtype, torch.float32))
     else:
         mean, std = _moments(exchange, features, total)
         bases = mean + std * normals
     candidates = None
     if config.empty == "reseed" and config.num_iters > 1:
-        index = candidate_tokens(total, config.num_bases, CPU)
-        candidates = gathered_tokens(exchange, features, index)
+        count = num_candidates(total, config.num_bases)
+        candidates = _gathered(exchange, features, count, False, lambda tokens: tokens)
     found = SoftEM(bases, None, bases[..., 0])
     for iteration in range(config.num_iters):
         last = iteration == config.num_iters - 1
@@ -67,9 +68,6 @@ def shared_em(
         brought = tuple(tensor for tensor in statistics if tensor is not None)
         found = exchange.meet(brought, _m_step(config, found.bases, total, empty, candidates))
     return found
-
-
-CPU = torch.device("cpu")
 
 
 def _m_step(
@@ -95,56 +93,29 @@ def _m_step(
     return merge
 
 
-def gathered_tokens(
-    exchange: Lockstep, features: torch.Tensor, index: torch.Tensor
-) -> torch.Tensor:
-    """Tokens [..., m, D] of the whole video, by their numbers in it; arguments as `gathered`."""
-    return gathered(exchange, features, index, lambda tokens: tokens)
-
-
-def gathered(
+def _gathered(
     exchange: Lockstep,
     features: torch.Tensor,
-    index: torch.Tensor,
+    count: int,
+    other: bool,
     made: Callable[[torch.Tensor], Found],
 ) -> Found:
-    """What is made of tokens of the whole video; every chunk of this process takes the same.
+    """What is made of tokens spread over the whole video, once for all chunks of this process.
 
     Args:
         exchange: Exchange in which the chunks meet.
         features: Tokens [..., n, D] of the running chunk.
-        index: Numbers of the tokens wanted, int64 [m] on the CPU, ascending.
-        made: Function of the tokens [..., m, D], called once.
+        count: Number m of tokens.
+        other: Whether they are others than those that EM starts from.
+        made: Function of the tokens [..., m, D].
     """
-    tokens = features.shape[-2] // len(exchange.running)
-    edges = _edges(exchange, index, tokens)
-    counts = [end - start for start, end in pairwise(edges)]
-    own = own_tokens(exchange, index, tokens)
-    mine = features.index_select(-2, own.to(features.device))
+    places = _places_of(exchange, features, count, other)
     return exchange.meet(
-        (mine,),
+        (features.index_select(-2, places.own(exchange)),),
         lambda parts: made(torch.cat([part for (part,) in parts], dim=-2)),
-        counts=counts,
+        counts=[end - start for start, end in pairwise(places.edges)],
         dim=features.ndim - 2,
     )
-
-
-def own_tokens(exchange: Lockstep, index: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Which of some tokens of the whole video are the running chunk's, by their numbers in it.
-
-    Args:
-        exchange: Exchange in which the chunks meet.
-        index: Numbers of the tokens in the video, int64 [m] on the CPU, ascending.
-        tokens: Number of tokens a frame.
-    """
-    start, end = _edges(exchange, index, tokens)[exchange.number :][:2]
-    return index[start:end] - exchange.position * tokens
-
-
-def _edges(exchange: Lockstep, index: torch.Tensor, tokens: int) -> list[int]:
-    """Where in an ascending index the tokens of each chunk begin, and the end of the last."""
-    ends = torch.tensor([len(frames) * tokens for frames in exchange.chunks]).cumsum(0)
-    return [0, *torch.searchsorted(index, ends).tolist()]
 
 
 class _Sample(Generic[Found]):
@@ -186,33 +157,84 @@ def of_spread_tokens(
         made: Function of the tokens [videos, m, C], called once in this process; it meets nobody.
         other: Whether they are others than those that EM starts from, see `spread_tokens`.
     """
+    if exchange is None and count >= features.shape[1]:
+        return made(features)
     if exchange is None:
-        total = features.shape[1]
-        if count >= total:
-            return made(features)
-        return made(features.index_select(1, _places(total, count, other, features.device)))
+        return made(spread_over(features, count, None, other=other))
     total = features.shape[1] // len(exchange.running) * exchange.num_frames
-    index = spread_tokens(total, min(total, count), CPU, other=other)
-    sample: _Sample[Found] = gathered(exchange, features, index, _Sample)
+    sample: _Sample[Found] = _gathered(exchange, features, min(total, count), other, _Sample)
     return sample.find(made)
 
 
-_known: dict[tuple[int, int, bool, torch.device], torch.Tensor] = {}
+def spread_over(
+    features: torch.Tensor, count: int, exchange: Lockstep | None, *, other: bool = False
+) -> torch.Tensor:
+    """Those of a video's `spread_tokens` that are at hand: [videos, m, C].
 
-
-def _places(num_tokens: int, count: int, other: bool, device: torch.device) -> torch.Tensor:
-    """`spread_tokens`, made once for each number of tokens: it takes eight small kernels."""
-    key = (num_tokens, count, other, device)
+    Args:
+        features: Tokens [videos, n, C], of the running chunk where there is an exchange.
+        count: Number of tokens of the whole video.
+        exchange: Exchange in which the chunks meet; None: the tokens are whole videos'.
+        other: Whether they are others than those that EM starts from.
+    """
+    if exchange is not None:
+        return features.index_select(1, _places_of(exchange, features, count, other).own(exchange))
     if torch.compiler.is_compiling():
-        return spread_tokens(num_tokens, count, device, other=other)
-    if key not in _known:
-        with torch.inference_mode(False):
-            found = spread_tokens(num_tokens, count, device, other=other)
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if type(found) is not torch.Tensor or capturing:  # a fake one, or not yet filled
-            return found
+        index = spread_tokens(features.shape[1], count, features.device, other=other)
+    else:
+        index = _places((features.shape[1],), count, other, features.device).index
+    return features.index_select(1, index)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Tokens that stand for a video.
+
+    Args:
+        index: Numbers of the tokens in the video, int64 [m], ascending.
+        edges: Where in it the tokens of each chunk begin, and the end of the last.
+        begins: Numbers of the chunks' first tokens.
+    """
+
+    index: torch.Tensor
+    edges: Sequence[int]
+    begins: Sequence[int]
+
+    def own(self, exchange: Lockstep) -> torch.Tensor:
+        """The tokens that are in the running chunk, by their numbers in it."""
+        chunk = exchange.number
+        return self.index[self.edges[chunk] : self.edges[chunk + 1]] - self.begins[chunk]
+
+
+def _places_of(exchange: Lockstep, features: torch.Tensor, count: int, other: bool) -> _Places:
+    tokens = features.shape[-2] // len(exchange.running)
+    lengths = tuple(len(frames) * tokens for frames in exchange.chunks)
+    return _places(lengths, count, other, features.device)
+
+
+MOST_KNOWN = 64
+_known: dict[tuple[tuple[int, ...], int, bool, torch.device], _Places] = {}
+
+
+def _places(lengths: tuple[int, ...], count: int, other: bool, device: torch.device) -> _Places:
+    """`spread_tokens` of chunks of so many tokens, found once: on a GPU by eight small kernels."""
+    key = (lengths, count, other, device)
+    if key in _known:
+        return _known[key]
+    *begins, total = accumulate(lengths, initial=0)
+    with torch.inference_mode(False):
+        index = spread_tokens(total, count, device, other=other)
+        edges = [0, count]
+        if begins != [0]:
+            on_cpu = spread_tokens(total, count, torch.device("cpu"), other=other)
+            edges = torch.searchsorted(on_cpu, torch.tensor([*begins, total])).tolist()
+    found = _Places(index, edges, begins)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if type(index) is torch.Tensor and not capturing:  # no fake one, and filled
+        while len(_known) >= MOST_KNOWN:
+            _known.pop(next(iter(_known)))
         _known[key] = found
-    return _known[key]
+    return found
 
 
 def _moments(

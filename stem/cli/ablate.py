@@ -17,11 +17,11 @@ from .arguments import (
 )
 from .ranks import one_process
 from .request import Request, read_options
-from .run_options import WITHOUT_CONTROL, RunOptions, takes_run_options
+from .run_options import OF_PARTS, RunOptions, takes_run_options
 
 
 @app.command("ablate")
-@takes_run_options(without=("methods", *WITHOUT_CONTROL), methods="stem", out=Path("out/ablate"))
+@takes_run_options(without=("methods", *OF_PARTS), methods="stem", out=Path("out/ablate"))
 def ablate_command(
     video: VideoPath,
     run: RunOptions,

@@ -16,7 +16,7 @@ from .arguments import (
 )
 from .ranks import one_process
 from .request import Request, read_options
-from .run_options import WITHOUT_CONTROL, RunOptions, takes_run_options
+from .run_options import OF_PARTS, RunOptions, takes_run_options
 
 if TYPE_CHECKING:
     from ..metrics import Flow
@@ -27,7 +27,7 @@ _WORLD_MULTIPLE = 8  # a side that every model's VAE takes as it is
 
 
 @app.command("analyse")
-@takes_run_options(without=WITHOUT_CONTROL, methods="ddim,stem", out=Path("out/analyse"))
+@takes_run_options(without=OF_PARTS, methods="ddim,stem", out=Path("out/analyse"))
 def analyse_command(
     video: Annotated[
         Path,

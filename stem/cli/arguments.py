@@ -82,6 +82,20 @@ ControlNets = Annotated[
         "the one on edges that comes with the model of that name.",
     ),
 ]
+MotionAdapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ID|FOLDER",
+        help="AnimateDiff's, made for the model: its layers attend along the frames.",
+    ),
+]
+MotionWindow = Annotated[
+    int | None,
+    typer.Option(
+        help="Frames that the motion adapter sees at once, in overlapping windows, for videos of "
+        "more frames than it has places for: 16. Default: all frames.",
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:NUMBER. Default: a GPU where there is one.")
 ]

@@ -15,12 +15,12 @@ from .edit_options import OF_INVERSIONS
 from .evaluate import print_evaluation
 from .ranks import rank_device, ranks
 from .request import Request, check_run_device, load, source_of
-from .run_options import WITHOUT_CONTROL, RunOptions, takes_run_options
+from .run_options import OF_PARTS, RunOptions, takes_run_options
 
 
 @app.command("demo")
 @takes_run_options(
-    without=("prompt", "frames", "deinterlace", "tone_map", "chunk", *WITHOUT_CONTROL),
+    without=("prompt", "frames", "deinterlace", "tone_map", "chunk", *OF_PARTS),
     out=Path("out/demo"),
 )
 def demo_command(
@@ -162,25 +162,33 @@ def reconstruct_command(
 ) -> None:
     """Sample an inversion back to a video; it goes on where it was interrupted, too."""
     from ..diffusion.pipeline import decoded_parts
+    from ..distributed import Ranks
     from ..inversion import InversionFolder, reconstruct_latents
     from ..inversion.reconstructing import check_reconstructible
     from ..storage import remove_stale
     from ..video import check_video_output, write_video
 
     check_run_device(run, rank_device(run.device))
-    folder = InversionFolder.open(inversion)
-    check_reconstructible(folder, bases)
-    source = source_of(folder, model, run)
-    video = folder.settings["video"]
-    path = out or folder.path / "reconstruction.mp4"
-    check_video_output(path, video["num_frames"], video["height"], video["width"])
-    remove_stale(folder.path)
+
+    def opened() -> InversionFolder:
+        found = InversionFolder.open(inversion)
+        check_reconstructible(found, bases)
+        video = found.settings["video"]
+        path = out or found.path / "reconstruction.mp4"
+        check_video_output(path, video["num_frames"], video["height"], video["width"])
+        remove_stale(found.path)
+        return found
+
     with ranks(run.device) as group:
+        folder = Ranks(group).from_main(opened)
+        source = source_of(folder, model, run)
         dtype = run.dtype or folder.settings["dtype"]
         pipeline = load(source, rank_device(run.device), dtype, run.offloading)
         latents = reconstruct_latents(pipeline, folder, bases=bases, group=group)
-        if group is None or group.rank() == 0:
-            write_video(path, decoded_parts(pipeline, latents), Fraction(video["fps"]))
+        path = out or folder.path / "reconstruction.mp4"
+        if Ranks(group).main:
+            fps = Fraction(folder.settings["video"]["fps"])
+            write_video(path, decoded_parts(pipeline, latents), fps)
     say(path)
 
 

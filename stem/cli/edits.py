@@ -30,14 +30,19 @@ from .edit_options import (
     split_options,
     with_preset,
 )
-from .ranks import one_process
+from .ranks import rank_device, ranks
 from .request import Request, check_run_device, load, random_note, source_of
 from .run_options import DEFAULTS, RunOptions, takes_run_options
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from ..inversion import InversionFolder
     from ..workflows.edit_plan import EditPlan
     from ..workflows.edits import Edits
+
+Shown = tuple[list[str] | None, list[float] | None]
+"""Texts of --edit-control and --edit-control-scale."""
 
 
 @app.command("edit")
@@ -64,21 +69,21 @@ def edit_command(
     Each prompt and method gets a folder below --out with edit.mp4, beside.mp4 and sheet.png
     (source, reconstruction, edit, masks) and edit.json; several get a sheet together, too.
     """
-    one_process("edit")
     methods = chosen_edit_methods(method)
     is_folder = source.is_dir()
     options, of_inversion = split_options(option, methods, None if is_folder else inversion)
     options = with_preset(options, methods, preset)
 
-    from ..inversion import InversionFolder, invert
+    from ..inversion import invert
     from ..workflows.edit_plan import EditPlan
     from ..workflows.edits import write_edits
 
     plan = EditPlan(prompt, methods, options, negative_prompt, guidance, seed)
+    shown = (edit_control, edit_control_scale)
     if is_folder:
         refuse_of_inversions(context)
-        plan = _with_control(plan, InversionFolder.open(source), edit_control, edit_control_scale)
-        found, note = _edit_inversion(source, plan, model, run)
+        with ranks(run.device) as group:
+            found, note = _edit_inversion(source, plan, shown, model, run, group)
     else:
         request = Request.checked(
             dataclasses.replace(
@@ -90,58 +95,74 @@ def edit_command(
             )
         )
         check_edit_control(edit_control, edit_control_scale, len(run.control or []))
-        clip = request.open(source, run)
-        plan.check_space(run.out, clip.num_frames, clip.height, clip.width)
-        pipeline, clip = request.load_for(clip, source)
-        inverted = invert(
-            pipeline,
-            clip,
-            source_prompt,
-            run.out / INVERSIONS,
-            method=inversion,
-            options=request.options.get(inversion),
-            num_steps=run.steps,
-            chunk=chunk_of(run.chunk),
-            model=request.model,
-            control=request.control(pipeline, clip, run),
-        )
-        plan = _with_control(plan, inverted, edit_control, edit_control_scale)
-        say(f"inversion: {inverted.path}")
-        note = request.note
-        found = write_edits(pipeline, inverted, plan, run.out, video=clip, note=note)
+        with ranks(run.device) as group:
+            clip = request.open(source, run)
+            plan.check_space(run.out, clip.num_frames, clip.height, clip.width)
+            pipeline, clip = request.load_for(clip, source)
+            plan.check_pipeline(pipeline)
+            inverted = invert(
+                pipeline,
+                clip,
+                source_prompt,
+                run.out / INVERSIONS,
+                method=inversion,
+                options=request.options.get(inversion),
+                num_steps=run.steps,
+                chunk=chunk_of(run.chunk),
+                model=request.model,
+                control=request.control(pipeline, clip, run),
+                group=group,
+            )
+            plan = _with_control(plan, inverted, shown, group)
+            say(f"inversion: {inverted.path}")
+            note = request.note
+            found = write_edits(
+                pipeline, inverted, plan, run.out, video=clip, note=note, group=group
+            )
     _print(found)
     print_note(note)
 
 
 def _with_control(
-    plan: EditPlan,
-    inversion: InversionFolder,
-    texts: list[str] | None,
-    scales: list[float] | None,
+    plan: EditPlan, inversion: InversionFolder, shown: Shown, group: dist.ProcessGroup | None
 ) -> EditPlan:
     """The plan with what the options say of the edits' control."""
+    from ..distributed import Ranks
+
     video = inversion.settings["video"]
     size = (video[name] for name in ("num_frames", "height", "width"))
-    control = control_of_edit(texts, scales, inversion.control(), *size)
+    control = control_of_edit(*shown, Ranks(group).from_main(inversion.control), *size)
     return dataclasses.replace(plan, control=control)
 
 
 def _edit_inversion(
-    path: Path, plan: EditPlan, model: str | None, run: RunOptions
+    path: Path,
+    plan: EditPlan,
+    shown: Shown,
+    model: str | None,
+    run: RunOptions,
+    group: dist.ProcessGroup | None,
 ) -> tuple[Edits, str]:
     """What was found, and what to say of the model."""
+    from ..distributed import Ranks
     from ..inversion import InversionFolder
     from ..workflows.edits import write_edits
 
-    check_run_device(run, run.device)
-    inversion = InversionFolder.open(path)
-    plan.check(inversion, run.out)
+    device, from_main = rank_device(run.device), Ranks(group).from_main
+    check_run_device(run, device)
+    inversion = from_main(lambda: InversionFolder.open(path))
+    plan = _with_control(plan, inversion, shown, group)
     source = source_of(inversion, model, run)
-    remove_stale(inversion.path)
+
+    def begin() -> None:
+        plan.check(inversion, run.out)
+        remove_stale(inversion.path)
+
+    from_main(begin)
     dtype = run.dtype or inversion.settings["dtype"]
-    pipeline = load(source, run.device, dtype, run.offloading)
+    pipeline = load(source, device, dtype, run.offloading)
     note = random_note(source)
-    return write_edits(pipeline, inversion, plan, run.out, note=note), note
+    return write_edits(pipeline, inversion, plan, run.out, note=note, group=group), note
 
 
 def _print(found: Edits) -> None:

@@ -25,6 +25,8 @@ from .arguments import (
     Methods,
     Model,
     ModelConfig,
+    MotionAdapter,
+    MotionWindow,
     Offload,
     OffloadFolder,
     Options,
@@ -47,8 +49,8 @@ from .control_options import (
     DepthModel,
 )
 
-WITHOUT_CONTROL = ("controlnet", *OF_CONTROL)
-"""Parameters that a command lacks which shows ControlNets nothing."""
+OF_PARTS = ("motion_adapter", "motion_window", "controlnet", *OF_CONTROL)
+"""Parameters of a pipeline's further parts, which commands lack that take plain pipelines."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class RunOptions:
     vae: Vae = None
     lora: Loras = None
     textual_inversion: TextualInversions = None
+    motion_adapter: MotionAdapter = None
+    motion_window: MotionWindow = None
     controlnet: ControlNets = None
     control: Controls = None
     control_scale: ControlScales = None
@@ -102,6 +106,8 @@ class RunOptions:
             "loras": tuple(self.lora or ()),
             "textual_inversions": tuple(self.textual_inversion or ()),
             "controlnets": tuple(self.controlnet or ()),
+            "motion_adapter": self.motion_adapter,
+            "motion_window": self.motion_window,
         }
         return dataclasses.replace(of, **{name: value for name, value in given.items() if value})
 

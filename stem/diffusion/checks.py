@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from ..attention.families import unet_of
+from ..attention.families import family_of_unet, unet_of
+from ..attention.families.unet2d import UNET_2D
 from .control import check_controlnets
 from .schedule import check_schedule
 
@@ -26,7 +27,7 @@ def check_pipeline(pipeline: Any) -> None:
         pipeline: Pipeline of diffusers.
 
     Raises:
-        TypeError: it has no UNet2DConditionModel.
+        TypeError: it has no UNet2DConditionModel and no UNetMotionModel.
         ValueError: it has no VAE or text encoder, its control would be ignored or its ControlNet
             was made for another model, its UNet takes more than latents, it is a refiner, or its
             scheduler is of another kind. The message gives the reason.
@@ -38,11 +39,12 @@ def check_pipeline(pipeline: Any) -> None:
             f"latents of another kind; {_BASE_MODELS}"
         )
     check_controlnets(pipeline)
-    if getattr(pipeline, "motion_adapter", None) is not None:
+    motion = getattr(pipeline, "motion_adapter", None) is not None
+    if motion and family_of_unet(pipeline) is UNET_2D:
         raise ValueError(
-            f"the pipeline, a {name}, has a motion_adapter, which the inversion would ignore; pass "
-            "a plain pipeline of the same model, for example "
-            "StableDiffusionPipeline(**{the components it shares})"
+            f"the pipeline, a {name}, has a motion_adapter, which the inversion would ignore, "
+            "because its unet is a UNet2DConditionModel; pass an AnimateDiffPipeline, whose unet "
+            "has the adapter's layers, or a plain pipeline of the same model"
         )
     projected = getattr(unet.config, "encoder_hid_dim_type", None)
     if projected == "ip_image_proj":
@@ -63,7 +65,7 @@ def check_pipeline(pipeline: Any) -> None:
             "noisy timesteps only, so no inversion can go through it; use the base model"
         )
     _check_channels(pipeline, unet, name)
-    if unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None:
+    if any(unet.config.get(key) is not None for key in ("class_embed_type", "num_class_embeds")):
         raise ValueError(
             f"the UNet of the pipeline, a {name}, wants class labels, which an inversion does not "
             "have; use a model that is told by text alone"
@@ -79,8 +81,11 @@ def check_pipeline(pipeline: Any) -> None:
                 f"it with its {part}"
             )
     encoding = getattr(pipeline, "encode_prompt", None)
-    asked = [] if encoding is None else inspect.signature(encoding).parameters
-    if not {"prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance"} <= {*asked}:
+    taken = {} if encoding is None else inspect.signature(encoding).parameters
+    given = {"prompt", "device", "do_classifier_free_guidance"}
+    if unet.config.addition_embed_type != "text_time":
+        given.add("num_images_per_prompt")
+    if not given <= taken.keys():
         raise ValueError(
             f"the pipeline, a {name}, has no encode_prompt that takes one prompt as "
             "StableDiffusionPipeline's does; pass that class with the same components"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..attention.controlled import ControlledForward, Scaled, is_adapter, is_controlled
-from ..attention.families import unet_of
+from ..attention.families import family_of_unet, unet_of
 from ..attention.handle import plain
 from ..control import Control
 
@@ -81,7 +81,7 @@ def check_controlnets(pipeline: Any) -> None:
     """Raise where a ControlNet or T2I-Adapter of a pipeline cannot stand beside its UNet.
 
     Args:
-        pipeline: Pipeline with a UNet2DConditionModel and a VAE.
+        pipeline: Pipeline with a UNet that inversions go through, and a VAE.
 
     Raises:
         ValueError: one is of another class, wants guess mode or class labels, or was made for
@@ -94,6 +94,11 @@ def check_controlnets(pipeline: Any) -> None:
         order = f" {number} of {len(nets)}" if len(nets) > 1 else ""
         which = f"the {_word(net)}{order} of the pipeline, a {name},"
         if is_adapter(net):
+            if family_of_unet(pipeline).frame_axis is not None:
+                raise ValueError(
+                    f"{which} is beside a {type(unet).__name__}, which takes no features of "
+                    "T2I-Adapters (down_intrablock_additional_residuals); use a ControlNet"
+                )
             _check_adapter(net, unet, factor, which)
         else:
             _check_controlnet(net, unet, factor, which)

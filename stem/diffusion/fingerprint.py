@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from ..storage import tensor_bytes
+from .motion import window_of
 from .weights import plain_tensors, state_of
 
 _THREADS = 4  # hashing releases the interpreter's lock
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _STATE_OF_CALLS = ("truncation", "padding")
 _OF_THE_LOADING = ("architectures", "dtype", "torch_dtype", "transformers_version")
-_APART = ("controlnet", "adapter")
+# Hashed by themselves, and copied into the UNet.
+_APART = ("controlnet", "adapter", "motion_adapter")
 # By component: the state in which its weights were hashed, and the hash.
 _hashed: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
 
@@ -26,13 +28,13 @@ _hashed: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.W
 def fingerprint(pipeline: Any) -> dict[str, str]:
     """Hashes of what shapes a pipeline's latents: its configurations, and its weights.
 
-    All bytes of all tensors of every component count, LoRA layers with their scales and with
-    which of them are active, and FreeU; so do the components' configurations, and the tokenizers.
-    A component's bytes are read once; they are read again when a tensor was replaced or written to
-    since (torch's version counter, and the sums of every tensor's rows for writes through `.data`,
-    which the counter does not see). Weights that are offloaded to a disk are read from there,
-    and hash as they would in memory. ControlNets and T2I-Adapters have hashes of their own, see
-    `fingerprint_of`.
+    All bytes of all tensors of every component count, LoRA layers with their scales and with which
+    of them are active, FreeU and FreeNoise's windows; so do the components' configurations, and the
+    tokenizers. A component's bytes are read once; they are read again when a tensor was replaced or
+    written to since (torch's version counter, and the sums of every tensor's rows for writes
+    through `.data`, which the counter does not see). Weights that are offloaded to a disk are read
+    from there, and hash as they would in memory. ControlNets and T2I-Adapters have hashes of their
+    own, see `fingerprint_of`. A motion adapter counts as the UNet's layers that were made of it.
 
     Args:
         pipeline: Stable Diffusion 1.x, 2.x or XL pipeline.
@@ -134,8 +136,10 @@ def _tensor_hash(tensor: torch.Tensor) -> str:
 
 
 def _switches(module: torch.nn.Module) -> list[tuple[Any, ...]]:
-    """What changes a module's output beside its weights: LoRA's state, and FreeU's factors."""
-    found: list[tuple[Any, ...]] = []
+    """What changes a module's output beside its weights: LoRA's state, FreeU's factors, and the
+    windows of motion modules."""
+    window = window_of(module)
+    found: list[tuple[Any, ...]] = [] if window is None else [tuple(window)]
     layer: Any
     for layer in module.modules():
         if hasattr(layer, "scaling") and hasattr(layer, "active_adapters"):

@@ -9,7 +9,7 @@ import torch
 
 from stem_kernels.measure import PeakMemory
 
-from ..attention.families import unet_of
+from ..attention.families import family_of_unet, unet_of
 from ..attention.handle import plain
 from ..attention.memory import free_bytes
 from ..control import Control
@@ -44,11 +44,14 @@ def chunk_that_fits(
             for all frames.
 
     Returns:
-        Frames in a chunk; None where all go through the UNet at once.
+        Frames in a chunk; None where all go through the UNet at once, as they must where its
+        temporal parts see all frames of a call.
 
     Raises:
         MemoryError: not even one frame fits, with the bytes needed and the bytes free.
     """
+    if family_of_unet(pipeline).outputs is None:
+        return None
     device = execution_device(pipeline)
     conditioning = encode_prompt(pipeline, "", height, width)
     one, held = _probe(pipeline, 1, height, width, conditioning)

@@ -12,6 +12,7 @@ import torch
 
 from stem_kernels.shared.memory import lacks_memory
 
+from ..attention.families import family_of_unet
 from .control import Shown, rows_shown
 from .weights import keeps_copies
 
@@ -52,14 +53,21 @@ class Conditioning:
         """The same, with what ControlNets are shown in every branch."""
         return replace(self, shown=(shown,) * self.branches)
 
-    def for_frames(self, frames: int) -> dict[str, Any]:
-        """The UNet's keyword arguments for a batch of rows [branch, frame]."""
+    def for_frames(self, frames: int, *, frame_axis: bool = False) -> dict[str, Any]:
+        """The UNet's keyword arguments for so many frames of each branch.
+
+        Args:
+            frames: Number of frames.
+            frame_axis: Whether the UNet's samples have an axis of frames: it then repeats for them
+                what is added, but not the embeddings.
+        """
         arguments: dict[str, Any] = {
             "encoder_hidden_states": self.embeddings.repeat_interleave(frames, dim=0)
         }
         if self.added:
+            repeated = 1 if frame_axis else frames
             arguments["added_cond_kwargs"] = {
-                name: value.repeat_interleave(frames, dim=0) for name, value in self.added.items()
+                name: value.repeat_interleave(repeated, dim=0) for name, value in self.added.items()
             }
         return arguments
 
@@ -82,8 +90,9 @@ def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Condit
     if unknown:
         logger.warning("the model has no words for these, they mean nothing to it: %s", unknown)
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
+        # Of one picture or video: the number's name differs, and 1 is its default.
         embeddings, _, pooled, _ = pipeline.encode_prompt(
-            prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompt, device=device, do_classifier_free_guidance=False
         )
         # SDXL was trained with (original size, crop corner, target size) of each picture.
         size = [height, width, 0, 0, height, width]
@@ -296,6 +305,8 @@ def predict(
 ) -> torch.Tensor:
     """The UNet's prediction at one timestep; ControlNets need a block of `controlled` around it.
 
+    A UNet whose samples have an axis of frames (AnimateDiff's) gets a branch as one video of it.
+
     A UNet that was distilled with its guidance (`time_cond_proj_dim`) is told a scale of 1, as its
     pipeline does without guidance, so that it predicts what the prompt says and no more: the same
     in either direction, and in every branch of an edit's guidance.
@@ -311,15 +322,18 @@ def predict(
         float32 [branches * N, c, h, w].
     """
     unet, given = pipeline.unet, latents.to(pipeline.unet.dtype)
-    count = latents.shape[0] // conditioning.branches
-    arguments = conditioning.for_frames(count)
+    count, axis = latents.shape[0] // conditioning.branches, family_of_unet(unet).frame_axis
+    if axis is not None:
+        given = given.unflatten(0, (-1, count)).movedim(1, axis)
+    arguments = conditioning.for_frames(count, frame_axis=axis is not None)
     if any(conditioning.shown):
         arguments["control"] = rows_shown(
             conditioning.shown, int(timestep), range(count) if frames is None else frames
         )
     if unet.config.time_cond_proj_dim is not None:
         arguments["timestep_cond"] = _unguided(unet.config.time_cond_proj_dim, given)
-    return unet(given, timestep, return_dict=False, **arguments)[0].float()
+    found = unet(given, timestep, return_dict=False, **arguments)[0].float()
+    return found if axis is None else found.movedim(axis, 1).flatten(0, 1)
 
 
 def _unguided(channels: int, latents: torch.Tensor) -> torch.Tensor:

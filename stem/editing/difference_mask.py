@@ -14,6 +14,7 @@ from ..attention.families import self_attentions, unet_of
 from ..attention.hooks import Site
 from ..config import StemConfig
 from ..diffusion.loop import NonFiniteError
+from ..distributed import Ranks
 from .job import Job, steps_of
 from .masks import halvings, layer_size
 
@@ -26,6 +27,7 @@ class TokenRecording(Hook):
 
     Args:
         names: Names of the self-attentions.
+        ranks: Ranks that share the frames.
 
     Attributes:
         tokens: Tokens [S, C] by layer and frame.
@@ -33,8 +35,9 @@ class TokenRecording(Hook):
 
     joint_bases = True
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], ranks: Ranks) -> None:
         self._names = names
+        self._ranks = ranks
         self.tokens: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}
 
     def after(self, site: Site, tokens: torch.Tensor, output: torch.Tensor) -> None:
@@ -42,12 +45,16 @@ class TokenRecording(Hook):
             for place, frame in enumerate(site.frames):
                 self.tokens[site.name][frame] = tokens[0, place]
 
-    def taken(self) -> dict[str, torch.Tensor]:
+    def taken(self, num_frames: int) -> dict[str, torch.Tensor]:
         """The tokens [N, S, C] of each layer; they are kept no longer."""
         found = {}
         for name in self._names:
             by_frame, self.tokens[name] = self.tokens[name], {}
-            found[name] = torch.stack([by_frame[frame] for frame in sorted(by_frame)])
+            of_any = next(iter(by_frame.values()))
+            found[name] = of_any.new_empty((num_frames, *of_any.shape))
+            for frame, tokens in by_frame.items():
+                found[name][frame] = tokens
+            self._ranks.fill(found[name], by_frame)
         return found
 
 
@@ -90,7 +97,7 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
                 "predictions are not finite. In half precision some models overflow; invert and "
                 "edit in float32"
             )
-        by_layer = hook.taken()
+        by_layer = hook.taken(job.num_frames)
         if float(difference.mean()) <= floor * float(expected.abs().mean()):
             continue
         pooled = pooled_on_bases(difference, by_layer, job.attention)

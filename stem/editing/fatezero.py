@@ -46,7 +46,7 @@ class FateZero(Method):
             before, after = options.blend_words
             self.words = _positions(source, before), _positions(target, after)
             layers = mask_layers(unet_of(job.pipeline))
-            self.maps = TextMaps(layers, job.num_frames, self.size)
+            self.maps = TextMaps(layers, job.num_frames, self.size, job.ranks)
             self.hooks.add("words", self.maps)
         factors = torch.ones(target.length)
         for word, value in options.equalize.items():
@@ -62,7 +62,7 @@ class FateZero(Method):
         self.store: SourceStore | None = None
         if options.store != "recompute":
             folder = job.inversion.path if options.store == "disk" else None
-            self.store = SourceStore(self.fusion, folder)
+            self.store = SourceStore(self.fusion, folder, job.ranks.number)
         self.hooks.add("fusion", self.store or self.fusion)
         self._word_maps: dict[int, torch.Tensor] = {}
 

@@ -153,7 +153,7 @@ class Fusion(Method):
                 "target": (-1, target.positions(after)),
             }
             layers = finest_text_layers(unet_of(job.pipeline))
-            self.maps = TextMaps(layers, job.num_frames, job.latent_size)
+            self.maps = TextMaps(layers, job.num_frames, job.latent_size, job.ranks)
             self.hooks.add("words", self.maps)
         self.hooks.add("fusion", self.fusion)
 
@@ -164,7 +164,7 @@ class Fusion(Method):
 
     def _find_masks(self) -> None:
         job, options = self.job, self.options
-        recording = TokenRecording(finest_layers(job))
+        recording = TokenRecording(finest_layers(job), job.ranks)
         with self.hooks.added("tokens", recording):
             found = difference_map(job, recording, *options.mask_levels)
         if found is None:

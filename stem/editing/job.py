@@ -8,13 +8,16 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from ..attention import Hooks
+from ..attention.families import family_of_unet
 from ..config import AttentionConfig, StemConfig
 from ..diffusion.pipeline import Conditioning, predict, vae_factor
+from ..distributed import Ranks
 from ..inversion import InversionFolder
 from ..inversion.methods import attention_on, inversion_attention
 
@@ -36,6 +39,7 @@ class Job:
         guidance: Guidance scale g of u + g (c - u).
         seed: Seed of whatever the method draws.
         device: Device that the pipeline computes on.
+        ranks: Ranks that share the frames; the first one reads the inversion.
     """
 
     pipeline: Any
@@ -47,6 +51,7 @@ class Job:
     guidance: float
     seed: int
     device: torch.device
+    ranks: Ranks = field(default_factory=lambda: Ranks(None))
     _last: tuple[int, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -77,13 +82,16 @@ class Job:
         """The attention that the inversion was made with, in its chunks.
 
         All frames at once are one chunk here, so that it can be halved where memory runs out: an
-        edit has up to three branches, the inversion had one. Bases have no correction: methods mix
-        the queries, keys and values of several branches, and a correction belongs to one.
+        edit has up to three branches, the inversion had one. Not so where the UNet's temporal parts
+        see all frames of a call. Bases have no correction: methods mix the queries, keys and values
+        of several branches, and a correction belongs to one.
         """
         found = inversion_attention(self.inversion)
         if isinstance(found, StemConfig):
             found = dataclasses.replace(found, calibration="none")
-        return found if found.chunk else dataclasses.replace(found, chunk=self.num_frames)
+        if found.chunk or family_of_unet(self.pipeline).outputs is None:
+            return found
+        return dataclasses.replace(found, chunk=self.num_frames)
 
     def level(self, level: int) -> torch.Tensor:
         """The source's latents at a level, float32 [N, c, h, w], on the device; not to be changed.
@@ -91,7 +99,8 @@ class Job:
         The level asked for last is held: a step asks for one several times.
         """
         if self._last is None or self._last[0] != level:
-            found = self.inversion.latents(level - 1) if level else self.inversion.x0()
+            read = partial(self.inversion.latents, level - 1) if level else self.inversion.x0
+            found = self.ranks.from_main(read)
             self._last = level, found.to(self.device)
         return self._last[1]
 
@@ -153,7 +162,8 @@ class Method(ABC):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The attention on, for the length of a `with` block around `begin` and all steps."""
-        with attention_on(self.job.pipeline, self.config, hooks=self.hooks):
+        group = self.job.ranks.group
+        with attention_on(self.job.pipeline, self.config, group, hooks=self.hooks):
             yield
 
     @abstractmethod
@@ -208,6 +218,9 @@ class Options:
 
     def check(self, inversion: InversionFolder, prompt: str) -> None:
         """Raise ValueError where these options do not fit the inversion and the prompt."""
+
+    def check_pipeline(self, pipeline: Any) -> None:
+        """Raise ValueError where these options do not fit the pipeline's UNet."""
 
 
 def steps_of(share: float, num_steps: int) -> int:

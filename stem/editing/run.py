@@ -7,9 +7,11 @@ import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from stem_kernels.ops.calibration import CALIBRATIONS
 
@@ -17,8 +19,10 @@ from ..control import Control
 from ..diffusion.control import Shown, checked_controls
 from ..diffusion.environment import numeric_environment
 from ..diffusion.loop import denoise
+from ..diffusion.motion import check_frames
 from ..diffusion.pipeline import decode_latents, encode_prompt, execution_device
 from ..diffusion.schedule import sampling_scheduler
+from ..distributed import Ranks
 from ..inversion import InversionFolder
 from ..inversion.folder import Progress
 from ..inversion.runs import check_same_pipeline, check_startable, earlier_run, run_name
@@ -76,6 +80,7 @@ def edit(
     seed: int = 0,
     options: Options | Mapping[str, Any] | None = None,
     control: Control | Sequence[Control] | None = None,
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
     """Edit a video by a prompt: `edit_latents`, decoded.
@@ -92,6 +97,8 @@ def edit(
             name.
         control: What the pipeline's ControlNet is shown in the edit, or each of several; None:
             what it was shown in the inversion, as the source's branch always is.
+        group: Process group whose ranks share the frames; all ranks make this call. Its first
+            rank alone reads and writes the inversion's folder.
         progress: Whether to show progress.
 
     Returns:
@@ -110,6 +117,7 @@ def edit(
         seed=seed,
         options=options,
         control=control,
+        group=group,
         progress=progress,
     )
     return decode_latents(pipeline, latents)
@@ -126,6 +134,7 @@ def edit_latents(
     seed: int = 0,
     options: Options | Mapping[str, Any] | None = None,
     control: Control | Sequence[Control] | None = None,
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
     """Edit a video by a prompt, starting from the noisiest latents of its inversion.
@@ -143,6 +152,8 @@ def edit_latents(
             name.
         control: What the pipeline's ControlNet is shown in the edit, or each of several; None:
             what it was shown in the inversion, as the source's branch always is.
+        group: Process group whose ranks share the frames; all ranks make this call. Its first
+            rank alone reads and writes the inversion's folder.
         progress: Whether to show progress.
 
     Returns:
@@ -164,6 +175,7 @@ def edit_latents(
         seed=seed,
         options=options,
         control=control,
+        group=group,
         progress=progress,
     ).latents
 
@@ -179,6 +191,7 @@ def run_edit(
     seed: int = 0,
     options: Options | Mapping[str, Any] | None = None,
     control: Control | Sequence[Control] | None = None,
+    group: dist.ProcessGroup | None = None,
     resume: bool = True,
     progress: bool = True,
     on_step: Callable[[], None] | None = None,
@@ -195,6 +208,7 @@ def run_edit(
         seed: Seed of the method's random numbers.
         options: Options of the method.
         control: What the pipeline's ControlNets are shown in the edit, or None.
+        group: Process group whose ranks share the frames, or None.
         resume: Whether to keep the latents reached so far in the inversion's folder, and to go on
             from those that an earlier call of equal arguments kept there.
         progress: Whether to show progress.
@@ -203,17 +217,21 @@ def run_edit(
     Raises:
         ValueError, InversionError, NonFiniteError: as `edit_latents`.
     """
-    chosen = edit_options(method, options)
-    check_edit(
-        inversion,
-        prompt,
-        method=method,
-        negative_prompt=negative_prompt,
-        guidance=guidance,
-        seed=seed,
-        options=chosen,
+    chosen, ranks = edit_options(method, options), Ranks(group)
+    ranks.from_main(
+        partial(
+            check_edit,
+            inversion,
+            prompt,
+            method=method,
+            negative_prompt=negative_prompt,
+            guidance=guidance,
+            seed=seed,
+            options=chosen,
+        )
     )
     check_same_pipeline(pipeline, inversion)
+    chosen.check_pipeline(pipeline)
     calibration = inversion.settings["attention"].get("calibration", "none")
     if calibration in CALIBRATIONS:
         logger.warning(
@@ -225,14 +243,17 @@ def run_edit(
         encode_prompt(pipeline, text, size["height"], size["width"])
         for text in (inversion.settings["prompt"], negative_prompt, prompt)
     )
-    given = inversion.control() if control is None else control
+    of_source = ranks.from_main(inversion.control)
+    given = of_source if control is None else control
     controls = checked_controls(pipeline, given, size["num_frames"], size["height"], size["width"])
     if controls:
-        source = source.showing(Shown(inversion.control(), inversion.timesteps))
+        source = source.showing(Shown(of_source, inversion.timesteps))
         edited = source.shown[0] if control is None else Shown(controls, inversion.timesteps)
         negative, target = negative.showing(edited), target.showing(edited)
     scale = chosen.guidance if guidance is None else float(guidance)
-    job = Job(pipeline, inversion, prompt, source, negative, target, scale, seed, device)
+    job = Job(pipeline, inversion, prompt, source, negative, target, scale, seed, device, ranks)
+    check_frames(pipeline, job.num_frames, group=group)
+    _check_shared(job)
     settings = edit_settings(
         inversion,
         prompt,
@@ -245,14 +266,18 @@ def run_edit(
     )
     environment = numeric_environment(pipeline)
     environment["chunk"] = str(job.attention.chunk)
-    run = run_name(inversion, "edit-", settings)
-    found = earlier_run(inversion, run, "edit", environment) if resume else None
+
+    def begun() -> tuple[str, Progress | None]:
+        run = run_name(inversion, "edit-", settings)
+        return run, earlier_run(inversion, run, "edit", environment) if resume else None
+
+    run, found = ranks.from_main(begun)
     work = _METHODS[method][1](job, chosen)
 
     def keep(step: int, latents: torch.Tensor) -> torch.Tensor | None:
         replaced = work.after_step(step, latents)
         latents = latents if replaced is None else replaced
-        if resume:
+        if resume and ranks.main:
             inversion.save_progress(run, Progress(step + 1, latents, environment, work.state()))
         if on_step is not None:
             on_step()
@@ -275,10 +300,22 @@ def run_edit(
                 steps=range(first, total),
                 after_step=keep,
                 name=f"edit {method}",
-                progress=progress,
+                progress=progress and ranks.main,
             )
     told = {name: tensor.cpu() for name, tensor in work.state().items()}
     return Edit(latents, told.get("masks"), told.get("cores"), told.get("pivots"), settings)
+
+
+def _check_shared(job: Job) -> None:
+    """Raise where an inversion's chunks are too few for the ranks."""
+    chunk, size = job.attention.chunk or job.num_frames, job.ranks.size
+    chunks = -(-job.num_frames // chunk)
+    if chunks < size:
+        raise ValueError(
+            f"{job.inversion.path} was made in {chunks} chunks of {chunk} frames at most, which "
+            f"{size} processes cannot share; start {chunks}, or invert again with "
+            f"chunk={max(1, job.num_frames // size)} (--chunk)"
+        )
 
 
 def edit_options(method: str, options: Options | Mapping[str, Any] | None) -> Options:

@@ -24,15 +24,17 @@ class SourceStore(Hook):
     Args:
         fusion: Fusion to serve; its attributes say what each step takes.
         folder: Folder to keep steps in, a file each; None: in memory.
+        rank: Number of this rank among those that share the frames.
 
     Attributes:
         filled: Whether anything was recorded.
     """
 
-    def __init__(self, fusion: MapFusion, folder: Path | None) -> None:
+    def __init__(self, fusion: MapFusion, folder: Path | None, rank: int = 0) -> None:
         self.fusion = fusion
         self.filled = False
         self._folder = folder
+        self._rank = rank
         self._recording = False
         self._steps: dict[int, dict[str, torch.Tensor]] = {}
         self._current: dict[str, torch.Tensor] = {}
@@ -65,7 +67,7 @@ class SourceStore(Hook):
         """Forget all that was kept."""
         self._steps, self._current, self.filled = {}, {}, False
         if self._folder is not None:
-            for file in self._folder.glob(partial_name(Path("source-*")).name):
+            for file in self._folder.glob(self._file(Path(), "*").name):
                 file.unlink()
 
     def text_maps(self, site: Site, maps: torch.Tensor) -> torch.Tensor:
@@ -112,10 +114,9 @@ class SourceStore(Hook):
             )
         return found.to(like.device)
 
-    @staticmethod
-    def _file(folder: Path, step: int) -> Path:
+    def _file(self, folder: Path, step: int | str) -> Path:
         # What a killed run leaves is then removed with other half written files.
-        return partial_name(folder / f"source-{step:03d}")
+        return partial_name(folder / f"source-{self._rank}-{step}")
 
 
 def _key(site: Site, name: str) -> str:

@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate, max_pool2d
 from ..attention import Hook
 from ..attention.families import text_attentions
 from ..attention.hooks import Site
+from ..distributed import Ranks
 from .map_fusion import Size
 from .masks import halvings, layer_size
 
@@ -26,16 +27,21 @@ class TextMaps(Hook):
         layers: Names of the cross-attentions, all of one resolution.
         num_frames: Number N of frames.
         latent_size: Height and width of the latents.
+        ranks: Ranks that share the frames.
 
     Attributes:
         looked_at: Video of the batch and positions of tokens in its prompt, by a name of choice.
     """
 
-    def __init__(self, layers: Iterable[str], num_frames: int, latent_size: Size) -> None:
+    def __init__(
+        self, layers: Iterable[str], num_frames: int, latent_size: Size, ranks: Ranks
+    ) -> None:
         self.looked_at: Mapping[str, tuple[int, Sequence[int]]] = {}
         self._layers = frozenset(layers)
         self._num_frames = num_frames
         self._latent_size = latent_size
+        self._ranks = ranks
+        self._own: set[int] = set()
         self._seen: dict[str, dict[str, torch.Tensor]] = {}
 
     def text_maps(self, site: Site, maps: torch.Tensor) -> torch.Tensor:
@@ -48,11 +54,13 @@ class TextMaps(Hook):
                 seen[site.name] = found.new_zeros(self._num_frames, found.shape[-1])
             # A pass that ran out of memory begins again: each frame is set, not added to.
             seen[site.name][list(site.frames)] = found
+            self._own.update(site.frames)
         return maps
 
     def take(self, name: str) -> torch.Tensor:
         """What the last pass showed under a name of `looked_at`: float32 [N, h, w]. Once only."""
         maps = torch.stack(list(self._seen.pop(name).values())).mean(0)
+        self._ranks.fill(maps, self._own)
         return maps.unflatten(1, layer_size(maps.shape[1], *self._latent_size))
 
 

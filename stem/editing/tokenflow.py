@@ -12,10 +12,12 @@ import torch
 from stem_kernels import nearest_token
 
 from ..attention import Hook, Hooks
+from ..attention.families import family_of_unet
 from ..attention.hooks import Attend, Operands, Site
 from ..attention.processor import attend_densely, project_keys_and_values
 from ..config import InflatedConfig, StemConfig
 from ..diffusion.loop import with_guidance
+from ..distributed import Ranks
 from ..inversion import InversionFolder
 from ..inversion.methods import attention_on
 from .job import Job, Options, check_choice, check_count, generator_of
@@ -74,6 +76,18 @@ class PropagationOptions(Options):
                         f"{chunk.start} ... {chunk.stop - 1}; name one of these"
                     )
 
+    def check_pipeline(self, pipeline: Any) -> None:
+        family = family_of_unet(pipeline)
+        if family.temporal and self.chunk > 1:
+            raise ValueError(
+                f"chunk is {self.chunk}: the pivot of each chunk would go through the UNet without "
+                f"the frames between, and the temporal parts of {family.name} "
+                f"({', '.join(family.temporal)}) take the frames of a call for neighbours, so that "
+                "the pivots' features would not be those that they have among all frames; take "
+                "chunk=1 (--option METHOD.chunk=1), with which every frame is a pivot, or fusion, "
+                "fatezero or pnp"
+            )
+
 
 @dataclass(frozen=True)
 class TokenFlowOptions(PropagationOptions, PnPOptions):
@@ -117,10 +131,14 @@ class TokenFlow(PnP):
             self.kept["pivots"] = draw_pivots(chunks, job.num_steps, job.seed)
         else:
             self.kept["pivots"] = torch.tensor(options.pivots)
-        self._pass = PivotPass(len(chunks))
+        chunk = job.attention.chunk
+        size = None if chunk is None else min(len(chunks), chunk)
+        # Of too few pivots to share every rank runs all.
+        shared = job.ranks.size <= -(-len(chunks) // (size or len(chunks)))
+        self._pivots_of = job.ranks if shared else Ranks(None)
+        self._pass = PivotPass(len(chunks), self._pivots_of)
         self._propagation = Propagation(self._pass)
         self.hooks = Hooks(propagation=self._propagation)
-        size = min(len(chunks), job.attention.chunk or len(chunks))
         shape: dict[str, Any] = {"num_frames": len(chunks), "chunk": size}
         self._extended: InflatedConfig | StemConfig = InflatedConfig(**shape)
         if options.extended == "stem":
@@ -138,7 +156,8 @@ class TokenFlow(PnP):
         pivots = self.kept["pivots"][step].cpu()
         texts = (job.source, job.negative, job.target)
         hooks = Hooks(injection=self.attention, pivots=self._pass)
-        with attention_on(job.pipeline, self._extended, hooks=hooks) as handle:
+        group = self._pivots_of.group
+        with attention_on(job.pipeline, self._extended, group, hooks=hooks) as handle:
             assert handle is not None
             chosen = latents[pivots.to(latents.device)]
             job.predict(
@@ -149,6 +168,7 @@ class TokenFlow(PnP):
             )
             # Memory may have run out in it: the next step need not find that out again.
             self._extended = dataclasses.replace(self._extended, chunk=handle.chunk)
+        self._pass.share()
         self._propagation.plan = pivots_of_frames(
             pivots, job.num_frames, options.chunk, options.blend
         )
@@ -162,21 +182,31 @@ class PivotPass(Hook):
 
     Args:
         pivots: Number of pivots.
+        ranks: Ranks that share the pivots.
 
     Attributes:
         kept: By the self-attention's name, the source's normalised inputs [pivots, S, C] and the
             projected outputs of all branches [branches, pivots, S, C].
     """
 
-    def __init__(self, pivots: int) -> None:
+    def __init__(self, pivots: int, ranks: Ranks) -> None:
         self._pivots = pivots
+        self._ranks = ranks
+        self._own: set[int] = set()
         self.kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         # Of chunks that wait for each other between `before` and `attend`, by layer and chunk.
         self._tokens: dict[tuple[str, int], torch.Tensor] = {}
 
+    def share(self) -> None:
+        """Let every rank hold what all of them found."""
+        for inputs, outputs in self.kept.values():
+            self._ranks.fill(inputs, self._own)
+            self._ranks.fill(outputs.transpose(0, 1), self._own)
+
     def clear(self) -> None:
         """Hold nothing any more."""
         self.kept.clear()
+        self._own.clear()
         self._tokens.clear()
 
     def before(self, site: Site, tokens: torch.Tensor) -> None:
@@ -201,6 +231,7 @@ class PivotPass(Hook):
         here = list(site.frames)
         inputs[here] = tokens[0]
         outputs[:, here] = output
+        self._own.update(here)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ..diffusion.environment import numeric_environment, warn_of_differences
 from ..diffusion.fingerprint import fingerprint, fingerprint_of
 from ..diffusion.loop import denoise, guided
 from ..diffusion.memory import chunk_that_fits
+from ..diffusion.motion import check_frames
 from ..diffusion.pipeline import (
     VAE_FRAMES,
     encode_frames,
@@ -78,7 +79,7 @@ def invert(
     threads and the kind of machine are the same; a warning says if they differ.
 
     Args:
-        pipeline: Stable Diffusion 1.x, 2.x or XL pipeline.
+        pipeline: Stable Diffusion 1.x, 2.x or XL pipeline, or AnimateDiff's on one of these.
         video: Video to invert. Of a `VideoFile`, only a few frames at a time are in memory as
             pixels.
         prompt: Prompt that describes the video.
@@ -89,7 +90,7 @@ def invert(
         chunk: Number of frames that go through the UNet at once; "auto": as many as fit into free
             memory, or the number that an inversion of these settings below `root` was begun with;
             None: all. Chunks share their bases, so that only the last bits of the result depend on
-            this number.
+            this number. With AnimateDiff all frames go through at once.
         model: Name of the pipeline, for the record; or a mapping of `name` and the other arguments
             that `load_pipeline` was given, such as {"name": "one.safetensors", "loras":
             ["style.safetensors:0.7"]}.
@@ -127,6 +128,13 @@ def invert(
     if keep_bases and not isinstance(config, StemConfig):
         raise ValueError(f'keep_bases needs method "stem"; {method} has no bases')
     check_chunk(chunk)
+    check_frames(
+        pipeline,
+        video.num_frames,
+        chunk=chunk if isinstance(chunk, int) else None,
+        fit_frames=getattr(config, "fit_frames", None),
+        group=group,
+    )
     scheduler = inverse_scheduler(pipeline, num_steps)
     device = execution_device(pipeline)
     environment = numeric_environment(pipeline)

@@ -14,6 +14,7 @@ from ..config import AttentionConfig, PerFrameConfig, StemConfig
 from ..diffusion.control import check_uncontrolled
 from ..diffusion.loop import denoise, guided
 from ..diffusion.memory import chunk_that_fits
+from ..diffusion.motion import check_frames
 from ..diffusion.pipeline import encode_prompt, vae_factor
 from ..diffusion.schedule import inverse_scheduler
 from .inverting import check_chunk
@@ -51,6 +52,7 @@ def round_trip(
             pipeline with ControlNets.
     """
     check_uncontrolled(pipeline, "round_trip")
+    check_frames(pipeline, latents.shape[0])
     if cached and not isinstance(config, StemConfig):
         raise ValueError(f"cached is True and config is {config!r}; only StemConfig has bases")
     prediction = guided(pipeline, encode_prompt(pipeline, prompt, *pixels(pipeline, latents)))

@@ -22,6 +22,7 @@ _WITH = {
         "StableDiffusionXLControlNetPipeline",
         "controlnet",
     ),
+    ("AnimateDiffPipeline", "ControlNetModel"): ("AnimateDiffControlNetPipeline", "controlnet"),
     ("StableDiffusionPipeline", "T2IAdapter"): ("StableDiffusionAdapterPipeline", "adapter"),
     ("StableDiffusionXLPipeline", "T2IAdapter"): ("StableDiffusionXLAdapterPipeline", "adapter"),
 }
@@ -31,7 +32,7 @@ def with_controlnets(pipeline: Any, names: Sequence[str], dtype: torch.dtype) ->
     """A pipeline of the same components with ControlNets or T2I-Adapters beside them.
 
     Args:
-        pipeline: StableDiffusionPipeline or StableDiffusionXLPipeline.
+        pipeline: StableDiffusionPipeline, StableDiffusionXLPipeline or AnimateDiffPipeline.
         names: Hub ids, or folders in diffusers' format; with none, the pipeline is returned.
         dtype: Dtype of the weights.
 
@@ -56,11 +57,18 @@ def with_controlnets(pipeline: Any, names: Sequence[str], dtype: torch.dtype) ->
         raise ModelError(
             f"--controlnet (controlnets) names {' and '.join(kinds)}; take those of one kind"
         )
+    if (kind, kinds[0]) not in _WITH:
+        raise ModelError(
+            f"the model is a {kind}, and --controlnet (controlnets) names a {kinds[0]}: diffusers "
+            "has no pipeline with both; take a ControlNetModel"
+        )
     made, part = _WITH[kind, kinds[0]]
-    options: dict[str, Any] = {"requires_safety_checker": False}
-    if "force_zeros_for_empty_prompt" in pipeline.config:
-        options = {"force_zeros_for_empty_prompt": pipeline.config.force_zeros_for_empty_prompt}
     taken = inspect.signature(getattr(diffusers, made).__init__).parameters
+    options: dict[str, Any] = {}
+    if "requires_safety_checker" in taken:
+        options["requires_safety_checker"] = False
+    if "force_zeros_for_empty_prompt" in pipeline.config:
+        options["force_zeros_for_empty_prompt"] = pipeline.config.force_zeros_for_empty_prompt
     shared = {name: value for name, value in pipeline.components.items() if name in taken}
     added = {part: nets[0] if len(nets) == 1 else nets}
     return getattr(diffusers, made)(**shared, **added, **options)

@@ -19,6 +19,7 @@ from ..config import StemConfig
 from ..diffusion.checks import check_pipeline
 from ..diffusion.control import check_uncontrolled
 from ..diffusion.fingerprint import fingerprint
+from ..diffusion.motion import check_without_motion
 from ..diffusion.pipeline import decode_latents, encode_frames, execution_device
 from ..diffusion.schedule import inverse_scheduler
 from ..inversion.inverting import check_chunk
@@ -103,6 +104,7 @@ def ablate(
     check_measurable(video, ["stem"], {})
     check_pipeline(pipeline)
     check_uncontrolled(pipeline, "ablate")
+    check_without_motion(pipeline, "ablate")
     inverse_scheduler(pipeline, num_steps)
     check_chunk(chunk)
     base = base_config(form, options or {}, video.num_frames)

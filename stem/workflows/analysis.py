@@ -16,6 +16,7 @@ from ..diffusion.checks import check_pipeline
 from ..diffusion.control import check_uncontrolled
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import denoise, guided
+from ..diffusion.motion import check_without_motion
 from ..diffusion.pipeline import encode_frames, encode_prompt, execution_device
 from ..diffusion.schedule import inverse_scheduler
 from ..inversion.inverting import check_chunk
@@ -126,6 +127,7 @@ def analyse(
     check_output(out)
     check_pipeline(pipeline)
     check_uncontrolled(pipeline, "analyse")
+    check_without_motion(pipeline, "analyse")
     check_analysable(video, methods, options)
     check_chunk(chunk)
     timesteps = [int(step) for step in inverse_scheduler(pipeline, num_steps).timesteps]

@@ -96,6 +96,11 @@ class EditPlan:
         """
         check_output(out, self.count * most_bytes(num_frames, height, width))
 
+    def check_pipeline(self, pipeline: Any) -> None:
+        """Raise ValueError before any work if a method's options do not fit a pipeline's UNet."""
+        for method in self.methods:
+            edit_options(method, self.options.get(method)).check_pipeline(pipeline)
+
     def check(self, inversion: InversionFolder, out: Path) -> None:
         """Raise before any work if one of the edits could not be made of an inversion.
 

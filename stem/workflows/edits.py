@@ -8,14 +8,17 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from stem_kernels.info import provenance
 
 from ..diffusion.pipeline import VAE_FRAMES, decode_latents, decoded_parts, execution_device
+from ..distributed import Ranks
 from ..editing import Edit, run_edit
 from ..inversion import InversionFolder, reconstruct_latents
 from ..report.edit_files import EditFiles, EditsFiles, mask_pictures
@@ -68,6 +71,7 @@ def write_edits(
     video: Video | VideoFile | None = None,
     exact: torch.Tensor | None = None,
     note: str = "",
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> Edits:
     """Edit an inversion by every prompt and method, and write a video and a sheet of each.
@@ -85,6 +89,8 @@ def write_edits(
         exact: Exact answer to the edit, where it is known: uint8 [N, H, W, 3], shown in place of
             the reconstruction.
         note: Note for the documents, where the weights are random.
+        group: Process group whose ranks share the frames; all ranks make this call. Its first
+            rank alone reads and writes files.
         progress: Whether to show progress.
 
     Raises:
@@ -93,22 +99,44 @@ def write_edits(
         InversionError: an inversion that is incomplete or was made with another model.
         OSError: `out` cannot be written.
     """
-    out = Path(out)
-    plan.check(inversion, out)
-    beside = _Beside(pipeline, inversion, video, exact, progress)
-    results = []
-    for prompt in plan.prompts:
-        for method in plan.methods:
-            shaped = plan.shaped_by(inversion, prompt, method, exact)
-            files = EditFiles(out / result_name(f"{method}-{prompt}", [shaped]))
-            results.append(EditResult(prompt, method, files, files.whole))
-    together = None
-    if len(results) > 1:
-        names = [result.files.folder.name for result in results]
-        together = EditsFiles(out / result_name("edits", names))
-    complete = together is None or together.whole
+    out, ranks = Path(out), Ranks(group)
+
+    def planned() -> tuple[list[EditResult], EditsFiles | None, bool]:
+        plan.check(inversion, out)
+        plan.check_pipeline(pipeline)
+        results = []
+        for prompt in plan.prompts:
+            for method in plan.methods:
+                shaped = plan.shaped_by(inversion, prompt, method, exact)
+                files = EditFiles(out / result_name(f"{method}-{prompt}", [shaped]))
+                results.append(EditResult(prompt, method, files, files.whole))
+        together = None
+        if len(results) > 1:
+            names = [result.files.folder.name for result in results]
+            together = EditsFiles(out / result_name("edits", names))
+        return results, together, together is None or together.whole
+
+    results, together, complete = ranks.from_main(planned)
+    beside = _Beside(pipeline, inversion, video, exact, group, progress)
     suffix = ", random weights" if note else ""
     lines: dict[str, torch.Tensor] = {}
+
+    def write(result: EditResult, edit: Edit, clock: _Clock) -> None:
+        label = " ".join(f"{result.method}{suffix}: {result.prompt}".split())
+        lines[label] = decode_latents(pipeline, edit.latents[beside.numbers])
+        if result.reused:
+            return
+        own = {**beside.lines, label: lines[label], **beside.masks(edit)}
+        remove_stale(result.files.folder)
+        result.files.write(
+            decoded_parts(pipeline, edit.latents),
+            beside.fps,
+            beside.videos(edit, result.method),
+            own,
+            beside.numbers,
+            {**_document(inversion, result, edit, clock, note), **beside.figures(edit)},
+        )
+
     for result in results:
         if result.reused and complete:
             continue
@@ -118,26 +146,22 @@ def write_edits(
             inversion,
             result.prompt,
             **plan.arguments_with_control(result.method),
+            group=group,
             progress=progress,
             on_step=clock.step,
         )
         clock.stop(execution_device(pipeline))
-        label = " ".join(f"{result.method}{suffix}: {result.prompt}".split())
-        lines[label] = decode_latents(pipeline, edit.latents[beside.numbers])
-        if not result.reused:
-            own = {**beside.lines, label: lines[label], **beside.masks(edit)}
-            remove_stale(result.files.folder)
-            result.files.write(
-                decoded_parts(pipeline, edit.latents),
-                beside.fps,
-                beside.videos(edit, result.method),
-                own,
-                beside.numbers,
-                {**_document(inversion, result, edit, clock, note), **beside.figures(edit)},
-            )
-    if together is not None and not complete:
-        document = {"note": note, "edits": [str(result.files.json) for result in results]}
-        together.write({**beside.lines, **lines}, beside.numbers, document)
+        if exact is None:
+            # By all ranks, before the first one alone writes it.
+            _ = beside.reconstruction
+        ranks.from_main(partial(write, result, edit, clock))
+
+    def write_together() -> None:
+        if together is not None and not complete:
+            document = {"note": note, "edits": [str(result.files.json) for result in results]}
+            together.write({**beside.lines, **lines}, beside.numbers, document)
+
+    ranks.from_main(write_together)
     return Edits(results, together)
 
 
@@ -150,6 +174,7 @@ class _Beside:
         inversion: InversionFolder,
         video: Video | VideoFile | None,
         exact: torch.Tensor | None,
+        group: dist.ProcessGroup | None,
         progress: bool,
     ) -> None:
         about = inversion.settings["video"]
@@ -157,7 +182,7 @@ class _Beside:
         self.numbers = shown_frames(about["num_frames"])
         self._size = about["height"], about["width"]
         self._pipeline, self._inversion, self._progress = pipeline, inversion, progress
-        self._video, self._exact = video, exact
+        self._video, self._exact, self._group = video, exact, group
         shape = (about["num_frames"], *self._size)
         if video is not None and (video.num_frames, video.height, video.width) != shape:
             found = (video.num_frames, video.height, video.width)
@@ -181,7 +206,7 @@ class _Beside:
         if self._exact is not None:
             lines[_EXACT] = self._exact[self.numbers].cpu()
         else:
-            lines[_BACK] = decode_latents(self._pipeline, self._reconstruction[self.numbers])
+            lines[_BACK] = decode_latents(self._pipeline, self.reconstruction[self.numbers])
         return lines
 
     def videos(self, edit: Edit, method: str) -> dict[str, Iterable[torch.Tensor]]:
@@ -194,7 +219,7 @@ class _Beside:
         if self._exact is not None:
             videos[_EXACT] = self._exact.cpu()
         else:
-            videos[_BACK] = self._decoded(self._reconstruction)
+            videos[_BACK] = self._decoded(self.reconstruction)
         videos[method] = self._decoded(edit.latents)
         if edit.masks is not None:
             cores = edit.masks if edit.cores is None else edit.cores
@@ -207,8 +232,11 @@ class _Beside:
         return _frames(decode_latents(self._pipeline, part) for part in latents.split(VAE_FRAMES))
 
     @functools.cached_property
-    def _reconstruction(self) -> torch.Tensor:
-        return reconstruct_latents(self._pipeline, self._inversion, progress=self._progress)
+    def reconstruction(self) -> torch.Tensor:
+        """The reconstruction's latents [N, c, h, w]; all ranks ask for them first."""
+        return reconstruct_latents(
+            self._pipeline, self._inversion, group=self._group, progress=self._progress
+        )
 
     def figures(self, edit: Edit) -> dict[str, Any]:
         """Figures of an edit by frame, and PSNR in dB to the exact answer, where that is known."""

@@ -15,6 +15,7 @@ from stem_kernels.measure import PeakMemory
 from ..control import Control
 from ..diffusion.checks import check_pipeline
 from ..diffusion.control import checked_controls
+from ..diffusion.motion import check_frames, least_frames
 from ..diffusion.pipeline import (
     decode_latents,
     encode_prompt,
@@ -91,6 +92,8 @@ def measure(
     check_measurable(video, methods, options)
     check_pipeline(pipeline)
     checked_controls(pipeline, control, video.num_frames, video.height, video.width)
+    asked = chunk if isinstance(chunk, int) else None
+    check_frames(pipeline, video.num_frames, chunk=asked, group=group)
     inverse_scheduler(pipeline, num_steps)
     warm_up(pipeline)
     device = execution_device(pipeline)
@@ -168,8 +171,9 @@ class _Stopwatch:
 
 def warm_up(pipeline: Any) -> None:
     """One small call of the UNet, so that what is measured first pays for no one-time set-up."""
-    unet, size = pipeline.unet, 16
-    latents = torch.zeros(1, unet.config.in_channels, size, size, device=execution_device(pipeline))
+    channels, size = pipeline.unet.config.in_channels, 16
+    shape = (least_frames(pipeline), channels, size, size)
+    latents = torch.zeros(shape, device=execution_device(pipeline))
     conditioning = encode_prompt(pipeline, "", size, size)
     predict(pipeline, latents, torch.ones((), dtype=torch.int64), conditioning)
 

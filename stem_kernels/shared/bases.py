@@ -60,9 +60,14 @@ def m_step(
     return torch.where(is_empty.unsqueeze(-1), bases, updated), payload, mass
 
 
+def num_candidates(num_tokens: int, num_bases: int) -> int:
+    """How many tokens there are among which "reseed" puts empty bases."""
+    return min(num_tokens, CANDIDATES_PER_BASE * num_bases)
+
+
 def candidate_tokens(num_tokens: int, num_bases: int, device: torch.device) -> torch.Tensor:
     """Indices [m] of the tokens among which "reseed" puts empty bases, spread over all tokens."""
-    return spread_tokens(num_tokens, min(num_tokens, CANDIDATES_PER_BASE * num_bases), device)
+    return spread_tokens(num_tokens, num_candidates(num_tokens, num_bases), device)
 
 
 def candidates_of(features: torch.Tensor, num_bases: int) -> torch.Tensor:

@@ -345,6 +345,33 @@ def test_the_sample_is_the_same_in_any_chunks(chunk: int) -> None:
     assert torch.equal(joined, features)
 
 
+@pytest.mark.parametrize("config", [
+    StemConfig(num_bases=4, sample_per_base=4),
+    StemConfig(num_bases=4, sample_per_base=None, empty="reseed"),
+    StemConfig(num_bases=4, calibration="linear", num_queries=8, key_share=0.5),
+], ids=["sample", "reseed", "calibration"])  # fmt: skip
+def test_which_tokens_a_chunk_has_is_found_once(
+    config: StemConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it takes kernels and a wait for each chunk of each layer."""
+    unet, found = make_unet(), []
+    spread = shared_em.spread_tokens
+
+    def counted(*arguments: Any, **settings: Any) -> torch.Tensor:
+        found.append(arguments)
+        return spread(*arguments, **settings)
+
+    monkeypatch.setattr(shared_em, "_known", {})
+    monkeypatch.setattr(shared_em, "spread_tokens", counted)
+    with stem.enabled(unet, dataclasses.replace(config, num_frames=6, chunk=2)):
+        first = call(unet, rows=6)
+        assert found
+        found.clear()
+        second = call(unet, rows=6)
+    assert not found
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

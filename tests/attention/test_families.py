@@ -205,9 +205,6 @@ class OneRank:
     def rank(self) -> int:
         return 0
 
-    def __repr__(self) -> str:
-        return "OneRank()"
-
 
 @pytest.mark.parametrize("kind", WITH_AXIS)
 def test_temporal_parts_forbid_chunks(kind: str) -> None:
@@ -219,7 +216,7 @@ def test_temporal_parts_forbid_chunks(kind: str) -> None:
     for config, group, given in (
         (chunk, None, "chunk=2"),
         (fitted, None, "fit_frames=2"),
-        (FEW, OneRank(), r"group=OneRank\(\)"),
+        (FEW, OneRank(), "group"),
     ):
         message = rf"^{given} would cut .* the temporal parts of {name} \(.*leave chunk"
         with pytest.raises(ValueError, match=message):

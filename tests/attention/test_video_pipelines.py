@@ -1,13 +1,15 @@
-"""AnimateDiff's pipeline with a mechanism on, and what inversions say to it."""
+"""AnimateDiff's pipeline with a mechanism on, and what inversions say to other video models."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter
 from pipelines import make_pipeline, make_unet
+from video_models import make_model
 
 import stem
 from stem import StemConfig
@@ -77,10 +79,13 @@ def test_free_noise_serves_but_not_its_split_inference(animated: Any) -> None:
         generated(animated, 4)
 
 
-def test_inversions_refuse_all_but_a_unet_2d(animated: Any) -> None:
+def test_inversions_refuse_other_video_models(animated: Any) -> None:
+    check_pipeline(animated)
     video = stem.Video(torch.zeros(2, 16, 16, 3, dtype=torch.uint8), 10)
-    message = "unet of AnimateDiffPipeline is a UNetMotionModel, not a UNet2DConditionModel"
+    unet = make_model("UNet3DConditionModel")
+    other = SimpleNamespace(**{**animated.components, "unet": unet})
+    message = "unet of SimpleNamespace is a UNet3DConditionModel, not a UNet2DConditionModel or"
     with pytest.raises(TypeError, match=message):
-        stem.invert(animated, video, "a duck", "nowhere")
-    with pytest.raises(TypeError, match="is a UNetMotionModel, not a UNet2DConditionModel"):
-        check_pipeline(animated.unet)
+        stem.invert(other, video, "a duck", "nowhere")
+    with pytest.raises(TypeError, match="is a UNet3DConditionModel, not a UNet2DConditionModel"):
+        check_pipeline(unet)

@@ -114,6 +114,6 @@ def test_mistakes_of_places_and_processes(
         assert run("edit", inversion, *prompt) == 2
     assert "needs 10,240 bytes, and 10,239 are free" in capfd.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run("edit", video, *prompt) == 2
-    assert "stem edit runs in one process, and WORLD_SIZE is 2" in capfd.readouterr().err
+    assert run("evaluate", video, video, "--prompt", "a blue ball") == 2
+    assert "stem evaluate runs in one process, and WORLD_SIZE is 2" in capfd.readouterr().err
     assert loads == []

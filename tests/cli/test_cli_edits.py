@@ -54,6 +54,7 @@ class Editing:
         inversion: InversionFolder,
         prompt: str,
         *,
+        group: None,
         progress: bool,
         on_step: Callable[[], None],
         **arguments: Any,

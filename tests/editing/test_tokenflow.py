@@ -16,6 +16,7 @@ from stem.attention import Hook
 from stem.attention.hooks import Operands, Site
 from stem.attention.processor import attend_densely
 from stem.config import InflatedConfig
+from stem.distributed import Ranks
 from stem.editing import Edit, PnPOptions, SDEditOptions, TokenFlowOptions, run, run_edit
 from stem.editing.pnp import PnP
 from stem.editing.tokenflow import PivotPass, Propagation, pivots_of_frames
@@ -253,7 +254,7 @@ def test_which_pivots_a_frame_is_made_of_and_how_much() -> None:
 @pytest.mark.parametrize("blend", ["released", "adjacent"])
 def test_tokens_take_the_outputs_of_the_most_similar_ones(blend: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    pivots = PivotPass(3)
+    pivots = PivotPass(3, Ranks(None))
     inputs = torch.randn(3, 6, 5, generator=generator)
     outputs = torch.randn(3, 3, 6, 5, generator=generator)
     pivots.kept["layer"] = inputs, outputs

@@ -3,78 +3,19 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import sys
-import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from controls import make_control_pipeline, pictures
 from inversions import clip
 from pipelines import make_pipeline
+from ranks import start
 
 from stem import Control, invert
 from stem.attention.exchange import Lockstep
 from stem.inversion import InversionFolder, reconstruct_latents
-
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["test_distributed"])  # all ranks share one import of torch
-
-
-def be_a_rank(body: str, root: Path, world: int, rank: int, told: str, errors: str) -> None:
-    """What a process of its own does: `body`, in a group of `world` processes."""
-    for name, number in ((told, 1), (errors, 2)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(root / "store"), world),
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=120),
-    )
-    try:
-        exec(body, {**globals(), "root": root, "rank": rank})
-    finally:
-        dist.destroy_process_group()
-
-
-class Rank:
-    """A process that runs `be_a_rank`."""
-
-    def __init__(self, body: str, root: Path, world: int, rank: int) -> None:
-        self.told, self.errors = root / f"told-{rank}", root / f"errors-{rank}"
-        self.process = FORKSERVER.Process(
-            target=be_a_rank, args=(body, root, world, rank, str(self.told), str(self.errors))
-        )
-        self.process.start()
-
-    def lines(self) -> list[str]:
-        """What it has printed so far."""
-        told = self.told.read_text() if self.told.exists() else ""
-        return [line for line in told.splitlines() if not line.startswith(GLOO)]
-
-    def wait_for(self, lines: list[str]) -> None:
-        """Until it has printed these lines."""
-        end = time.monotonic() + 240
-        while len(self.lines()) < len(lines):
-            assert self.process.is_alive(), self.errors.read_text()[-2000:]
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        assert self.lines()[: len(lines)] == lines
-
-    def ended(self) -> int:
-        """Its exit status."""
-        self.process.join(240)
-        assert self.process.exitcode is not None, "it does not end"
-        return self.process.exitcode
-
 
 # (method, options, frames in a chunk); under "control" with a ControlNet.
 RUNS: list[tuple[str, dict[str, Any], int]] = [
@@ -113,18 +54,10 @@ def run(
     return found
 
 
-def start(root: Path, world: int, body: str) -> list[Rank]:
-    # The server that processes are forked from takes its path from here alone.
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
-        return [Rank(body, root, world, rank) for rank in range(world)]
-
-
 def files(root: Path) -> dict[str, bytes]:
     found = root / "inversions"
     return {str(f.relative_to(found)): f.read_bytes() for f in found.rglob("*") if f.is_file()}
 
-
-GLOO = "[Gloo]"  # torch 2.10 prints its connections
 
 WORLDS = """
 import json
@@ -138,7 +71,7 @@ for ranks, group in ((1, None), (2, two), (3, dist.group.WORLD)):
 
 
 def test_one_two_and_three_processes_give_the_same_bits(tmp_path: Path) -> None:
-    processes = start(tmp_path, 3, WORLDS.format(runs=RUNS))
+    processes = start(__name__, tmp_path, 3, WORLDS.format(runs=RUNS))
     found = []
     for process in processes:
         assert process.ended() == 0, process.errors.read_text()[-2000:]
@@ -152,7 +85,7 @@ def test_one_two_and_three_processes_give_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_begun_with_two_killed_and_finished_by_one(tmp_path: Path) -> None:
-    processes = start(tmp_path, 2, f"run(root, {RUNS[:1]!r}, dist.group.WORLD, 4)")
+    processes = start(__name__, tmp_path, 2, f"run(root, {RUNS[:1]!r}, dist.group.WORLD, 4)")
     processes[0].wait_for(["step", "step"])
     processes[1].process.kill()
     for process in processes:
@@ -170,7 +103,7 @@ def test_begun_with_two_killed_and_finished_by_one(tmp_path: Path) -> None:
 
 def test_an_error_on_the_main_rank_is_every_rank_s(tmp_path: Path) -> None:
     (tmp_path / "inversions").write_text("a file where the folder should be")
-    for process in start(tmp_path, 2, f"run(root, {RUNS[:1]!r}, dist.group.WORLD)"):
+    for process in start(__name__, tmp_path, 2, f"run(root, {RUNS[:1]!r}, dist.group.WORLD)"):
         error = process.ended(), process.errors.read_text()
         assert error[0] == 1, error
         assert "NotADirectoryError" in error[1]

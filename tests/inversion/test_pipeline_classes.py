@@ -17,7 +17,9 @@ from diffusers import (
     ControlNetUnionModel,
     ControlNetXSAdapter,
     DiffusionPipeline,
+    SparseControlNetModel,
     UNet2DConditionModel,
+    UNetMotionModel,
 )
 from pipelines import make_pipeline
 from video_models import make_model
@@ -35,7 +37,9 @@ NO_VAE = "has no VAE"
 NO_PROMPT = "has no encode_prompt that takes one prompt"
 # By the name of a class: what a refusal says, or RUNS. The first that fits the whole name counts.
 EXPECTED = {
-    r"AnimateDiff.*|PIA|I2VGenXL|StableVideoDiffusion|TextToVideoSD|VideoToVideoSD": NO_2D,
+    r"I2VGenXL|StableVideoDiffusion|TextToVideoSD|VideoToVideoSD": NO_2D,
+    r"AnimateDiffSparseControlNet": r"is a SparseControlNetModel \(its controlnet",
+    r"PIA": "it wants a mask and a masked picture",
     r"Kandinsky3.*|UniDiffuser|AudioLDM2|DreamLite.*|StableDiffusion(XL)?ControlNetXS": NO_2D,
     r"ConsistencyModel|DDIM|DDPM|PNDM|RePaint|ScoreSdeVe|KarrasVe|DanceDiffusion": NO_2D,
     r"LDM|LDMSuperResolution|.*Onnx.*": NO_2D,
@@ -60,7 +64,7 @@ SAMPLES = {
     r"StableDiffusion(XL)?InstructPix2Pix|Marigold.*|StableDiffusionLatentUpscale": {
         "in_channels": 8
     },
-    r"StableDiffusion(XL)?(PAG)?Inpaint|PaintByExample": {"in_channels": 9},
+    r"StableDiffusion(XL)?(PAG)?Inpaint|PaintByExample|PIA": {"in_channels": 9},
     r"StableDiffusionUpscale": {"in_channels": 7, "num_class_embeds": 1000},
     r"StableUnCLIP.*": {
         "class_embed_type": "projection",
@@ -99,13 +103,20 @@ def unet_for(name: str, annotation: str, base: Any) -> Any:
         "I2VGenXLUNet",
     ):
         if kind in annotation:
-            return make_model(kind)
+            wider = (first(SAMPLES, name) or {}).get("in_channels", 4)
+            return make_model(kind) if kind != "UNetMotionModel" else motion_unet(base, wider)
     if "UNet2DConditionModel" not in annotation or "AudioLDM2" in annotation:
         return torch.nn.Identity()
     changes = first(SAMPLES, name)
     if changes is None:
         return base
     return UNet2DConditionModel.from_config(base.config, **changes).eval()
+
+
+def motion_unet(base: Any, channels: int) -> Any:
+    """AnimateDiff's UNet on another, which gives its latents so many channels."""
+    own = UNetMotionModel.from_unet2d(base, load_weights=False).config
+    return UNetMotionModel.from_config(own, in_channels=channels).eval()
 
 
 def made(name: str, kind: type) -> Any:
@@ -127,6 +138,8 @@ def made(name: str, kind: type) -> Any:
             given[key] = ControlNetXSAdapter.from_unet(
                 given["unet"], size_ratio=1.0, conditioning_embedding_out_channels=(8, 8)
             )
+        elif key == "controlnet" and "Sparse" in annotation:
+            given[key] = object.__new__(SparseControlNetModel)
         elif key == "controlnet" and "ControlNetModel" in annotation:
             given[key] = make_controlnet(own["unet"])
         elif key == "adapter":

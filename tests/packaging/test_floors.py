@@ -17,14 +17,14 @@ FLOORS: dict[str, dict[str, str]] = {
     "stem": {
         "stem.__main__": "cli",
         "stem.cli": "workflows report metrics inversion models diffusion control world video "
-        "sources storage names",
+        "distributed sources storage names",
         "stem.workflows": "report metrics editing inversion models diffusion control attention "
         "attention.families world video config distributed storage progress names",
         "stem.world.training": "report metrics inversion models diffusion control world video",
         "stem.report": "metrics video storage names",
         "stem.metrics": "world names",
-        "stem.editing": "inversion diffusion control attention attention.families config storage "
-        "names",
+        "stem.editing": "inversion diffusion control attention attention.families config "
+        "distributed storage names",
         "stem.inversion": "diffusion control attention attention.families video config distributed "
         "sources storage names exports",
         "stem.models": "loading diffusion sources names",

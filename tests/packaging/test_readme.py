@@ -14,6 +14,7 @@ import torch
 import typer
 import yaml
 from controls import make_control_pipeline
+from motion import make_motion_pipeline
 from pipelines import make_pipeline
 
 import stem
@@ -60,7 +61,9 @@ def test_the_front_page_is_short() -> None:
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=name_of)
 def test_the_code_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(model: str, controlnets: Sequence[str] = ()) -> object:
+    def load(model: str, controlnets: Sequence[str] = (), motion_adapter: str = "") -> object:
+        if motion_adapter:
+            return make_motion_pipeline()
         return make_control_pipeline(nets=len(controlnets)) if controlnets else make_pipeline()
 
     monkeypatch.setattr(stem, "load_pipeline", load)

@@ -16,7 +16,7 @@ from .unet2d import UNET_2D
 from .unet3d import UNET_3D
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    from diffusers import UNet2DConditionModel, UNetMotionModel
     from diffusers.models.attention_processor import Attention
 
 FAMILIES = {
@@ -37,11 +37,15 @@ __all__ = [
     "FAMILIES",
     "Family",
     "family_of",
+    "family_of_unet",
     "model_of",
     "self_attentions",
     "text_attentions",
     "unet_of",
 ]
+
+_INVERTED = (UNET_2D, MOTION)
+"""Those whose UNets an inversion goes through."""
 
 
 def family_of(model: Any) -> Family | None:
@@ -71,19 +75,26 @@ def model_of(target: Any) -> torch.nn.Module:
     return model
 
 
-def unet_of(target: Any) -> UNet2DConditionModel:
-    """The UNet2DConditionModel of a pipeline, a compiled module or a PEFT model.
+def unet_of(target: Any) -> UNet2DConditionModel | UNetMotionModel:
+    """The UNet that inversions go through, of a pipeline, a compiled module or a PEFT model.
 
     Raises:
-        TypeError: there is none.
+        TypeError: there is no UNet2DConditionModel and no UNetMotionModel.
     """
     model = _bare(target)
-    if family_of(model) is not UNET_2D:
+    if family_of(model) not in _INVERTED:
         raise TypeError(
-            f"{_described(target, model)}, not a UNet2DConditionModel; pass a Stable Diffusion "
-            "1.x, 2.x or XL pipeline, or its unet"
+            f"{_described(target, model)}, not a UNet2DConditionModel or UNetMotionModel; pass a "
+            "Stable Diffusion 1.x, 2.x or XL pipeline, AnimateDiff's on one of these, or its unet"
         )
     return model
+
+
+def family_of_unet(target: Any) -> Family:
+    """The family of what `unet_of` finds."""
+    family = family_of(unet_of(target))
+    assert family is not None
+    return family
 
 
 def self_attentions(model: torch.nn.Module) -> dict[str, Attention]:

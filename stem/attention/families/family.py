@@ -77,10 +77,14 @@ class Family:
         Raises:
             ValueError: something was asked for, and frames cannot go through in chunks.
         """
-        given = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
+        given = [
+            f"{name}={value!r}" if isinstance(value, int) else name
+            for name, value in asked.items()
+            if value is not None
+        ]
         if self.outputs is None and given:
             raise ValueError(
                 f"{', '.join(given)} would cut the frames of a call into chunks, and the temporal "
                 f"parts of {self.name} ({', '.join(self.temporal)}) attend to all frames of a "
-                f"call; leave {', '.join(asked)} away"
+                f"call; leave {', '.join(asked)} away (all frames in one process, without torchrun)"
             )
