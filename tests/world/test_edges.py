@@ -41,7 +41,7 @@ def test_the_card_has_its_records() -> None:
 
 
 def test_pictures_have_the_edges_that_it_is_shown() -> None:
-    measured = evaluate_edges(EMBEDDED_FOLDER, Size(frames=4, steps=5))
+    measured = evaluate_edges(EMBEDDED_FOLDER, Size(frames=3, steps=4))
     for figures in (record(EVALUATION_RECORD), measured):
         assert figures["with"]["edges"] >= figures["without"]["edges"] + 0.15
         assert figures["with"]["psnr"] >= figures["without"]["psnr"] + 3
