@@ -22,6 +22,7 @@ from .cases.layers import LAYER_KINDS
 from .cases.operators import HALVES
 from .studies.drop_in.run import OUT as DROP_IN
 from .studies.drop_in.run import table as drop_in_table
+from .studies.editing.control import table as controlled_edits
 from .studies.editing.report import values as editing_values
 from .studies.editing.variants import BASELINE, OURS, UNEDITED, series_of
 from .studies.editing.variants import CEILING as EXACT
@@ -41,10 +42,12 @@ STUDY = ROOT / "docs/study.md"
 ANALYSIS = ROOT / "docs/analysis.md"
 EDITS = ROOT / "docs/editing.md"
 CARDS = ROOT / "docs/small-cards.md"
+CONTROL = ROOT / "docs/control.md"
 RESULTS = Path("benchmarks/results/cpu-2-cores.json")
 PROFILES = tuple(RESULTS.with_stem(f"cpu-2-cores-{name}") for name in ("profile", "avx2"))
 QUALITY = Path("benchmarks/results/quality.json")
 EDITING = Path("benchmarks/results/editing.json")
+CONTROLLED = Path("benchmarks/results/editing-control.json")
 FEATURES = Path("benchmarks/results/features.json")
 EDITED = {
     "the exact answer, through the VAE": EXACT,
@@ -257,6 +260,21 @@ def editing_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def control_table(results: dict[str, Any]) -> str:
+    """The Markdown of edits without and with the embedded ControlNet."""
+    where = results["provenance"]
+    lines = [
+        controlled_edits(results),
+        f"Source: [{CONTROLLED}]({CONTROLLED}) ({where['cpu']}, torch "
+        f"{where['versions']['torch']}; commits in it). World videos of {results['frames']} "
+        f"frames, {results['steps']} steps; first without control, then with it at scale 1; dB: "
+        "PSNR to the exact answer, of all pixels; Warp-Err x 1000 under the exact flow of the "
+        "edited scene; colour and shape as the judge sees them; 95 % intervals, of the "
+        "differences scene by scene.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 @dataclass(frozen=True)
 class Table:
     """One place in a page that is written from measurements.
@@ -283,6 +301,7 @@ TABLES = {
     "features": Table(ANALYSIS, FEATURES, flow_table),
     "editing": Table(EDITS, EDITING, editing_table),
     "small cards": Table(CARDS, SMALL_CARDS, small_cards_table),
+    "control": Table(CONTROL, CONTROLLED, control_table),
 }
 """By the name of their place in the page."""
 PAGES = tuple(dict.fromkeys(table.page for table in TABLES.values()))

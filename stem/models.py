@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 EMBEDDED_FOLDER = Path(__file__).parent / "world" / "model"
 """The trained pipeline that comes with this package; see README.md in it."""
+EMBEDDED_CONTROLNET = EMBEDDED_FOLDER / "controlnet"
+"""Folder of the ControlNet on edges that was trained beside it."""
 RANDOM_VAE_FACTOR = 8
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in names.DTYPES}
 # Gives natural frames latents of about unit variance, as Stable Diffusion's own factor does.
@@ -82,8 +84,8 @@ def load_pipeline(
         textual_inversions: Texts "FILE" or "FILE:TOKEN". Without a token the word for it is the
             name of the file's tensor, or the file's own where that says nothing (`clip_l`,
             `clip_g` and `emb_params`).
-        controlnets: Hub ids or folders of ControlNets, or of T2I-Adapters, made for this model;
-            `invert` then needs `control`.
+        controlnets: Hub ids or folders of ControlNets, or of T2I-Adapters, made for this model, or
+            "embedded" (on edges, for the model of that name); `invert` then needs `control`.
         motion_adapter: Hub id or folder of a motion adapter of AnimateDiff made for this model: its
             layers between the UNet's attend along the frames. The noise schedule becomes linear.
         motion_window: Number of frames that these layers see at once, in overlapping windows (by
@@ -126,7 +128,11 @@ def load_pipeline(
         pipeline = with_motion(pipeline, source.motion_adapter, source.motion_window)
         add_loras(pipeline, source.loras)
         add_textual_inversions(pipeline, source.textual_inversions)
-        pipeline = with_controlnets(pipeline, source.controlnets, dtype)
+        nets = [
+            str(EMBEDDED_CONTROLNET) if name == EMBEDDED_MODEL else name
+            for name in source.controlnets
+        ]
+        pipeline = with_controlnets(pipeline, nets, dtype)
     try:
         check_pipeline(pipeline)
     except (TypeError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 EMBEDDED_MODEL = "embedded"
-"""The small trained pipeline that comes with this package."""
+"""The small trained pipeline that comes with this package, and the ControlNet beside it."""
 RANDOM_MODEL = "random"
 """An untrained pipeline, also with a seed: random:SEED."""
 DTYPES = ("float32", "float16", "bfloat16")

@@ -58,7 +58,7 @@ class ModelSource:
         vae: Hub id, folder or file of a VAE that takes the place of the model's own.
         loras: Texts "FILE" or "FILE:SCALE".
         textual_inversions: Texts "FILE" or "FILE:TOKEN".
-        controlnets: Hub ids or folders of ControlNets.
+        controlnets: Hub ids or folders of ControlNets, or "embedded".
         motion_adapter: Hub id or folder of a motion adapter of AnimateDiff.
         motion_window: Number of frames that its layers see at once; None: all.
     """
@@ -188,7 +188,8 @@ class ModelSource:
         for text in self.textual_inversions:
             check_kind(embedding_of(text)[0], "a textual inversion")
         for name in self.controlnets:
-            check_part(name, "ControlNet", "--controlnet (controlnets)")
+            if name != EMBEDDED_MODEL:
+                check_part(name, "ControlNet", "--controlnet (controlnets)")
         if self.motion_adapter is not None:
             option = "--motion-adapter (motion_adapter)"
             check_part(self.motion_adapter, "motion adapter", option)

@@ -77,8 +77,9 @@ TextualInversions = Annotated[
 ControlNets = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="ID|FOLDER",
-        help="A ControlNet or T2I-Adapter made for the model, repeatable; see --control.",
+        metavar="ID|FOLDER|embedded",
+        help="A ControlNet or T2I-Adapter made for the model, repeatable; see --control. embedded: "
+        "the one on edges that comes with the model of that name.",
     ),
 ]
 MotionAdapter = Annotated[

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..names import EMBEDDED_MODEL
 from ..sources import ModelError
 from .reasons import reason_of
 
@@ -85,5 +86,5 @@ def _loaded(name: str, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"no ControlNet can be loaded from {name!r}: {reason_of(error)}. --controlnet "
             "(controlnets) takes a hub id, or a folder in diffusers' format, of a ControlNet or "
-            "T2I-Adapter"
+            f"T2I-Adapter, or {EMBEDDED_MODEL!r}"
         ) from error

@@ -20,7 +20,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "distributed sources storage names",
         "stem.workflows": "report metrics editing inversion models diffusion control attention "
         "attention.families world video config distributed storage progress names",
-        "stem.world.training": "report metrics inversion models diffusion world video",
+        "stem.world.training": "report metrics inversion models diffusion control world video",
         "stem.report": "metrics video storage names",
         "stem.metrics": "world names",
         "stem.editing": "inversion diffusion control attention attention.families config "

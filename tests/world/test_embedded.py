@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stem import load_pipeline
-from stem.models import EMBEDDED_FOLDER
+from stem.models import EMBEDDED_CONTROLNET, EMBEDDED_FOLDER
 from stem.world.grammar import VOCABULARY
 from stem.world.training.card import CARD, EVALUATION_RECORD, TRAINING_RECORD, model_card
 from stem.world.training.evaluate import Size, evaluate
@@ -43,11 +43,18 @@ def measured() -> dict[str, Any]:
 
 def test_the_card_is_that_of_the_records() -> None:
     card = model_card(record(TRAINING_RECORD), record(EVALUATION_RECORD))
-    assert (EMBEDDED_FOLDER / CARD).read_text() == card
+    text, mark, _ = (EMBEDDED_FOLDER / CARD).read_text().partition("\n## ControlNet on edges\n")
+    assert mark  # its text is compared in test_edges.py
+    assert text == card
 
 
 def test_it_is_small_and_safe_to_load() -> None:
-    files = [file for file in EMBEDDED_FOLDER.rglob("*") if file.is_file()]
+    beside = EMBEDDED_CONTROLNET  # has a limit of its own
+    files = [
+        file
+        for file in EMBEDDED_FOLDER.rglob("*")
+        if file.is_file() and not file.is_relative_to(beside)
+    ]
     assert sum(file.stat().st_size for file in files) <= 16e6
     assert {file.suffix for file in files} == {".json", ".md", ".safetensors"}
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import max_pool2d
 
-from stem import InversionFolder, Video, invert
+from stem import Control, InversionFolder, Video, invert
 from stem.diffusion.pipeline import decode_latents, encode_frames
 from stem.editing import edit_options, run_edit
 from stem.metrics import mask_overlap, pooled_psnr, warp_error
@@ -54,19 +55,29 @@ Editor = Callable[[Series, WorldEdit, Callable[[str], InversionFolder]], Edited]
 """(series, edit, the inversion of its source by name) -> what the series' variant makes of it."""
 
 
-def inversions(source: Clip, root: Path) -> Callable[[str], InversionFolder]:
-    """The inversions of a clip below `root` by name, made where they are not there yet."""
+def inversions(
+    source: Clip, root: Path, pipeline: Any = None, control: Control | None = None
+) -> Callable[[str], InversionFolder]:
+    """The inversions of a clip below `root` by name, made where they are not there yet.
+
+    Args:
+        source: Clip to invert.
+        root: Folder of the inversions.
+        pipeline: Pipeline; None: the embedded one.
+        control: What its ControlNet is shown, where it has one.
+    """
 
     def inversion(name: str) -> InversionFolder:
         video = Video(source.frames, FPS)
         return invert(
-            model(),
+            pipeline or model(),
             video,
             source.caption,
             root,
             method=name,
             num_steps=STEPS,
             chunk=None,
+            control=control,
             progress=False,
         )
 
@@ -77,23 +88,42 @@ def with_stem(
     series: Series, edit: WorldEdit, inversion: Callable[[str], InversionFolder]
 ) -> Edited:
     """The editor that the study measures: `stem.editing.run_edit`."""
+    return edited_by(model(), series, edit, inversion(series.inversion))
+
+
+def edited_by(
+    pipeline: Any,
+    series: Series,
+    edit: WorldEdit,
+    folder: InversionFolder,
+    control: Control | None = None,
+) -> Edited:
+    """What `stem.editing.run_edit` makes of an edit.
+
+    Args:
+        pipeline: Pipeline that the inversion was made with.
+        series: Series of the edit.
+        edit: Edit.
+        folder: Inversion of its source.
+        control: What the pipeline's ControlNet is shown in the edit; None: as in the inversion.
+    """
     variant = VARIANTS[series.variant]
-    folder = inversion(series.inversion)
     options = edit_options(variant.method, variant.options_for(edit))
     start = time.perf_counter()
     with PeakMemory() as memory:
         found = run_edit(
-            model(),
+            pipeline,
             folder,
             edit.exact.caption,
             method=variant.method,
             guidance=variant.guidance,
             options=options,
+            control=control,
             resume=False,
             progress=False,
         )
     seconds = time.perf_counter() - start
-    frames = decode_latents(model(), found.latents)
+    frames = decode_latents(pipeline, found.latents)
     return Edited(frames, found.masks, found.cores, seconds, memory.extra_bytes)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 CARD = "README.md"
 TRAINING_RECORD = "training.json"
 EVALUATION_RECORD = "evaluation.json"
+RECORDS = (TRAINING_RECORD, EVALUATION_RECORD)
+FOLDER = "stem/world/model"
+WAYS = ("without", "with")
 
 _TEXT = """\
 ---
@@ -63,6 +68,54 @@ captions of two objects are followed is not measured. It has no safety checker, 
 check.
 """
 
+_EDGES = """
+## ControlNet on edges
+
+`controlnet/` is a ControlNet of this model. It is shown Canny's edges (OpenCV, thresholds 100 and
+200), white on black: `--controlnet embedded --control canny`, or with diffusers alone
+
+```python
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+net = ControlNetModel.from_pretrained("{folder}", subfolder="controlnet")
+pipeline = StableDiffusionControlNetPipeline.from_pretrained("{folder}", controlnet=net)
+```
+
+It is a copy of the UNet's down blocks with an embedding of edges, trained on {scenes:,} of the
+scenes above and their edges while the model stayed as it is: {steps:,} steps of batches of {batch},
+learning rate {learning_rate:g}, timesteps and weights of the refinement, 50 % of the captions
+dropped, averaged weights. It took {hours:.1f} hours on a shared machine; its final loss is
+{final_loss:.4f} ({over}). `python -m stem.world.training.edges` trained it on {training_machine};
+`python -m stem.world.training.evaluate_edges` measured it on {evaluation_machine}.
+
+Pictures sampled from {frames} unseen one-object captions, {sampling} steps, guidance {guidance:g},
+the same first noise; shown are the edges of a scene of that caption:
+
+| | without | with |
+|---|---|---|
+| colour as asked | {without_colour:.1%} | {with_colour:.1%} |
+| shape as asked | {without_shape:.1%} | {with_shape:.1%} |
+| PSNR to the scene whose edges are shown | {without_psnr:.1f} dB | {with_psnr:.1f} dB |
+| edges as shown (F-score, one pixel off allowed) | {without_edges:.2f} | {with_edges:.2f} |
+
+The scenes themselves through the autoencoder have the edges to {ceiling:.2f}.
+"""
+
+
+def card_of(model: Path) -> str:
+    """The Markdown of the card of a model, and of the ControlNet in it, from their records.
+
+    Args:
+        model: Folder of the model.
+    """
+
+    def records(folder: Path) -> list[dict[str, Any]]:
+        return [json.loads((folder / name).read_text()) for name in RECORDS]
+
+    text, edges = model_card(*records(model)), model / "controlnet"
+    measured = all((edges / name).is_file() for name in RECORDS)
+    return text + edges_card(*records(edges)) if measured else text
+
 
 def model_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """The Markdown of a model's card.
@@ -97,7 +150,7 @@ def model_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
     ]
     return _TEXT.format(
         pixels="64x64",
-        folder="stem/world/model",
+        folder=FOLDER,
         scenes=recipe["scenes"],
         natural=recipe["natural"],
         unseen=" and ".join(f"`{name}`" for name in unseen),
@@ -112,12 +165,39 @@ def model_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
     )
 
 
+def edges_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    """The Markdown of the card's part on the ControlNet.
+
+    Args:
+        training: Record of `stem.world.training.edges`.
+        evaluation: Figures of `stem.world.training.evaluate_edges`.
+    """
+    recipe, ((_, stage),) = training["recipe"], training["stages"].items()
+    ways = {f"{way}_{name}": evaluation[way][name] for way in WAYS for name in evaluation[way]}
+    return _EDGES.format(
+        folder=FOLDER,
+        **{name: recipe[name] for name in ("scenes", "steps", "batch", "learning_rate")},
+        hours=stage["hours"],
+        final_loss=stage["final_loss"],
+        over=training["final_loss"],
+        training_machine=_machine(training["provenance"]),
+        evaluation_machine=_machine(evaluation["provenance"]),
+        frames=evaluation["size"]["frames"],
+        sampling=evaluation["size"]["steps"],
+        guidance=evaluation["guidance"],
+        **ways,
+        ceiling=evaluation["autoencoder_edges"],
+    )
+
+
 def _batch(recipe: dict[str, Any], stage: str) -> int:
     return recipe["autoencoder_batch" if stage == "autoencoder" else "diffusion_batch"]
 
 
 def _machine(provenance: dict[str, Any]) -> str:
-    where = provenance["gpu"] or f"{provenance['cpu']}, {provenance['threads']} cores"
+    threads = provenance["threads"]
+    cores = f"{threads} core{'s' if threads > 1 else ''}"
+    where = provenance["gpu"] or f"{provenance['cpu']}, {cores}"
     versions = provenance["versions"]
     return (
         f"{where}, torch {versions['torch']}, diffusers {versions['diffusers']}, commit "

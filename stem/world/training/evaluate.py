@@ -26,7 +26,7 @@ from ..grammar import Scene, caption
 from ..judge import judge
 from ..render import render
 from ..sampling import sample_scene
-from .card import CARD, EVALUATION_RECORD, TRAINING_RECORD, model_card
+from .card import CARD, EVALUATION_RECORD, card_of
 from .data import UNSEEN_CLIPS
 from .networks import RESOLUTION, sample_frames
 
@@ -72,7 +72,7 @@ def evaluate(pipeline: Any, size: Size = Size()) -> dict[str, Any]:
 def _autoencoder(pipeline: Any, size: Size) -> dict[str, float]:
     """PSNR of the round trip by what went through it."""
     scenes = [sample_scene(FIRST_SEED + index) for index in range(size.frames)]
-    sources = {"world": _middle_frames(scenes)}
+    sources = {"world": middle_frames(scenes)}
     for name in UNSEEN_CLIPS:
         frames = read_video(shipped_clip(name), size=(RESOLUTION, RESOLUTION)).frames
         sources[name] = frames[:: max(1, len(frames) // size.natural)][: size.natural]
@@ -91,17 +91,18 @@ def _text(pipeline: Any, scenes: list[Scene]) -> dict[str, Any]:
     return {
         "steps": SAMPLING_STEPS,
         "guidance": GUIDANCE,
-        "samples": _shares(sampled, scenes),
-        "true_renders": _shares(_middle_frames(scenes), scenes),
+        "samples": shares(sampled, scenes),
+        "true_renders": shares(middle_frames(scenes), scenes),
     }
 
 
-def _middle_frames(scenes: list[Scene]) -> torch.Tensor:
+def middle_frames(scenes: list[Scene]) -> torch.Tensor:
     """uint8 [n, H, W, 3]: of each scene the frame in the middle of its motion."""
     return torch.cat([render(scene, 1, RESOLUTION, (0.5, 0.5)).frames for scene in scenes])
 
 
-def _shares(frames: torch.Tensor, scenes: list[Scene]) -> dict[str, float]:
+def shares(frames: torch.Tensor, scenes: list[Scene]) -> dict[str, float]:
+    """Shares of pictures, uint8 [n, H, W, 3], that show their scene's colour and its shape."""
     verdicts = [judge(frame) for frame in frames]
     return {
         kind: sum(
@@ -133,10 +134,20 @@ def main(
         **evaluate(load_pipeline(str(model))),
         "provenance": provenance("diffusers", "transformers"),
     }
+    write_figures(found, model, model)
+
+
+def write_figures(found: dict[str, Any], folder: Path, model: Path) -> None:
+    """Write figures into a folder of what they are of, and the card of the model; print them.
+
+    Args:
+        found: Figures, as JSON types.
+        folder: Folder of the model, or of the ControlNet in it.
+        model: Folder of the model.
+    """
     text = json.dumps(found, indent=2)
-    (model / EVALUATION_RECORD).write_text(text + "\n")
-    training = json.loads((model / TRAINING_RECORD).read_text())
-    (model / CARD).write_text(model_card(training, found))
+    (folder / EVALUATION_RECORD).write_text(text + "\n")
+    (model / CARD).write_text(card_of(model))
     print(re.sub(r'[{}"]', "", text))
 
 

@@ -150,21 +150,25 @@ def sample_frames(
     guidance: float,
     seed: int,
     per_caption: int = 1,
+    edges: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pictures sampled from captions.
 
     Args:
-        pipeline: Pipeline of the world, at RESOLUTION.
+        pipeline: Pipeline of the world, at RESOLUTION; with a ControlNet where `edges` are given.
         captions: n of them.
         num_steps, guidance: of the sampling.
         seed: Seed of the first noise.
         per_caption: pictures of each caption, next to each other.
+        edges: Edges that the ControlNet is shown, uint8 [n, RESOLUTION, RESOLUTION, 3].
 
     Returns:
         uint8 [n * per_caption, RESOLUTION, RESOLUTION, 3].
     """
+    shown = {} if edges is None else {"image": edges.permute(0, 3, 1, 2).float() / 255}
     images = pipeline(
         list(captions),
+        **shown,
         height=RESOLUTION,
         width=RESOLUTION,
         num_images_per_prompt=per_caption,

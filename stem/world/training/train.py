@@ -25,7 +25,7 @@ from stem_kernels.info import provenance
 
 from ...models import sd_scheduler
 from ...report.pictures import contact_sheet
-from ..grammar import caption
+from ..grammar import Scene, caption
 from .card import TRAINING_RECORD
 from .data import natural_frames, to_images, world_frames
 from .fitting import History, Schedule, fit
@@ -142,7 +142,8 @@ def train(
     }
     if until is not None and until <= recipe.autoencoder_steps:
         return None
-    latents, scaling_factor = _encoded(vae, frames)
+    latents = encoded(vae, frames)
+    scaling_factor = float(1 / latents.float().std())
     vae.register_to_config(scaling_factor=scaling_factor)
     tokenizer = make_tokenizer()
     ids = tokenizer(
@@ -176,16 +177,11 @@ def train(
         return loss_on(chosen, timesteps, even, generator)
 
     layout = layout_weights(scheduler.alphas_cumprod)
-    single = torch.tensor([index for index, scene in enumerate(scenes) if len(scene.things) == 1])
+    single = of_one_object(scenes)
 
     def refinement_loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        chosen = torch.randint(len(latents), (batch,), generator=generator)
-        count = int(SINGLE_SHARE * batch)
-        chosen[:count] = single[torch.randint(len(single), (count,), generator=generator)]
-        noisiest = torch.randint(*LAYOUT_TIMESTEPS, (batch,), generator=generator)
-        timesteps = torch.randint(1000, (batch,), generator=generator)
-        where = torch.rand(batch, generator=generator) < LAYOUT_SHARE
-        return loss_on(chosen, torch.where(where, noisiest, timesteps), layout, generator)
+        chosen, timesteps = layout_draw(len(latents), single, batch, generator)
+        return loss_on(chosen, timesteps, layout, generator)
 
     done = recipe.autoencoder_steps
     for name, loss, steps in (
@@ -205,7 +201,7 @@ def train(
         if len(histories[name].losses) < steps or (until is not None and until <= done):
             return None
     pipeline = make_pipeline(vae, denoiser.unet, denoiser.text_encoder, tokenizer).to("cpu")
-    _plot(histories, out / "losses.png")
+    plot_losses(histories, out / "losses.png")
     _, wanted = world_frames(GRID_CAPTIONS, RESOLUTION, first_seed=GRID_SEED)
     sample_grid(pipeline, [caption(scene) for scene in wanted]).save(out / "samples.png")
     for part in (pipeline.unet, pipeline.vae):
@@ -214,14 +210,20 @@ def train(
     pipeline.unet.half()
     pipeline.vae.half()
     pipeline.save_pretrained(out / "model")
-    record = _record(recipe, device, histories)
-    (out / "model" / TRAINING_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    write_record(out / "model", recipe, device, histories)
     return pipeline
 
 
-def _record(recipe: Recipe, device: str, histories: dict[str, History]) -> dict[str, Any]:
-    """How the model was trained, for those who find it."""
-    return {
+def write_record(folder: Path, recipe: Any, device: str, histories: dict[str, History]) -> None:
+    """Write down in a model's folder how it was trained, for those who find it.
+
+    Args:
+        folder: Folder of the model.
+        recipe: Recipe, a dataclass.
+        device: Device that it was trained on.
+        histories: History of each stage by its name.
+    """
+    record = {
         "recipe": dataclasses.asdict(recipe),
         "device": device,
         "stages": {
@@ -235,6 +237,7 @@ def _record(recipe: Recipe, device: str, histories: dict[str, History]) -> dict[
         "final_loss": f"mean of the last {FINAL_STEPS} steps",
         "provenance": provenance("diffusers", "transformers"),
     }
+    (folder / TRAINING_RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def min_snr_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
@@ -260,15 +263,39 @@ def layout_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean()
 
 
+def of_one_object(scenes: Sequence[Scene]) -> torch.Tensor:
+    """Numbers of the scenes with one object, int64 [n]."""
+    return torch.tensor([index for index, scene in enumerate(scenes) if len(scene.things) == 1])
+
+
+def layout_draw(
+    count: int, single: torch.Tensor, batch: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scenes and timesteps of a step that teaches layout and shapes, int64 [batch] each.
+
+    Args:
+        count: Number of scenes to draw from.
+        single: Numbers of those with one object, int64 [n].
+        batch: how many to draw.
+        generator: Generator of the step.
+    """
+    chosen = torch.randint(count, (batch,), generator=generator)
+    ones = int(SINGLE_SHARE * batch)
+    chosen[:ones] = single[torch.randint(len(single), (ones,), generator=generator)]
+    noisiest = torch.randint(*LAYOUT_TIMESTEPS, (batch,), generator=generator)
+    timesteps = torch.randint(1000, (batch,), generator=generator)
+    where = torch.rand(batch, generator=generator) < LAYOUT_SHARE
+    return chosen, torch.where(where, noisiest, timesteps)
+
+
 @torch.no_grad()
-def _encoded(vae: AutoencoderKL, frames: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Posterior means of all frames in float16, and the factor that gives them unit variance."""
+def encoded(vae: AutoencoderKL, frames: torch.Tensor) -> torch.Tensor:
+    """Posterior means of frames, uint8 [n, H, W, 3], in float16, without the scaling factor."""
     means = [
         vae.encode(to_images(part).to(vae.device)).latent_dist.mean.half().cpu()
         for part in frames.split(64)
     ]
-    latents = torch.cat(means)
-    return latents, float(1 / latents.float().std())
+    return torch.cat(means)
 
 
 def sample_grid(
@@ -282,13 +309,13 @@ def sample_grid(
     return contact_sheet(lines, columns, numbered=False)
 
 
-def _plot(histories: dict[str, History], path: Path) -> None:
+def plot_losses(histories: dict[str, History], path: Path) -> None:
+    """Draw the losses of every stage, means of 50 steps, to a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    for axes, (name, history) in zip(
-        figure.subplots(1, len(histories)), histories.items(), strict=True
-    ):
+    grid = figure.subplots(1, len(histories), squeeze=False)
+    for axes, (name, history) in zip(grid[0], histories.items(), strict=True):
         values = history.losses
         axes.plot(torch.tensor(values).unfold(0, min(50, len(values)), 1).mean(-1))
         axes.set(title=f"{name}: mean of 50 steps", xlabel="step", ylabel="loss", yscale="log")
