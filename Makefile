@@ -3,7 +3,6 @@ VENV ?= .venv
 PYTHON ?= python3
 RESULT ?= latest
 PROCESSES := $(shell echo $$(( $$(nproc) < 8 ? $$(nproc) + 1 : 8 )))
-INTERPRETERS := logical
 BIN := $(VENV)/bin
 
 # Tests start hundreds of processes; each would compile our modules anew.
@@ -14,10 +13,10 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: $(VENV)/.demo
 	$(BIN)/stem demo
 
-# All parts at once: tests that wait for processes leave the cores to the others. The dots of two
-# parts mix; each part ends with its own counts.
+# The checks of style and types take one core, while the first tests wait for processes to start.
 test: $(VENV)/.dev
-	@$(MAKE) --no-print-directory -j3 lint unit interpreter INTERPRETERS=1
+	@$(MAKE) --no-print-directory -j2 lint unit
+	@$(MAKE) --no-print-directory interpreter
 
 lint: $(VENV)/.dev
 	@echo "== lint: style, format and types"
@@ -35,7 +34,7 @@ unit: $(VENV)/.dev
 interpreter: $(VENV)/.dev
 	@echo "== interpreter: the Triton kernels, on the CPU"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interpreter \
-		-n $(INTERPRETERS) --maxprocesses 8 --dist worksteal
+		-n logical --maxprocesses 8 --dist worksteal
 
 # The docstrings are read, not imported: nothing of this package is installed for it.
 docs: $(VENV)/.docs
