@@ -25,6 +25,7 @@ SMALL = {
 }
 
 
+@pytest.mark.long
 def test_ten_steps_resume_and_load_in_diffusers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
