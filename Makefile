@@ -27,14 +27,14 @@ lint: $(VENV)/.dev
 # A process a core, for small tests gain little by threads, and one for those that wait for others.
 unit: $(VENV)/.dev
 	@echo "== unit: every backend of this machine"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES)
 
 # Triton reads TRITON_INTERPRET when it is imported, so its tests have processes of their own.
 # The interpreter is Python, which uses one core a process.
 interpreter: $(VENV)/.dev
 	@echo "== interpreter: the Triton kernels, on the CPU"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interpreter \
-		-n logical --maxprocesses 8 --dist worksteal
+		-n logical --maxprocesses 8
 
 # The docstrings are read, not imported: nothing of this package is installed for it.
 docs: $(VENV)/.docs

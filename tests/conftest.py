@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import gc
 import os
 import shutil
 import sys
@@ -215,12 +214,6 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("stem.models.load_pipeline", record)
     monkeypatch.setenv("COLUMNS", "300")
     return loaded
-
-
-def pytest_collection_finish() -> None:
-    """What was imported stays: looking through it for rubbish takes half a second each time."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
