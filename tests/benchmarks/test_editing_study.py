@@ -207,12 +207,12 @@ def test_masks_are_compared_cell_by_cell() -> None:
 def test_memory_is_measured_once_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
 
-    def point(way: str, frames: int) -> dict[str, Any]:
-        asked.append((way, frames))
-        mebibytes = 100 + (10 if way == "one batch" else 2) * frames
+    def point(module: str, way: str, frames: str) -> dict[str, Any]:
+        asked.append((way, int(frames)))
+        mebibytes = 100 + (10 if way == "one batch" else 2) * int(frames)
         return {"bytes": mebibytes * 2**20, "backend": "torch"}
 
-    monkeypatch.setattr(editing_memory, "in_a_process", point)
+    monkeypatch.setattr(editing_memory, "measured_apart", point)
     out = tmp_path / "memory.json"
     editing_memory.run(out, [4, 8])
     assert asked == [("one batch", 4), ("one batch", 8), ("chunks of 4", 8)]

@@ -17,13 +17,13 @@ MEASURED = [name for name, way in WAYS.items() if way.measured]
 def test_a_way_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def point(name: str, model: Path) -> dict[str, int]:
+    def point(module: str, name: str, model: str) -> dict[str, int]:
         asked.append(name)
         if len(asked) == 3:
             raise KeyboardInterrupt
         return {"loading": 2**30, "running": 5 * 2**28}
 
-    monkeypatch.setattr(study, "in_a_process", point)
+    monkeypatch.setattr(study, "measured_apart", point)
     monkeypatch.setattr(study, "write_pipeline", lambda folder: (folder / "written").touch())
     model, out = tmp_path / "model", tmp_path / "small.json"
     model.mkdir()

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -29,6 +26,7 @@ from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
 
 from ... import records
+from ...cases.processes import measured_apart
 from ...cases.unets import sd15_unet
 
 OUT = records.RESULTS / "editing-memory.json"
@@ -39,8 +37,6 @@ PIXELS = 256
 STEPS = 1  # each step holds what the others do
 OPTIONS = {"cross_replace": 1.0, "self_replace": 1.0}  # or the only step would fuse nothing
 PROMPTS = ("a red ball", "a blue ball")
-# Freed blocks of this size and more go back to the system, so that they do not count.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 def pipeline_of_sd_shape(unet: torch.nn.Module) -> Any:
@@ -91,19 +87,6 @@ def measure_point(pipeline: Any, frames: int, chunk: int | None) -> dict[str, An
     return {"bytes": memory.extra_bytes, "backend": inversion.settings["backend"]}
 
 
-def in_a_process(way: str, frames: int) -> dict[str, Any]:
-    """`measure_point` of one way, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.studies.editing.memory", "--point", way, str(frames)],
-        env={**os.environ, **ALLOCATOR},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def run(out: Path, lengths: Sequence[int]) -> dict[str, Any]:
     """Measure the points that `out` does not hold yet, and write it after each.
 
@@ -122,7 +105,7 @@ def run(out: Path, lengths: Sequence[int]) -> dict[str, Any]:
     measured = {(row["way"], row["frames"]) for row in results["rows"]}
     for way, frames in points(lengths):
         if (way, frames) not in measured:
-            found = in_a_process(way, frames)
+            found = measured_apart("benchmarks.studies.editing.memory", way, str(frames))
             results["rows"].append({"way": way, "frames": frames, **found, "commit": commit})
             records.write(results, out)
             print(f"{way}, {frames} frames: {found['bytes'] / 2**20:.0f} MiB", flush=True)

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +30,7 @@ from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
 
 from ... import records
+from ...cases.processes import measured_apart
 from ...cases.unets import sd15_unet
 
 OUT = records.RESULTS / "small-cards.json"
@@ -40,8 +38,6 @@ FRAMES, PIXELS = 4, 128
 STEPS = 1  # each step holds what the others do
 OPTIONS = {"guided_until": 1.0}  # or the only step would have no guidance
 PROMPTS = ("a red ball", "a blue ball")
-# Freed blocks of this size and more go back to the system, so that they do not count.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 NEEDS_GPU = "needs an accelerator"
 
 
@@ -152,19 +148,6 @@ def measure_point(way: Way, model: Path, folder: Path) -> dict[str, int]:
     return {"loading": loading, "running": start + memory.extra_bytes}
 
 
-def in_a_process(name: str, model: Path) -> dict[str, int]:
-    """`measure_point` of one way, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.studies.small_cards", "--point", name, str(model)],
-        env={**os.environ, **ALLOCATOR},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def run(out: Path, model: Path) -> dict[str, Any]:
     """Measure the ways that `out` does not hold yet, and write it after each.
 
@@ -189,7 +172,7 @@ def run(out: Path, model: Path) -> dict[str, Any]:
     if missing and not any(model.iterdir()):
         write_pipeline(model)
     for name in missing:
-        found = in_a_process(name, model)
+        found = measured_apart("benchmarks.studies.small_cards", name, str(model))
         results["rows"][name] = {**found, "commit": commit}
         records.write(results, out)
         print(f"{name}: {found}", flush=True)
