@@ -1,9 +1,10 @@
 """Editing a video by a prompt, from its inversion; a module for each method."""
 
+from .checks import METHODS, check_edit, edit_options
 from .fatezero_options import FateZeroOptions
 from .fusion import FusionOptions
 from .pnp import PnPOptions
-from .run import METHODS, Edit, check_edit, edit, edit_latents, edit_options, run_edit
+from .run import Edit, edit, edit_latents, run_edit
 from .sdedit import SDEditOptions
 from .tokenflow import TokenFlowOptions
 

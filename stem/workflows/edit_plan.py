@@ -14,7 +14,7 @@ import torch
 
 from ..control import Control
 from ..editing import check_edit, edit_options
-from ..editing.run import check_numbers
+from ..editing.checks import check_numbers
 from ..inversion import InversionFolder
 from ..inversion.methods import check_options_used
 from ..storage import check_output, tensor_bytes

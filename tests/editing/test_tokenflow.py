@@ -18,7 +18,7 @@ from stem.attention.hooks import Operands, Site
 from stem.attention.processor import attend_densely
 from stem.config import InflatedConfig
 from stem.distributed import Ranks
-from stem.editing import Edit, PnPOptions, SDEditOptions, TokenFlowOptions, run, run_edit
+from stem.editing import METHODS, Edit, PnPOptions, SDEditOptions, TokenFlowOptions, run, run_edit
 from stem.editing.pnp import PnP
 from stem.editing.tokenflow import PivotPass, Propagation, pivots_of_frames
 from stem.inversion import InversionFolder, reconstruct_latents
@@ -117,8 +117,8 @@ class Extended(PnP):
 
 @pytest.fixture
 def extended(monkeypatch: pytest.MonkeyPatch, short: InversionFolder) -> torch.Tensor:
-    monkeypatch.setitem(run._METHODS, "extended", (PnPOptions, Extended))
-    monkeypatch.setitem(run.METHODS, "extended", PnPOptions)
+    monkeypatch.setitem(run._METHODS, "extended", Extended)
+    monkeypatch.setitem(METHODS, "extended", PnPOptions)
     return edited(short, "extended").latents
 
 
@@ -270,14 +270,13 @@ def test_sdedit_starts_from_the_video_under_one_noise(short: Any) -> None:
     pipeline = pipeline_of("sd1")
     starts = []
 
-    class Spy(run._METHODS["sdedit"][1]):  # type: ignore[misc]
+    class Spy(run._METHODS["sdedit"]):  # type: ignore[misc]
         def begin(self) -> torch.Tensor:
             starts.append((super().begin(), self.first_step))
             return starts[-1][0]
 
-    kept = run._METHODS["sdedit"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(run._METHODS, "sdedit", (kept[0], Spy))
+        patch.setitem(run._METHODS, "sdedit", Spy)
         for strength, seed in ((0.6, 0), (1.0, 0), (0.6, 1)):
             edited(short, "sdedit", strength=strength, seed=seed)
     noises = []
