@@ -157,10 +157,9 @@ def of_spread_tokens(
         made: Function of the tokens [videos, m, C], called once in this process; it meets nobody.
         other: Whether they are others than those that EM starts from, see `spread_tokens`.
     """
-    if exchange is None and count >= features.shape[1]:
-        return made(features)
     if exchange is None:
-        return made(spread_over(features, count, None, other=other))
+        whole = count >= features.shape[1]
+        return made(features if whole else spread_over(features, count, None, other=other))
     total = features.shape[1] // len(exchange.running) * exchange.num_frames
     sample: _Sample[Found] = _gathered(exchange, features, min(total, count), other, _Sample)
     return sample.find(made)

@@ -170,22 +170,21 @@ def reconstruct_command(
 
     check_run_device(run, rank_device(run.device))
 
-    def opened() -> InversionFolder:
+    def opened() -> tuple[InversionFolder, Path]:
         found = InversionFolder.open(inversion)
         check_reconstructible(found, bases)
         video = found.settings["video"]
         path = out or found.path / "reconstruction.mp4"
         check_video_output(path, video["num_frames"], video["height"], video["width"])
         remove_stale(found.path)
-        return found
+        return found, path
 
     with ranks(run.device) as group:
-        folder = Ranks(group).from_main(opened)
+        folder, path = Ranks(group).from_main(opened)
         source = source_of(folder, model, run)
         dtype = run.dtype or folder.settings["dtype"]
         pipeline = load(source, rank_device(run.device), dtype, run.offloading)
         latents = reconstruct_latents(pipeline, folder, bases=bases, group=group)
-        path = out or folder.path / "reconstruction.mp4"
         if Ranks(group).main:
             fps = Fraction(folder.settings["video"]["fps"])
             write_video(path, decoded_parts(pipeline, latents), fps)

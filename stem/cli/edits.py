@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ..workflows.edit_plan import EditPlan
     from ..workflows.edits import Edits
 
-Shown = tuple[list[str] | None, list[float] | None]
+EditControl = tuple[list[str] | None, list[float] | None]
 """Texts of --edit-control and --edit-control-scale."""
 
 
@@ -124,7 +124,7 @@ def edit_command(
 
 
 def _with_control(
-    plan: EditPlan, inversion: InversionFolder, shown: Shown, group: dist.ProcessGroup | None
+    plan: EditPlan, inversion: InversionFolder, shown: EditControl, group: dist.ProcessGroup | None
 ) -> EditPlan:
     """The plan with what the options say of the edits' control."""
     from ..distributed import Ranks
@@ -138,7 +138,7 @@ def _with_control(
 def _edit_inversion(
     path: Path,
     plan: EditPlan,
-    shown: Shown,
+    shown: EditControl,
     model: str | None,
     run: RunOptions,
     group: dist.ProcessGroup | None,

@@ -100,23 +100,9 @@ def write_edits(
         OSError: `out` cannot be written.
     """
     out, ranks = Path(out), Ranks(group)
-
-    def planned() -> tuple[list[EditResult], EditsFiles | None, bool]:
-        plan.check(inversion, out)
-        plan.check_pipeline(pipeline)
-        results = []
-        for prompt in plan.prompts:
-            for method in plan.methods:
-                shaped = plan.shaped_by(inversion, prompt, method, exact)
-                files = EditFiles(out / result_name(f"{method}-{prompt}", [shaped]))
-                results.append(EditResult(prompt, method, files, files.whole))
-        together = None
-        if len(results) > 1:
-            names = [result.files.folder.name for result in results]
-            together = EditsFiles(out / result_name("edits", names))
-        return results, together, together is None or together.whole
-
-    results, together, complete = ranks.from_main(planned)
+    results, together, complete = ranks.from_main(
+        partial(_planned, pipeline, inversion, plan, out, exact)
+    )
     beside = _Beside(pipeline, inversion, video, exact, group, progress)
     suffix = ", random weights" if note else ""
     lines: dict[str, torch.Tensor] = {}
@@ -163,6 +149,29 @@ def write_edits(
 
     ranks.from_main(write_together)
     return Edits(results, together)
+
+
+def _planned(
+    pipeline: Any,
+    inversion: InversionFolder,
+    plan: EditPlan,
+    out: Path,
+    exact: torch.Tensor | None,
+) -> tuple[list[EditResult], EditsFiles | None, bool]:
+    """Every edit, the files of all together, and whether these are whole or not wanted."""
+    plan.check(inversion, out)
+    plan.check_pipeline(pipeline)
+    results = []
+    for prompt in plan.prompts:
+        for method in plan.methods:
+            shaped = plan.shaped_by(inversion, prompt, method, exact)
+            files = EditFiles(out / result_name(f"{method}-{prompt}", [shaped]))
+            results.append(EditResult(prompt, method, files, files.whole))
+    together = None
+    if len(results) > 1:
+        names = [result.files.folder.name for result in results]
+        together = EditsFiles(out / result_name("edits", names))
+    return results, together, together is None or together.whole
 
 
 class _Beside:
