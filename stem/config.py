@@ -41,7 +41,8 @@ class StemConfig:
             values are averaged by the same weights (the released code).
         sample_per_base: Number of tokens that EM reads for each base, at least 1. In all it reads
             `num_bases` times this number, spread evenly over the whole video, so that EM costs the
-            same at any length. None: EM reads all tokens.
+            same at any length; iterations before the last read every second of them. None: EM reads
+            all tokens.
         init: Start of EM, "gaussian" or "tokens", see `stem_kernels.initial_bases`.
         empty: Policy for empty bases, "zero", "mask" or "reseed", see `stem_kernels.soft_em`.
         proportional: Whether the weight of a base is in proportion to its mass, see
@@ -86,7 +87,7 @@ class StemConfig:
     num_iters: int = 2
     temperature: float = 0.01
     space: str = "feature"
-    sample_per_base: int | None = 16
+    sample_per_base: int | None = 22
     init: str = "tokens"
     empty: str = "mask"
     proportional: bool = True

@@ -44,7 +44,7 @@ CASES = (
     *(f"basis attention d={width}" for width in (40, 64, 80, 160)),
 )
 
-SAMPLE_WIDTH, SAMPLE_TOKENS = 320, 16 * NUM_BASES
+SAMPLE_WIDTH, SAMPLE_TOKENS = 320, 22 * NUM_BASES
 """Channels of the layer whose EM on a sample is counted, and the tokens of the sample."""
 
 

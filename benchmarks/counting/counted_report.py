@@ -18,7 +18,7 @@ KINDS = {
     "all": "all",
 }
 """Columns of the table of loops."""
-SAMPLE = "em feature d=320, 16 tokens a base"
+SAMPLE = "em feature d=320, 22 tokens a base"
 """EM on the sample that a layer's EM reads, however long the video is."""
 SPECIFIED = {
     "em key d=40": (122, 284),

@@ -38,8 +38,8 @@ ITERATIONS = (1, 2, 5)
 ALL_TOKENS = "all tokens"
 FORMS: dict[str, dict[str, Any]] = {
     ALL_TOKENS: {"sample_per_base": None, "calibration": "none"},
-    "16 a base": {"sample_per_base": 16, "calibration": "none"},
-    "16 a base, moments": {"sample_per_base": 16, "calibration": "moments"},
+    "22 a base": {"sample_per_base": 22, "calibration": "none"},
+    "22 a base, moments": {"sample_per_base": 22, "calibration": "moments"},
 }
 PROJECTIONS = ("mm", "addmm")
 WITHOUT_A_KERNEL = (

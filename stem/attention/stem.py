@@ -13,7 +13,7 @@ import torch
 
 from stem_kernels import basis_attention, initial_bases, standard_normals
 from stem_kernels.ops.calibration import CALIBRATIONS, Calibration
-from stem_kernels.ops.soft_em import AttendedBases, SoftEM, attended_bases
+from stem_kernels.ops.soft_em import EARLY_STRIDE, AttendedBases, SoftEM, attended_bases
 
 from ..config import StemConfig
 from .calibrated import calibration_of, moments_of
@@ -120,6 +120,8 @@ class StemState:
         payload: torch.Tensor | None,
         start: Start,
         exchange: Lockstep | None = None,
+        *,
+        sampled: bool = False,
     ) -> AttendedBases:
         """The bases of one layer for this forward pass.
 
@@ -130,6 +132,7 @@ class StemState:
             start: What the layer's EM starts from.
             exchange: Exchange through which the chunks of a video share their bases; None: the
                 tokens are those of whole videos.
+            sampled: Whether the tokens are a sample of those.
         """
         config = self.config
         given = self.given(layer)
@@ -155,6 +158,7 @@ class StemState:
                 payload=payload,
                 empty=config.empty,
                 proportional=config.proportional,
+                early_stride=EARLY_STRIDE if sampled else 1,
                 backend=config.backend,
             )
         else:
@@ -228,7 +232,10 @@ class StemProcessor(VideoAttentionProcessor):
             found = self._attended_bases(attn, features, exchange)
         else:
             found = of_spread_tokens(
-                features, count, exchange, lambda some: self._attended_bases(attn, some, None)
+                features,
+                count,
+                exchange,
+                lambda some: self._attended_bases(attn, some, None, sampled=True),
             )
         key, value, bias, calibration, projected = found
         if config.calibration in CALIBRATIONS:
@@ -253,7 +260,12 @@ class StemProcessor(VideoAttentionProcessor):
         )
 
     def _attended_bases(
-        self, attn: Attention, features: torch.Tensor, exchange: Lockstep | None
+        self,
+        attn: Attention,
+        features: torch.Tensor,
+        exchange: Lockstep | None,
+        *,
+        sampled: bool = False,
     ) -> _Found:
         """What attention takes of the bases that EM finds in tokens.
 
@@ -262,16 +274,17 @@ class StemProcessor(VideoAttentionProcessor):
             features: Tokens [videos, n, C] that EM reads, of the running chunk where there is an
                 exchange.
             exchange: Exchange in which the chunks meet; None: the tokens are all that EM reads.
+            sampled: Whether they are a sample of the video's.
         """
         config, videos = self.state.config, features.shape[0]
         projected = None
         if config.space == "feature":
-            bases = self._converged(features, None, exchange)
+            bases = self._converged(features, None, exchange, sampled)
             key, value = project_keys_and_values(attn, bases.bases, videos)
             bias = None if bases.bias is None else bases.bias.unsqueeze(1)
         else:
             projected = project_keys_and_values(attn, features, videos)
-            bases = self._converged(*projected, exchange)
+            bases = self._converged(*projected, exchange, sampled)
             assert bases.payload is not None
             key, value, bias = bases.bases, bases.payload, bases.bias
         calibration = None
@@ -296,11 +309,14 @@ class StemProcessor(VideoAttentionProcessor):
         features: torch.Tensor,
         payload: torch.Tensor | None,
         exchange: Lockstep | None,
+        sampled: bool,
     ) -> AttendedBases:
         """The bases of every video of the batch."""
         state = self.state
         if features.shape[0] == 1 or not state.hooks.joint_bases:
-            return state.converge(self.layer, features, payload, self.start, exchange)
+            return state.converge(
+                self.layer, features, payload, self.start, exchange, sampled=sampled
+            )
         carried = [*features[1:], *([] if payload is None else payload)]
         joint = state.converge(
             self.layer,
@@ -308,6 +324,7 @@ class StemProcessor(VideoAttentionProcessor):
             torch.cat(carried, dim=-1).unsqueeze(0),
             self.start,
             exchange,
+            sampled=sampled,
         ).found
         assert joint.payload is not None
         videos, width = features.shape[0], features.shape[-1]

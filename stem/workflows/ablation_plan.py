@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "R": {str(number): {"num_iters": number} for number in (1, 2, 3, 5, 8)},
     "sample": {
         "all" if number is None else str(number): {"sample_per_base": number}
-        for number in (2, 4, 8, 16, 32, None)
+        for number in (4, 8, 16, 22, 32, None)
     },
     "form": {name: _form(name) for name in FORMS},
     "space": {space: {"space": space} for space in SPACES},

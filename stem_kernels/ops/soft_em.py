@@ -16,6 +16,8 @@ from .initialization import initial_bases
 OP = "soft_em"
 
 EMPTY_POLICIES = ("zero", "mask", "reseed")
+EARLY_STRIDE = 2
+"""Of a sample, iterations before the last read every second token: more tokens in the same time."""
 
 
 class SoftEM(NamedTuple):
@@ -123,18 +125,22 @@ def attended_bases(
     payload: torch.Tensor | None = None,
     empty: str = "mask",
     proportional: bool = False,
+    early_stride: int = 1,
     backend: str = "auto",
 ) -> AttendedBases:
     """`soft_em`, and what attention to its bases takes, made by the last iteration's kernel.
 
     Args:
-        features: Tokens, as for `soft_em`, as all arguments are but this one:
+        features: Tokens, as for `soft_em`, as all arguments are but the two that it lacks.
         bases: Initial bases, or their number.
         num_iters: Number of iterations.
         temperature: Temperature.
         payload: Values that are averaged by the same weights, or None.
         empty: Policy for empty bases.
         proportional: Whether a base weighs as much as its mass, see `attention_bias`.
+        early_stride: Number s, at least 1. Iterations before the last read every s-th token only,
+            and so do bases that start as tokens. With "reseed" all of them read all tokens, among
+            which empty bases are put.
         backend: Name of the backend.
 
     Returns:
@@ -144,6 +150,17 @@ def attended_bases(
     Raises:
         ValueError, TypeError, BackendError: as `soft_em`.
     """
+    check_count(OP, "early_stride", early_stride)
+    if early_stride > 1 and num_iters > 1 and empty != "reseed":
+        bases = soft_em(
+            features[..., ::early_stride, :],
+            bases,
+            num_iters=num_iters - 1,
+            temperature=temperature,
+            empty=empty,
+            backend=backend,
+        ).bases
+        num_iters = 1
     call = _Call(features, bases, payload, num_iters, temperature, True, empty)
     tensors = call.checked()
 

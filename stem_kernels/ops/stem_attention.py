@@ -21,7 +21,7 @@ from .checks import (
 )
 from .initialization import initial_bases, standard_normals
 from .partial_attention import partial_attention
-from .soft_em import EMPTY_POLICIES, attended_bases
+from .soft_em import EARLY_STRIDE, EMPTY_POLICIES, attended_bases
 
 OP = "stem_attention"
 INITIALIZATIONS = ("tokens", "gaussian")
@@ -39,7 +39,7 @@ def stem_attention(
     enable_gqa: bool = False,
     num_bases: int = 256,
     num_iters: int = 2,
-    sample_per_base: int | None = 16,
+    sample_per_base: int | None = 22,
     temperature: float = 0.01,
     init: str = "tokens",
     seed: int = 0,
@@ -69,7 +69,8 @@ def stem_attention(
         num_bases: Number K of bases, at least 1.
         num_iters: Number R of EM iterations, at least 1.
         sample_per_base: Number of keys that EM reads for each base, at least 1. In all it reads K
-            times this number, spread evenly over all keys. None: EM reads all keys.
+            times this number, spread evenly over all keys, and every second of them in iterations
+            before the last. None: EM reads all keys.
         temperature: Temperature tau > 0 of the responsibilities.
         init: Kind of initial bases, "tokens" (no random numbers) or "gaussian" (the authors' code,
             with `seed`).
@@ -164,6 +165,7 @@ def stem_attention(
         payload=read_value,
         empty=empty,
         proportional=proportional,
+        early_stride=EARLY_STRIDE if read < key.shape[-2] else 1,
         backend=backend,
     )
     assert bases.payload is not None
@@ -235,14 +237,15 @@ def exact_is_cheaper(
     Counted are the matrix products of one head, with n queries, m keys, widths d and e:
 
     - exact: $2 n m (d + e)$, the logits and the sum of the values;
-    - through bases: $4 R s K d$ for R passes over the s keys that EM reads, $2 s K e$ for the
-      values' sums in the last, and $2 n K (d + e)$ for the queries; with a correction $2 n d e$ for
+    - through bases: $4 s K d$ for the last pass over the s keys that EM reads, half of it for each
+      before where s are not all keys, $2 s K e$ for the values' sums in the last, and $2 n K (d + e)$ for the queries; with a correction $2 n d e$ for
       it and, for what it is, $2 t (2 K d + K e + d e)$ with t keys ("moments") or $2 q m (d + e)$
       for the exact attention of q queries.
     """
     both, read = key_width + value_width, num_keys if read is None else read
     exact = 2 * num_queries * num_keys * both
-    passes = read * num_bases * (4 * num_iters * key_width + 2 * value_width)
+    early = read // (EARLY_STRIDE if read < num_keys else 1) * (num_iters - 1)
+    passes = num_bases * (4 * (early + read) * key_width + 2 * read * value_width)
     bases = passes + 2 * num_queries * num_bases * both
     if corrected:
         bases += 2 * num_queries * key_width * value_width

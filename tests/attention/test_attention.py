@@ -20,16 +20,16 @@ from stem_kernels.testing import max_error
 @pytest.mark.parametrize("space", ["feature", "key"])
 @pytest.mark.parametrize("sample", [None, 8])
 @pytest.mark.parametrize("calibration", ["none", "moments"])
-@pytest.mark.parametrize("proportional", [False, True])
+@pytest.mark.parametrize("num_iters, proportional", [(1, False), (1, True), (2, True)])
 def test_one_self_attention_follows_the_formula(
-    proportional: bool, calibration: str, sample: int | None, space: str
+    num_iters: int, proportional: bool, calibration: str, sample: int | None, space: str
 ) -> None:
     unet = make_unet()
     attention = next(iter(self_attentions(unet).values()))
     tokens = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(0))
     config = StemConfig(
         num_bases=5,
-        num_iters=1,
+        num_iters=num_iters,
         temperature=0.7,
         empty="zero",
         proportional=proportional,
@@ -52,10 +52,15 @@ def test_one_self_attention_follows_the_formula(
         read = x if sample is None else x[spread_tokens(60, 5 * sample, x.device)]
         keys, values = projected("k", read), projected("v", read)
         points = read if space == "feature" else keys
-        start = points[..., spread_tokens(len(read), 5, x.device), :]
-        directions = start / (start.norm(dim=-1, keepdim=True) + 1e-4)
-        z = torch.softmax(points @ directions.mT / 0.7, -1)
-        shares = (z / (z.sum(-2, keepdim=True) + 1e-4)).mT
+        # Iterations before the last read every second token of a sample.
+        early = points if sample is None or num_iters == 1 else points[..., ::2, :]
+        centres = early[..., spread_tokens(early.shape[-2], 5, x.device), :]
+        for iteration in range(num_iters):
+            seen = points if iteration == num_iters - 1 else early
+            directions = centres / (centres.norm(dim=-1, keepdim=True) + 1e-4)
+            z = torch.softmax(seen @ directions.mT / 0.7, -1)
+            shares = (z / (z.sum(-2, keepdim=True) + 1e-4)).mT
+            centres = shares @ seen
         if space == "feature":
             k, v = projected("k", shares @ read), projected("v", shares @ read)
         else:
@@ -65,7 +70,6 @@ def test_one_self_attention_follows_the_formula(
         bias = mass.log().unsqueeze(-2) if proportional else 0.0
         mixed = torch.softmax(q @ k.mT * scale + bias, -1) @ v
         if calibration == "moments":
-            centres = shares @ points
             directions = centres / (centres.norm(dim=-1, keepdim=True) + 1e-4)
             z = torch.softmax(points @ directions.mT / 0.7, -1)
             of_keys, of_values = keys - z @ k, values - z @ v

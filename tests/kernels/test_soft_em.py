@@ -15,7 +15,7 @@ from stem_kernels import (
     soft_em,
 )
 from stem_kernels.ops.em_update import candidate_tokens
-from stem_kernels.ops.soft_em import SoftEM
+from stem_kernels.ops.soft_em import SoftEM, attended_bases
 from stem_kernels.testing import eager_soft_em, max_error
 
 
@@ -177,3 +177,26 @@ def test_fewer_tokens_than_bases_leave_one_to_attend_to(
         bias=attention_bias(found.mass, empty=empty, proportional=True),
     )
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_early_iterations_read_every_second_token(backend: str, given: bool) -> None:
+    x, payload = tokens(2, 90, 16), tokens(2, 90, 5, seed=1)
+    start: torch.Tensor | int = initial_bases(x, 6) if given else 6
+    found = attended_bases(
+        x, start, num_iters=3, temperature=0.1, payload=payload, early_stride=2, backend=backend
+    )
+    early = soft_em(x[:, ::2], start, num_iters=2, temperature=0.1, backend=backend).bases
+    last = soft_em(
+        x, early, num_iters=1, temperature=0.1, payload=payload, empty="mask", backend=backend
+    )
+    assert all(torch.equal(*pair) for pair in zip(found.found, last, strict=True))
+
+
+def test_with_reseed_all_iterations_read_all_tokens(backend: str) -> None:
+    x = tokens(1, 90, 16)
+    found, whole = (
+        attended_bases(x, 6, num_iters=3, empty="reseed", early_stride=stride, backend=backend)
+        for stride in (2, 1)
+    )
+    assert torch.equal(found.bases, whole.bases)

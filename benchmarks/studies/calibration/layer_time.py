@@ -43,9 +43,9 @@ QUERIES = (128, 256)
 AT_ONCE = 1024
 ROUNDS, FEW_ROUNDS = 7, 3
 TIMED = (
-    "per-frame", "all tokens", "all tokens, moments", "16 a base", "8 a base, moments",
-    "16 a base, moments", "16 a base, moments, R=1", "16 a base, joint",
-    "16 a base, joint, 1/2 of the keys", "16 a base, joint, 1/4 of the keys",
+    "per-frame", "all tokens", "all tokens, moments", "22 a base", "8 a base, moments",
+    "22 a base, moments", "22 a base, moments, R=1", "22 a base, joint",
+    "22 a base, joint, 1/2 of the keys", "22 a base, joint, 1/4 of the keys",
 )  # fmt: skip
 """The study's variants that are timed."""
 ALL_FRAME_QUERIES = 2048

@@ -38,8 +38,8 @@ DIGITS = 4
 STEPS = 20
 """Of a reconstruction; edits take the editing study's."""
 ALL_TOKENS: dict[str, Any] = {"sample_per_base": None, "calibration": "none"}
-SAMPLED: dict[str, Any] = {"sample_per_base": 16, "calibration": "moments"}
-FORMS = {"all tokens": ALL_TOKENS, "16 a base, moments": SAMPLED}
+SAMPLED: dict[str, Any] = {"sample_per_base": 22, "calibration": "moments"}
+FORMS = {"all tokens": ALL_TOKENS, "22 a base, moments": SAMPLED}
 STEM_OPTIONS: dict[str, dict[str, Any]] = {
     f"K={count}, {form}": {"num_bases": count, **options}
     for count in (16, 256)

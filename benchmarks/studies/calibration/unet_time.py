@@ -29,8 +29,8 @@ OUT = records.RESULTS / "unet-time.json"
 FRAMES, SIDE, ROUNDS = 4, 64, 5
 MERGED = "per-frame, half of the tokens of 64x64 layers merged"
 CONTENDERS = (
-    "per-frame", "all-frame", "all tokens", "16 a base, moments",
-    "16 a base, joint, 1/2 of the keys", MERGED,
+    "per-frame", "all-frame", "all tokens", "22 a base, moments",
+    "22 a base, joint, 1/2 of the keys", MERGED,
 )  # fmt: skip
 
 
