@@ -216,6 +216,17 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return loaded
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests that are marked "thinned" half of the cases are marked "long", so that each value
+    of a parameter is still tried with half of the values of each other one."""
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if item.get_closest_marker("thinned") and case is not None and len(case.indices) > 1:
+            if sum(case.indices.values()) % 2:
+                item.add_marker(pytest.mark.long)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line with the tests that took longest, set-up included."""
     seconds: dict[str, float] = {}

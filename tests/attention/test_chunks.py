@@ -20,6 +20,8 @@ from stem.attention.chunks import spread_frames
 from stem.attention.exchange import Lockstep
 from stem.attention.families import self_attentions
 
+pytestmark = pytest.mark.thinned
+
 FRAMES = 8
 
 

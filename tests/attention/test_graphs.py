@@ -60,7 +60,10 @@ MECHANISMS = [
 ]
 
 
-@pytest.mark.parametrize("config", MECHANISMS)
+@pytest.mark.parametrize(
+    "config",
+    [MECHANISMS[0], *(pytest.param(each, marks=pytest.mark.long) for each in MECHANISMS[1:])],
+)
 def test_repeated_blocks_compile_once_a_kind(config: Any) -> None:
     torch._dynamo.reset()
     unet = make_unet()

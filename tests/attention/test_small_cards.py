@@ -19,6 +19,8 @@ import stem
 from stem import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
 from stem.attention import Hooks, Recording, Replay
 
+pytestmark = pytest.mark.thinned
+
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[2] / "docs" / "small-cards.md"
 MECHANISMS: dict[str, Any] = {

@@ -21,6 +21,8 @@ from stem.editing.consensus import Motion, in_consensus, moved
 from stem.editing.masks import dilated, warn_of_size
 from stem.inversion import InversionError, InversionFolder, reconstruct_latents
 
+pytestmark = pytest.mark.thinned
+
 ALL_OF_FUSION = {"preset": "shape", "cross_maps": 0.5}
 
 

@@ -28,6 +28,8 @@ from stem.inversion import (
 from stem.inversion.methods import attention_config
 from stem_kernels import BackendError, cuda
 
+pytestmark = pytest.mark.thinned
+
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)

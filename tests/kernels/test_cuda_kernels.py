@@ -36,6 +36,8 @@ from stem_kernels.testing import (
     rounded_soft_em,
 )
 
+pytestmark = pytest.mark.thinned
+
 if shutil.which("g++") is None:
     pytest.skip("g++ is not found; the kernels are emulated by it", allow_module_level=True)
 

@@ -50,6 +50,7 @@ def test_a_gpu_that_the_object_has_no_image_for(monkeypatch: pytest.MonkeyPatch)
 
 
 @built
+@pytest.mark.long
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_the_other_instructions(capability: str) -> None:
     if capability == torch.backends.cpu.get_cpu_capability().lower():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from typing import Any
 
 import pytest
 import torch
@@ -41,15 +39,6 @@ if INTERPRETED:  # where each takes a second: every value of each, and the large
     SIZES = [(n, num_bases) for n, num_bases, _ in STEPS]
 
 
-def thinned(cases: Iterable[Any]) -> list[Any]:
-    """In the interpreter half of the cases: of one dtype and width every other step, of the next
-    the others, so that each step is tried at several widths of each dtype."""
-    every = list(cases)
-    if not INTERPRETED:
-        return every
-    return [case for i, case in enumerate(every) if (i + i // len(STEPS)) % 2 == 0]
-
-
 def em_case(n: int, num_bases: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     features = clustered_tokens((2 if n < 100 else 1, n, width), seed=n + width).to(dtype)
     spread = torch.arange(num_bases) * n // num_bases
@@ -59,11 +48,10 @@ def em_case(n: int, num_bases: int, width: int, dtype: torch.dtype) -> tuple[tor
     return features.to(DEVICE), bases.to(DEVICE), payload.to(DEVICE)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "width", "n", "num_bases", "temperature"),
-    thinned((*form, *step) for form in itertools.product(DTYPES, WIDTHS) for step in STEPS),
-    ids=str,
-)
+@pytest.mark.thinned
+@pytest.mark.parametrize(("n", "num_bases", "temperature"), STEPS)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_em_step(
     backend: str, dtype: torch.dtype, width: int, n: int, num_bases: int, temperature: float
 ) -> None:
@@ -103,11 +91,10 @@ def test_one_em_step(
         assert max_error(result, exact) <= bound
 
 
-@pytest.mark.parametrize(
-    ("dtype", "width", "n", "num_bases"),
-    thinned((*form, *size) for form in itertools.product(DTYPES, WIDTHS[:4]) for size in SIZES),
-    ids=str,
-)
+@pytest.mark.thinned
+@pytest.mark.parametrize(("n", "num_bases"), SIZES)
+@pytest.mark.parametrize("width", WIDTHS[:4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention(backend: str, dtype: torch.dtype, width: int, n: int, num_bases: int) -> None:
     heads = 2
     query = clustered_tokens((2, n, heads, width), seed=n).to(dtype).transpose(1, 2).to(DEVICE)
