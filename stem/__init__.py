@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .exports import lazy
 
 if TYPE_CHECKING:
-    from .attention import Handle, disable, enable, enabled
+    from .attention import Handle, disable, enable, enabled, parking
     from .config import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
     from .control import Control
     from .editing import edit, edit_latents
@@ -43,6 +43,7 @@ __all__ = [
     "invert",
     "load_pipeline",
     "open_video",
+    "parking",
     "random_pipeline",
     "read_video",
     "reconstruct",
@@ -54,7 +55,7 @@ __all__ = [
 _MODULES = {
     "workflows.ablation": ("ablate",),
     "workflows.analysis": ("analyse",),
-    "attention": ("Handle", "disable", "enable", "enabled"),
+    "attention": ("Handle", "disable", "enable", "enabled", "parking"),
     "workflows.comparison": ("compare",),
     "config": ("InflatedConfig", "PerFrameConfig", "SparseCausalConfig", "StemConfig"),
     "control": ("Control",),

@@ -69,12 +69,14 @@ class Ranks:
         rows: list[Any] = [None] * self.group.size()
         dist.all_gather_object(rows, sorted(own), group=self.group)
         mine = rows[self.number]
-        sent = whole.new_zeros((max(map(len, rows)), *whole.shape[1:]))
-        sent[: len(mine)] = whole[mine]
+        shape = (max(map(len, rows)), *whole.shape[1:])
+        on_cpu = dist.get_backend(self.group) != "nccl"
+        sent = whole.new_zeros(shape, device=whole.device if on_cpu else "cuda")
+        sent[: len(mine)] = whole[mine].to(sent.device)
         received = [torch.empty_like(sent) for _ in rows]
         dist.all_gather(received, sent, group=self.group)
         for numbers, found in zip(rows, received, strict=True):
-            whole[numbers] = found[: len(numbers)]
+            whole[numbers] = found[: len(numbers)].to(whole.device)
 
     def check_equal(self, what: str, value: object) -> None:
         """Raise on every rank where the ranks do not hold the same.

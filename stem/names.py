@@ -9,6 +9,8 @@ RANDOM_MODEL = "random"
 DTYPES = ("float32", "float16", "bfloat16")
 OFFLOADS = ("model", "sequential", "group")
 """Ways of keeping weights away from a small accelerator."""
+PARKING = ("auto", "cpu", "disk", "never")
+"""Places of what the chunks of a video hold while they wait for each other."""
 INVERSIONS = "inversions"
 """Folder of inversions, beside what is made of them."""
 INVERSION_METHODS = ("ddim", "st-ddim", "inflated", "stem")

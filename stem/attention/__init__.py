@@ -2,6 +2,7 @@
 
 from .handle import Handle, disable, enable, enabled, plain
 from .hooks import Hook, Hooks, Recording, Replay
+from .parked import parking
 
 __all__ = [
     "Handle",
@@ -12,5 +13,6 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "parking",
     "plain",
 ]

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from .parked import current_parking
 from .settings import Settings
 
 Merged = TypeVar("Merged")
@@ -118,16 +119,24 @@ class Lockstep:
         for running in greenlets.values():
             running.gr_context = contextvars.copy_context()
         self._outside = Settings.now()
+        parking = current_parking()
+        parking.begin()
+        alone = len(greenlets) == 1
         results: list[Tensors] = []
         try:
             while waiting:
                 meetings: list[_Meeting] = []
                 for index, given in waiting.items():
                     self._running = index
+                    parking.bring(greenlets[index])
                     answer = greenlets[index].switch(given)
                     self._outside.set()
                     if isinstance(answer, _Meeting):
                         meetings.append(answer)
+                        if not alone:
+                            if index == self._own[0]:
+                                parking.foresee(greenlets[index], len(greenlets))
+                            parking.park(greenlets[index], answer.tensors)
                     else:
                         results.append(answer)
                 if not meetings:

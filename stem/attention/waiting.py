@@ -45,7 +45,10 @@ def released_when_used(
     def used(index: int, resnet: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         given, *skips = entered[exchange.number]
         for tensor in (given, skips[0]) if index == 0 else (skips[index],):
-            tensor.untyped_storage().resize_(0)
+            if tensor.untyped_storage().resizable():
+                tensor.untyped_storage().resize_(0)
+            else:  # parked in a file, which goes with its last tensor
+                tensor.data = tensor.new_empty(0)
 
     hooks = []
     for block in unet.up_blocks:  # type: ignore[union-attr]

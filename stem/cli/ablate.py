@@ -54,20 +54,21 @@ def ablate_command(
     check_measurable(clip, ["stem"], {})
     variants_of(base_config(form, options, clip.num_frames), chosen)
     pipeline, clip = request.load_for(clip, video)
-    found = ablate(
-        pipeline,
-        clip,
-        run.prompt,
-        run.out,
-        chosen,
-        form=form,
-        options=options,
-        num_steps=run.steps,
-        chunk=chunk_of(run.chunk),
-        model=request.model,
-        control=request.control(pipeline, clip, run),
-        note=request.note,
-    )
+    with run.parking(run.out):
+        found = ablate(
+            pipeline,
+            clip,
+            run.prompt,
+            run.out,
+            chosen,
+            form=form,
+            options=options,
+            num_steps=run.steps,
+            chunk=chunk_of(run.chunk),
+            model=request.model,
+            control=request.control(pipeline, clip, run),
+            note=request.note,
+        )
     console.print(ablation_table(found))
     say(
         "*: what the others are changes of; latents: |x - x0| / |x0|; seconds: there and back, "

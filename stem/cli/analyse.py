@@ -67,21 +67,22 @@ def analyse_command(
         clip = read_video(video, **read_options(run), multiple_of=1)
     check_analysable(clip, request.methods, request.options)
     pipeline, clip = request.load_for(clip, video)
-    found = analyse(
-        pipeline,
-        clip,
-        prompt,
-        run.out,
-        request.methods,
-        options=request.options,
-        flow=known,
-        timestep=timestep,
-        num_steps=run.steps,
-        chunk=chunk_of(run.chunk),
-        model=request.model,
-        control=request.control(pipeline, clip, run),
-        note=request.note,
-    )
+    with run.parking(run.out):
+        found = analyse(
+            pipeline,
+            clip,
+            prompt,
+            run.out,
+            request.methods,
+            options=request.options,
+            flow=known,
+            timestep=timestep,
+            num_steps=run.steps,
+            chunk=chunk_of(run.chunk),
+            model=request.model,
+            control=request.control(pipeline, clip, run),
+            note=request.note,
+        )
     console.print(analysis_table(found))
     say(f"flow: {found.flow.name}; the former frame's features, warped, against the current one's")
     for path in (found.sheet, found.plot, found.json):

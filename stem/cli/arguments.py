@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..names import DTYPES, EMBEDDED_MODEL, INVERSION_METHODS, OFFLOADS, RANDOM_MODEL
+from ..names import DTYPES, EMBEDDED_MODEL, INVERSION_METHODS, OFFLOADS, PARKING, RANDOM_MODEL
 from .config_file import read_config, with_config_file
 
 ALL_METHODS = ",".join(INVERSION_METHODS)
@@ -119,6 +119,16 @@ Offload = Annotated[
 OffloadFolder = Annotated[
     Path | None,
     typer.Option(help="Of --offload group: the weights wait on this disk, not in memory."),
+]
+Park = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(PARKING),
+        help="Where chunks of frames wait for each other: in files below --out (disk), off the GPU "
+        "in the CPU's memory (cpu), on the device (never), or there until they take a quarter of "
+        "its free memory (auto). Results are the same.",
+        callback=one_of(PARKING),
+    ),
 ]
 Prompt = Annotated[str, typer.Option(help="Describes the source video.", callback=encodable_text)]
 Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(INVERSION_METHODS)}.")]

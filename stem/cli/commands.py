@@ -20,7 +20,7 @@ from .run_options import OF_PARTS, RunOptions, takes_run_options
 
 @app.command("demo")
 @takes_run_options(
-    without=("prompt", "frames", "deinterlace", "tone_map", "chunk", *OF_PARTS),
+    without=("prompt", "frames", "deinterlace", "tone_map", "chunk", "park", *OF_PARTS),
     out=Path("out/demo"),
 )
 def demo_command(
@@ -79,7 +79,7 @@ def compare_command(video: VideoPath, run: RunOptions) -> None:
     request = Request.checked(run)
     clip = request.read(video, run)
     check_measurable(clip, request.methods, request.options)
-    with ranks(run.device) as group:
+    with ranks(run.device) as group, run.parking(run.out):
         pipeline, clip = request.load_for(clip, video)
         found = compare(
             pipeline,
@@ -123,7 +123,7 @@ def invert_command(
         raise typer.BadParameter(
             f"only stem has bases, and --methods is {run.methods}", param_hint="--keep-bases"
         )
-    with ranks(run.device) as group:
+    with ranks(run.device) as group, run.parking(run.out):
         pipeline, clip = request.load_for(request.open(video, run), video)
         control = request.control(pipeline, clip, run)
         for method in request.methods:
@@ -179,7 +179,7 @@ def reconstruct_command(
         remove_stale(found.path)
         return found, path
 
-    with ranks(run.device) as group:
+    with ranks(run.device) as group, run.parking(inversion):
         folder, path = Ranks(group).from_main(opened)
         source = source_of(folder, model, run)
         dtype = run.dtype or folder.settings["dtype"]

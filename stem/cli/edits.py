@@ -82,7 +82,7 @@ def edit_command(
     shown = (edit_control, edit_control_scale)
     if is_folder:
         refuse_of_inversions(context)
-        with ranks(run.device) as group:
+        with ranks(run.device) as group, run.parking(run.out):
             found, note = _edit_inversion(source, plan, shown, model, run, group)
     else:
         request = Request.checked(
@@ -95,7 +95,7 @@ def edit_command(
             )
         )
         check_edit_control(edit_control, edit_control_scale, len(run.control or []))
-        with ranks(run.device) as group:
+        with ranks(run.device) as group, run.parking(run.out):
             clip = request.open(source, run)
             plan.check_space(run.out, clip.num_frames, clip.height, clip.width)
             pipeline, clip = request.load_for(clip, source)

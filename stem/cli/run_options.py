@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from .arguments import (
     OffloadFolder,
     Options,
     Out,
+    Park,
     Prompt,
     Seed,
     Size,
@@ -87,6 +90,7 @@ class RunOptions:
     dtype: Dtype = None
     offload: Offload = None
     offload_folder: OffloadFolder = None
+    park: Park = "auto"
     config: Config = None
     out: Out = Path("out")
 
@@ -94,6 +98,19 @@ class RunOptions:
     def offloading(self) -> dict[str, Any]:
         """The arguments of `load_pipeline` that say where weights wait."""
         return {"offload": self.offload, "offload_folder": self.offload_folder}
+
+    def parking(self, folder: Path) -> AbstractContextManager[None]:
+        """Chunks wait where the options say for the length of a `with` block.
+
+        Args:
+            folder: Folder for their files, made where it is needed.
+        """
+        if self.park == "auto":
+            return contextlib.nullcontext()
+        from ..attention.parked import parking
+
+        folder.mkdir(parents=True, exist_ok=True)
+        return parking(self.park, folder)
 
     def source(self, of: ModelSource) -> ModelSource:
         """The model that the options ask for.

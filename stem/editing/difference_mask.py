@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
 
-from stem_kernels import basis_attention, initial_bases, soft_em
+from stem_kernels import basis_attention, em_statistics, em_update
+from stem_kernels.ops.soft_em import SoftEM
+from stem_kernels.shared.spread import spread_tokens
 
 from ..attention import Hook
+from ..attention.exchange import Tensors, in_order
 from ..attention.families import self_attentions, unet_of
 from ..attention.hooks import Site
+from ..attention.parked import current_parking
 from ..config import StemConfig
 from ..diffusion.loop import NonFiniteError
 from ..distributed import Ranks
@@ -19,7 +23,7 @@ from .job import Job, steps_of
 from .masks import halvings, layer_size
 
 _MOST_LEVELS = 6  # more add passes of the UNet and hardly change the mean
-_FRAMES = 8  # frames whose attention to bases is computed at once
+_FRAMES = 8  # frames whose tokens are in hand at once
 
 
 class TokenRecording(Hook):
@@ -27,34 +31,34 @@ class TokenRecording(Hook):
 
     Args:
         names: Names of the self-attentions.
+        num_frames: Number N of frames.
         ranks: Ranks that share the frames.
-
-    Attributes:
-        tokens: Tokens [S, C] by layer and frame.
     """
 
     joint_bases = True
 
-    def __init__(self, names: tuple[str, ...], ranks: Ranks) -> None:
+    def __init__(self, names: tuple[str, ...], num_frames: int, ranks: Ranks) -> None:
         self._names = names
+        self._num_frames = num_frames
         self._ranks = ranks
-        self.tokens: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}
+        self._own: set[int] = set()
+        self._kept: dict[str, torch.Tensor] = {}
 
     def after(self, site: Site, tokens: torch.Tensor, output: torch.Tensor) -> None:
-        if site.name in self._names:
-            for place, frame in enumerate(site.frames):
-                self.tokens[site.name][frame] = tokens[0, place]
+        if site.name not in self._names:
+            return
+        if site.name not in self._kept:
+            shape = (self._num_frames, *tokens.shape[2:])
+            self._kept[site.name] = current_parking().empty(tokens, shape)
+        kept = self._kept[site.name]
+        kept[list(site.frames)] = tokens[0].to(kept.device)
+        self._own.update(site.frames)
 
-    def taken(self, num_frames: int) -> dict[str, torch.Tensor]:
+    def taken(self) -> dict[str, torch.Tensor]:
         """The tokens [N, S, C] of each layer; they are kept no longer."""
-        found = {}
-        for name in self._names:
-            by_frame, self.tokens[name] = self.tokens[name], {}
-            of_any = next(iter(by_frame.values()))
-            found[name] = of_any.new_empty((num_frames, *of_any.shape))
-            for frame, tokens in by_frame.items():
-                found[name][frame] = tokens
-            self._ranks.fill(found[name], by_frame)
+        found, self._kept = self._kept, {}
+        for tokens in found.values():
+            self._ranks.fill(tokens, self._own)
         return found
 
 
@@ -69,7 +73,7 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
     Args:
         job: Job, in whose UNet `hook` is called.
         hook: Recording of the layers to pool with. The tokens of these layers are held for all
-            frames while a level is looked at.
+            frames while a level is looked at, in a file where chunks park so.
         low: Share of the levels above which they count.
         high: Share of the levels up to which they count.
 
@@ -97,7 +101,7 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
                 "predictions are not finite. In half precision some models overflow; invert and "
                 "edit in float32"
             )
-        by_layer = hook.taken(job.num_frames)
+        by_layer = hook.taken()
         if float(difference.mean()) <= floor * float(expected.abs().mean()):
             continue
         pooled = pooled_on_bases(difference, by_layer, job.attention)
@@ -127,32 +131,64 @@ def pooled_on_bases(
     for tokens in tokens_by_layer.values():
         size = layer_size(tokens.shape[1], height, width)
         coarse = adaptive_avg_pool2d(values.unsqueeze(1), size).flatten(2)
-        features = tokens.float().flatten(0, 1).unsqueeze(0)
-        found = soft_em(
-            features,
-            initial_bases(features, config.num_bases),
-            num_iters=config.num_iters,
-            temperature=config.temperature,
-            payload=coarse.reshape(1, -1, 1),
-            backend=config.backend,
-        )
+        found = _em_by_parts(tokens, coarse.flatten(1).unsqueeze(-1), config)
         assert found.payload is not None
         key, means = normalize(found.bases, dim=-1), found.payload
         # Attention to the bases as tau sees it is the responsibilities, times the means.
         parts = [
             basis_attention(
-                part.float().reshape(1, 1, -1, part.shape[-1]),
+                part.reshape(1, 1, -1, part.shape[-1]),
                 key.unsqueeze(1),
                 means.unsqueeze(1),
                 scale=1 / config.temperature,
                 bias=_absent(found.mass),
                 backend=config.backend,
             ).reshape(part.shape[0], 1, *size)
-            for part in tokens.split(_FRAMES)
+            for part in _parts(tokens, values.device)
         ]
         fine = interpolate(torch.cat(parts), size=(height, width), mode="nearest")
         summed += fine.squeeze(1)
     return summed / len(tokens_by_layer)
+
+
+def _em_by_parts(tokens: torch.Tensor, payload: torch.Tensor, config: StemConfig) -> SoftEM:
+    """`soft_em` of tokens [N, S, C] with values [N, S, 1], some frames in hand."""
+    frames, size, _ = tokens.shape
+    chosen = spread_tokens(frames * size, config.num_bases, tokens.device)
+    bases = tokens[chosen // size, chosen % size].float().unsqueeze(0).to(payload.device)
+    found = SoftEM(bases, None, bases[..., 0])
+    for iteration in range(config.num_iters):
+        last = iteration == config.num_iters - 1
+        summed: Tensors = ()
+        for part, values in zip(
+            _parts(tokens, payload.device), payload.split(_FRAMES), strict=True
+        ):
+            statistics = em_statistics(
+                part.flatten(0, 1).unsqueeze(0),
+                found.bases,
+                temperature=config.temperature,
+                payload=values.flatten(0, 1).unsqueeze(0) if last else None,
+                backend=config.backend,
+            )
+            here = tuple(tensor for tensor in statistics if tensor is not None)
+            summed = in_order([summed, here]) if summed else here
+        sums, mass, *of_payload = summed
+        found = em_update(
+            sums,
+            mass,
+            found.bases,
+            num_tokens=frames * size,
+            payload_sums=of_payload[0] if of_payload else None,
+            backend=config.backend,
+        )
+    return found
+
+
+def _parts(tokens: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
+    """Tokens [some, S, C] of a few frames after another in float32, on a device."""
+    for part in tokens.split(_FRAMES):
+        yield part.to(device, torch.float32)
+        current_parking().leave()
 
 
 def finest_layers(job: Job) -> tuple[str, ...]:

@@ -164,7 +164,7 @@ class Fusion(Method):
 
     def _find_masks(self) -> None:
         job, options = self.job, self.options
-        recording = TokenRecording(finest_layers(job), job.ranks)
+        recording = TokenRecording(finest_layers(job), job.num_frames, job.ranks)
         with self.hooks.added("tokens", recording):
             found = difference_map(job, recording, *options.mask_levels)
         if found is None:

@@ -14,6 +14,7 @@ from stem_kernels import nearest_token
 from ..attention import Hook, Hooks
 from ..attention.families import family_of_unet
 from ..attention.hooks import Attend, Operands, Site
+from ..attention.parked import current_parking
 from ..attention.processor import attend_densely, project_keys_and_values
 from ..config import InflatedConfig, StemConfig
 from ..diffusion.loop import with_guidance
@@ -120,7 +121,7 @@ class TokenFlowOptions(PropagationOptions, PnPOptions):
 class TokenFlow(PnP):
     """Two passes of rows [source | unconditional | conditional] a step: pivots, then all frames.
 
-    What the pivots leave for the frames is held for one step, on the UNet's device: four tensors
+    What the pivots leave for the frames is held for one step, where `parking` says: four tensors
     [pivots, S, C] a self-attention.
     """
 
@@ -224,13 +225,14 @@ class PivotPass(Hook):
 
     def after(self, site: Site, tokens: torch.Tensor, output: torch.Tensor) -> None:
         if site.name not in self.kept:
-            inputs = tokens.new_empty((self._pivots, *tokens.shape[2:]))
-            outputs = output.new_empty((len(output), self._pivots, *output.shape[2:]))
+            parking = current_parking()
+            inputs = parking.empty(tokens, (self._pivots, *tokens.shape[2:]))
+            outputs = parking.empty(output, (len(output), self._pivots, *output.shape[2:]))
             self.kept[site.name] = inputs, outputs
         inputs, outputs = self.kept[site.name]
         here = list(site.frames)
-        inputs[here] = tokens[0]
-        outputs[:, here] = output
+        inputs[here] = tokens[0].to(inputs.device)
+        outputs[:, here] = output.to(outputs.device)
         self._own.update(here)
 
 
@@ -283,9 +285,9 @@ class Propagation(Hook):
     def _carried(self, name: str, tokens: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
         """The outputs [branches, n, S, C] that source tokens [n, S, C] take from pivots [n]."""
         inputs, outputs = self._pivots.kept[name]
-        pivots = pivots.to(tokens.device)
-        index = nearest_token(tokens, inputs[pivots]).long()
-        return outputs[:, pivots[:, None], index]
+        pivots = pivots.to(inputs.device)
+        index = nearest_token(tokens, inputs[pivots].to(tokens.device)).long()
+        return outputs[:, pivots[:, None], index.to(inputs.device)].to(tokens.device)
 
 
 def chunks_of(num_frames: int, chunk: int) -> list[range]:

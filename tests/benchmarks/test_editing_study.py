@@ -215,9 +215,10 @@ def test_memory_is_measured_once_a_point(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(editing_memory, "measured_apart", point)
     out = tmp_path / "memory.json"
     editing_memory.run(out, [4, 8])
-    assert asked == [("one batch", 4), ("one batch", 8), ("chunks of 4", 8)]
+    files = "chunks of 4 that wait in files"
+    assert asked == [("one batch", 4), ("one batch", 8), ("chunks of 4", 8), (files, 8)]
     results = editing_memory.run(out, [4, 8, 16])
-    assert asked[3:] == [("one batch", 16), ("chunks of 4", 16)]
+    assert asked[4:] == [("one batch", 16), ("chunks of 4", 16), (files, 16)]
     text = editing_memory.table(results)
     assert "| one batch | 140 | 180 | 260 | 10.0 |" in text
     assert "| chunks of 4 |  | 116 | 132 | 2.0 |" in text

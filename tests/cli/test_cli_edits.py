@@ -17,6 +17,7 @@ from PIL import Image
 from typer import BadParameter
 
 from stem import InversionFolder, read_video
+from stem.attention.parked import current_parking
 from stem.cli.edit_options import split_options, with_preset
 from stem.editing import METHODS, Edit, FateZeroOptions, edit_options
 from stem.editing.job import Options
@@ -204,6 +205,24 @@ def test_a_video_is_inverted_and_its_inversion_reused(
     for frame in range(3):
         pixels = tuple(source[frame, 16, 16].tolist())
         assert sheet.getpixel((128 * frame + 4 * 16, 24 + 4 * 16)) == pixels
+
+
+@pytest.mark.parametrize("kind", ["disk", "never", "auto"])
+def test_chunks_wait_where_the_command_says(
+    inversion: str, tmp_path: Path, editing: Editing, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    seen = []
+
+    def edited(*given: Any, **named: Any) -> Edit:
+        parking = current_parking()
+        seen.append((parking.kind, parking.folder))
+        return editing(*given, **named)
+
+    monkeypatch.setattr("stem.workflows.edits.run_edit", edited)
+    out = tmp_path / "out"
+    arguments = ("--out", str(out), "--prompt", "a blue ball", "--park", kind)
+    assert run("edit", inversion, *arguments) == 0
+    assert seen == [(kind, None if kind == "auto" else out)]
 
 
 def test_values_of_options_from_a_file_and_the_command_line(

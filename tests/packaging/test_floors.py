@@ -16,8 +16,8 @@ KERNELS = "stem_kernels"
 FLOORS: dict[str, dict[str, str]] = {
     "stem": {
         "stem.__main__": "cli",
-        "stem.cli": "workflows report metrics inversion models diffusion control world video "
-        "distributed sources storage names",
+        "stem.cli": "workflows report metrics inversion models diffusion control attention world "
+        "video distributed sources storage names",
         "stem.workflows": "report metrics editing inversion models diffusion control attention "
         "attention.families world video config distributed storage progress names",
         "stem.world.training": "report metrics inversion models diffusion control world video",
@@ -31,7 +31,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.loading": "sources storage names",
         "stem.diffusion": "control attention attention.families storage profiling progress",
         "stem.control": "storage",
-        "stem.attention": "attention.families config profiling",
+        "stem.attention": "attention.families config profiling names",
         "stem.attention.families": "",
         "stem.world": "",
         "stem.video": "storage",

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from stem import Video, invert, random_pipeline
+from stem import Video, invert, parking, random_pipeline
 from stem.editing import edit_options, run_edit
 from stem_kernels.info import provenance
 from stem_kernels.measure import PeakMemory
@@ -31,7 +31,12 @@ from ...cases.unets import sd15_unet
 
 OUT = records.RESULTS / "editing-memory.json"
 CHUNK = 4
-WAYS: dict[str, int | None] = {"one batch": None, f"chunks of {CHUNK}": CHUNK}
+WAYS: dict[str, tuple[int | None, str]] = {
+    "one batch": (None, "never"),
+    f"chunks of {CHUNK}": (CHUNK, "never"),
+    f"chunks of {CHUNK} that wait in files": (CHUNK, "disk"),
+}
+"""Frames in a chunk and where chunks wait, see `stem.parking`."""
 FRAMES = (4, 8, 16)
 PIXELS = 256
 STEPS = 1  # each step holds what the others do
@@ -46,13 +51,16 @@ def pipeline_of_sd_shape(unet: torch.nn.Module) -> Any:
     return pipeline
 
 
-def measure_point(pipeline: Any, frames: int, chunk: int | None) -> dict[str, Any]:
+def measure_point(
+    pipeline: Any, frames: int, chunk: int | None, park: str = "never"
+) -> dict[str, Any]:
     """Peak bytes of an edit of so many frames above the loaded model, and the operators' backend.
 
     Args:
         pipeline: Pipeline to edit with.
         frames: Number N of frames.
         chunk: Number of frames that go through the UNet at once; None: all.
+        park: Where chunks wait.
 
     Raises:
         OSError: this system does not tell a process's peak.
@@ -61,7 +69,7 @@ def measure_point(pipeline: Any, frames: int, chunk: int | None) -> dict[str, An
     shape = (frames, PIXELS, PIXELS, 3)
     pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     source, target = PROMPTS
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, parking(park):
         inversion = invert(
             pipeline,
             Video(pixels, Fraction(8)),
@@ -115,7 +123,7 @@ def run(out: Path, lengths: Sequence[int]) -> dict[str, Any]:
 def points(lengths: Sequence[int]) -> Iterator[tuple[str, int]]:
     """The points in order; a video no longer than a chunk is one batch."""
     for frames in lengths:
-        for way, chunk in WAYS.items():
+        for way, (chunk, _) in WAYS.items():
             if chunk is None or frames > chunk:
                 yield way, frames
 
@@ -187,7 +195,7 @@ def main() -> None:
     if arguments.point:
         way, frames = arguments.point
         pipeline = pipeline_of_sd_shape(sd15_unet(64))
-        print(json.dumps(measure_point(pipeline, int(frames), WAYS[way])))
+        print(json.dumps(measure_point(pipeline, int(frames), *WAYS[way])))
         return
     lengths = [int(number) for number in arguments.frames.split(",")]
     results = run(arguments.out, lengths)

@@ -1,0 +1,195 @@
+"""Chunks that wait in files or off the device: the same bits, and the memory that they give up."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import ONE_LEVEL, call, make_unet
+
+import stem
+from stem import StemConfig
+from stem.attention import parked as module
+from stem.attention.exchange import Lockstep
+from stem.attention.parked import Parking, current_parking, parking
+
+CHUNKS = StemConfig(num_bases=4, sample_per_base=4, num_frames=4, chunk=1)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' tensors are worth a file."""
+    monkeypatch.setattr(module, "LEAST_BYTES", 1)
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each storage that was put away or brought back."""
+    found: list[int] = []
+    move = module._move
+
+    def counted(tensors: list[torch.Tensor], storage: torch.UntypedStorage) -> None:
+        found.append(storage.nbytes())
+        move(tensors, storage)
+
+    monkeypatch.setattr(module, "_move", counted)
+    return found
+
+
+def waiting(hold: Callable[[], Any]) -> Iterator[tuple[Any, ...]]:
+    """What two chunks hold while both wait, and after it."""
+    exchange = Lockstep([0, 1], 1)
+    seen: list[tuple[Any, ...]] = []
+
+    def run(frames: list[int]) -> tuple[torch.Tensor]:
+        return inner()
+
+    def inner() -> tuple[torch.Tensor]:
+        held = hold()
+        exchange.meet((torch.ones(1),), lambda parts: seen.append(held))
+        seen.append(held)
+        return (torch.ones(1, 1),)
+
+    exchange.run(run)
+    yield from seen
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("inference", [False, True])
+def test_chunks_in_files_have_the_same_bits(
+    tmp_path: Path, moved: list[int], inference: bool
+) -> None:
+    unet = make_unet(**ONE_LEVEL)
+    with stem.enabled(unet, CHUNKS), torch.inference_mode(inference), torch.no_grad():
+        with parking("never"):
+            expected = call(unet)
+        assert not moved
+        with parking("disk", tmp_path):
+            found = call(unet)
+    assert torch.equal(found, expected)
+    assert len(moved) > 20
+    assert list(tmp_path.iterdir()) == []  # files without names
+
+
+@pytest.mark.usefixtures("small")
+def test_views_stay_views_of_one_storage_in_a_file(tmp_path: Path) -> None:
+    def hold() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        whole = torch.arange(24.0).view(4, 6)
+        return whole, whole[1:, ::2], [whole.T]
+
+    with parking("disk", tmp_path), torch.no_grad():
+        for whole, part, (turned,) in waiting(hold):
+            assert len({each.untyped_storage().data_ptr() for each in (whole, part, turned)}) == 1
+            assert whole.untyped_storage().filename is not None
+            assert torch.equal(whole, torch.arange(24.0).view(4, 6))
+            assert torch.equal(part, whole[1:, ::2])
+            assert torch.equal(turned, whole.T)
+
+
+def test_small_tensors_and_those_with_gradients_stay(tmp_path: Path) -> None:
+    def hold() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(4), torch.ones(module.LEAST_BYTES)
+
+    with parking("disk", tmp_path):
+        for few, many in waiting(hold):
+            assert few.untyped_storage().filename is None
+            assert many.untyped_storage().filename is None
+        with torch.no_grad():
+            for few, many in waiting(hold):
+                assert few.untyped_storage().filename is None
+                assert many.untyped_storage().filename is not None
+
+
+@pytest.mark.usefixtures("small")
+def test_what_the_caller_gave_and_what_is_brought_stay(tmp_path: Path) -> None:
+    exchange = Lockstep([0, 1], 1)
+    given, brought = torch.ones(3), [torch.ones(5), torch.ones(5)]
+
+    def run(frames: list[int]) -> tuple[torch.Tensor]:
+        named = given
+        return inner(named, brought[frames[0]])
+
+    def inner(named: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor]:
+        exchange.meet((own,), lambda parts: None)
+        return (named.unsqueeze(0),)
+
+    with parking("disk", tmp_path), torch.no_grad():
+        exchange.run(run)
+    assert given.untyped_storage().filename is None
+    assert all(each.untyped_storage().filename is None for each in brought)
+
+
+@pytest.mark.usefixtures("small")
+def test_tensors_of_another_device_come_back_before_their_chunk_goes_on(
+    monkeypatch: pytest.MonkeyPatch, moved: list[int]
+) -> None:
+    # There is no other device here: memory "elsewhere" is the CPU's, and so is the device's.
+    class Elsewhere(Parking):
+        def park(self, chunk: Any, brought: Any) -> None:
+            held = module._held_by(chunk, brought)
+            for tensors in held.values():
+                self._move_away(chunk, tensors)
+
+        def _move_away(self, chunk: Any, tensors: list[torch.Tensor]) -> None:
+            device = tensors[0].device
+            module._move(tensors, torch.UntypedStorage(tensors[0].untyped_storage().nbytes()))
+            self._away.setdefault(chunk, []).append((device, tensors))
+
+    away = Elsewhere("cpu")
+    monkeypatch.setattr("stem.attention.exchange.current_parking", lambda: away)
+    unet = make_unet(**ONE_LEVEL)
+    with stem.enabled(unet, CHUNKS), torch.no_grad():
+        found = call(unet)
+        monkeypatch.undo()
+        assert len(moved) > 20
+        assert torch.equal(call(unet), found)
+    assert not away._away
+
+
+@pytest.mark.usefixtures("small")
+def test_auto_begins_where_a_quarter_of_the_memory_would_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: list[int]
+) -> None:
+    def hold() -> tuple[torch.Tensor]:
+        return (torch.ones(1000),)
+
+    for free, files in ((40_000, False), (31_000, True)):  # two chunks of 4,000 bytes
+        monkeypatch.setattr(module, "free_bytes", lambda device, free=free: free)
+        with parking("auto", tmp_path), torch.no_grad():
+            for (held,) in waiting(hold):
+                assert (held.untyped_storage().filename is not None) == files
+
+
+def test_where_the_disk_is_full_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with parking("disk", tmp_path), torch.no_grad():
+        match = f"{tmp_path} has no room for 1.0 MiB that wait .No space left on device.; free"
+        with pytest.raises(OSError, match=match):
+            list(waiting(lambda: (torch.ones(2**18),)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_filled_chunk_by_chunk_lies_in_a_file(tmp_path: Path) -> None:
+    like = torch.ones(1, dtype=torch.float16)
+    for kind, in_file in (("disk", True), ("auto", False), ("cpu", False), ("never", False)):
+        with parking(kind, tmp_path):
+            found = current_parking().empty(like, (3, 1000))
+            assert (found.untyped_storage().filename is not None) == in_file
+            found[1] = 5
+            current_parking().leave()
+            assert found.dtype == torch.float16
+            assert bool((found[1] == 5).all())
+
+
+def test_a_kind_that_is_none() -> None:
+    match = "park is 'ram'; it must be one of auto, cpu, disk, never"
+    with pytest.raises(ValueError, match=match), parking("ram"):
+        pass
