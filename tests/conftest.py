@@ -222,9 +222,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     of a parameter is still tried with half of the values of each other one."""
     for item in items:
         case = getattr(item, "callspec", None)
-        if item.get_closest_marker("thinned") and case is not None and len(case.indices) > 1:
-            if sum(case.indices.values()) % 2:
-                item.add_marker(pytest.mark.long)
+        thinned = item.get_closest_marker("thinned") and case is not None
+        if thinned and len(case.indices) > 1 and sum(case.indices.values()) % 2:
+            item.add_marker(pytest.mark.long)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -238,9 +238,10 @@ def exact_is_cheaper(
 
     - exact: $2 n m (d + e)$, the logits and the sum of the values;
     - through bases: $4 s K d$ for the last pass over the s keys that EM reads, half of it for each
-      before where s are not all keys, $2 s K e$ for the values' sums in the last, and $2 n K (d + e)$ for the queries; with a correction $2 n d e$ for
-      it and, for what it is, $2 t (2 K d + K e + d e)$ with t keys ("moments") or $2 q m (d + e)$
-      for the exact attention of q queries.
+      before where these are not all keys, $2 s K e$ for the values' sums in the last, and
+      $2 n K (d + e)$ for the queries; with a correction $2 n d e$ for it and, for what it is,
+      $2 t (2 K d + K e + d e)$ with t keys ("moments") or $2 q m (d + e)$ for the exact attention
+      of q queries.
     """
     both, read = key_width + value_width, num_keys if read is None else read
     exact = 2 * num_queries * num_keys * both

@@ -20,7 +20,7 @@ from stem_kernels.testing import max_error
 @pytest.mark.parametrize("space", ["feature", "key"])
 @pytest.mark.parametrize("sample", [None, 8])
 @pytest.mark.parametrize("calibration", ["none", "moments"])
-@pytest.mark.parametrize("num_iters, proportional", [(1, False), (1, True), (2, True)])
+@pytest.mark.parametrize(("num_iters", "proportional"), [(1, False), (1, True), (2, True)])
 def test_one_self_attention_follows_the_formula(
     num_iters: int, proportional: bool, calibration: str, sample: int | None, space: str
 ) -> None:
