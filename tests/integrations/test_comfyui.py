@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +70,7 @@ def drawn(seed: int = 0) -> torch.Tensor:
     return torch.randn(3, 2 * IMAGES, TOKENS, protocol.CALLS[0][3], generator=generator)
 
 
-def called(model: Any, qkv: torch.Tensor, **changes: Any) -> torch.Tensor:
+def called(model: Any, qkv: Iterable[torch.Tensor], **changes: Any) -> torch.Tensor:
     """What the patch of the first block makes of a call."""
     block, _, _, channels = protocol.CALLS[0]
     images = {"original_shape": [2 * IMAGES, 4, 16, 16]}
@@ -151,9 +151,11 @@ def test_a_video_attends_to_all_of_its_frames_and_to_no_other_branch(
 
 
 def test_tiles_of_an_image_are_put_together(comfyui: Any, stem: Any) -> None:
-    patched, qkv = stem(comfyui.model(), frames=1, num_bases=TOKENS), drawn()
-    tiles = qkv.unflatten(2, (4, -1)).flatten(1, 2)  # as HyperTile cuts them
-    assert torch.allclose(called(patched, tiles).reshape(qkv[0].shape), called(patched, qkv))
+    patched, (q, k, v) = stem(comfyui.model(), frames=1, num_bases=16), drawn()
+    tiles = q.unflatten(1, (4, -1)).flatten(0, 1)  # HyperTile cuts queries alone
+    found = called(patched, (tiles, k, v))
+    assert found.shape == tiles.shape
+    assert torch.allclose(found.reshape(q.shape), called(patched, (q, k, v)))
 
 
 def test_noise_outside_of_the_range_leaves_layers_as_they_are(comfyui: Any, stem: Any) -> None:
