@@ -15,7 +15,8 @@ PAGES = ROOT / "out" / "docs" / "pages"
 SITE = ROOT / "out" / "docs" / "site"
 STAGED = (
     "docs/*.md", "docs/*.png", "benchmarks/results/*.*", "stem/world/model/README.md",
-    "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "examples/*.py",
+    "integrations/comfyui/*.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE",
+    "examples/*.py",
 )  # fmt: skip
 PACKAGES = (
     "stem", "stem_kernels", "stem.attention", "stem.control", "stem.inversion", "stem.editing",

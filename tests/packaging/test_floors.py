@@ -74,11 +74,17 @@ FLOORS: dict[str, dict[str, str]] = {
         "benchmarks.records": "cases",
         "benchmarks.cases": "",
     },
+    "integrations": {"integrations.comfyui": ""},
 }
 """By package: rooms, and the rooms of the same package that each may import."""
 FACES = {"stem", "stem_kernels", "benchmarks"}
 """Packages whose own __init__ hands on public names, and so knows every room."""
-PACKAGES = {"stem": {KERNELS}, KERNELS: set(), "benchmarks": {"stem", KERNELS}}
+PACKAGES = {
+    "stem": {KERNELS},
+    KERNELS: set(),
+    "benchmarks": {"stem", KERNELS},
+    "integrations": {KERNELS},
+}
 """What each may import of the other packages."""
 
 

@@ -22,7 +22,8 @@ from benchmarks.readme import PAGES, README, ROOT, updated
 from stem.cli import app
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-MARKDOWN = [README, *DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+NODES = ROOT / "integrations" / "comfyui" / "README.md"
+MARKDOWN = [README, *DOCS, NODES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 # Sizes at which the pages' code is quick.
 SMALLER = {
     "size=512": "size=16",
