@@ -60,7 +60,7 @@ FLOORS: dict[str, dict[str, str]] = {
     },
     "benchmarks": {
         "benchmarks.readme": "studies.quality studies.editing studies.features studies.drop_in "
-        "studies.small_cards suite cases records",
+        "studies.small_cards studies.video_transformers suite cases records",
         "benchmarks.conftest": "cases records",
         "benchmarks.test_cpu": "suite cases",
         "benchmarks.studies.calibration": "studies.editing studies.quality cases records",
@@ -70,6 +70,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "benchmarks.studies.any_length": "cases records",
         "benchmarks.studies.drop_in": "records",
         "benchmarks.studies.small_cards": "cases records",
+        "benchmarks.studies.video_transformers": "records",
         "benchmarks.suite": "counting cases records",
         "benchmarks.counting": "cases records",
         "benchmarks.records": "cases",
