@@ -270,7 +270,7 @@ class VideoConfig:
     tokens_per_base: int = 32
     correction: str = "moments"
     num_iters: int = 2
-    sample_per_base: int | None = 16
+    sample_per_base: int | None = 8
     dense_below: int = 0
     dense_blocks: tuple[int, ...] = ()
     start: float = 1.0

@@ -29,7 +29,7 @@ def video_attention(
     text_mask: torch.Tensor | None = None,
     correction: str = "moments",
     num_iters: int = 2,
-    sample_per_base: int | None = 16,
+    sample_per_base: int | None = 8,
     temperature: float = 0.01,
     scale: float | None = None,
     backend: str = "auto",
@@ -56,7 +56,7 @@ def video_attention(
     moments of `video_bases`; logits and this have the factor `scale`. With a window over all
     places, or as many bases as tokens, the result is that of exact attention.
 
-    Counted are the matrix products of one head, with n tokens, widths d and e, s = min(n, 16 K):
+    Counted are the matrix products of one head, with n tokens, widths d and e, s = min(n, 8 K):
     2 n m (d + e) for a window of m = F (2 window + 1)^2 tokens, 2 n K (d + e) for the bases,
     4 R s K d for R iterations of EM, 2 n K d for the assignment and 4 n d e for the moments; exact
     attention takes 2 n^2 (d + e).

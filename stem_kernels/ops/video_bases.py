@@ -48,7 +48,7 @@ def video_bases(
     num_bases: int,
     *,
     num_iters: int = 2,
-    sample_per_base: int | None = 16,
+    sample_per_base: int | None = 8,
     temperature: float = 0.01,
     backend: str = "auto",
 ) -> VideoBases:

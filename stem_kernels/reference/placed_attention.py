@@ -8,6 +8,7 @@ import torch
 
 from ..shared.outputs import partial_output
 from .chunks import groups, token_chunks
+from .window_attention import largest
 
 
 def placed_attention_torch(
@@ -67,9 +68,9 @@ def _of_heads(
             queries = frame[:, part]
             shift = bias[:, part] if places > 1 else bias
             logits = torch.baddbmm(shift, queries, keys)
-            peak = logits.amax(-1, keepdim=True)
+            peak = largest(logits)
             peak = peak.masked_fill(peak == float("-inf"), 0.0)
-            weights = (logits - peak).exp2_()
+            weights = logits.sub_(peak).exp2_()
             mass = weights.sum(-1, keepdim=True)
             attended = torch.bmm(weights, value) / mass
             if matrix is not None:

@@ -10,7 +10,7 @@ from ..shared.grid import Grid, by_frame, by_place, window_counts
 from ..shared.outputs import attention_output, compute_dtype
 from .chunks import groups
 from .video_bases import group_means, group_moments
-from .window_attention import Rows, near_logits, near_values
+from .window_attention import Rows, largest, near_logits, near_values
 
 
 def video_attention_torch(
@@ -121,8 +121,8 @@ def _of_heads(
             # [G, places, F, keys] and [G, places, F, K + T]
             exact = near_logits(queries, seen, outside, part)
             others = torch.baddbmm(bias, queries.flatten(1, 2), keys).unflatten(1, (-1, frames))
-            peak = torch.maximum(exact.amax(-1, keepdim=True), others.amax(-1, keepdim=True))
-            exact, others = (exact - peak).exp2_(), (others - peak).exp2_()
+            peak = torch.maximum(largest(exact), largest(others))
+            exact, others = exact.sub_(peak).exp2_(), others.sub_(peak).exp2_()
             weight, of_bases = (others @ counted[:, row, part]).split(1, -1)
             weight = weight + exact.sum(-1, keepdim=True)
             taken = others.gather(-1, of_base[:, part].expand(-1, -1, frames, -1))

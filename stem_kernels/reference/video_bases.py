@@ -66,11 +66,13 @@ def group_moments(
         base_key: Means [G, K, d] of the keys.
         base_value: Means [G, K, e] of the values.
     """
+    num_bases = base_key.shape[1]
+    of_head = torch.arange(key.shape[0], device=key.device).unsqueeze(-1) * num_bases
     total = key.new_zeros((key.shape[0], key.shape[-1], value.shape[-1]))
     for part in token_chunks(key, key.shape[-1] + value.shape[-1]):
-        index = assignment[:, part].unsqueeze(-1)
+        index = (assignment[:, part] + of_head).flatten()
         of_keys, of_values = (
-            tensor[:, part] - base.gather(1, index.expand(-1, -1, base.shape[-1]))
+            tensor[:, part] - base.flatten(0, 1).index_select(0, index).view_as(tensor[:, part])
             for tensor, base in ((key, base_key), (value, base_value))
         )
         total = torch.baddbmm(total, of_keys.mT, of_values)

@@ -111,8 +111,8 @@ def _of_heads(
         for part in rows.parts(query.shape[0], len(seen) * rows.reach, query.device):
             # [G, places, F, keys]
             logits = near_logits(query[:, row, part], seen, outside, part)
-            peak = logits.amax(-1, keepdim=True)  # finite: a token is in its own window
-            weights = (logits - peak).exp2_()
+            peak = largest(logits)  # finite: a token is in its own window
+            weights = logits.sub_(peak).exp2_()
             mass = weights.sum(-1, keepdim=True)
             attended = near_values(weights, held, part) / mass
             found.append((attended, (peak + mass.log2()) * math.log(2)))
@@ -134,6 +134,13 @@ def near_logits(
         part: Slice of these places.
     """
     return torch.cat([(query @ keys[:, part]).add_(outside[part]) for keys in seen], -1)
+
+
+def largest(logits: torch.Tensor) -> torch.Tensor:
+    """[..., 1]: what is taken from logits. Results do not depend on it, so no gradient goes there
+    and the logits may be overwritten."""
+    with torch.no_grad():
+        return logits.amax(-1, keepdim=True)
 
 
 def near_values(weights: torch.Tensor, held: list[torch.Tensor], part: slice) -> torch.Tensor:

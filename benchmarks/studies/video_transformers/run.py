@@ -147,6 +147,7 @@ FORMS: dict[str, Callable[..., torch.Tensor]] = {
     "no moments": partial(by_video_attention, per_base=32, correction="none"),
     "own place only": partial(by_video_attention, per_base=32, window=0),
     "no EM": partial(by_video_attention, per_base=32, num_iters=0),
+    "EM on all keys": partial(by_video_attention, per_base=32, sample_per_base=None),
     "whole values": whole_bases,
     "128 a base": partial(by_video_attention, per_base=128),
     "8 a base": partial(by_video_attention, per_base=8),
@@ -164,7 +165,7 @@ def flops_share(
     tokens = frames * SIDE**2
     near = sum(min(SIDE, place + window + 1) - max(0, place - window) for place in range(SIDE))
     bases = math.ceil(tokens / per_base)
-    read = min(tokens, 16 * bases)
+    read = min(tokens, 8 * bases)
     counted = 4 * DIM * tokens * frames * (near / SIDE) ** 2 + 4 * DIM * tokens * bases
     counted += 4 * num_iters * read * bases * DIM + 2 * tokens * bases * DIM
     counted += 4 * tokens * DIM**2 if moments else 0
