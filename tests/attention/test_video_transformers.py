@@ -8,11 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 from pipelines import make_unet
-from transformers_of_video import FRAMES, SIDE, TRANSFORMERS, arguments_of, call, make_transformer
+from transformers_of_video import (
+    FRAMES,
+    HEADS,
+    SIDE,
+    TRANSFORMERS,
+    arguments_of,
+    call,
+    make_transformer,
+)
 
 import stem
 from stem import StemConfig, VideoConfig
@@ -192,6 +206,60 @@ def test_a_backend_of_diffusers_reaches_dense_layers() -> None:
     other = make_transformer("cogvideox")
     with stem.enabled(other, FEW):
         assert not hasattr(other.transformer_blocks[0].attn1.processor, "_attention_backend")
+
+
+def test_a_pipeline_samples_through_it() -> None:
+    transformer = WanTransformer3DModel(
+        **HEADS,
+        in_channels=16,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline = WanPipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=None, tokenizer=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def sampled() -> torch.Tensor:
+        return pipeline(
+            prompt_embeds=torch.ones(1, 5, 16),
+            negative_prompt_embeds=torch.zeros(1, 5, 16),
+            height=64,
+            width=64,
+            num_frames=9,
+            num_inference_steps=2,
+            latents=latents,
+            output_type="latent",
+        ).frames
+
+    own = sampled()
+    with stem.enabled(pipeline, EXACT):
+        assert off(sampled(), own) < 1e-5
+    with stem.enabled(pipeline, FEW) as handle:
+        assert not torch.equal(sampled(), own)
+    assert "6 bases for 48 tokens" in handle.state.described(0)
+    assert torch.equal(sampled(), own)
+
+
+def test_group_offloading_is_served() -> None:
+    expected = None
+    for way in ("", "leaf_level", "block_level"):
+        model = make_transformer("wan")
+        stem.enable(model, FEW)
+        if way:
+            blocks = {"num_blocks_per_group": 1} if way == "block_level" else {}
+            cpu = torch.device("cpu")
+            model.enable_group_offload(cpu, cpu, offload_type=way, **blocks)
+        found = call(model, "wan")
+        expected = found if expected is None else expected
+        assert torch.equal(found, expected)
 
 
 def test_a_copy_is_on_by_itself() -> None:

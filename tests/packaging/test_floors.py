@@ -25,8 +25,8 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.metrics": "world names",
         "stem.editing": "inversion diffusion control attention attention.families config "
         "distributed storage names",
-        "stem.inversion": "diffusion control attention attention.families video config distributed "
-        "sources storage names exports",
+        "stem.inversion": "diffusion control attention attention.families attention.video video "
+        "config distributed sources storage names exports",
         "stem.models": "loading diffusion sources names",
         "stem.loading": "sources storage names",
         "stem.diffusion": "control attention attention.families storage profiling progress",

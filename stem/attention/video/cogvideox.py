@@ -56,4 +56,5 @@ COGVIDEOX = VideoFamily(
     grid=_grid,
     project=_project,
     output=_output,
+    flow=False,
 )

@@ -39,6 +39,7 @@ class VideoFamily:
             None, rotary embedding): the operands, after the embedding.
         output: Function of (attention, attended values [B, n, h d] of the video, those of the
             text or None): what the class's own processor returns.
+        flow: Whether it predicts the velocity of flow matching, noise minus data.
     """
 
     name: str
@@ -48,6 +49,7 @@ class VideoFamily:
     grid: Callable[[Any, Mapping[str, Any]], Grid]
     project: Callable[[Any, torch.Tensor, torch.Tensor | None, Rotary | None], Operands]
     output: Callable[[Any, torch.Tensor, torch.Tensor | None], Any]
+    flow: bool = True
 
     def attentions(self, model: torch.nn.Module) -> dict[str, Any]:
         """The self-attentions of a model by name, one for each block, in order."""
