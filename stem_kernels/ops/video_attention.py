@@ -52,14 +52,16 @@ def video_attention(
       (e^{q k_i} - e^{q c_{b(i)}})\, v_i\Big), \quad
       D = \sum_k (M_k - N_k)\, e^{q c_k} + \sum_{i\ \text{near}} e^{q k_i}.$$
 
-    With the correction "moments" it gets $P\, q\, C$ on top, P the bases' share of D and C the
-    moments of `video_bases`; logits and this have the factor `scale`. With a window over all
-    places, or as many bases as tokens, the result is that of exact attention.
+    With the correction "moments" it gets $P\, q\, C / \sqrt{1 + s^2}$ on top, P the bases' share of
+    D and C the moments of `video_bases`; logits and this have the factor `scale`. The first order
+    in the query overshoots where logits spread widely within their bases: $s^2$ is the mean square
+    of $q\,(k - c)$ over a head's queries and keys. With a window over all places, or as many bases
+    as tokens, the result is that of exact attention.
 
     Counted are the matrix products of one head, with n tokens, widths d and e, s = min(n, 8 K):
     2 n m (d + e) for a window of m = F (2 window + 1)^2 tokens, 2 n K (d + e) for the bases,
-    4 R s K d for R iterations of EM, 2 n K d for the assignment and 4 n d e for the moments; exact
-    attention takes 2 n^2 (d + e).
+    4 R s K d for R iterations of EM, 2 n K d for the assignment and 4 n d (d + e) for the moments;
+    exact attention takes 2 n^2 (d + e).
 
     Args:
         query: Queries [B, h, n, d] of the video's tokens, any strides; n = F H W tokens, frame

@@ -62,7 +62,7 @@ def video_bases(
     $$C = \frac1n \sum_i (k_i - c_{b(i)})\, (v_i - v_{b(i)})^T,$$
 
     which needs no queries: bases that have the share P of a query's softmax are short of
-    P scale q C.
+    P scale q C, as far as logits differ little within a base.
 
     Args:
         key: Keys [B, h, n, d], n >= 1, as the logits see them (after a rotary embedding), any

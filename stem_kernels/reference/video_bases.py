@@ -56,27 +56,28 @@ def group_moments(
     value: torch.Tensor,
     base_key: torch.Tensor,
     base_value: torch.Tensor,
-) -> torch.Tensor:
-    """[G, d, e]: mean over tokens of (k - c)^T (v - v_c), with each token's base c.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means over tokens of (k - c)^T (v - v_c), [G, d, e], and of (k - c)^T (k - c), [G, d, d].
 
     Args:
-        assignment: Number of each token's base, int64 [G, n].
+        assignment: Number of each token's base c, int64 [G, n].
         key: Keys [G, n, d] in float32 or float64.
         value: Values [G, n, e].
         base_key: Means [G, K, d] of the keys.
         base_value: Means [G, K, e] of the values.
     """
-    num_bases = base_key.shape[1]
+    num_bases, width = base_key.shape[1:]
     of_head = torch.arange(key.shape[0], device=key.device).unsqueeze(-1) * num_bases
-    total = key.new_zeros((key.shape[0], key.shape[-1], value.shape[-1]))
-    for part in token_chunks(key, key.shape[-1] + value.shape[-1]):
+    total = key.new_zeros((key.shape[0], width, value.shape[-1] + width))
+    for part in token_chunks(key, 2 * (width + value.shape[-1])):
         index = (assignment[:, part] + of_head).flatten()
         of_keys, of_values = (
             tensor[:, part] - base.flatten(0, 1).index_select(0, index).view_as(tensor[:, part])
             for tensor, base in ((key, base_key), (value, base_value))
         )
-        total = torch.baddbmm(total, of_keys.mT, of_values)
-    return total / key.shape[1]
+        total = torch.baddbmm(total, of_keys.mT, torch.cat([of_values, of_keys], -1))
+    of_both, of_keys = (total / key.shape[1]).split([value.shape[-1], width], -1)
+    return of_both, of_keys
 
 
 def video_bases_torch(
@@ -94,7 +95,7 @@ def video_bases_torch(
             keys, values = (part[group].flatten(0, 1).to(compute) for part in (key, value))
             numbers = assignment[group].flatten(0, 1)
             means = group_means(numbers, num_bases, (keys, values))
-            found.append((*means, group_moments(numbers, keys, values, *means)))
+            found.append((*means, group_moments(numbers, keys, values, *means)[0]))
     base_key, base_value, matrix = (
         torch.cat(parts).unflatten(0, key.shape[:2]) for parts in zip(*found, strict=True)
     )

@@ -220,7 +220,9 @@ def test_bases_stand_for_the_tokens_outside_the_window(correction: str) -> None:
     weights, shares = torch.softmax(seen, -1).split([TOKENS, 6], -1)
     expected = weights @ value.double() + torch.einsum("bhnk,bhnke->bhne", shares, means)
     if correction == "moments":
-        added = query.double() @ bases.moments.double() * 8**-0.5
+        left = key.double() - member @ bases.key.double()
+        spread = (query.double() @ left.mT * 8**-0.5).square().mean((-1, -2), keepdim=True)
+        added = query.double() @ bases.moments.double() * 8**-0.5 / (1 + spread).sqrt()
         expected = expected + shares.sum(-1, keepdim=True) * added
     found = video_attention(query, key, value, GRID, num_bases=6, correction=correction)
     assert off(found, expected) < 1e-6
@@ -253,6 +255,19 @@ def test_each_part_brings_it_nearer() -> None:
     assert error(window=0) > 1.15 * whole
     assert error(num_iters=0) > 1.15 * whole
     assert error(sample_per_base=None) == pytest.approx(whole, rel=0.2)
+
+
+def test_extremes_stay_within_reach_of_the_values() -> None:
+    query, key, value = operands()
+    for factor in (0.0, 1e3):  # queries that see no difference, and such that see one key alone
+        found = video_attention(factor * query, key, value, GRID, num_bases=6)
+        assert found.isfinite().all()
+        assert float(found.abs().max()) < 3 * float(value.abs().max())
+    for same in (torch.ones_like(key), torch.zeros_like(key)):
+        mean = value.mean(2, keepdim=True).expand_as(value)
+        assert off(video_attention(query, same, value, GRID, num_bases=6), mean) < 1e-5
+    one = [tensor[:, :, :1] for tensor in (query, key, value)]
+    assert torch.equal(video_attention(*one, (1, 1, 1), num_bases=1), one[2])
 
 
 def test_equal_calls_give_equal_bits_and_half_precision_is_near() -> None:

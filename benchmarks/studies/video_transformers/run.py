@@ -167,7 +167,7 @@ def flops_share(
     read = min(tokens, 8 * bases)
     counted = 4 * DIM * tokens * frames * (near / SIDE) ** 2 + 4 * DIM * tokens * bases
     counted += 4 * num_iters * read * bases * DIM + 2 * tokens * bases * DIM
-    counted += 4 * tokens * DIM**2 if moments else 0
+    counted += 8 * tokens * DIM**2 if moments else 0
     return counted / (4 * tokens**2 * DIM)
 
 
