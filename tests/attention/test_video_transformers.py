@@ -21,6 +21,7 @@ from pipelines import make_unet
 from transformers_of_video import (
     FRAMES,
     HEADS,
+    PIXELS,
     SIDE,
     TRANSFORMERS,
     arguments_of,
@@ -316,6 +317,17 @@ def test_what_cannot_be_served_is_an_error() -> None:
     other = make_transformer("ltx")
     with stem.enabled(other, FEW), pytest.raises(ValueError, match="'num_frames': None"):
         call(other, "ltx", num_frames=None, video_coords=torch.zeros(1, 3, TOKENS))
+
+
+def test_a_class_of_one_s_own_is_known_by_its_base() -> None:
+    class Own(WanTransformer3DModel):
+        """A user's class."""
+
+    model = Own(**PIXELS, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32)
+    own = call(model.eval(), "wan")
+    with stem.enabled(model, EXACT) as handle:
+        assert handle.transformer is model
+        assert off(call(model, "wan"), own) < 1e-5
 
 
 def test_what_it_goes_into() -> None:

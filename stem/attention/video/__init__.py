@@ -28,13 +28,10 @@ __all__ = [
 
 
 def video_family_of(model: Any) -> VideoFamily | None:
-    """The family of a transformer, by its class itself; None: it is none of these.
-
-    Classes that derive from them are others: they change what a block or a call is given.
-    """
-    kind = type(model)
-    if kind.__module__.partition(".")[0] == "diffusers":
-        return VIDEO_FAMILIES.get(kind.__name__)
+    """The family of a transformer, by its class or one that this derives from; None: no such."""
+    for base in type(model).__mro__:
+        if base.__module__.partition(".")[0] == "diffusers" and base.__name__ in VIDEO_FAMILIES:
+            return VIDEO_FAMILIES[base.__name__]
     return None
 
 
