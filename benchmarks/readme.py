@@ -33,6 +33,8 @@ from .studies.quality.report import table as study_table
 from .studies.quality.variants import CEILING
 from .studies.small_cards.run import OUT as SMALL_CARDS
 from .studies.small_cards.run import table as small_cards_table
+from .studies.video_transformers.run import OUT as VIDEO
+from .studies.video_transformers.run import table as video_table
 from .suite.targets import COMPARED, EM, PROFILED, Rows
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,7 @@ ANALYSIS = ROOT / "docs/analysis.md"
 EDITS = ROOT / "docs/editing.md"
 CARDS = ROOT / "docs/small-cards.md"
 CONTROL = ROOT / "docs/control.md"
+TRANSFORMERS = ROOT / "docs/video-transformers.md"
 RESULTS = Path("benchmarks/results/cpu-2-cores.json")
 PROFILES = tuple(RESULTS.with_stem(f"cpu-2-cores-{name}") for name in ("profile", "avx2"))
 QUALITY = Path("benchmarks/results/quality.json")
@@ -302,6 +305,7 @@ TABLES = {
     "editing": Table(EDITS, EDITING, editing_table),
     "small cards": Table(CARDS, SMALL_CARDS, small_cards_table),
     "control": Table(CONTROL, CONTROLLED, control_table),
+    "video transformers": Table(TRANSFORMERS, VIDEO, video_table),
 }
 """By the name of their place in the page."""
 PAGES = tuple(dict.fromkeys(table.page for table in TABLES.values()))

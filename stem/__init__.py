@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING
 from .exports import lazy
 
 if TYPE_CHECKING:
-    from .attention import Handle, disable, enable, enabled, parking
-    from .config import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
+    from .attention import Handle, VideoHandle, disable, enable, enabled, parking
+    from .config import (
+        InflatedConfig,
+        PerFrameConfig,
+        SparseCausalConfig,
+        StemConfig,
+        VideoConfig,
+    )
     from .control import Control
     from .editing import edit, edit_latents
     from .inversion import InversionFolder, invert, reconstruct
@@ -30,7 +36,9 @@ __all__ = [
     "SparseCausalConfig",
     "StemConfig",
     "Video",
+    "VideoConfig",
     "VideoFile",
+    "VideoHandle",
     "ablate",
     "analyse",
     "compare",
@@ -55,9 +63,15 @@ __all__ = [
 _MODULES = {
     "workflows.ablation": ("ablate",),
     "workflows.analysis": ("analyse",),
-    "attention": ("Handle", "disable", "enable", "enabled", "parking"),
+    "attention": ("Handle", "VideoHandle", "disable", "enable", "enabled", "parking"),
     "workflows.comparison": ("compare",),
-    "config": ("InflatedConfig", "PerFrameConfig", "SparseCausalConfig", "StemConfig"),
+    "config": (
+        "InflatedConfig",
+        "PerFrameConfig",
+        "SparseCausalConfig",
+        "StemConfig",
+        "VideoConfig",
+    ),
     "control": ("Control",),
     "editing": ("edit", "edit_latents"),
     "workflows.evaluation": ("evaluate",),

@@ -10,6 +10,7 @@ from stem_kernels.backends import BACKENDS
 from stem_kernels.ops.calibration import CALIBRATIONS as FITTED
 from stem_kernels.ops.initialization import INITIALIZATIONS
 from stem_kernels.ops.soft_em import EMPTY_POLICIES
+from stem_kernels.ops.video_attention import CORRECTIONS
 
 SPACES = ("feature", "key")
 CALIBRATIONS = ("none", "moments", *FITTED)
@@ -120,10 +121,7 @@ class StemConfig:
         _check_choice("backend", self.backend, ("auto", *BACKENDS))
         _check_choice("calibration", self.calibration, CALIBRATIONS)
         _check_count("num_queries", self.num_queries)
-        if type(self.dense_below) is not int or self.dense_below < 0:
-            raise ValueError(
-                f"dense_below is {self.dense_below!r}; it must be a whole number of at least 0"
-            )
+        _check_whole("dense_below", self.dense_below)
         _check_frames(self)
         if self.fit_frames is not None:
             _check_count("fit_frames", self.fit_frames)
@@ -192,10 +190,7 @@ class SparseCausalConfig:
                     f"frames holds {frame!r}; it takes whole offsets such as -1, and "
                     f"{', '.join(NAMED_FRAMES)}"
                 )
-        if type(self.min_channels) is not int or self.min_channels < 0:
-            raise ValueError(
-                f"min_channels is {self.min_channels!r}; it must be a whole number of at least 0"
-            )
+        _check_whole("min_channels", self.min_channels)
         _check_frames(self)
 
     @classmethod
@@ -243,12 +238,85 @@ class PerFrameConfig:
         _check_frames(self)
 
 
+@dataclass(frozen=True)
+class VideoConfig:
+    """Self-attention of a video transformer: a window exactly, bases for the rest.
+
+    See `stem_kernels.video_attention` for the attention itself. A layer keeps the model's own
+    attention ("dense") where an option here says so.
+
+    Args:
+        window: Number of places to each side of a token's own that it attends to exactly, in all
+            frames; at least 0.
+        tokens_per_base: Number of the video's tokens for each base, at least 1. With 1 every token
+            is a base, and the result is that of exact attention.
+        correction: Correction of the bases' part, "moments" or "none".
+        num_iters: Number of EM's iterations, at least 0; with 0 bases are the groups around keys
+            that are spread over the video.
+        sample_per_base: Number of keys that EM reads for each base; None: EM reads all keys.
+        dense_below: Number of a video's tokens up to which all layers are dense; 0: none is.
+        dense_blocks: Numbers of the blocks that stay dense, counted from 0, or from the last one
+            with -1, -2, ...
+        start: Noise level above which all layers are dense, 0 <= end < start <= 1: the timestep
+            over 1,000, as flow matching has it, 1 for pure noise. Where `start` or `end` is not
+            the default, the host reads each call's timestep and waits for it.
+        end: Noise level below which all layers are dense.
+        backend: Backend of EM and of the assignment to bases, "auto", "triton", "cuda" or "torch".
+
+    Raises:
+        ValueError: a value is out of range; the message names the values that are allowed.
+    """
+
+    window: int = 1
+    tokens_per_base: int = 32
+    correction: str = "moments"
+    num_iters: int = 2
+    sample_per_base: int | None = 8
+    dense_below: int = 0
+    dense_blocks: tuple[int, ...] = ()
+    start: float = 1.0
+    end: float = 0.0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("window", "num_iters", "dense_below"):
+            _check_whole(name, getattr(self, name))
+        _check_count("tokens_per_base", self.tokens_per_base)
+        if self.sample_per_base is not None:
+            _check_count("sample_per_base", self.sample_per_base)
+        _check_choice("correction", self.correction, CORRECTIONS)
+        _check_choice("backend", self.backend, ("auto", *BACKENDS))
+        blocks = self.dense_blocks
+        if isinstance(blocks, int) or not all(type(block) is int for block in blocks):
+            raise ValueError(
+                f"dense_blocks is {blocks!r}; it must hold whole numbers, such as (0, 1, -1)"
+            )
+        object.__setattr__(self, "dense_blocks", tuple(blocks))
+        levels = self.start, self.end
+        numbers = all(isinstance(level, (int, float)) for level in levels)
+        if not numbers or not 0 <= self.end < self.start <= 1:
+            raise ValueError(
+                f"start is {self.start!r} and end {self.end!r}; noise falls from start to end, and "
+                "they must be 0 <= end < start <= 1"
+            )
+
+    @property
+    def always(self) -> bool:
+        """Whether layers do the same at all noise levels."""
+        return self.start == 1 and self.end == 0
+
+
 AttentionConfig = StemConfig | SparseCausalConfig | InflatedConfig | PerFrameConfig
 
 
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _check_whole(name: str, value: int) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 0")
 
 
 def _check_frames(config: AttentionConfig) -> None:

@@ -1,8 +1,9 @@
-"""Attention processors for diffusers' UNets, and the calls that turn them on and off."""
+"""Attention processors for diffusers' UNets and video transformers; turning them on and off."""
 
 from .handle import Handle, disable, enable, enabled, plain
 from .hooks import Hook, Hooks, Recording, Replay
 from .parked import parking
+from .video_handle import VideoHandle
 
 __all__ = [
     "Handle",
@@ -10,6 +11,7 @@ __all__ = [
     "Hooks",
     "Recording",
     "Replay",
+    "VideoHandle",
     "disable",
     "enable",
     "enabled",

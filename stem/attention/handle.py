@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 import torch.distributed as dist
 
-from ..config import AttentionConfig, PerFrameConfig, SparseCausalConfig, StemConfig
+from ..config import AttentionConfig, PerFrameConfig, SparseCausalConfig, StemConfig, VideoConfig
 from .chunks import ChunkedForward
 from .families import family_of, model_of, self_attentions, text_attentions
 from .frames import InflatedProcessor, SparseCausalProcessor
 from .hooks import Hooks
+from .installed import Installed, handle_in
 from .owners import check_owner, lock, owned
 from .processor import PerFrameProcessor, TextAttentionProcessor, VideoAttentionProcessor
 from .rows import FrameAxisLayout, RowLayout, layout_of
 from .stem import StemProcessor, StemState, bases_shape
+from .video import transformer_of
+from .video_handle import VideoHandle
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-logger = logging.getLogger("stem")
 
-_ATTRIBUTE = "_stem_handle"
-
-
-class Handle:
+class Handle(Installed):
     """An attention mechanism that is on in a UNet or ControlNet; made by `enable`.
 
     Args:
@@ -54,21 +52,18 @@ class Handle:
         group: dist.ProcessGroup | None = None,
         hooks: Hooks | None = None,
     ) -> None:
+        super().__init__(unet, type(config).__name__)
         self.unet = unet
         self.config = config
         self.hooks = Hooks(of_bases_only=True) if hooks is None else hooks
-        self._saved: dict[str, Any] = {}
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._forward_before: Any = None
         # What stands in the UNet's forward, and stays where another has wrapped it.
         self._in_chunks: Any = None
-        self._warned = False
         family = family_of(unet)
         assert family is not None  # see `model_of`
         family.check_whole({"chunk": config.chunk, "fit_frames": self._fit_frames, "group": group})
         self._attentions = self_attentions(unet)
         self._layout = layout = layout_of(family, config.num_frames, pipeline)
-        self._processors: dict[str, Any] = {}
         attending, self.state = make_processors(
             self._attentions, config, layout, self.hooks, everywhere=hooks is not None
         )
@@ -101,67 +96,17 @@ class Handle:
     def _fit_frames(self) -> int | None:
         return self.config.fit_frames if isinstance(self.config, StemConfig) else None
 
-    @property
-    def active(self) -> bool:
-        """Whether every self-attention that this mechanism replaced still runs through it."""
-        return self._installed and not self._replaced()
-
-    @property
-    def _installed(self) -> bool:
-        return getattr(self.unet, _ATTRIBUTE, None) is self
-
-    def _replaced(self) -> dict[str, Any]:
-        """The processors of others that have taken the place of this mechanism's, by layer."""
-        return {
-            name: self._attentions[name].processor
-            for name, processor in self._processors.items()
-            if self._attentions[name].processor is not processor
-        }
-
-    def disable(self) -> None:
-        """Restore the processors from before. Nothing happens if this mechanism is not on.
-
-        Raises:
-            RuntimeError: another thread has this UNet in a `with` block.
-        """
-        with lock:
-            check_owner(self.unet)
-            self._remove()
-
     def _remove(self) -> None:
-        if not self._installed:
-            return
-        replaced = self._replaced()
-        for name, processor in self._saved.items():
-            if name not in replaced:
-                self._attentions[name].set_processor(processor)
-        # fuse_qkv_projections keeps what it found, and unfusing puts that back.
-        kept = getattr(self.unet, "original_attn_processors", None) or {}
-        for name, processor in self._saved.items():
-            if kept.get(f"{name}.processor") is self._processors[name]:
-                kept[f"{name}.processor"] = processor
-        if replaced:
-            logger.warning(
-                "others have put a processor into %s since this was enabled; those stay",
-                ", ".join(f"{name} ({type(other).__name__})" for name, other in replaced.items()),
-            )
-        if self._chunked is not None:
+        if self._installed and self._chunked is not None:
             self._chunked.on = False
             if self.unet.__dict__.get("forward") is self._in_chunks:
                 del self.unet.forward
                 if self._forward_before is not None:
                     self.unet.forward = self._forward_before
                 self._in_chunks = None
-        if self._hook is not None:
-            self._hook.remove()
-        self._saved = {}
-        self._hook = None
-        delattr(self.unet, _ATTRIBUTE)
+        super()._remove()
 
     def _install(self) -> None:
-        for name, processor in self._processors.items():
-            self._saved[name] = self._attentions[name].processor
-            self._attentions[name].set_processor(processor)
         if self._chunked is not None:
             if self._in_chunks is None:
                 self._forward_before = self.unet.__dict__.get("forward")
@@ -170,13 +115,11 @@ class Handle:
                 # A method: export and others look for a function's code.
                 self._in_chunks = self.unet.forward = self._chunked.__call__
             self._chunked.on = True
-        self._hook = self.unet.register_forward_pre_hook(self._begin, with_kwargs=True)
-        setattr(self.unet, _ATTRIBUTE, self)
+        super()._install()
 
-    def _begin(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._begin(model, args, kwargs)
         if not torch.compiler.is_compiling():
-            check_owner(self.unet)
-            self._warn_once_of_replaced()
             self._check_checkpointing()
         sample = args[0] if args else kwargs["sample"]
         self._layout.begin(sample)
@@ -199,21 +142,6 @@ class Handle:
                 "call may have had other numbers of frames; give num_frames, or call "
                 "unet.disable_gradient_checkpointing()"
             )
-
-    def _warn_once_of_replaced(self) -> None:
-        replaced = self._replaced()
-        if replaced and not self._warned:
-            others = {type(processor).__name__ for processor in replaced.values()}
-            logger.warning(
-                "%s is off in %d of %d self-attentions: %s took over there after it was enabled "
-                "(enable_attention_slicing, fuse_qkv_projections, set_attn_processor and others do "
-                "that). Undo that, or call stem.enable again",
-                type(self.config).__name__,
-                len(replaced),
-                len(self._processors),
-                ", ".join(sorted(others)),
-            )
-        self._warned = bool(replaced)
 
 
 def make_processors(
@@ -253,14 +181,28 @@ def make_processors(
     return {name: InflatedProcessor(name, layout, hooks) for name in attentions}, None
 
 
+@overload
+def enable(target: Any, config: VideoConfig) -> VideoHandle: ...
+
+
+@overload
 def enable(
     target: Any,
     config: AttentionConfig | None = None,
     *,
     group: dist.ProcessGroup | None = None,
     hooks: Hooks | None = None,
-) -> Handle:
-    """Put an attention mechanism into every spatial self-attention of a UNet or ControlNet.
+) -> Handle: ...
+
+
+def enable(
+    target: Any,
+    config: AttentionConfig | VideoConfig | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    hooks: Hooks | None = None,
+) -> Handle | VideoHandle:
+    """Put an attention mechanism into the self-attentions of a UNet, ControlNet or transformer.
 
     A second call replaces the mechanism that is on; one `disable` then restores the processors from
     before the first call.
@@ -274,28 +216,71 @@ def enable(
     None. Their temporal attentions stay as they are, and see all frames of a call: these models
     take no `chunk`, `fit_frames` or `group`.
 
+    In a `WanTransformer3DModel`, `CogVideoXTransformer3DModel`, `HunyuanVideoTransformer3DModel` or
+    `LTXVideoTransformer3DModel` a `VideoConfig` replaces the attention of the video's tokens to all
+    of them; a row of a batch is a video there.
+
     Args:
-        target: Pipeline whose `unet` is of one of these classes, or such a model (also compiled,
-            or with LoRA).
+        target: Pipeline whose `unet` or `transformer` is of one of these classes, or such a model
+            (also compiled, or with LoRA).
         config: Configuration of the mechanism: `StemConfig()` if None; a `SparseCausalConfig` or
-            an `InflatedConfig` puts those mechanisms in, a `PerFrameConfig` leaves the UNet's own.
+            an `InflatedConfig` puts those mechanisms in, a `PerFrameConfig` leaves the UNet's own;
+            a `VideoConfig` for transformers, which take no other.
         group: Process group whose ranks share the chunks of every call; all of them must make
             the same calls, and all get the whole output. None: this process runs all chunks.
         hooks: Hooks that are called in every self-attention and cross-attention.
 
     Returns:
-        A `Handle`; its `disable()` restores the processors from before.
+        A `Handle`, or a `VideoHandle` for a transformer; its `disable()` restores the processors
+        from before.
 
     Raises:
         TypeError: `target` has no model of these classes, or `config` is not the configuration of
-            a mechanism.
-        ValueError: the model has no self-attention, `group` is given and `num_frames` is not, or
-            `chunk`, `fit_frames` or `group` is given and the model has temporal attentions. A call
-            of the model raises it where `num_frames` does not fit the batch.
+            a mechanism for it.
+        ValueError: a transformer is given `group` or `hooks`, its pipeline has two of them, or
+            `dense_blocks` names a block that it has not; the model has no self-attention, `group`
+            is given and `num_frames` is not, or `chunk`, `fit_frames` or `group` is given and the
+            model has temporal attentions. A call of the model raises it where `num_frames` does
+            not fit the batch.
         RuntimeError: another thread has this UNet in a `with` block.
     """
-    unet = model_of(target)
-    config = StemConfig() if config is None else config
+    return _enabled(target, config, group, hooks)
+
+
+def _enabled(
+    target: Any,
+    config: AttentionConfig | VideoConfig | None,
+    group: dist.ProcessGroup | None,
+    hooks: Hooks | None,
+) -> Handle | VideoHandle:
+    model = _model_of(target)
+    handle = _made(target, model, StemConfig() if config is None else config, group, hooks)
+    with lock:
+        check_owner(model)
+        _remove_from(model)
+        handle._install()
+    return handle
+
+
+def _made(
+    target: Any,
+    model: torch.nn.Module,
+    config: AttentionConfig | VideoConfig,
+    group: dist.ProcessGroup | None,
+    hooks: Hooks | None,
+) -> Handle | VideoHandle:
+    """The handle of a mechanism that is not yet on."""
+    is_transformer = transformer_of(target) is not None
+    if isinstance(config, VideoConfig) != is_transformer:
+        fitting = "a VideoConfig" if is_transformer else "a StemConfig or another for UNets"
+        raise TypeError(
+            f"config is a {type(config).__name__} and the model a {type(model).__name__}; pass "
+            f"{fitting}"
+        )
+    if isinstance(config, VideoConfig):
+        if group is not None or hooks is not None:
+            raise ValueError("a video transformer takes no group and no hooks; leave them away")
+        return VideoHandle(model, config)
     if not isinstance(config, AttentionConfig):
         raise TypeError(
             f"config is a {type(config).__name__}; it must be a StemConfig, a SparseCausalConfig, "
@@ -303,12 +288,13 @@ def enable(
         )
     if group is not None and config.num_frames is None:
         raise ValueError("a process group needs num_frames, the frames of one video")
-    handle = Handle(unet, config, target if hasattr(target, "unet") else None, group, hooks)
-    with lock:
-        check_owner(unet)
-        _remove_from(unet)
-        handle._install()
-    return handle
+    return Handle(model, config, target if hasattr(target, "unet") else None, group, hooks)
+
+
+def _model_of(target: Any) -> torch.nn.Module:
+    """The UNet, ControlNet or video transformer that a mechanism goes into."""
+    transformer = transformer_of(target)
+    return model_of(target) if transformer is None else transformer
 
 
 def disable(target: Any) -> None:
@@ -320,21 +306,34 @@ def disable(target: Any) -> None:
     Raises:
         RuntimeError: another thread has this UNet in a `with` block.
     """
-    unet = model_of(target)
+    model = _model_of(target)
     with lock:
-        check_owner(unet)
-        _remove_from(unet)
+        check_owner(model)
+        _remove_from(model)
 
 
-@contextlib.contextmanager
+@overload
+def enabled(target: Any, config: VideoConfig) -> contextlib.AbstractContextManager[VideoHandle]: ...
+
+
+@overload
 def enabled(
     target: Any,
     config: AttentionConfig | None = None,
     *,
     group: dist.ProcessGroup | None = None,
     hooks: Hooks | None = None,
-) -> Iterator[Handle]:
-    """Put an attention mechanism into a UNet for the length of a `with` block.
+) -> contextlib.AbstractContextManager[Handle]: ...
+
+
+def enabled(
+    target: Any,
+    config: AttentionConfig | VideoConfig | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    hooks: Hooks | None = None,
+) -> contextlib.AbstractContextManager[Any]:
+    """Put an attention mechanism into a model for the length of a `with` block.
 
     At the end of the block, the mechanism that was on before is on again.
 
@@ -346,10 +345,20 @@ def enabled(
 
     Raises:
         TypeError, ValueError: as `enable`.
-        RuntimeError: another thread has this UNet in such a block. Blocks of one thread may nest.
+        RuntimeError: another thread has this model in such a block. Blocks of one thread may nest.
     """
+    return _enabled_for_a_block(target, config, group, hooks)
+
+
+@contextlib.contextmanager
+def _enabled_for_a_block(
+    target: Any,
+    config: AttentionConfig | VideoConfig | None,
+    group: dist.ProcessGroup | None,
+    hooks: Hooks | None,
+) -> Iterator[Handle | VideoHandle]:
     with plain(target):
-        yield enable(target, config, group=group, hooks=hooks)
+        yield _enabled(target, config, group, hooks)
 
 
 @contextlib.contextmanager
@@ -366,22 +375,22 @@ def plain(target: Any) -> Iterator[None]:
         TypeError: `target` has no model that `enable` serves.
         RuntimeError: another thread has this UNet in such a block.
     """
-    unet = model_of(target)
-    with owned(unet):
-        outer = _remove_from(unet)
+    model = _model_of(target)
+    with owned(model):
+        outer = _remove_from(model)
         try:
             yield
         finally:
             with lock:
-                _remove_from(unet)
+                _remove_from(model)
                 if outer is not None:
                     outer._install()
 
 
-def _remove_from(unet: torch.nn.Module) -> Handle | None:
-    """Undo what is enabled, whoever owns the UNet. Returns its handle, to install it again."""
+def _remove_from(model: torch.nn.Module) -> Installed | None:
+    """Undo what is enabled, whoever owns the model. Returns its handle, to install it again."""
     with lock:
-        handle: Handle | None = getattr(unet, _ATTRIBUTE, None)
+        handle = handle_in(model)
         if handle is not None:
             handle._remove()
         return handle

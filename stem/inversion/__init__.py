@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..exports import lazy
 
 if TYPE_CHECKING:
+    from .flow import invert_flow, noise_levels, reconstruct_flow
     from .folder import InversionError, InversionFolder
     from .inverting import invert
     from .methods import METHODS
@@ -16,7 +17,10 @@ __all__ = [
     "InversionError",
     "InversionFolder",
     "invert",
+    "invert_flow",
+    "noise_levels",
     "reconstruct",
+    "reconstruct_flow",
     "reconstruct_latents",
     "round_trip",
 ]
@@ -25,6 +29,7 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "flow": ("invert_flow", "noise_levels", "reconstruct_flow"),
         "folder": ("InversionError", "InversionFolder"),
         "inverting": ("invert",),
         "methods": ("METHODS",),

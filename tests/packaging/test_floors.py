@@ -25,14 +25,15 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.metrics": "world names",
         "stem.editing": "inversion diffusion control attention attention.families config "
         "distributed storage names",
-        "stem.inversion": "diffusion control attention attention.families video config distributed "
-        "sources storage names exports",
+        "stem.inversion": "diffusion control attention attention.families attention.video video "
+        "config distributed sources storage names exports",
         "stem.models": "loading diffusion sources names",
         "stem.loading": "sources storage names",
         "stem.diffusion": "control attention attention.families storage profiling progress",
         "stem.control": "storage",
-        "stem.attention": "attention.families config profiling names",
+        "stem.attention": "attention.families attention.video config profiling names",
         "stem.attention.families": "",
+        "stem.attention.video": "config",
         "stem.world": "",
         "stem.video": "storage",
         "stem.config": "",
@@ -59,7 +60,7 @@ FLOORS: dict[str, dict[str, str]] = {
     },
     "benchmarks": {
         "benchmarks.readme": "studies.quality studies.editing studies.features studies.drop_in "
-        "studies.small_cards suite cases records",
+        "studies.small_cards studies.video_transformers suite cases records",
         "benchmarks.conftest": "cases records",
         "benchmarks.test_cpu": "suite cases",
         "benchmarks.studies.calibration": "studies.editing studies.quality cases records",
@@ -69,6 +70,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "benchmarks.studies.any_length": "cases records",
         "benchmarks.studies.drop_in": "records",
         "benchmarks.studies.small_cards": "cases records",
+        "benchmarks.studies.video_transformers": "records",
         "benchmarks.suite": "counting cases records",
         "benchmarks.counting": "cases records",
         "benchmarks.records": "cases",

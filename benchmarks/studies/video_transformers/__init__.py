@@ -1,0 +1,1 @@
+"""A study: attention by a window and bases, as video transformers have it, against SDPA."""
