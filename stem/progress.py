@@ -1,10 +1,16 @@
-"""How far a run has come: a bar on a terminal, a line in the log now and then elsewhere."""
+"""How far a run has come: a bar on a terminal, a line in the log now and then elsewhere.
+
+A process that started this one may name a file in the environment variable STEM_PROGRESS; every
+step is told there, too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +23,9 @@ logger = logging.getLogger("stem")
 _SECONDS = 30.0
 _PERCENT = 10.0
 _LEAST_SECONDS = 2.0  # a run that takes seconds needs no lines
+TOLD_FILE = "STEM_PROGRESS"
+"""Environment variable with the path of a file that gets a line of JSON at a run's start and after
+each of its steps: its name, the steps done before, done and in all, and seconds since its start."""
 
 
 class Progress(Protocol):
@@ -39,11 +48,31 @@ def steps(total: int, *, initial: int = 0, name: str, show: bool = True) -> Iter
         name: Name of the run.
         show: Whether to show anything.
     """
-    if show and sys.stderr.isatty():
+    told = os.environ.get(TOLD_FILE)
+    if show and told:
+        yield _Told(told, total, initial, name)
+    elif show and sys.stderr.isatty():
         with tqdm(total=total, initial=initial, desc=name) as bar:
             yield bar
     else:
         yield _Lines(total, initial, name, show)
+
+
+class _Told:
+    def __init__(self, path: str, total: int, initial: int, name: str) -> None:
+        self._path, self._total, self._initial, self._name = path, total, initial, name
+        self._done, self._start = initial, time.monotonic()
+        self._tell()
+
+    def update(self) -> None:
+        self._done += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        told = {"name": self._name, "before": self._initial, "done": self._done}
+        told |= {"total": self._total, "seconds": time.monotonic() - self._start}
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(told) + "\n")
 
 
 class _Lines:

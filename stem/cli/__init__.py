@@ -1,6 +1,6 @@
 """The command line, `stem`; `stem --help` lists its commands."""
 
-from . import ablate, analyse, commands, edits, evaluate, inversions, report
+from . import ablate, analyse, commands, edits, evaluate, inversions, page, report
 from .app import app, run
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "edits",
     "evaluate",
     "inversions",
+    "page",
     "report",
     "run",
 ]

@@ -14,9 +14,16 @@ from .app import app, say
 
 @app.command("report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(help=f"A folder that {REPORTED} wrote.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help=f"A folder that {REPORTED} wrote; or several of edits of one video, which are "
+            "shown side by side.",
+        ),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="An HTML file. Default: report.html in the folder.")
+        Path | None, typer.Option(help="An HTML file. Default: report.html in the (first) folder.")
     ] = None,
 ) -> None:
     """One HTML page of results: videos in step or pictures, figures, settings, provenance.
@@ -26,8 +33,9 @@ def report_command(
     from ..report.contents import read_report
     from ..report.page import write_report
 
+    folder, *others = folders
     path = out or (folder.parent if folder.is_file() else folder) / "report.html"
     check_output_file(path)
-    found = read_report(folder)
+    found = read_report(folder, *others)
     write_report(found, path)
     say(f"{path}, {path.stat().st_size / 2**20:.1f} MiB")

@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scipy.stats import t
-
 CONFIDENCE = 0.95
 
 
@@ -40,6 +38,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
     """
     if not values:
         raise ValueError("there are no values to take the mean of")
+    from scipy.stats import t  # it takes a second, and most who come by here want none
+
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Interval(mean, float("nan"))

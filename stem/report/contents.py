@@ -34,22 +34,30 @@ _REPORTS: dict[str, Callable[[Document], Report]] = {
 }
 
 
-def read_report(folder: Path) -> Report:
+def read_report(folder: Path, *others: Path) -> Report:
     """The report of what one of `names.REPORTED` wrote.
 
     Args:
         folder: Folder that holds a document, one of `documents.KINDS`; or the document in it.
+        others: More of them, of edits of the same video, which are shown side by side.
 
     Raises:
         OSError: there is no such folder.
         ReportError: it holds no document, or several, or is incomplete, damaged or of another
-            version of this package.
+            version of this package; or there are others, and they are no edits of one video.
     """
-    document = read_document(find_document(folder))
+    documents = [read_document(find_document(each)) for each in (folder, *others)]
+    kinds = {document.kind for document in documents}
+    if others and not kinds <= {EDIT, EDITS}:
+        named = ", ".join(str(document.path) for document in documents)
+        raise ReportError(f"only edits are shown side by side, and these are {named}; name one")
     try:
-        return _REPORTS[document.kind](document)
+        if others:
+            return edits_report(*documents)
+        return _REPORTS[documents[0].kind](documents[0])
     except KeyError as error:
+        named = " or ".join(str(document.path) for document in documents)
         raise ReportError(
-            f"{document.path}, or a document that it names, has no {error}: another version wrote "
+            f"{named}, or a document that it names, has no {error}: another version wrote "
             "it; remove its folder and run the command again"
         ) from error

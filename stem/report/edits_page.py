@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from .details import method_settings, provenance_of, rate, run_settings, settings_of
-from .documents import EDITS, Document, number, read_document
+from .documents import EDITS, Document, ReportError, number, read_document
 from .edit_files import EditFiles
 from .evaluations import evaluation_beside, evaluation_table
 from .page import Pane, Player, Report, Section, Table, curve_of
@@ -16,11 +16,23 @@ from .panes import read_panes
 _MASK = "may change"
 
 
-def edits_report(document: Document) -> Report:
-    """The report of one edit or of several, from edit.json or edits.json."""
-    edits = [document]
-    if document.kind == EDITS:
-        edits = [read_document(document.located(path)) for path in document["edits"]]
+def edits_report(*documents: Document) -> Report:
+    """The report of one edit or of several of one video, from edit.json or edits.json.
+
+    Args:
+        documents: Documents, at least one.
+
+    Raises:
+        ReportError: they are of different videos.
+    """
+    edits = [edit for document in documents for edit in _edits_of(document)]
+    other = next((edit for edit in edits if _video_of(edit) != _video_of(edits[0])), None)
+    if other is not None:
+        raise ReportError(
+            f"{other.path} is an edit of another video than {edits[0].path}, or of other frames of "
+            "it; name edits of one inversion"
+        )
+    note = next(filter(None, (document["note"] for document in documents)), "")
     prompts = list(dict.fromkeys(edit["prompt"] for edit in edits))
     title = prompts[0] if len(prompts) == 1 else f"{len(edits)} edits"
     inverted = edits[0]["inversion_settings"]
@@ -32,7 +44,18 @@ def edits_report(document: Document) -> Report:
     ]
     kind = "Edit" if len(edits) == 1 else "Edits"
     section = edits_section(edits, "Side by side", [evaluation_beside(edit) for edit in edits])
-    return Report(kind, title, facts, document["note"], [section])
+    return Report(kind, title, facts, note, [section])
+
+
+def _edits_of(document: Document) -> list[Document]:
+    if document.kind == EDITS:
+        return [read_document(document.located(path)) for path in document["edits"]]
+    return [document]
+
+
+def _video_of(edit: Document) -> Mapping[str, Any]:
+    video: Mapping[str, Any] = edit["inversion_settings"]["video"]
+    return video
 
 
 def edits_section(
@@ -60,8 +83,10 @@ def edits_section(
         shown = [Pane(label, taken) for label, taken in zip(labels[:2], frames, strict=False)]
         by_frame = edit.content.get("psnr_to_exact_by_frame")
         figures = by_frame and [number(value) for value in by_frame[::every]]
-        shown.append(Pane(name, frames[2], figures, "dB"))
-        if len(labels) > 3:
+        number_of_mask = len(panes) + (3 if index == 0 else 1)
+        mask = number_of_mask if len(labels) > 3 else None
+        shown.append(Pane(name, frames[2], figures, "dB", mask=mask))
+        if mask is not None:
             label = f"{_MASK}, {name}" if several else _MASK
             shares = [100 * share for share in edit["share_by_frame"][::every]]
             shown.append(Pane(label, frames[3], shares, "%", compared=False))
@@ -83,6 +108,7 @@ def edits_section(
         reference=1 if curve else 0,
         every=every,
         curve=curve,
+        wiped=0,
     )
     headings = ["edit", "PSNR to exact dB", "may change", "seconds", "steps in them"]
     note = (

@@ -29,6 +29,7 @@ class Pane:
         figures: Figure of each frame, nan where there is none; None: the video has no figures.
         unit: Unit of the figures.
         compared: Whether its difference from the player's reference means anything.
+        mask: Number of the pane that shows, white, where this one may differ; None: there is none.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Pane:
     figures: Sequence[float] | None = None
     unit: str = ""
     compared: bool = True
+    mask: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Player:
         reference: Number of the pane that the others' difference is shown from.
         every: Every so many of the source's frames are here.
         curve: Curve of the figures over the frames, or None.
+        wiped: Number of the pane that a slider lays over the left part of the others; None: there
+            is no slider.
     """
 
     panes: Sequence[Pane]
@@ -61,6 +65,12 @@ class Player:
     reference: int = 0
     every: int = 1
     curve: Curve | None = None
+    wiped: int | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Whether a pane has a mask."""
+        return any(pane.mask is not None for pane in self.panes)
 
     @property
     def count(self) -> int:
@@ -94,6 +104,7 @@ class Player:
             "every": self.every,
             "num_frames": self.num_frames,
             "reference": self.reference,
+            "wiped": self.wiped,
             "panes": [
                 {
                     "label": pane.label,
@@ -101,6 +112,7 @@ class Player:
                     "unit": pane.unit,
                     "figures": [_figure(value) for value in pane.figures or ()],
                     "compared": pane.compared,
+                    "mask": pane.mask,
                 }
                 for pane in self.panes
             ],

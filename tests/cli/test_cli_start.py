@@ -30,7 +30,7 @@ print(json.dumps(found))
 """
 LIGHT = ("torch", "stem_kernels", "diffusers", "transformers", "matplotlib", "torchmetrics", "av")
 HEAVY = ("diffusers", "transformers", "matplotlib", "torchmetrics")
-COMMANDS = ("ablate", "analyse", "clean", "compare", "demo", "edit", "evaluate", "info")
+COMMANDS = ("ablate", "analyse", "app", "clean", "compare", "demo", "edit", "evaluate", "info")
 COMMANDS += ("invert", "list", "reconstruct", "report", "verify")
 
 
@@ -61,6 +61,23 @@ def test_folders_are_listed_and_cleaned_without_torch(inversion: str) -> None:
     listed, cleaned = ran(LIGHT, ("list", inversion), ("clean", inversion))
     assert "ddim, 2 of 2 steps, 3 frames of 32x32" in listed[1]
     assert cleaned == (0, "freed: 0 bytes")
+
+
+def test_the_page_is_refused_in_a_line_where_it_cannot_be_served(tmp_path: Path) -> None:
+    app = ("app", "--out", str(tmp_path), "--port", "0")
+    expected = {
+        app: "pip install 'stem-inversion[app]'",
+        (*app, "--host", "0.0.0.0"): "host is '0.0.0.0', which others can reach: give a password",
+        (*app, "--auth", "me"): "write USER:PASSWORD",
+        (*app, "--port", "65536"): "port is 65536",
+        ("app", "--out", __file__): "is a file, not a folder",
+    }
+    for (call, said), (status, printed) in zip(
+        expected.items(), ran((*LIGHT, "gradio"), *expected), strict=True
+    ):
+        assert status == 2, (call, printed)
+        assert said in printed
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mistakes_in_names_need_no_torch() -> None:

@@ -16,8 +16,9 @@ KERNELS = "stem_kernels"
 FLOORS: dict[str, dict[str, str]] = {
     "stem": {
         "stem.__main__": "cli",
-        "stem.cli": "workflows report metrics inversion models diffusion control attention world "
-        "video distributed sources storage names",
+        "stem.cli": "app workflows report metrics inversion models diffusion control attention "
+        "world video distributed sources storage names",
+        "stem.app": "inversion world video storage progress names",
         "stem.workflows": "report metrics editing inversion models diffusion control attention "
         "attention.families world video config distributed storage progress names",
         "stem.world.training": "report metrics inversion models diffusion control world video",
@@ -35,7 +36,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.attention.families": "",
         "stem.attention.video": "config",
         "stem.world": "",
-        "stem.video": "storage",
+        "stem.video": "storage exports",
         "stem.config": "",
         "stem.distributed": "",
         "stem.sources": "storage names",

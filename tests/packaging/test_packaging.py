@@ -22,7 +22,7 @@ BOUNDS = dict(entry.split(">=") for entry in PROJECT["dependencies"])
 MODULES = {"pyyaml": "yaml", "pillow": "PIL", "scikit-video": "skvideo"}
 BASE = {MODULES.get(name, name) for name in BOUNDS}
 # What the extras bring.
-EXTRAS = {"triton", "nvtx", "skimage", "cv2"}
+EXTRAS = {"triton", "nvtx", "skimage", "cv2", "gradio", "starlette"}
 
 
 def test_every_module_that_is_imported_is_installed() -> None:

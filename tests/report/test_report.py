@@ -190,6 +190,26 @@ def test_several_edits_play_together_wherever_their_folders_have_gone(tmp_path: 
         read_report(moved / "edits-0")
 
 
+def test_edits_of_several_folders_share_a_page_if_they_are_of_one_video(tmp_path: Path) -> None:
+    one, two = (write_edit(tmp_path / f"edit-{name}", name, exact=False) for name in ("a", "b"))
+    (section,) = read_report(one, two).sections
+    assert section.player is not None
+    labels = [pane.label for pane in section.player.panes]
+    assert labels[0] == "source"
+    assert labels[2:] == [
+        *("fusion 1", "may change, fusion 1", "fusion 2", "may change, fusion 2"),
+    ]
+    assert [pane.mask for pane in section.player.panes] == [None, None, 3, None, 5, None]
+    other = write_edit(tmp_path / "edit-c", "c", exact=False)
+    document = json.loads((other / "edit.json").read_text())
+    document["inversion_settings"]["video"]["num_frames"] += 1
+    (other / "edit.json").write_text(json.dumps(document))
+    with pytest.raises(ReportError, match="is an edit of another video than"):
+        read_report(one, other)
+    with pytest.raises(ReportError, match="only edits are shown side by side"):
+        read_report(one, write_compared(tmp_path / "compared"))
+
+
 def test_of_a_long_video_some_frames_are_shown_and_the_page_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,6 +167,31 @@ def test_it_is_readable_at_any_width_in_both_schemes(
     assert (max(map(int, luminance[4:-1].split(","))) < 60) == dark
 
 
+def test_the_source_is_wiped_over_an_edit_and_what_may_not_change_is_dim(
+    browser: Page, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.html"
+    write_report(read_report(write_edit(tmp_path / "edit-0", "a", exact=False)), path)
+    browser.open(path, 1280)
+    browser.wait_for(READY)
+    source, _, edit, mask = (level for _, level in browser.value(SHOWN))
+    move = """(() => {{
+      const slider = document.querySelector('.wiped');
+      slider.value = {share};
+      slider.dispatchEvent(new Event('input'));
+    }})()"""
+    browser.value(move.format(share=80))
+    levels = [level for _, level in browser.value(SHOWN)]  # at a third of the width
+    assert levels == [source, source, source, mask]
+    assert source != edit
+    browser.value(move.format(share=10))
+    assert [level for _, level in browser.value(SHOWN)][2] == edit
+    browser.value("document.querySelector('.masked').click()")  # all of the mask is black
+    dimmed = [level for _, level in browser.value(SHOWN)]
+    assert dimmed[0] == source
+    assert abs(dimmed[2] - 0.3 * edit) <= 2
+
+
 def test_a_wide_picture_is_scrolled_by_itself(browser: Page, tmp_path: Path) -> None:
     data = io.BytesIO()
     Image.new("RGB", (2000, 100)).save(data, "png")

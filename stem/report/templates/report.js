@@ -16,6 +16,30 @@ function loaded(panes) {
     })))));
 }
 
+const DIMMED = 0.7; // of the light outside a mask
+
+// Outside the mask, which is white, a picture becomes darker.
+function dim(canvas, mask) {
+  const context = canvas.getContext("2d");
+  context.globalCompositeOperation = "multiply";
+  context.globalAlpha = DIMMED;
+  context.drawImage(mask, 0, 0);
+  context.globalAlpha = 1;
+}
+
+// The left share of a picture becomes another, up to a line.
+function wipe(canvas, image, share) {
+  const context = canvas.getContext("2d");
+  const width = Math.round(canvas.width * share);
+  if (width === 0) return;
+  context.globalCompositeOperation = "source-over";
+  context.drawImage(image, 0, 0, width, canvas.height, 0, 0, width, canvas.height);
+  if (width === canvas.width) return;
+  const line = Math.max(1, Math.round(canvas.width / 160));
+  context.fillStyle = "white";
+  context.fillRect(width - line, 0, line, canvas.height);
+}
+
 function draw(canvas, image, reference) {
   const context = canvas.getContext("2d");
   context.globalCompositeOperation = "copy";
@@ -36,6 +60,8 @@ class Player {
     this.names = [...root.querySelectorAll(".name")];
     this.range = root.querySelector("input[type=range]");
     this.check = root.querySelector("input[type=checkbox]");
+    this.masked = root.querySelector(".masked");
+    this.wiped = root.querySelector(".wiped");
     this.speed = root.querySelector("select");
     this.output = root.querySelector("output");
     this.now = root.querySelector(".now");
@@ -53,12 +79,15 @@ class Player {
     this.root.querySelector(".panes").addEventListener("click", () => this.toggle());
     this.range.addEventListener("input", () => { this.pause(); this.show(Number(this.range.value)); });
     this.check.addEventListener("change", () => this.show(this.frame));
+    if (this.masked) this.masked.addEventListener("change", () => this.show(this.frame));
+    if (this.wiped) this.wiped.addEventListener("input", () => this.show(this.frame));
     this.speed.addEventListener("change", () => this.restart());
     this.root.addEventListener("keydown", (event) => this.key(event));
   }
 
   key(event) {
-    if (event.altKey || event.ctrlKey || event.metaKey || event.target === this.speed) return;
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    if (event.target === this.speed || event.target === this.wiped) return;
     const own = event.target.matches("button, input[type=checkbox]");
     const keys = {
       ArrowLeft: () => this.step(-1),
@@ -76,11 +105,13 @@ class Player {
   // Every pane of a frame, within one task: the browser shows all of them at once, or none.
   show(frame) {
     this.frame = frame;
-    const { panes, reference, every, num_frames: total } = this.data;
+    const { panes, reference, wiped, every, num_frames: total } = this.data;
     const label = `frame ${frame * every + 1} of ${total}`;
     panes.forEach((pane, index) => {
       const differs = this.check.checked && pane.compared && index !== reference;
       draw(this.canvases[index], this.pictures[index][frame], differs && this.pictures[reference][frame]);
+      if (this.masked && this.masked.checked && pane.mask !== null) dim(this.canvases[index], this.pictures[pane.mask][frame]);
+      if (this.wiped && pane.compared && index !== wiped) wipe(this.canvases[index], this.pictures[wiped][frame], this.wiped.value / 100);
       this.names[index].textContent = differs ? `Δ ${pane.label}` : pane.label;
       this.canvases[index].dataset.frame = frame;
       this.canvases[index].setAttribute("aria-label", differs ? `${pane.label}, difference from ${panes[reference].label}, ${label}` : `${pane.label}, ${label}`);

@@ -50,13 +50,13 @@ class Page:
                 assert "error" not in answer, answer
                 return answer["result"]
 
-    def open(self, path: Path, width: int, *, dark: bool = False) -> None:
-        """Load a file at a width in CSS pixels, and wait until it is loaded."""
+    def open(self, page: Path | str, width: int, *, dark: bool = False) -> None:
+        """Load a file or an address at a width in CSS pixels, and wait until it is loaded."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.resize(width)
         self._loaded = False
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        self.send("Page.navigate", url=page.resolve().as_uri() if isinstance(page, Path) else page)
         while not self._loaded:
             self._receive()
 
@@ -68,12 +68,18 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def wait_for(self, expression: str) -> None:
+    def wait_for(self, expression: str, seconds: float = _SECONDS) -> None:
         """Wait until an expression of JavaScript is true."""
-        end = time.monotonic() + _SECONDS
+        end = time.monotonic() + seconds
         while not self.value(expression):
             assert time.monotonic() < end, f"never true: {expression}"
             time.sleep(0.02)
+
+    def upload(self, selector: str, path: Path) -> None:
+        """Give a field for files, which CSS selects, a file."""
+        root = self.send("DOM.getDocument")["root"]["nodeId"]
+        node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.send("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
 
     def press(self, key: str) -> None:
         """Press a key, as a person does, and let it go."""
@@ -127,7 +133,9 @@ def open_page() -> Iterator[Page]:
         ) as browser:
             try:
                 port, path = _address(Path(profile) / "DevToolsActivePort", browser)
-                with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as socket:
+                # No pings: their answers wait behind what a page says while a test looks elsewhere.
+                options: dict[str, Any] = {"max_size": None, "proxy": None, "ping_interval": None}
+                with connect(f"ws://127.0.0.1:{port}{path}", **options) as socket:
                     yield Page(socket, _tab(socket))
             finally:
                 browser.terminate()

@@ -1,0 +1,89 @@
+"""What a job will take: counts that hold, times that earlier jobs tell, advice that helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from stem import load_pipeline
+from stem.app import estimate as estimating
+from stem.app.commands import Edits, Inversion
+from stem.app.estimate import Estimate, estimate, shape_of, unet_of
+from stem.app.jobs import Job
+from stem.diffusion.memory import _probe
+from stem.diffusion.pipeline import encode_prompt
+
+SIZE = (640, 360)
+
+
+@pytest.fixture
+def inversion(tmp_path: Path) -> Inversion:
+    asked = {"video": "a.mp4", "model": "embedded", "method": "stem", "prompt": "", "steps": 4}
+    rest = {"chunk": "auto", "first": 0, "stop": 8, "size": "64", "out": str(tmp_path)}
+    return Inversion(**asked, **rest)
+
+
+def expected(asked: Inversion | Edits, inversion: Inversion, *jobs: Job) -> Estimate:
+    return estimate(asked, inversion, SIZE, "cpu", jobs)
+
+
+def timed(folder: Path, asked: dict[str, object], **seconds: float) -> Job:
+    folder.mkdir()
+    job = Job(folder, "", (), {**asked, "video_size": list(SIZE)}, device="cpu")
+    lines = [
+        {"name": name.replace("_", " "), "before": 2, "done": 4, "total": 4, "seconds": value}
+        for name, value in seconds.items()
+    ]
+    job.progress.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return job
+
+
+def test_what_waits_is_counted_as_hooks_find_it() -> None:
+    pipeline, unet = load_pipeline("embedded", device="cpu"), unet_of("embedded", half=False)
+    assert unet is not None
+    conditioning = encode_prompt(pipeline, "", 64, 96)
+    _, held = _probe(pipeline, 1, 64, 96, conditioning)
+    assert unet.held_bytes(64, 96) == held
+
+
+def test_a_size_is_what_the_command_makes_of_it() -> None:
+    assert shape_of(640, 360, "", 8) == (640, 360)
+    assert shape_of(640, 360, "64", 8) == (112, 64)
+    assert shape_of(640, 360, "70x50", 8) == (64, 48)
+
+
+def test_time_is_that_of_earlier_steps_and_grows_with_frames(
+    tmp_path: Path, inversion: Inversion
+) -> None:
+    assert expected(inversion, inversion).seconds is None
+    first = timed(tmp_path / "1", inversion.record(), invert_stem=3.0)  # two steps
+    assert expected(inversion, inversion, first).seconds == pytest.approx(6)
+    longer = dataclasses.replace(inversion, stop=16)
+    assert expected(longer, longer, first).seconds == pytest.approx(12)
+    everything = dataclasses.replace(inversion, method="inflated")
+    assert expected(everything, everything, first).seconds is None
+    prompts = {"prompts": ["a", "b"], "methods": ["pnp"], "preset": "", "guidance": None}
+    rest = {"negative_prompt": "", "seed": 0, "options": [], "out": inversion.out}
+    edits = Edits(inversion, **prompts, **rest)  # type: ignore[arg-type]
+    assert expected(edits, inversion, first).seconds is None
+    second = timed(tmp_path / "2", edits.record(), edit_pnp=5.0, reconstruct_stem=1.0)
+    # Two edits and a reconstruction, each of four steps.
+    assert expected(edits, inversion, first, second).seconds == pytest.approx(2 * 10 + 2)
+
+
+def test_what_does_not_fit_is_said_with_what_does(
+    inversion: Inversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = expected(inversion, inversion)
+    assert fits.advice == ""
+    assert fits.memory is not None
+    monkeypatch.setattr(estimating, "free_bytes", lambda device: int(fits.memory / 0.7) - 1)
+    advice = expected(inversion, inversion).advice
+    assert advice == "take at most 7 frames of this size"
+    fewer = dataclasses.replace(inversion, stop=7)
+    assert expected(fewer, fewer).advice == ""
+    monkeypatch.setattr(estimating, "free_bytes", lambda device: fits.memory // 8)
+    assert "take a s" in expected(inversion, inversion).advice  # a size, or a smaller model
