@@ -19,8 +19,8 @@ STAGED = (
     "examples/*.py",
 )  # fmt: skip
 PACKAGES = (
-    "stem", "stem_kernels", "stem.attention", "stem.control", "stem.inversion", "stem.editing",
-    "stem.metrics", "stem.video", "stem.world",
+    "stem", "stem_kernels", "stem_kernels.video", "stem.attention", "stem.control",
+    "stem.inversion", "stem.editing", "stem.metrics", "stem.video", "stem.world",
 )  # fmt: skip
 """Packages whose public names have a page; docs/mkdocs.yml lists the same."""
 

@@ -242,7 +242,7 @@ class PerFrameConfig:
 class VideoConfig:
     """Self-attention of a video transformer: a window exactly, bases for the rest.
 
-    See `stem_kernels.video_attention` for the attention itself. A layer keeps the model's own
+    See `stem_kernels.video.video_attention` for the attention itself. A layer keeps the model's own
     attention ("dense") where an option here says so.
 
     Args:

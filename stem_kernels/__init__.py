@@ -8,13 +8,8 @@ from .ops.em_statistics import em_statistics
 from .ops.em_update import em_update
 from .ops.initialization import initial_bases, standard_normals
 from .ops.nearest_token import nearest_token
-from .ops.partial_attention import merged_attention
-from .ops.placed_attention import placed_attention
 from .ops.soft_em import attention_bias, soft_em
 from .ops.stem_attention import stem_attention
-from .ops.video_attention import video_attention
-from .ops.video_bases import video_bases
-from .ops.window_attention import window_attention
 
 __all__ = [
     "BackendError",
@@ -25,13 +20,8 @@ __all__ = [
     "em_statistics",
     "em_update",
     "initial_bases",
-    "merged_attention",
     "nearest_token",
-    "placed_attention",
     "soft_em",
     "standard_normals",
     "stem_attention",
-    "video_attention",
-    "video_bases",
-    "window_attention",
 ]

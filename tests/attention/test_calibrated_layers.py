@@ -152,7 +152,8 @@ def test_videos_of_a_batch_are_calibrated_each_by_itself() -> None:
 CALIBRATED = [
     StemConfig(num_bases=16, num_queries=20, num_iters=1, calibration="joint", num_frames=FRAMES),
     StemConfig(num_bases=16, space="key", calibration="linear", num_frames=FRAMES),
-    StemConfig(num_bases=8, calibration="moments", num_frames=FRAMES),
+    # At 0.01 the rounding of the chunks' inputs grows to the bound of this test.
+    StemConfig(num_bases=8, temperature=0.1, calibration="moments", num_frames=FRAMES),
     StemConfig(
         num_bases=8, sample_per_base=2, calibration="moments", space="key", num_frames=FRAMES
     ),

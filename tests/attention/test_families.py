@@ -31,6 +31,8 @@ from stem.attention import Hook, Hooks
 from stem.attention.families import FAMILIES, self_attentions
 from stem.attention.hooks import Site
 
+pytestmark = pytest.mark.thinned
+
 WITH_AXIS = [kind for kind, described in KINDS.items() if described.frame_axis is not None]
 OF_ROWS = [kind for kind in KINDS if kind not in WITH_AXIS]
 # At tau = 0.01 rounding moves assignments on some CPUs.

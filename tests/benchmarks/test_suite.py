@@ -127,6 +127,7 @@ def raise_in(monkeypatch: pytest.MonkeyPatch, error: BaseException, where: Any) 
     monkeypatch.setattr(Trial, "start", start)
 
 
+@pytest.mark.long
 def test_three_calls_survive_what_contenders_raise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

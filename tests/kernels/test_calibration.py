@@ -23,6 +23,8 @@ from stem_kernels.testing import (
     parity_bound,
 )
 
+pytestmark = pytest.mark.thinned
+
 MANY = 2000 if INTERPRETED else 5000
 
 

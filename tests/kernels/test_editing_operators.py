@@ -19,7 +19,7 @@ from stem_kernels.testing import (
     parity_bound,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.thinned, pytest.mark.usefixtures("poisoned_memory")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -26,6 +26,8 @@ from stem_kernels.reference import chunks
 from stem_kernels.shared import forms
 from stem_kernels.testing import eager_basis_attention, max_error
 
+pytestmark = pytest.mark.thinned
+
 interpreter = pytest.mark.interpreter
 INF = float("inf")
 

@@ -9,17 +9,17 @@ import torch
 from conftest import DEVICE, tokens
 from torch.nn.functional import scaled_dot_product_attention
 
-from stem_kernels import (
+from stem_kernels.measure import PeakMemory
+from stem_kernels.ops.partial_attention import ROUNDING_ATOL, PartialAttention
+from stem_kernels.shared.grid import window_counts
+from stem_kernels.testing import max_error, parity_bound
+from stem_kernels.video import (
     merged_attention,
     placed_attention,
     video_attention,
     video_bases,
     window_attention,
 )
-from stem_kernels.measure import PeakMemory
-from stem_kernels.ops.partial_attention import ROUNDING_ATOL, PartialAttention
-from stem_kernels.shared.grid import window_counts
-from stem_kernels.testing import max_error, parity_bound
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -47,6 +47,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.exports": "",
     },
     "stem_kernels": {
+        "stem_kernels.video": "ops",
         "stem_kernels.info": "selfcheck verification backends triton cuda",
         "stem_kernels.selfcheck": "testing ops backends shared",
         "stem_kernels.testing": "ops shared",

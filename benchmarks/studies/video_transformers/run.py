@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from stem_kernels import (
-    basis_attention,
+from stem_kernels import basis_attention
+from stem_kernels.info import provenance
+from stem_kernels.video import (
     merged_attention,
     placed_attention,
     video_attention,
     video_bases,
     window_attention,
 )
-from stem_kernels.info import provenance
 
 from ... import records
 

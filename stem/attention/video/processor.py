@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stem_kernels import video_attention
+from stem_kernels.video import video_attention
 
 from .family import Projected, Rotary
 from .state import VideoState
