@@ -216,7 +216,7 @@ def test_lora_counts_and_stays() -> None:
     assert torch.equal(call(unet), adapted)
 
 
-@pytest.mark.parametrize("init", ["gaussian", "tokens"])
+@pytest.mark.parametrize("init", [pytest.param("gaussian", marks=pytest.mark.long), "tokens"])
 def test_a_compiled_unet_keeps_working(init: str) -> None:
     unet = make_unet(**ONE_LEVEL)
     before = call(unet)
