@@ -33,13 +33,15 @@ unit: $(VENV)/.dev
 # The interpreter is Python, which uses one core a process.
 interpreter: $(VENV)/.dev
 	@echo "== interpreter: the Triton kernels, on the CPU"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'interpreter and not long' \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels \
+		-m 'interpreter and not long' \
 		-n logical --maxprocesses 8
 
 # What `make test` has no time for.
 long: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) -m long
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'interpreter and long' \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels \
+		-m 'interpreter and long' \
 		-n logical --maxprocesses 8
 
 # The docstrings are read, not imported: nothing of this package is installed for it.

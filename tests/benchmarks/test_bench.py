@@ -273,6 +273,7 @@ def by_target(table: str) -> dict[str, list[str]]:
     return {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines}
 
 
+@pytest.mark.long
 def test_pytest_benchmark_times_the_same_cases(tmp_path: Path) -> None:
     options = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", "-p", "no:cacheprovider"]
     chosen = ["-k", "1280 and torch and test_contender", "--results", str(tmp_path / "cpu.json")]

@@ -147,6 +147,7 @@ def test_diffusers_is_told_the_device() -> None:
     assert called == expected
 
 
+@pytest.mark.long
 def test_commands_offload(video: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     weights = tmp_path / "weights"
     away = ("--offload", "group", "--offload-folder", str(weights), "--device", "cpu")

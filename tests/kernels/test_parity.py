@@ -22,7 +22,11 @@ from stem_kernels.testing import (
     rounded_soft_em,
 )
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.thinned,
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = [40, 64, 80, 160, 320]
@@ -48,7 +52,6 @@ def em_case(n: int, num_bases: int, width: int, dtype: torch.dtype) -> tuple[tor
     return features.to(DEVICE), bases.to(DEVICE), payload.to(DEVICE)
 
 
-@pytest.mark.thinned
 @pytest.mark.parametrize(("n", "num_bases", "temperature"), STEPS)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,7 +94,6 @@ def test_one_em_step(
         assert max_error(result, exact) <= bound
 
 
-@pytest.mark.thinned
 @pytest.mark.parametrize(("n", "num_bases"), SIZES)
 @pytest.mark.parametrize("width", WIDTHS[:4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,7 +131,7 @@ def test_attention_without_bias(backend: str, width: int, apart: int, scale: flo
     assert max_error(result, exact) <= parity_bound(exact, plain, ATTENTION_ATOL)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8 if INTERPRETED else 20, deadline=None, derandomize=True)
 @given(
     n=st.integers(0, 300),
     num_bases=st.integers(1, 300),

@@ -70,12 +70,14 @@ def test_it_knows_the_words_of_the_world() -> None:
         assert tokenizer.unk_token_id not in tokenizer(word).input_ids
 
 
+@pytest.mark.long
 def test_the_autoencoder_brings_back_what_it_never_saw(measured: dict[str, Any]) -> None:
     for figures in (record(EVALUATION_RECORD), measured):
         for source, psnr in figures["autoencoder_psnr"].items():
             assert psnr >= (32 if source == "world" else 24), source
 
 
+@pytest.mark.long
 def test_text_is_followed(measured: dict[str, Any]) -> None:
     text = record(EVALUATION_RECORD)["text"]
     assert text["samples"]["colour"] >= 0.9
@@ -86,6 +88,7 @@ def test_text_is_followed(measured: dict[str, Any]) -> None:
     assert measured["text"]["samples"]["shape"] >= 0.5
 
 
+@pytest.mark.long
 def test_ddim_inversion_is_near_the_autoencoder(measured: dict[str, Any]) -> None:
     for figures in (record(EVALUATION_RECORD), measured):
         inversion = figures["inversion"]
