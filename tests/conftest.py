@@ -219,11 +219,14 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of tests that are marked "thinned" half of the cases are marked "long", so that each value
-    of a parameter is still tried with half of the values of each other one."""
+    of a parameter is still tried with half of the values of each other one. Tests of one parameter
+    lose every other value where they are marked themselves, not their file."""
     for item in items:
         case = getattr(item, "callspec", None)
-        thinned = item.get_closest_marker("thinned") and case is not None
-        if thinned and len(case.indices) > 1 and sum(case.indices.values()) % 2:
+        if case is None or item.get_closest_marker("thinned") is None:
+            continue
+        itself = any(mark.name == "thinned" for mark in getattr(item.function, "pytestmark", []))  # type: ignore[attr-defined]
+        if (itself or len(case.indices) > 1) and sum(case.indices.values()) % 2:
             item.add_marker(pytest.mark.long)
 
 

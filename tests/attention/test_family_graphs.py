@@ -47,7 +47,8 @@ def test_checkpointing_runs_the_layers_of_each_call_again(kind: str) -> None:
             gradients(model, *calls)
 
 
-@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("whole", [True, False])
 def test_compiled_as_a_whole_or_in_part(whole: bool) -> None:
     torch._dynamo.reset()
     model, free = make_model(ONE_LEVEL), dataclasses.replace(FEW, num_frames=None)

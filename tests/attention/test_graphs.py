@@ -97,6 +97,7 @@ def test_repeated_blocks_in_chunks() -> None:
         call(unet)
 
 
+@pytest.mark.long
 def test_export() -> None:
     unet = make_unet()
     (sample, timestep, text), keywords = unet_inputs()

@@ -10,6 +10,7 @@ from benchmarks.studies.calibration import round_trips as calibration_runs
 from benchmarks.studies.editing import measure as editing_measure
 
 
+@pytest.mark.long
 def test_a_video_is_measured_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -234,6 +234,7 @@ def test_too_little_space_is_said_before_the_first_step(
     assert not steps
 
 
+@pytest.mark.long
 def test_other_thread_counts_are_recorded_and_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -170,6 +170,7 @@ def run(pipeline: Any) -> torch.Tensor:
         return denoise(latents, scheduler, guided(pipeline, conditioning), name="x")
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", sorted(classes()))
 def test_a_class_runs_or_is_refused_with_the_part(name: str) -> None:
     expected = first(EXPECTED, name)

@@ -61,6 +61,7 @@ def schedulers(name: str) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", ADMITTED)
 def test_every_scheduler_s_own_schedule_is_followed(name: str) -> None:
     for given in schedulers(name):

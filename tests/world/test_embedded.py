@@ -59,6 +59,7 @@ def test_it_is_small_and_safe_to_load() -> None:
     assert {file.suffix for file in files} == {".json", ".md", ".safetensors"}
 
 
+@pytest.mark.long
 def test_diffusers_loads_it_without_this_package(tmp_path: Path) -> None:
     command = [sys.executable, "-c", ALONE, str(EMBEDDED_FOLDER)]
     subprocess.run(command, cwd=tmp_path, check=True)
