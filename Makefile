@@ -75,15 +75,23 @@ COMPILER := $(shell command -v $${CXX:-c++})
 NVCC := $(shell PATH="$${CUDA_HOME:-/usr/local/cuda}/bin:$$PATH" command -v nvcc)
 ARCHITECTURES := $(if $(shell command -v nvidia-smi),,TORCH_CUDA_ARCH_LIST=9.0)
 REQUIRE := $(if $(COMPILER),STEM_REQUIRE_EXT=1 $(if $(NVCC),STEM_CUDA=1 $(ARCHITECTURES)))
+SOURCES := $(shell find csrc -type f -not -name '*.pyc')
 # Most modules of what is installed are never imported: those that are, are compiled then.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
 
-$(VENV)/.demo $(VENV)/.dev: pyproject.toml setup.py $(CONSTRAINTS) \
-		$(shell find csrc -type f -not -name '*.pyc')
+$(VENV)/.demo: pyproject.toml setup.py $(CONSTRAINTS) $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools
-	$(if $(findstring .dev,$@),$(REQUIRE)) $(PIP) --no-build-isolation \
-		$(EDITABLE) '.$(if $(findstring .dev,$@),[dev])'
+	$(PIP) --no-build-isolation $(EDITABLE) .
+	touch $@
+
+# The extension is built while all that the tests need is installed; the last line finds it there.
+$(VENV)/.dev: pyproject.toml setup.py $(CONSTRAINTS) $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools
+	$(REQUIRE) $(PIP) --no-build-isolation --no-deps $(EDITABLE) . & built=$$!; \
+		$(PIP) -r $(CONSTRAINTS) && wait $$built
+	$(PIP) 'stem-inversion[dev]'
 	touch $@
 
 $(VENV)/.docs: $(CONSTRAINTS)
