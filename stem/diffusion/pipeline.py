@@ -13,6 +13,7 @@ import torch
 from stem_kernels.shared.memory import lacks_memory
 
 from ..attention.families import family_of_unet
+from ..attention.parked import current_parking
 from .control import Shown, rows_shown
 from .weights import keeps_copies
 
@@ -61,9 +62,8 @@ class Conditioning:
             frame_axis: Whether the UNet's samples have an axis of frames: it then repeats for them
                 what is added, but not the embeddings.
         """
-        arguments: dict[str, Any] = {
-            "encoder_hidden_states": self.embeddings.repeat_interleave(frames, dim=0)
-        }
+        of_frames = [row.expand(frames, *row.shape) for row in self.embeddings]
+        arguments: dict[str, Any] = {"encoder_hidden_states": current_parking().joined(of_frames)}
         if self.added:
             repeated = 1 if frame_axis else frames
             arguments["added_cond_kwargs"] = {

@@ -62,7 +62,8 @@ FLOORS: dict[str, dict[str, str]] = {
     },
     "benchmarks": {
         "benchmarks.readme": "studies.quality studies.editing studies.features studies.drop_in "
-        "studies.small_cards studies.video_transformers suite cases records",
+        "studies.small_cards studies.video_transformers studies.frames_and_sizes suite cases "
+        "records",
         "benchmarks.conftest": "cases records",
         "benchmarks.test_cpu": "suite cases",
         "benchmarks.studies.calibration": "studies.editing studies.quality cases records",
@@ -71,6 +72,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "benchmarks.studies.quality": "cases records",
         "benchmarks.studies.any_length": "cases records",
         "benchmarks.studies.drop_in": "records",
+        "benchmarks.studies.frames_and_sizes": "counting cases records",
         "benchmarks.studies.small_cards": "cases records",
         "benchmarks.studies.video_transformers": "records",
         "benchmarks.suite": "counting cases records",
