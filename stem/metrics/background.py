@@ -31,7 +31,18 @@ def outside(frames: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def inside(frames: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Frames that are black outside a mask; see `outside`."""
+    """Frames that are black outside a mask.
+
+    Args:
+        frames: Frames, uint8 [N, H, W, 3].
+        masks: Masks, true where a frame is edited, bool [N, H, W].
+
+    Returns:
+        uint8 [N, H, W, 3].
+
+    Raises:
+        ValueError: masks of another shape or dtype.
+    """
     _check(frames, masks)
     return frames.masked_fill(~masks[..., None], 0)
 

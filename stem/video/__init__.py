@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..exports import lazy
 
 if TYPE_CHECKING:
-    from .folder import picture_files, read_pictures
+    from .folder import read_pictures
     from .frames import FrameRange, Video, VideoError
     from .reading import VideoFile, crop_to_multiple, open_video, read_video
     from .writing import check_video_output, write_video
@@ -20,7 +20,6 @@ __all__ = [
     "check_video_output",
     "crop_to_multiple",
     "open_video",
-    "picture_files",
     "read_pictures",
     "read_video",
     "write_video",
@@ -28,7 +27,7 @@ __all__ = [
 
 # Where a clip lies is known without torch and PyAV.
 _MODULES = {
-    "folder": ("picture_files", "read_pictures"),
+    "folder": ("read_pictures",),
     "frames": ("FrameRange", "Video", "VideoError"),
     "reading": ("VideoFile", "crop_to_multiple", "open_video", "read_video"),
     "writing": ("check_video_output", "write_video"),
