@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from clips import smooth
 from commands import run
 from PIL import Image
@@ -153,6 +154,12 @@ def test_five_measures_outside_the_masks(tmp_path: Path) -> None:
     brighter = judged(found, "0002_wave/brighter")
     assert brighter["MSE x10000 outside"] == pytest.approx(10_000 * error, rel=1e-5)
     assert brighter["PSNR dB outside"] == pytest.approx(-10 * math.log10(error), abs=1e-4)
+    kept = (MASK == 0)[[0, 16], None]
+    pairs = [v[[0, 16]].permute(0, 3, 1, 2) / 255 * kept for v in (wave_read + 10, wave_read)]
+    similar = torchmetrics.functional.image.structural_similarity_index_measure(
+        *pairs, data_range=1.0
+    )
+    assert brighter["SSIM x100 outside"] == pytest.approx(100 * float(similar), abs=1e-2)
     # Of an edit of 9 frames, 0 and 8 are compared with the source's.
     short = judged(found, "0002_wave/short")
     assert short["MSE x10000 outside"] == pytest.approx(40_000 * error, rel=1e-5)
@@ -182,7 +189,7 @@ def test_five_measures_outside_the_masks(tmp_path: Path) -> None:
 def test_five_edits_that_cannot_be_compared_are_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    names = ("film", "ours", "half", "long", "torn", "empty")
+    names = ("film", "ours", "half", "long", "torn", "short", "empty")
     folder = five(tmp_path / "FiVE", edit5=tuple(("ball", name, "a blue ball") for name in names))
     edits, source = tmp_path / "edits" / "ball", plain(RED)
     edits.mkdir(parents=True)
@@ -190,10 +197,13 @@ def test_five_edits_that_cannot_be_compared_are_named(
         evaluate_benchmark(folder, edits.parent)
     write(folder / "images" / "ball", source, "jpg")
     write(folder / "bmasks" / "ball", MASK)
-    with pytest.raises(ValueError, match=r"holds none of the 6 edits of FiVE; .*ball/film.mp4"):
+    with pytest.raises(ValueError, match=r"holds none of the 7 edits of FiVE; .*ball/film.mp4"):
         evaluate_benchmark(folder, edits.parent)
     write(edits / "torn", source)
     (edits / "torn" / "00009.png").write_bytes(b"no picture")
+    (write(edits / "short", source, "jpg") / "00009.jpg").write_bytes(
+        (edits / "short" / "00001.jpg").read_bytes()[:-200]
+    )
     (edits / "empty").mkdir()
     command = ("evaluate", str(folder), str(edits.parent), "--clip", "nobody/clip")
     assert run(*command) == 2
@@ -212,9 +222,10 @@ def test_five_edits_that_cannot_be_compared_are_named(
         assert float(figures["PSNR dB outside"]) > 35
     assert "ball/long: has 18 frames, and the source 17; FiVE takes at most as many" in printed
     assert "torn/00009.png: cannot be read as a picture" in printed
+    assert "short/00009.jpg: cannot be read as a picture" in printed
     assert "ball/empty: holds no picture" in printed
     assert "│ edits judged" in printed
-    assert "3 of 6" in printed
+    assert "3 of 7" in printed
     assert "missing: CLIP-source x100, CLIP-text x100, CLIP-text x100 inside, of 3" in printed
     assert "hf download nobody/clip" in printed
     assert "missing: Motion x100, Motion x100 in the box, of 3 edits: CoTracker's hub" in printed

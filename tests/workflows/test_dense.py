@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run
+from conftest import write_clip
 from controls import make_control_pipeline
 from inversions import STEM, clip, inverted
 from pipelines import make_pipeline
@@ -192,6 +193,38 @@ def test_another_video_is_compared_by_its_name(
     for arguments, said in mistakes.items():
         assert run(*arguments) == 2
         assert said in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+def test_the_command_finds_the_model_and_the_frames(
+    model: str,
+    tmp_path: Path,
+    no_torchvision: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no tries over a network
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "small")
+    source = write_clip(tmp_path / "clip.mp4", 4, 36, 44)  # which the model's VAE takes as 40x32
+    few = ("--steps", "2", "--frames", "1:4", "--method", "pnp", "--out", "out")
+    edit = ("edit", source, "--source-prompt", "a duck", "--prompt", "a swan", *few)
+    assert run(*edit, "--model", "small", "--option", "stem.num_bases=4") == 0
+    (folder,) = Path("out").glob("pnp-*")
+    command = ("evaluate", source, str(folder), "--prompt", "a swan", "--clip", "nobody/clip")
+    command += ("--flow", "dis", "--against", "dense")
+    for frames in ("4", ":3"):
+        assert run(*command, "--frames", frames) == 2
+        said = "the source's frames are not those that out/inversions/stem-"
+        assert said in capfd.readouterr().err
+    Path("small").rename("moved")
+    assert run(*command, "--frames", "1:4") == 2
+    assert "no pipeline can be loaded from the hub id 'small'" in capfd.readouterr().err
+    for reused in (False, True):
+        assert run(*command, "--frames", "1:4", "--model", "moved") == 0
+        printed = capfd.readouterr().out
+        assert f"dense{', reused' if reused else ''}: out/dense/pnp-a-swan-" in printed
+        for metric in ("PSNR dB", "SSIM", "LPIPS"):
+            assert f"{metric}, to dense attention" in printed
 
 
 @pytest.mark.long
