@@ -68,7 +68,7 @@ class _Shot:
     text: torch.Tensor | UnmeasuredError
 
     @property
-    def masks(self) -> torch.Tensor:
+    def known_mask(self) -> torch.Tensor:
         """The mask of a benchmark that has masks."""
         assert self.mask is not None
         return self.mask
@@ -228,7 +228,7 @@ class FiveJudge(Judge):
         ]
 
     def _within(self, shot: _Shot) -> float | None:
-        mask = shot.masks
+        mask = shot.known_mask
         return self.score(inside(shot.edit, mask), shot.text) if mask.any() else None
 
     def add_motion(self, sheet: Sheet, task: Task, source: Frames, edit: Frames) -> None:
@@ -309,7 +309,7 @@ def _outside(compute: Callable[[torch.Tensor, torch.Tensor], float]) -> Callable
     """A metric of two videos for what is outside the masks; none where that is nothing."""
 
     def value(shot: _Shot) -> float | None:
-        mask = shot.masks
+        mask = shot.known_mask
         if mask.all():
             return None
         return compute(outside(shot.edit, mask), outside(shot.source, mask))
