@@ -26,6 +26,8 @@ FLOWS = ("dis", "raft")
 """Names of the models that estimate optical flow."""
 CLIP_MODEL = "openai/clip-vit-base-patch32"
 """Hub id of the CLIP model that measures an edit by default."""
+BENCHMARK_CLIP_MODEL = "openai/clip-vit-large-patch14"
+"""Hub id of the one that measures a benchmark's edits, FiVE's own."""
 FORMS = ("defaults", "paper", "released")
 """Configurations that an ablation changes."""
 ABLATED = ("K", "R", "sample", "form", "space", "init", "empty", "proportional", "calibration")

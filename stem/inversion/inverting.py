@@ -203,6 +203,14 @@ def invert(
     return folder
 
 
+def frames_sha256(video: Video | VideoFile) -> str:
+    """The hash of a video's frames by which an inversion records what it was made of."""
+    digest = hashlib.sha256()
+    for part in video.parts(VAE_FRAMES):
+        digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def check_chunk(chunk: int | str | None) -> None:
     """Raise ValueError where `chunk` is neither a number of frames nor "auto" nor None."""
     if chunk is None or chunk == "auto" or (type(chunk) is int and chunk >= 1):
@@ -318,9 +326,6 @@ def _settings(
     num_steps: int,
     keep_bases: bool,
 ) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for part in video.parts(VAE_FRAMES):
-        digest.update(part.contiguous().numpy().data)
     return {
         "method": method,
         "attention": _as_json(config),
@@ -331,7 +336,7 @@ def _settings(
         "device": execution_device(pipeline).type,
         "backend": _backend(pipeline, config),
         "video": {
-            "frames_sha256": digest.hexdigest(),
+            "frames_sha256": frames_sha256(video),
             "num_frames": video.num_frames,
             "height": video.height,
             "width": video.width,
