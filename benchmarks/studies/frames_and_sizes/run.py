@@ -33,9 +33,9 @@ from ...counting.counted import CEILINGS
 
 OUT = records.RESULTS / "frames-and-sizes.json"
 CHUNK = 8
-POINTS = ((8, 256, 256), (32, 256, 256), (8, 512, 288), (8, 512, 512), (16, 512, 512))
+POINTS = ((32, 256, 256), (8, 512, 288), (8, 512, 512), (16, 512, 512))
 """Frames, width and height in pixels."""
-BOTH = POINTS[:4]
+BOTH = POINTS[:3]
 """Points at which all-frame attention is measured, too."""
 WAYS = ("stem", "all-frame")
 WEIGHTS = 2 * 859_520_964
@@ -120,8 +120,8 @@ def table(results: dict[str, Any]) -> str:
     where = results["provenance"]
     found = {(row["way"], *row["point"]): row for row in results["rows"]}
     lines = [
-        "| One UNet step, STEM (all-frame) | CPU seconds | CPU, MiB above the model | H100, "
-        "ms at least | H100, GiB |",
+        "| A UNet step, STEM (all-frame) | CPU, s | CPU, MiB beside the model | H100, ms at least "
+        "| H100, GiB |",
         "|---|---|---|---|---|",
     ]
     for point in POINTS:
@@ -133,11 +133,11 @@ def table(results: dict[str, Any]) -> str:
             _both([f"{1000 * row['flops'] / CEILINGS.flops:.0f}" for row in rows]),
             f"{(WEIGHTS + rows[0]['bytes'] / 2) / 2**30:.1f}",
         ]
-        lines.append(f"| {frames} frames of {width}x{height} | {' | '.join(cells)} |")
+        lines.append(f"| N={frames}, {width}x{height} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Stable Diffusion 1.5's shape, float32, one thread, chunks of {CHUNK} frames. H100: "
-        "counted FLOPs at 798 TFLOP/s, and half of these bytes beside the weights; not measured.",
+        f"Stable Diffusion 1.5's shape, float32, one thread, {CHUNK} frames a chunk. H100: FLOPs "
+        "at 798 TFLOP/s, half of the bytes and the weights; counted, not measured.",
         "",
         f"Source: [benchmarks/results/{OUT.name}](benchmarks/results/{OUT.name}) ({where['cpu']}, "
         f"torch {where['versions']['torch']}, commit `{results['rows'][0]['commit']}`).",
