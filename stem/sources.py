@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .names import EMBEDDED_MODEL, RANDOM_MODEL
+from .names import EMBEDDED_MODEL, EMBEDDED_VIDEO_MODEL, RANDOM_MODEL
 from .storage import tensor_shapes
 
 WEIGHTS = ".safetensors"
@@ -24,6 +25,8 @@ FILE_ENCODERS = ("cond_stage_model.", "conditioner.embedders.")
 """The starts of the text encoders' names in such a file: 1.x and 2.x's, XL's."""
 TWO_ENCODERS = ("clip_l", "clip_g")
 """Names of a textual inversion's tensors for the two text encoders of Stable Diffusion XL."""
+LATENTS = "latents.json"
+"""File of a video model on the embedded VAE's latents, with their mean and deviation."""
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _RANDOM = re.compile(rf"{RANDOM_MODEL}(?::(-?\d+))?")
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
@@ -104,7 +107,28 @@ class ModelSource:
     @property
     def is_built_in(self) -> bool:
         """Whether the model comes with this package."""
-        return self.name == EMBEDDED_MODEL or self.seed is not None
+        return self.name in (EMBEDDED_MODEL, EMBEDDED_VIDEO_MODEL) or self.seed is not None
+
+    @property
+    def is_video_model(self) -> bool:
+        """Whether the model is a video transformer, as far as can be said without the hub: its
+        folder, or what the hub's cache has of it, names diffusers' WanPipeline."""
+        folder = Path(self.name)
+        if self.name == EMBEDDED_VIDEO_MODEL or (folder / LATENTS).is_file():
+            return True
+        index: Any = folder / "model_index.json"
+        if not folder.is_dir():
+            from huggingface_hub import try_to_load_from_cache
+
+            hub_id = not self.is_file and not self.is_built_in and _HUB_ID.fullmatch(self.name)
+            index = try_to_load_from_cache(self.name, index.name) if hub_id else None
+        if not isinstance(index, (str, Path)) or not Path(index).is_file():
+            return False
+        try:
+            found: bool = json.loads(Path(index).read_bytes()).get("_class_name") == "WanPipeline"
+        except (ValueError, AttributeError):
+            return False  # who loads it says what is wrong
+        return found
 
     @property
     def seed(self) -> int | None:

@@ -26,8 +26,9 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.metrics": "world names",
         "stem.editing": "inversion diffusion control attention attention.families config "
         "distributed storage names",
-        "stem.inversion": "diffusion control attention attention.families attention.video video "
-        "config distributed sources storage names exports",
+        "stem.inversion": "flow diffusion control attention attention.families attention.video "
+        "video config distributed sources storage progress names exports",
+        "stem.flow": "models diffusion attention.video sources names exports",
         "stem.models": "loading diffusion sources names",
         "stem.loading": "sources storage names",
         "stem.diffusion": "control attention attention.families storage profiling progress",
