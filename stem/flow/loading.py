@@ -56,19 +56,27 @@ def load_video_model(
     return found
 
 
-def known_multiple(model: str) -> int:
-    """Pixels that height and width are multiples of, without loading the model; 1: not known.
+def known_steps(model: str) -> tuple[int, int]:
+    """What a model's videos are cut into, as far as that is known without loading it.
 
     Args:
         model: Name of the model, as for `load_video_model`.
+
+    Returns:
+        Number of frames for each latent frame after the first, and the number of pixels that height
+        and width are multiples of; 1 and 1 where the hub must be asked.
     """
     embedded = _embedded_folder(model)
     folder = Path(model) if embedded is None else embedded
-    vae = _config(EMBEDDED_FOLDER if embedded else folder, "vae")
     patch = _config(folder, "transformer").get("patch_size", (1, 1, 1))[1]
     if embedded is not None:
-        return int(2 ** (len(vae["block_out_channels"]) - 1) * patch)
-    return int(vae.get("scale_factor_spatial", 1) * patch)
+        levels = len(_config(EMBEDDED_FOLDER, "vae")["block_out_channels"])
+        return 1, 2 ** (levels - 1) * patch
+    vae = _config(folder, "vae")
+    if not vae:
+        return 1, 1
+    # Older files leave out what was the same in all of them.
+    return vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8) * patch
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:

@@ -162,12 +162,7 @@ class VelocityModel(ABC):
             ValueError: with the nearest size that can.
         """
         every, side = self.frames_per_latent, self.multiple
-        if num_frames < 1 or (num_frames - 1) % every:
-            fewer = max(0, num_frames - 1) // every * every + 1
-            raise ValueError(
-                f"the video has {num_frames} frames; this model takes {every} k + 1, such as "
-                f"{fewer} or {fewer + every} (--frames {fewer})"
-            )
+        check_num_frames(num_frames, every)
         if height % side or width % side or 0 in (height, width):
             raise ValueError(
                 f"frames are {width}x{height}; this model takes multiples of {side} "
@@ -205,6 +200,24 @@ class VelocityModel(ABC):
             )
         if unknown:
             logger.warning("the model has no words for these, they mean nothing to it: %s", unknown)
+
+
+def check_num_frames(num_frames: int, every: int) -> None:
+    """Raise where a VAE cannot encode so many frames.
+
+    Args:
+        num_frames: Number of frames.
+        every: Number of frames for each latent frame after the first.
+
+    Raises:
+        ValueError: with the nearest number that it can.
+    """
+    if num_frames < 1 or (num_frames - 1) % every:
+        fewer = max(0, num_frames - 1) // every * every + 1
+        raise ValueError(
+            f"the video has {num_frames} frames; this model takes {every} k + 1, such as {fewer} "
+            f"or {fewer + every} (--frames {fewer})"
+        )
 
 
 def check_frames(model: VelocityModel, frames: torch.Tensor) -> None:

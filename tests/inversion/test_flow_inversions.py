@@ -20,7 +20,7 @@ from pipelines import make_pipeline
 
 import stem
 from stem.flow import EmbeddedVideoModel, VelocityModel, WanModel, load_video_model
-from stem.flow.loading import known_multiple
+from stem.flow.loading import known_steps
 from stem.inversion import (
     InversionError,
     InversionFolder,
@@ -176,13 +176,13 @@ def test_models_are_found_by_their_folders(tmp_path: Path) -> None:
     pipeline = make_wan()
     pipeline.save_pretrained(tmp_path / "wan")
     write_embedded(tmp_path / "own")
-    for folder, multiple in (("wan", 16), ("own", 4)):
+    for folder, steps in (("wan", (4, 16)), ("own", (1, 4))):
         name = str(tmp_path / folder)
         assert ModelSource(name).is_video_model
-        assert known_multiple(name) == multiple
+        assert known_steps(name) == steps
         found = load_video_model(name, device="cpu", dtype="bfloat16")
         assert (found.dtype, found.vae.dtype) == (torch.bfloat16, torch.float32)
-        assert found.multiple == multiple
+        assert (found.frames_per_latent, found.multiple) == steps
         with pytest.raises(ModelError, match=r"no UNet; load it with stem.flow.load_video_model"):
             stem.load_pipeline(name)
     found = load_video_model(str(tmp_path / "wan"), device="cpu")
@@ -190,7 +190,7 @@ def test_models_are_found_by_their_folders(tmp_path: Path) -> None:
     assert torch.equal(found.encode(video.frames), WanModel(pipeline).encode(video.frames))
     for name in ("embedded", "random:1", "somebody/model", str(tmp_path), "a.safetensors"):
         assert not ModelSource(name).is_video_model
-    assert known_multiple("somebody/model") == 1
+    assert known_steps("somebody/model") == (1, 1)
     with pytest.raises(ModelError, match="'embedded' is no video transformer; --model takes"):
         load_video_model("embedded")
     with pytest.raises(ModelError, match="no video model can be loaded from"):
