@@ -27,6 +27,9 @@ TWO_ENCODERS = ("clip_l", "clip_g")
 """Names of a textual inversion's tensors for the two text encoders of Stable Diffusion XL."""
 LATENTS = "latents.json"
 """File of a video model on the embedded VAE's latents, with their mean and deviation."""
+WAN = "WanPipeline"
+"""Class of diffusers whose pipelines are video models."""
+_INDEX = "model_index.json"
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _RANDOM = re.compile(rf"{RANDOM_MODEL}(?::(-?\d+))?")
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
@@ -116,19 +119,23 @@ class ModelSource:
         folder = Path(self.name)
         if self.name == EMBEDDED_VIDEO_MODEL or (folder / LATENTS).is_file():
             return True
-        index: Any = folder / "model_index.json"
-        if not folder.is_dir():
-            from huggingface_hub import try_to_load_from_cache
-
-            hub_id = not self.is_file and not self.is_built_in and _HUB_ID.fullmatch(self.name)
-            index = try_to_load_from_cache(self.name, index.name) if hub_id else None
-        if not isinstance(index, (str, Path)) or not Path(index).is_file():
-            return False
         try:
-            found: bool = json.loads(Path(index).read_bytes()).get("_class_name") == "WanPipeline"
-        except (ValueError, AttributeError):
+            index = self._index()
+            return index is not None and json.loads(index.read_bytes())["_class_name"] == WAN
+        except (OSError, ValueError, KeyError, TypeError):
             return False  # who loads it says what is wrong
-        return found
+
+    def _index(self) -> Path | None:
+        """The file that names the pipeline's class, where it is on this machine."""
+        folder = Path(self.name)
+        if folder.is_dir():
+            return folder / _INDEX
+        if self.is_file or self.is_built_in or not _HUB_ID.fullmatch(self.name):
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.name, _INDEX)
+        return Path(found) if isinstance(found, str) else None
 
     @property
     def seed(self) -> int | None:

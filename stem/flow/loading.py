@@ -10,7 +10,7 @@ import torch
 
 from ..models import EMBEDDED_FOLDER, check_device, dtype_of, loaded_as
 from ..names import EMBEDDED_VIDEO_MODEL
-from ..sources import LATENTS, ModelError, ModelSource
+from ..sources import LATENTS, WAN, ModelError, ModelSource
 from .embedded import EmbeddedVideoModel
 from .model import VelocityModel
 from .wan import WanModel
@@ -99,23 +99,22 @@ def _wan_pipeline(model: str, dtype: torch.dtype, variant: str | None) -> Any:
     source.check()
     if source.is_built_in or source.is_file:
         raise ModelError(
-            f"{model!r} is no video transformer; --model takes a hub id or a folder of a "
-            f"WanPipeline here, or {EMBEDDED_VIDEO_MODEL!r}"
+            f"{model!r} is no video transformer; --model takes a hub id or a folder of a {WAN} "
+            f"here, or {EMBEDDED_VIDEO_MODEL!r}"
         )
     try:
-        config = DiffusionPipeline.load_config(model)
-        name = config["_class_name"]
-        if name != "WanPipeline":
-            raise ModelError(
-                f"{model!r} is a {name}, no WanPipeline (text to video), which --model takes here; "
-                f"or take {EMBEDDED_VIDEO_MODEL!r}"
+        name = DiffusionPipeline.load_config(model)["_class_name"]
+        if name == WAN:
+            # In bfloat16 the VAE's rounding shows.
+            return WanPipeline.from_pretrained(
+                model, **loaded_as({"vae": torch.float32, "default": dtype}), variant=variant
             )
-        # In bfloat16 the VAE's rounding shows.
-        return WanPipeline.from_pretrained(
-            model, **loaded_as({"vae": torch.float32, "default": dtype}), variant=variant
-        )
-    except (OSError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"no video model can be loaded from {model!r}: {error}. --model takes a hub id or a "
-            f"folder of a WanPipeline (with model_index.json), or {EMBEDDED_VIDEO_MODEL!r}"
+            f"folder of a {WAN} (with model_index.json), or {EMBEDDED_VIDEO_MODEL!r}"
         ) from error
+    raise ModelError(
+        f"{model!r} is a {name}, no {WAN} (text to video), which --model takes here; or take "
+        f"{EMBEDDED_VIDEO_MODEL!r}"
+    )

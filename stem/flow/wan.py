@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..sources import ModelError
+from ..sources import WAN, ModelError
 from .model import Conditions, VelocityModel, check_frames
 
 TEXT_TOKENS = 512
@@ -25,10 +25,10 @@ class WanModel(VelocityModel):
 
     def __init__(self, pipeline: Any) -> None:
         name = type(pipeline).__name__
-        if name != "WanPipeline":
+        if name != WAN:
             raise ModelError(
                 f"the pipeline is a {name}; whole videos are inverted and edited through a "
-                "WanPipeline (text to video)"
+                f"{WAN} (text to video)"
             )
         if pipeline.transformer is None or pipeline.transformer_2 is not None:
             raise ModelError(

@@ -188,7 +188,7 @@ def test_models_are_found_by_their_folders(tmp_path: Path) -> None:
     found = load_video_model(str(tmp_path / "wan"), device="cpu")
     video = clip(5, 32)
     assert torch.equal(found.encode(video.frames), WanModel(pipeline).encode(video.frames))
-    for name in ("embedded", "random:1", "somebody/model", str(tmp_path), "a.safetensors"):
+    for name in ("embedded", "random:1", "somebody/model", "a--b", str(tmp_path), "a.safetensors"):
         assert not ModelSource(name).is_video_model
     assert known_steps("somebody/model") == (1, 1)
     with pytest.raises(ModelError, match="'embedded' is no video transformer; --model takes"):
