@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from inversions import inverted
 from pipelines import make_pipeline
 
 import stem
+from stem.app.state import State
 from stem.flow import EmbeddedVideoModel, VelocityModel, WanModel, load_video_model
 from stem.flow.loading import known_steps
 from stem.inversion import (
@@ -32,6 +34,7 @@ from stem.inversion import (
     reconstruct_video_latents,
 )
 from stem.inversion.flow_inverting import video_attention
+from stem.names import INVERSIONS
 from stem.sources import ModelError, ModelSource
 
 OPTIONS = {"tokens_per_base": 8, "window": 0}
@@ -162,14 +165,17 @@ def test_a_source_has_latents_and_no_steps(model: EmbeddedVideoModel, tmp_path: 
 def test_inversions_of_unets_and_of_transformers_are_told_apart(
     model: EmbeddedVideoModel, tmp_path: Path
 ) -> None:
-    flow = made(model, tmp_path)
+    flow = made(model, tmp_path / INVERSIONS)
     with pytest.raises(InversionError, match=r"by midpoint, through a video transformer; recon"):
         stem.reconstruct(make_pipeline(), flow)
     with pytest.raises(InversionError, match=r"by midpoint, through a video transformer; recon"):
         stem.edit(make_pipeline(), flow, "a blue ball")
-    of_unet = inverted(tmp_path, method="ddim", num_steps=2)
+    of_unet = inverted(tmp_path / INVERSIONS, method="ddim", num_steps=2)
     with pytest.raises(InversionError, match="by ddim, through a UNet"):
         reconstruct_video(model, of_unet)
+    no_jobs: Any = SimpleNamespace(all=list)
+    offered = State(tmp_path, no_jobs, no_jobs, ()).inversions()  # by the page of `stem app`
+    assert list(offered) == [f"folder:{of_unet.path.name}"]
 
 
 def test_models_are_found_by_their_folders(tmp_path: Path) -> None:
