@@ -105,18 +105,25 @@ def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Condit
     return Conditioning(embeddings.to(dtype))
 
 
-def truncated_words(pipeline: Any, prompt: str) -> str:
-    """The words of a prompt that its tokenizers cut off; empty where all fit."""
+def truncated_words(pipeline: Any, prompt: str, longest: int | None = None) -> str:
+    """The words of a prompt that its tokenizers cut off; empty where all fit.
+
+    Args:
+        pipeline: Pipeline with the tokenizers.
+        prompt: Prompt.
+        longest: Number of tokens that are kept; None: as each tokenizer says.
+    """
     lost = ""
     for tokenizer in tokenizers_of(pipeline):
+        kept = longest or tokenizer.model_max_length
         text = as_encoded(pipeline, prompt, tokenizer)
         encoded = tokenizer(
             text, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
         )
-        if len(encoded.input_ids) <= tokenizer.model_max_length:
+        if len(encoded.input_ids) <= kept:
             continue
         # The last token kept is the end mark.
-        first = tokenizer.model_max_length - 1
+        first = kept - 1
         if tokenizer.is_fast:
             starts = [start for start, end in encoded["offset_mapping"][first:] if end > start]
             rest = text[min(starts) :] if starts else ""

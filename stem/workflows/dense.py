@@ -10,7 +10,7 @@ from typing import Any
 
 from ..control import Control
 from ..inversion import InversionFolder, invert
-from ..inversion.inverting import frames_sha256
+from ..inversion.records import frames_sha256
 from ..inversion.runs import check_same_pipeline
 from ..names import INVERSIONS
 from ..report.edit_files import EditFiles

@@ -16,18 +16,19 @@ KERNELS = "stem_kernels"
 FLOORS: dict[str, dict[str, str]] = {
     "stem": {
         "stem.__main__": "cli",
-        "stem.cli": "app workflows report metrics inversion models diffusion control attention "
-        "world video distributed sources storage names",
+        "stem.cli": "app workflows report metrics inversion flow models diffusion control "
+        "attention world video distributed sources storage names",
         "stem.app": "inversion world video storage progress names",
-        "stem.workflows": "report metrics editing inversion models diffusion control attention "
-        "attention.families world video config distributed storage progress names",
+        "stem.workflows": "report metrics editing inversion flow models diffusion control "
+        "attention attention.families world video config distributed storage progress names",
         "stem.world.training": "report metrics inversion models diffusion control world video",
         "stem.report": "metrics video storage names",
         "stem.metrics": "world names",
-        "stem.editing": "inversion diffusion control attention attention.families config "
-        "distributed storage names",
-        "stem.inversion": "diffusion control attention attention.families attention.video video "
-        "config distributed sources storage names exports",
+        "stem.editing": "inversion flow diffusion control attention attention.families config "
+        "distributed storage progress names",
+        "stem.inversion": "flow diffusion control attention attention.families attention.video "
+        "video config distributed sources storage progress names exports",
+        "stem.flow": "models diffusion attention.video sources names exports",
         "stem.models": "loading diffusion sources names",
         "stem.loading": "sources storage names",
         "stem.diffusion": "control attention attention.families storage profiling progress",
