@@ -20,13 +20,13 @@ from torch.nn.functional import mse_loss
 from ...models import EMBEDDED_FOLDER, load_pipeline
 from ..render import render
 from ..sampling import sample_scene
+from .card import LATENTS
 from .fitting import History, Schedule, fit
 from .networks import LATENT_CHANNELS, RESOLUTION, TEXT_WIDTH
 from .train import CAPTION_DROPOUT, encoded, plot_losses, write_record
 
 FRAMES = 16
 SHIFT = 3.0
-LATENTS = "latents.json"
 # Of the noise levels' logits: most of a sampler's steps are at high noise, and little of a video is
 # to be learned at low.
 LEVEL_MEAN, LEVEL_STD = 0.6, 1.3

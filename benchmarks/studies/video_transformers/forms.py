@@ -1,0 +1,189 @@
+"""Self-attention of a video by several forms, each with the FLOPs that it takes.
+
+Those of other papers are written from their formulas, on the same groups of tokens as this
+package's bases, so that they differ in what they do with the groups alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import one_hot, scaled_dot_product_attention
+
+from stem_kernels import basis_attention
+from stem_kernels.video import video_attention, video_bases, window_attention
+
+Grid = tuple[int, int, int]
+SAMPLE_PER_BASE = 8
+NUM_ITERS = 2
+
+
+@dataclass
+class Layer:
+    """Query, key and value [B, h, n, d] after the rotary embedding, and the video's grid.
+
+    Attributes:
+        flops: FLOPs of the form's matrix products over those of exact attention, 4 n^2 d a head;
+            each part of a form adds its own.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    grid: Grid
+    flops: float = field(default=0.0)
+
+    @property
+    def tokens(self) -> int:
+        """The number n of the video's tokens."""
+        return self.query.shape[2]
+
+    @property
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
+
+    def bases(self, per_base: int) -> int:
+        """The number of bases with so many tokens each."""
+        return math.ceil(self.tokens / per_base)
+
+
+Form = Callable[[Layer], torch.Tensor]
+
+
+def exact(layer: Layer) -> torch.Tensor:
+    """Attention to all tokens."""
+    layer.flops += 1.0
+    return scaled_dot_product_attention(*layer.operands)
+
+
+def windowed(layer: Layer, per_base: int = 32, **options: Any) -> torch.Tensor:
+    """`video_attention` with so many tokens a base, else its defaults."""
+    num_bases, tokens = layer.bases(per_base), layer.tokens
+    layer.flops += window_flops(layer.grid, options.get("window", 1)) + num_bases / tokens
+    layer.flops += _grouping_flops(layer, num_bases, options.get("num_iters", NUM_ITERS))
+    if options.get("correction", "moments") == "moments":
+        layer.flops += 2 * layer.query.shape[-1] / tokens
+    return video_attention(*layer.operands, layer.grid, num_bases=num_bases, **options)
+
+
+def window_alone(layer: Layer, window: int = 1) -> torch.Tensor:
+    """Attention to the window, without bases."""
+    layer.flops += window_flops(layer.grid, window)
+    return window_attention(*layer.operands, layer.grid, window=window).output
+
+
+def bases_alone(layer: Layer, per_base: int = 32) -> torch.Tensor:
+    """Attention to the bases of all tokens, without a window."""
+    num_bases = layer.bases(per_base)
+    layer.flops += _grouping_flops(layer, num_bases) + num_bases / layer.tokens
+    bases = video_bases(layer.key, layer.value, num_bases)
+    sizes = one_hot(bases.assignment, num_bases).sum(2)
+    return basis_attention(layer.query, bases.key, bases.value, bias=sizes.float().log())
+
+
+def radial(layer: Layer, width: float = 1.0, *, sink: bool = True) -> torch.Tensor:
+    r"""The static mask of radial attention (arXiv 2506.19852).
+
+    Tokens k and l of frames i and j, of s tokens each, see each other where
+    $|k - l| + 1 \le s / 2^{\lfloor \log_2 \max(|i - j|, 1) \rfloor}$; and all see frame 0.
+
+    Args:
+        layer: Layer.
+        width: Factor of the right side, to bring it to another number of FLOPs.
+        sink: Whether all tokens see frame 0.
+    """
+    size = math.prod(layer.grid[1:])
+    frame = torch.arange(layer.tokens) // size
+    place = torch.arange(layer.tokens) % size
+    apart = (frame[:, None] - frame).abs().clamp(min=1)
+    reach = width * size / 2.0 ** torch.floor(torch.log2(apart.float()))
+    seen = (place[:, None] - place).abs() + 1 <= reach
+    if sink:
+        seen |= frame == 0
+    layer.flops += float(seen.float().mean())
+    return scaled_dot_product_attention(*layer.operands, attn_mask=seen)
+
+
+def best_clusters(layer: Layer, share: float, *, rest: bool, per_base: int = 32) -> torch.Tensor:
+    """Exact attention to the best groups of keys for each group of queries.
+
+    Queries and keys are grouped apart; groups of keys are ranked by the weight that their mean key
+    and their size give them in the softmax of a group's mean query, and taken until they hold
+    `share` of all tokens. The rest is dropped, as in Sparse VideoGen2 (arXiv 2505.18875), or takes
+    part by its means, as in SVG-EAR, here without its routing by estimated error.
+
+    Args:
+        layer: Layer.
+        share: Share of all tokens that a query attends to exactly.
+        rest: Whether the other groups take part by their means.
+        per_base: Number of tokens for each group of keys; groups of queries have four times it.
+    """
+    tokens, width = layer.tokens, layer.query.shape[-1]
+    num_keys, num_queries = layer.bases(per_base), layer.bases(4 * per_base)
+    keys = video_bases(layer.key, layer.value, num_keys)
+    queries = video_bases(layer.query, layer.query, num_queries)
+    sizes = one_hot(keys.assignment, num_keys).sum(2).float()
+    logits = queries.key @ keys.key.mT * width**-0.5 + sizes.log()[:, :, None]
+    order = logits.argsort(-1, descending=True)
+    held = sizes[:, :, None].expand_as(order).gather(-1, order).cumsum(-1)
+    chosen = torch.zeros_like(logits, dtype=torch.bool)
+    chosen.scatter_(-1, order, held <= share * tokens)
+    chosen.scatter_(-1, order[..., :1], True)
+    out, exact_share = [], 0.0
+    for head in range(layer.query.shape[1]):
+        query, key, value = (part[:, head] for part in layer.operands)
+        of_query = chosen[0, head][queries.assignment[0, head]]  # [n, K]
+        seen = of_query[:, keys.assignment[0, head]]
+        exact_share += float(seen.float().mean()) / layer.query.shape[1]
+        bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+        if rest:
+            left = sizes[0, head].log().expand_as(of_query).masked_fill(of_query, float("-inf"))
+            bias = torch.cat([bias, left], 1)
+            key = torch.cat([key, keys.key[:, head]], 1)
+            value = torch.cat([value, keys.value[:, head]], 1)
+        out.append(scaled_dot_product_attention(query, key, value, attn_mask=bias))
+    layer.flops += exact_share + (num_keys / tokens if rest else 0.0)
+    layer.flops += _grouping_flops(layer, num_keys) + _grouping_flops(layer, num_queries)
+    layer.flops += num_queries * num_keys / (2 * tokens**2)
+    return torch.stack(out, 1)
+
+
+def window_flops(grid: Grid, window: int) -> float:
+    """Share of all pairs of tokens that are in each other's window; it is smaller at the edges."""
+    share = 1.0
+    for size in grid[1:]:
+        near = sum(min(size, at + window + 1) - max(0, at - window) for at in range(size))
+        share *= near / size**2
+    return share
+
+
+def _grouping_flops(layer: Layer, groups: int, num_iters: int = NUM_ITERS) -> float:
+    """EM on a sample and the assignment of all tokens."""
+    read = min(layer.tokens, SAMPLE_PER_BASE * groups)
+    return num_iters * read * groups / layer.tokens**2 + groups / (2 * layer.tokens)
+
+
+DEFAULTS = "defaults"
+FORMS: dict[str, Form] = {
+    DEFAULTS: windowed,
+    "no moments": partial(windowed, correction="none"),
+    "no EM": partial(windowed, num_iters=0),
+    "16 a base": partial(windowed, per_base=16),
+    "64 a base": partial(windowed, per_base=64),
+    "128 a base": partial(windowed, per_base=128),
+    "window 2, 64 a base": partial(windowed, per_base=64, window=2),
+    "window alone": window_alone,
+    "bases alone": bases_alone,
+    "radial": radial,
+    "radial, narrow": partial(radial, width=0.25),
+    "Sparse VideoGen2's": partial(best_clusters, share=0.07, rest=False),
+    "SVG-EAR's": partial(best_clusters, share=0.04, rest=True),
+}
+"""What is compared, by what the tables call it."""
+EXACT = "exact"
