@@ -110,29 +110,43 @@ def radial(layer: Layer, width: float = 1.0, *, sink: bool = True) -> torch.Tens
     return scaled_dot_product_attention(*layer.operands, attn_mask=seen)
 
 
-def best_clusters(layer: Layer, share: float, *, rest: bool, per_base: int = 32) -> torch.Tensor:
+def best_clusters(
+    layer: Layer, share: float, *, rest: bool, by_error: bool = False, per_base: int = 32
+) -> torch.Tensor:
     """Exact attention to the best groups of keys for each group of queries.
 
-    Queries and keys are grouped apart; groups of keys are ranked by the weight that their mean key
-    and their size give them in the softmax of a group's mean query, and taken until they hold
-    `share` of all tokens. The rest is dropped, as in Sparse VideoGen2 (arXiv 2505.18875), or takes
-    part by its means, as in SVG-EAR, here without its routing by estimated error.
+    Queries and keys are grouped apart. Groups of keys are taken until they hold `share` of all
+    tokens; the others are dropped, as in Sparse VideoGen2 (arXiv 2505.18875), or take part by their
+    means, as in SVG-EAR (arXiv 2603.08982).
 
     Args:
         layer: Layer.
         share: Share of all tokens that a query attends to exactly.
         rest: Whether the other groups take part by their means.
+        by_error: What ranks groups of keys: the weight that mean key and size give them in the
+            softmax of a group's mean query; or that weight, times the deviations of logits and
+            values within the group, over its size: an estimate of what the mean does wrong for
+            what exact attention takes.
         per_base: Number of tokens for each group of keys; groups of queries have four times it.
     """
-    tokens, width = layer.tokens, layer.query.shape[-1]
+    tokens, scale = layer.tokens, layer.query.shape[-1] ** -0.5
     num_keys, num_queries = layer.bases(per_base), layer.bases(4 * per_base)
     keys = video_bases(layer.key, layer.value, num_keys)
     queries = video_bases(layer.query, layer.query, num_queries)
-    sizes = one_hot(keys.assignment, num_keys).sum(2).float()
-    logits = queries.key @ keys.key.mT * width**-0.5 + sizes.log()[:, :, None]
-    order = logits.argsort(-1, descending=True)
+    belongs = one_hot(keys.assignment, num_keys).float()
+    sizes = belongs.sum(2)
+    rank = scale * queries.key @ keys.key.mT + sizes.log()[:, :, None]
+    if by_error:
+        of_keys, of_values = (
+            belongs.mT @ (part - belongs @ means).square() / sizes[..., None].clamp(min=1)
+            for part, means in ((layer.key, keys.key), (layer.value, keys.value))
+        )
+        of_logits = (scale * queries.key).square() @ of_keys.mT
+        rank = rank - sizes.log()[:, :, None] + of_logits.log() / 2
+        rank = rank + of_values.sum(-1).log()[:, :, None] / 2
+    order = rank.argsort(-1, descending=True)
     held = sizes[:, :, None].expand_as(order).gather(-1, order).cumsum(-1)
-    chosen = torch.zeros_like(logits, dtype=torch.bool)
+    chosen = torch.zeros_like(rank, dtype=torch.bool)
     chosen.scatter_(-1, order, held <= share * tokens)
     chosen.scatter_(-1, order[..., :1], True)
     out, exact_share = [], 0.0
@@ -150,7 +164,7 @@ def best_clusters(layer: Layer, share: float, *, rest: bool, per_base: int = 32)
         out.append(scaled_dot_product_attention(query, key, value, attn_mask=bias))
     layer.flops += exact_share + (num_keys / tokens if rest else 0.0)
     layer.flops += _grouping_flops(layer, num_keys) + _grouping_flops(layer, num_queries)
-    layer.flops += num_queries * num_keys / (2 * tokens**2)
+    layer.flops += (1 + by_error) * num_queries * num_keys / (2 * tokens**2)
     return torch.stack(out, 1)
 
 
@@ -182,8 +196,9 @@ FORMS: dict[str, Form] = {
     "bases alone": bases_alone,
     "radial": radial,
     "radial, narrow": partial(radial, width=0.25),
-    "Sparse VideoGen2's": partial(best_clusters, share=0.07, rest=False),
-    "SVG-EAR's": partial(best_clusters, share=0.04, rest=True),
+    "best clusters": partial(best_clusters, share=0.08, rest=False),
+    "best clusters, rest by means": partial(best_clusters, share=0.048, rest=True),
+    "the same by error": partial(best_clusters, share=0.048, rest=True, by_error=True),
 }
 """What is compared, by what the tables call it."""
 EXACT = "exact"

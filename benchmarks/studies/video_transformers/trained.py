@@ -1,4 +1,4 @@
-"""`python -m benchmarks.studies.video_transformers trained`: forms of attention on trained weights.
+"""`python -m benchmarks.studies.video_transformers.trained`: attention on trained weights.
 
 The velocity, samples and inversions of the embedded video transformer with each form in the place
 of its self-attention. Writes `results/video-transformers-trained.json`, of which `python -m
@@ -19,7 +19,7 @@ import torch
 
 from stem.attention.video import VIDEO_FAMILIES
 from stem.inversion import invert_flow, reconstruct_flow
-from stem.metrics import psnr, ssim
+from stem.metrics import mean_interval, psnr, ssim
 from stem.world import render, sample_scene
 from stem.world.training.video_parts import VideoParts
 from stem_kernels.info import provenance
@@ -31,7 +31,7 @@ OUT = records.RESULTS / "video-transformers-trained.json"
 FIRST_SEED = 30_000_000  # training takes its scenes from 0 on, the evaluation from 20,000,000
 PIXELS = 64
 LEVELS = (0.3, 0.6, 0.9)
-SAMPLED = (EXACT, DEFAULTS, "SVG-EAR's")
+SAMPLED = (EXACT, DEFAULTS, "best clusters, rest by means")
 """Forms that samples are drawn with, the first being what the others are compared with."""
 SOLVERS = ("euler", "midpoint")
 FAMILY = VIDEO_FAMILIES["WanTransformer3DModel"]
@@ -233,7 +233,74 @@ def measure(
     return results
 
 
+def table(results: dict[str, Any]) -> str:
+    """The Markdown of the velocities, the samples and the inversions."""
+    where, path, size = results["provenance"], f"benchmarks/results/{OUT.name}", results["size"]
+    frames = [f"velocity, {count} frames" for count in size["frames"]]
+    lines = [
+        f"Source: [{path}]({path}) ({where['cpu']}, {where['threads']} thread, "
+        f"torch {where['versions']['torch']}, commit `{where['commit']}`). The embedded video "
+        "transformer, float32. FLOPs are those of the matrix products over those of exact "
+        "attention. Best clusters: the form of Sparse VideoGen2 (arXiv 2505.18875); with the rest "
+        "by means that of SVG-EAR (arXiv 2603.08982), without and with groups chosen by their "
+        "estimated error; radial: the mask of arXiv 2506.19852, narrow with a quarter of its "
+        "width. All are written from the papers' formulas, on the groups of `video_bases`.",
+        "",
+        f"The velocity's error, relative to exact attention's: {size['clips']} unseen clips, mean "
+        f"of the noise levels {', '.join(map(str, results['levels']))}.",
+        "",
+        "| |" + "".join(f" FLOPs, {count} frames | off |" for count in size["frames"]),
+        "|---" * (1 + 2 * len(frames)) + "|",
+    ]
+    for name in results[frames[0]]:
+        cells = [(results[key][name]["flops"], mean_error(results[key][name])) for key in frames]
+        lines.append(
+            f"| {name} |" + "".join(f" {100 * part:.1f} % | {100 * e:.1f} % |" for part, e in cells)
+        )
+    lines += [
+        "",
+        f"Samples of {size['sampling_steps']} steps, {size['frames'][0]} frames, {size['samples']} "
+        "seeds, without guidance, against those of exact attention from the same noise; the "
+        "decoded videos, 95 % intervals.",
+        "",
+        "| | PSNR dB | SSIM |",
+        "|---|---|---|",
+    ]
+    for name, rows in results["samples"].items():
+        decibels, similarity = ([row[key] for row in rows] for key in ("psnr", "ssim"))
+        lines.append(
+            f"| {name} | {mean_interval(decibels):.1f} | {mean_interval(similarity):.3f} |"
+        )
+    lines += [
+        "",
+        f"Inversion and reconstruction, {size['inversion_steps']} steps each, "
+        f"{size['frames'][0]} frames, {size['inverted']} unseen clips: PSNR to the clip's latents, "
+        "and of the decoded videos.",
+        "",
+        "| | exact | | defaults | |",
+        "|---|---|---|---|---|",
+        "| | latents dB | videos dB | latents dB | videos dB |",
+    ]
+    for solver in SOLVERS:
+        cells = [
+            f"{statistics.fmean(results['inversions'][f'{name}, {solver}'][key]):.1f}"
+            for name in (EXACT, DEFAULTS)
+            for key in ("latents", "frames")
+        ]
+        lines.append(f"| {solver} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def mean_error(row: dict[str, Any]) -> float:
+    """Mean of a form's errors over clips and noise levels."""
+    return statistics.fmean(error for errors in row["errors"] for error in errors)
+
+
 def main() -> None:
     """Measure on one thread, and write the results."""
     torch.set_num_threads(1)
     measure(VideoParts(), keep=partial(records.write, path=OUT))
+
+
+if __name__ == "__main__":
+    main()

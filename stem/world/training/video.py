@@ -57,7 +57,7 @@ class Recipe:
 
     clips: int = 2_000
     frames_steps: int = 1_000
-    windows_steps: int = 2_600
+    windows_steps: int = 2_000
     videos_steps: int = 2_000
     layers: int = 4
     learning_rate: float = 2e-3
@@ -164,7 +164,7 @@ def train(
         until: stop after so many steps of all stages, with checkpoints alone; None: at the end.
 
     Returns:
-        The trained transformer, as saved; None where `until` stopped it.
+        The trained transformer, float16 as saved; None where `until` stopped it.
     """
     out.mkdir(parents=True, exist_ok=True)
     kept = out / f"clips-{recipe.clips}.pt"
@@ -207,7 +207,7 @@ def train(
             return None
     plot_losses(histories, out / "losses.png")
     folder = out / "video_model"
-    net.save_pretrained(folder / "transformer")
+    net.half().save_pretrained(folder / "transformer")
     FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(folder / "scheduler")
     numbers = {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
     (folder / LATENTS).write_text(json.dumps(numbers, indent=2) + "\n")

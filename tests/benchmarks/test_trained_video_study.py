@@ -1,0 +1,90 @@
+"""The study of forms of attention on trained weights: the forms, and what it measures."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import stem
+from benchmarks import records
+from benchmarks.studies.video_transformers import forms, trained
+from stem.world.training.video_parts import VideoParts
+
+GRID = (3, 4, 5)
+
+
+def layer() -> forms.Layer:
+    generator = torch.Generator().manual_seed(0)
+    return forms.Layer(*torch.randn(3, 1, 2, 60, 8, generator=generator), grid=GRID)
+
+
+WHOLE = {
+    "window": partial(forms.windowed, window=5),
+    "window alone": partial(forms.window_alone, window=5),
+    "bases": partial(forms.bases_alone, per_base=1),
+    "radial": partial(forms.radial, width=100.0),
+    "clusters": partial(forms.best_clusters, share=1.0, rest=False, per_base=4),
+    "clusters by error": partial(
+        forms.best_clusters, share=1.0, rest=True, by_error=True, per_base=4
+    ),
+    "clusters and means": partial(forms.best_clusters, share=1.0, rest=True, per_base=4),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_forms_that_leave_nothing_out_are_exact(name: str) -> None:
+    whole, taken = layer(), layer()
+    out = WHOLE[name](taken)
+    assert torch.allclose(out, forms.exact(whole), atol=1e-5)
+    assert taken.flops >= whole.flops == 1.0
+
+
+def test_the_rest_of_the_clusters_counts_by_its_means() -> None:
+    tokens = layer()
+    wanted = forms.exact(tokens)
+
+    def off(rest: bool) -> float:
+        return float((forms.best_clusters(tokens, 0.3, rest=rest, per_base=4) - wanted).norm())
+
+    assert off(True) < 0.7 * off(False)
+
+
+def test_radial_reaches_half_as_far_at_twice_the_distance() -> None:
+    tokens = forms.Layer(*torch.randn(3, 1, 1, 32, 8), grid=(8, 2, 2))
+    forms.radial(tokens, sink=False)
+    # Of two frames of 4 tokens 16 pairs at distances 0 and 1, 10 at 2 and 3, 4 beyond.
+    seen = 8 * 16 + 2 * (7 * 16 + (6 + 5) * 10 + (4 + 3 + 2 + 1) * 4)
+    assert tokens.flops == pytest.approx(seen / 32**2)
+
+
+def test_it_measures_with_the_shipped_form() -> None:
+    parts = VideoParts()
+    size = trained.Size((2,), clips=1, samples=1, sampling_steps=1, inverted=1, inversion_steps=1)
+    results = trained.measure(parts, size)
+    row = results["velocity, 2 frames"][trained.DEFAULTS]
+    latents = torch.randn(1, 12, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    call = (
+        latents,
+        torch.tensor([600.0]),
+        parts.conditions("a red ball rests")["encoder_hidden_states"],
+    )
+    with torch.no_grad(), trained.with_form(parts.transformer, forms.windowed):
+        ours = parts.transformer(*call).sample
+    with torch.no_grad(), stem.enabled(parts.transformer, stem.VideoConfig()):
+        shipped = parts.transformer(*call).sample
+    assert torch.equal(ours, shipped)
+    assert 0 < row["errors"][0][1] < 0.5
+    assert set(results["inversions"]) == {
+        f"{form}, {solver}"
+        for form in (trained.EXACT, trained.DEFAULTS)
+        for solver in trained.SOLVERS
+    }
+    text = trained.table(results)
+    assert text.count(f"| {trained.DEFAULTS} |") == 3
+
+
+def test_the_committed_figures_are_what_was_asked_for() -> None:
+    results = records.read(trained.OUT)
+    assert results["size"]["clips"] >= 5
