@@ -17,7 +17,8 @@ GRID = (3, 4, 5)
 
 def layer() -> forms.Layer:
     generator = torch.Generator().manual_seed(0)
-    return forms.Layer(*torch.randn(3, 1, 2, 60, 8, generator=generator), grid=GRID)
+    query, key, value = torch.randn(3, 1, 2, 60, 8, generator=generator)
+    return forms.Layer(query, key, value, GRID)
 
 
 WHOLE = {
@@ -52,18 +53,21 @@ def test_the_rest_of_the_clusters_counts_by_its_means() -> None:
 
 
 def test_radial_reaches_half_as_far_at_twice_the_distance() -> None:
-    tokens = forms.Layer(*torch.randn(3, 1, 1, 32, 8), grid=(8, 2, 2))
+    query, key, value = torch.randn(3, 1, 1, 32, 8)
+    tokens = forms.Layer(query, key, value, (8, 2, 2))
     forms.radial(tokens, sink=False)
     # Of two frames of 4 tokens 16 pairs at distances 0 and 1, 10 at 2 and 3, 4 beyond.
     seen = 8 * 16 + 2 * (7 * 16 + (6 + 5) * 10 + (4 + 3 + 2 + 1) * 4)
     assert tokens.flops == pytest.approx(seen / 32**2)
 
 
-def test_it_measures_with_the_shipped_form() -> None:
+def test_it_measures_with_the_shipped_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = (*trained.SAMPLED[1:], "radial")
+    monkeypatch.setattr(trained, "FORMS", {name: forms.FORMS[name] for name in few})
     parts = VideoParts()
     size = trained.Size((2,), clips=1, samples=1, sampling_steps=1, inverted=1, inversion_steps=1)
     results = trained.measure(parts, size)
-    row = results["velocity, 2 frames"][trained.DEFAULTS]
+    row = results["velocity, 2 frames"][forms.DEFAULTS]
     latents = torch.randn(1, 12, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     call = (
         latents,
@@ -77,12 +81,10 @@ def test_it_measures_with_the_shipped_form() -> None:
     assert torch.equal(ours, shipped)
     assert 0 < row["errors"][0][1] < 0.5
     assert set(results["inversions"]) == {
-        f"{form}, {solver}"
-        for form in (trained.EXACT, trained.DEFAULTS)
-        for solver in trained.SOLVERS
+        f"{form}, {solver}" for form in (forms.EXACT, forms.DEFAULTS) for solver in trained.SOLVERS
     }
     text = trained.table(results)
-    assert text.count(f"| {trained.DEFAULTS} |") == 3
+    assert text.count(f"| {forms.DEFAULTS} |") == 3
 
 
 def test_the_committed_figures_are_what_was_asked_for() -> None:

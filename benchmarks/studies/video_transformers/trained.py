@@ -253,10 +253,11 @@ def table(results: dict[str, Any]) -> str:
         "|---" * (1 + 2 * len(frames)) + "|",
     ]
     for name in results[frames[0]]:
-        cells = [(results[key][name]["flops"], mean_error(results[key][name])) for key in frames]
-        lines.append(
-            f"| {name} |" + "".join(f" {100 * part:.1f} % | {100 * e:.1f} % |" for part, e in cells)
-        )
+        cells = [
+            f" {100 * row['flops']:.1f} % | {100 * mean_error(row):.1f} % |"
+            for row in (results[key][name] for key in frames)
+        ]
+        lines.append(f"| {name} |{''.join(cells)}")
     lines += [
         "",
         f"Samples of {size['sampling_steps']} steps, {size['frames'][0]} frames, {size['samples']} "
@@ -267,10 +268,8 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     for name, rows in results["samples"].items():
-        decibels, similarity = ([row[key] for row in rows] for key in ("psnr", "ssim"))
-        lines.append(
-            f"| {name} | {mean_interval(decibels):.1f} | {mean_interval(similarity):.3f} |"
-        )
+        near = [mean_interval([row[key] for row in rows]) for key in ("psnr", "ssim")]
+        lines.append(f"| {name} | {near[0]:.1f} | {near[1]:.3f} |")
     lines += [
         "",
         f"Inversion and reconstruction, {size['inversion_steps']} steps each, "
@@ -282,12 +281,12 @@ def table(results: dict[str, Any]) -> str:
         "| | latents dB | videos dB | latents dB | videos dB |",
     ]
     for solver in SOLVERS:
-        cells = [
+        decibels = [
             f"{statistics.fmean(results['inversions'][f'{name}, {solver}'][key]):.1f}"
             for name in (EXACT, DEFAULTS)
             for key in ("latents", "frames")
         ]
-        lines.append(f"| {solver} | {' | '.join(cells)} |")
+        lines.append(f"| {solver} | {' | '.join(decibels)} |")
     return "\n".join(lines) + "\n"
 
 
