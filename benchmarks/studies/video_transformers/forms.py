@@ -6,6 +6,8 @@ package's bases, so that they differ in what they do with the groups alone.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,16 +100,20 @@ def radial(layer: Layer, width: float = 1.0, *, sink: bool = True) -> torch.Tens
         width: Factor of the right side, to bring it to another number of FLOPs.
         sink: Whether all tokens see frame 0.
     """
-    size = math.prod(layer.grid[1:])
-    frame = torch.arange(layer.tokens) // size
-    place = torch.arange(layer.tokens) % size
+    seen = _radial_mask(layer.grid, width, sink)
+    layer.flops += float(seen.float().mean())
+    return scaled_dot_product_attention(*layer.operands, attn_mask=seen)
+
+
+@functools.cache
+def _radial_mask(grid: Grid, width: float, sink: bool) -> torch.Tensor:
+    tokens, size = math.prod(grid), math.prod(grid[1:])
+    frame = torch.arange(tokens) // size
+    place = torch.arange(tokens) % size
     apart = (frame[:, None] - frame).abs().clamp(min=1)
     reach = width * size / 2.0 ** torch.floor(torch.log2(apart.float()))
     seen = (place[:, None] - place).abs() + 1 <= reach
-    if sink:
-        seen |= frame == 0
-    layer.flops += float(seen.float().mean())
-    return scaled_dot_product_attention(*layer.operands, attn_mask=seen)
+    return seen | (frame == 0) if sink else seen
 
 
 def best_clusters(
@@ -120,7 +126,7 @@ def best_clusters(
     means, as in SVG-EAR (arXiv 2603.08982).
 
     Args:
-        layer: Layer.
+        layer: Layer, of one video.
         share: Share of all tokens that a query attends to exactly.
         rest: Whether the other groups take part by their means.
         by_error: What ranks groups of keys: the weight that mean key and size give them in the
@@ -149,23 +155,25 @@ def best_clusters(
     chosen = torch.zeros_like(rank, dtype=torch.bool)
     chosen.scatter_(-1, order, held <= share * tokens)
     chosen.scatter_(-1, order[..., :1], True)
-    out, exact_share = [], 0.0
-    for head in range(layer.query.shape[1]):
-        query, key, value = (part[:, head] for part in layer.operands)
-        of_query = chosen[0, head][queries.assignment[0, head]]  # [n, K]
-        seen = of_query[:, keys.assignment[0, head]]
-        exact_share += float(seen.float().mean()) / layer.query.shape[1]
-        bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+    out, pairs = torch.empty_like(layer.value), 0
+    for head, group in itertools.product(range(layer.query.shape[1]), range(num_queries)):
+        rows = (queries.assignment[0, head] == group).nonzero()[:, 0]
+        taken = chosen[0, head, group]
+        exactly = taken[keys.assignment[0, head]].nonzero()[:, 0]
+        pairs += len(rows) * len(exactly)
+        query, key, value = (part[0, head] for part in layer.operands)
+        key, value, bias = key[exactly], value[exactly], torch.zeros(len(exactly))
         if rest:
-            left = sizes[0, head].log().expand_as(of_query).masked_fill(of_query, float("-inf"))
-            bias = torch.cat([bias, left], 1)
-            key = torch.cat([key, keys.key[:, head]], 1)
-            value = torch.cat([value, keys.value[:, head]], 1)
-        out.append(scaled_dot_product_attention(query, key, value, attn_mask=bias))
-    layer.flops += exact_share + (num_keys / tokens if rest else 0.0)
+            others = ~taken & (sizes[0, head] > 0)
+            key = torch.cat([key, keys.key[0, head, others]])
+            value = torch.cat([value, keys.value[0, head, others]])
+            bias = torch.cat([bias, sizes[0, head, others].log()])
+        weights = (scale * query[rows] @ key.mT + bias).softmax(-1)
+        out[0, head, rows] = weights @ value
+    layer.flops += pairs / (layer.query.shape[1] * tokens**2) + (num_keys / tokens if rest else 0.0)
     layer.flops += _grouping_flops(layer, num_keys) + _grouping_flops(layer, num_queries)
     layer.flops += (1 + by_error) * num_queries * num_keys / (2 * tokens**2)
-    return torch.stack(out, 1)
+    return out
 
 
 def window_flops(grid: Grid, window: int) -> float:

@@ -50,6 +50,7 @@ class Recipe:
     Args:
         clips: world videos of FRAMES frames, of seeds 0 ... clips - 1.
         frames_steps, windows_steps, videos_steps: of the stages.
+        rates_over: Steps over which the rate of each stage falls to 0, at least as many as its own.
         layers: blocks of the transformer.
         learning_rate: Highest rate, of Muon and of AdamW.
         seed: Seed of the first weights and of every step.
@@ -57,8 +58,9 @@ class Recipe:
 
     clips: int = 2_000
     frames_steps: int = 1_000
-    windows_steps: int = 2_000
-    videos_steps: int = 2_000
+    windows_steps: int = 800
+    videos_steps: int = 1_000
+    rates_over: tuple[int, int, int] = (1_000, 2_000, 1_000)
     layers: int = 4
     learning_rate: float = 2e-3
     seed: int = 0
@@ -183,7 +185,7 @@ def train(
     net = make_transformer(recipe.layers)
     histories: dict[str, History] = {}
     done = 0
-    for name, forms in STAGES.items():
+    for (name, forms), rate_over in zip(STAGES.items(), recipe.rates_over, strict=True):
         steps = getattr(recipe, f"{name}_steps")
 
         def loss(
@@ -196,10 +198,10 @@ def train(
             name,
             net,
             loss,
-            Schedule(steps, recipe.learning_rate, checkpoint_every=100),
+            Schedule(rate_over, recipe.learning_rate, checkpoint_every=100),
             out,
             seed=recipe.seed,
-            until=None if until is None else until - done,
+            until=steps if until is None else min(steps, until - done),
             optimizers=make_optimizers(net, recipe.learning_rate),
         )
         done += steps
@@ -222,13 +224,16 @@ def main(
     frames_steps: int = Recipe.frames_steps,
     windows_steps: int = Recipe.windows_steps,
     videos_steps: int = Recipe.videos_steps,
+    rates_over: tuple[int, int, int] = Recipe.rates_over,
     layers: int = Recipe.layers,
     learning_rate: float = Recipe.learning_rate,
     seed: int = Recipe.seed,
     until: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
 ) -> None:
     """Train the video transformer beside a trained model of the world."""
-    recipe = Recipe(clips, frames_steps, windows_steps, videos_steps, layers, learning_rate, seed)
+    recipe = Recipe(
+        clips, frames_steps, windows_steps, videos_steps, rates_over, layers, learning_rate, seed
+    )
     train(recipe, out, model=model, until=until)
 
 
