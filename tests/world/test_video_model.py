@@ -16,8 +16,17 @@ from stem.world.training.video import SHIFT, Recipe, train
 from stem.world.training.video_card import video_card
 from stem.world.training.video_parts import VIDEO_FOLDER, VideoParts
 
-SMALL = Recipe(2, frames_steps=2, windows_steps=1, videos_steps=2, rates_over=(2, 3, 2), layers=1)
+SMALL = Recipe(
+    clips=2,
+    frames_steps=2,
+    windows_steps=1,
+    videos_steps=2,
+    refinement_steps=1,
+    rates_over=(2, 3, 2, 1),
+    layers=1,
+)
 FORMS = {"frames": ((1, 4, 2),), "windows": ((3, 4, 1), (2, 3, 2)), "videos": ((2, 6, 1),)}
+FORMS["refinement"] = FORMS["videos"]
 
 
 def record(name: str) -> Any:

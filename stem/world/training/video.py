@@ -38,6 +38,7 @@ STAGES: dict[str, tuple[Form, ...]] = {
     "frames": ((1, 16, 8),),
     "windows": ((16, 6, 4), (8, 8, 4), (4, 12, 4), (2, 16, 4)),
     "videos": ((8, 16, 1), (8, 16, 1), (8, 16, 1), (16, 12, 1), (16, 16, 1)),
+    "refinement": ((8, 16, 1), (8, 16, 1), (8, 16, 1), (16, 12, 1), (16, 16, 1)),
 }
 """What the steps of a stage are drawn from: attention's cost grows with the square of the tokens,
 and what a few of them can teach comes first."""
@@ -49,7 +50,7 @@ class Recipe:
 
     Args:
         clips: world videos of FRAMES frames, of seeds 0 ... clips - 1.
-        frames_steps, windows_steps, videos_steps: of the stages.
+        frames_steps, windows_steps, videos_steps, refinement_steps: of the stages.
         rates_over: Steps over which the rate of each stage falls to 0, at least as many as its own.
         layers: blocks of the transformer.
         learning_rate: Highest rate, of Muon and of AdamW.
@@ -59,8 +60,9 @@ class Recipe:
     clips: int = 2_000
     frames_steps: int = 1_000
     windows_steps: int = 800
-    videos_steps: int = 1_000
-    rates_over: tuple[int, int, int] = (1_000, 2_000, 1_000)
+    videos_steps: int = 800
+    refinement_steps: int = 2_200
+    rates_over: tuple[int, int, int, int] = (1_000, 2_000, 1_000, 2_200)
     layers: int = 4
     learning_rate: float = 2e-3
     seed: int = 0
@@ -224,7 +226,8 @@ def main(
     frames_steps: int = Recipe.frames_steps,
     windows_steps: int = Recipe.windows_steps,
     videos_steps: int = Recipe.videos_steps,
-    rates_over: tuple[int, int, int] = Recipe.rates_over,
+    refinement_steps: int = Recipe.refinement_steps,
+    rates_over: tuple[int, int, int, int] = Recipe.rates_over,
     layers: int = Recipe.layers,
     learning_rate: float = Recipe.learning_rate,
     seed: int = Recipe.seed,
@@ -232,7 +235,15 @@ def main(
 ) -> None:
     """Train the video transformer beside a trained model of the world."""
     recipe = Recipe(
-        clips, frames_steps, windows_steps, videos_steps, rates_over, layers, learning_rate, seed
+        clips,
+        frames_steps,
+        windows_steps,
+        videos_steps,
+        refinement_steps,
+        rates_over,
+        layers,
+        learning_rate,
+        seed,
     )
     train(recipe, out, model=model, until=until)
 
