@@ -36,7 +36,7 @@ from .studies.small_cards.run import table as small_cards_table
 from .studies.video_transformers.run import OUT as VIDEO
 from .studies.video_transformers.run import table as video_table
 from .studies.video_transformers.trained import OUT as TRAINED
-from .studies.video_transformers.trained import table as trained_table
+from .studies.video_transformers.trained_table import table as trained_table
 from .suite.targets import COMPARED, EM, PROFILED, Rows
 
 ROOT = Path(__file__).parent.parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import stem
 from benchmarks import records
 from benchmarks.studies.video_transformers import forms, trained
+from benchmarks.studies.video_transformers.trained_table import mean_error, table
 from stem.world.training.video_parts import VideoParts
 
 GRID = (3, 4, 5)
@@ -65,7 +67,15 @@ def test_it_measures_with_the_shipped_form(monkeypatch: pytest.MonkeyPatch) -> N
     few = (*trained.SAMPLED[1:], "radial")
     monkeypatch.setattr(trained, "FORMS", {name: forms.FORMS[name] for name in few})
     parts = VideoParts()
-    size = trained.Size((2,), clips=1, samples=1, sampling_steps=1, inverted=1, inversion_steps=1)
+    size = trained.Size(
+        (2,),
+        clips=1,
+        samples=1,
+        sampling_steps=1,
+        taken_apart=1,
+        inverted=1,
+        inversion_steps=1,
+    )
     results = trained.measure(parts, size)
     row = results["velocity, 2 frames"][forms.DEFAULTS]
     latents = torch.randn(1, 12, 2, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -80,13 +90,30 @@ def test_it_measures_with_the_shipped_form(monkeypatch: pytest.MonkeyPatch) -> N
         shipped = parts.transformer(*call).sample
     assert torch.equal(ours, shipped)
     assert 0 < row["errors"][0][1] < 0.5
+    assert [len(block["heads"]) for block in results["blocks"]] == [4] * 4
+    assert all(0 < part <= 1 for block in results["blocks"] for part in block["keys"])
     assert set(results["inversions"]) == {
         f"{form}, {solver}" for form in (forms.EXACT, forms.DEFAULTS) for solver in trained.SOLVERS
     }
-    text = trained.table(results)
+    text = table(results)
     assert text.count(f"| {forms.DEFAULTS} |") == 3
 
 
 def test_the_committed_figures_are_what_was_asked_for() -> None:
     results = records.read(trained.OUT)
-    assert results["size"]["clips"] >= 5
+    of_velocity = results["velocity, 16 frames"]
+    ours = of_velocity[forms.DEFAULTS]
+    assert ours["flops"] <= 0.12
+    for name in ("no moments", "window alone", "bases alone", "best clusters, rest by means"):
+        assert mean_error(ours) < mean_error(of_velocity[name]) / 1.3
+    decibels = {
+        name: statistics.fmean(row["psnr"] for row in rows)
+        for name, rows in results["samples"].items()
+    }
+    ours, rival = (decibels[name] for name in trained.SAMPLED[1:])
+    assert ours >= max(32, rival + 3)
+    exact, approximate = (
+        statistics.fmean(results["inversions"][f"{form}, midpoint"]["latents"])
+        for form in (forms.EXACT, forms.DEFAULTS)
+    )
+    assert abs(exact - approximate) <= 1.5

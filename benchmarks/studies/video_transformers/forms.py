@@ -196,6 +196,8 @@ FORMS: dict[str, Form] = {
     DEFAULTS: windowed,
     "no moments": partial(windowed, correction="none"),
     "no EM": partial(windowed, num_iters=0),
+    "24 a base, no EM": partial(windowed, per_base=24, num_iters=0),
+    "16 a base, no EM": partial(windowed, per_base=16, num_iters=0),
     "16 a base": partial(windowed, per_base=16),
     "64 a base": partial(windowed, per_base=64),
     "128 a base": partial(windowed, per_base=128),

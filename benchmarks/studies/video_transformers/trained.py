@@ -8,6 +8,7 @@ benchmarks.readme` makes the tables of docs/video-transformers.md.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import torch
 
 from stem.attention.video import VIDEO_FAMILIES
 from stem.inversion import invert_flow, reconstruct_flow
-from stem.metrics import mean_interval, psnr, ssim
+from stem.metrics import psnr, ssim
 from stem.world import render, sample_scene
 from stem.world.training.video_parts import VideoParts
 from stem_kernels.info import provenance
@@ -46,6 +47,8 @@ class Size:
         clips: unseen clips that it is measured on.
         samples: first noises, and captions, that samples are drawn of; of the first of `frames`.
         sampling_steps: of a sample, by Euler's rule, without guidance.
+        taken_apart: unseen clips that blocks and heads are looked at one by one on, with the last
+            of `frames`.
         inverted: unseen clips that are inverted and reconstructed, likewise.
         inversion_steps: of the inversion, and of the way back.
     """
@@ -54,6 +57,7 @@ class Size:
     clips: int = 10
     samples: int = 20
     sampling_steps: int = 24
+    taken_apart: int = 2
     inverted: int = 4
     inversion_steps: int = 12
 
@@ -121,10 +125,7 @@ def velocities(parts: VideoParts, size: Size, frames: int) -> dict[str, Any]:
     errors: dict[str, list[list[float]]] = {name: [] for name in FORMS}
     shares: dict[str, list[float]] = {name: [] for name in FORMS}
     for seed in range(FIRST_SEED, FIRST_SEED + size.clips):
-        clip = render(sample_scene(seed), frames, PIXELS)
-        clean, conditions = parts.encode(clip.frames), parts.conditions(clip.caption)
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-        noisy = [clean.lerp(noise, level) for level in LEVELS]
+        noisy, conditions = _noisy(parts, seed, frames)
         with with_form(parts.transformer, exact):
             wanted = _of_levels(parts.transformer, noisy, conditions)
         for name, form in FORMS.items():
@@ -137,6 +138,16 @@ def velocities(parts: VideoParts, size: Size, frames: int) -> dict[str, Any]:
     }
 
 
+def _noisy(
+    parts: VideoParts, seed: int, frames: int
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Latents of a clip with noise of each of LEVELS, and the conditions."""
+    clip = render(sample_scene(seed), frames, PIXELS)
+    clean = parts.encode(clip.frames)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    return [clean.lerp(noise, level) for level in LEVELS], parts.conditions(clip.caption)
+
+
 def _of_levels(
     transformer: Any, noisy: list[torch.Tensor], conditions: dict[str, torch.Tensor]
 ) -> list[torch.Tensor]:
@@ -144,6 +155,61 @@ def _of_levels(
         transformer(latents, torch.tensor([1000.0 * level]), return_dict=False, **conditions)[0]
         for level, latents in zip(LEVELS, noisy, strict=True)
     ]
+
+
+@torch.no_grad()
+def blocks(parts: VideoParts, size: Size) -> list[dict[str, Any]]:
+    """Where the defaults' error comes from, block by block, means of clips and of LEVELS.
+
+    Of each block the velocity's error where it alone does not attend exactly ("alone"); of its
+    heads the relative error of the output ("heads") and the share of keys that hold nine tenths
+    of a query's weight, mean of some queries ("keys").
+    """
+    attentions = len(FAMILY.attentions(parts.transformer))
+    found: list[dict[str, list[Any]]] = [
+        {"alone": [], "heads": [], "keys": []} for _ in range(attentions)
+    ]
+    for seed in range(FIRST_SEED, FIRST_SEED + size.taken_apart):
+        noisy, conditions = _noisy(parts, seed, size.frames[-1])
+        seen: list[Layer] = []
+
+        def keep(layer: Layer, seen: list[Layer] = seen) -> torch.Tensor:
+            seen.append(layer)
+            return exact(layer)
+
+        with with_form(parts.transformer, keep):
+            wanted = _of_levels(parts.transformer, noisy, conditions)
+        for number, layer in enumerate(seen):
+            block = found[number % attentions]
+            of_heads = zip(FORMS[DEFAULTS](layer)[0], exact(layer)[0], strict=True)
+            block["heads"].append([off(*pair) for pair in of_heads])
+            block["keys"].append(keys_held(layer))
+        for number, block in enumerate(found):
+            calls = itertools.count()
+
+            def alone(
+                layer: Layer, calls: Iterator[int] = calls, number: int = number
+            ) -> torch.Tensor:
+                return (FORMS[DEFAULTS] if next(calls) % attentions == number else exact)(layer)
+
+            with with_form(parts.transformer, alone):
+                got = _of_levels(parts.transformer, noisy, conditions)
+            block["alone"] += [off(*pair) for pair in zip(got, wanted, strict=True)]
+    return [
+        {
+            "alone": statistics.fmean(block["alone"]),
+            **{key: torch.tensor(block[key]).mean(0).tolist() for key in ("heads", "keys")},
+        }
+        for block in found
+    ]
+
+
+def keys_held(layer: Layer, share: float = 0.9, queries: int = 64) -> list[float]:
+    """Share of all keys that hold `share` of a query's weight, by head, mean of some queries."""
+    some = layer.query[0, :, :: layer.tokens // queries]
+    weights = (some @ layer.key[0].mT * some.shape[-1] ** -0.5).softmax(-1)
+    held = weights.sort(-1, descending=True).values.cumsum(-1) < share
+    return (held.sum(-1) + 1).float().mean(-1).div(layer.tokens).tolist()
 
 
 def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -223,6 +289,7 @@ def measure(
         f"velocity, {frames} frames": partial(velocities, parts, size, frames)
         for frames in size.frames
     }
+    measured["blocks"] = partial(blocks, parts, size)
     measured["samples"] = partial(samples, parts, size)
     measured["inversions"] = partial(inversions, parts, size)
     for name, run in measured.items():
@@ -231,68 +298,6 @@ def measure(
         keep(results)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     return results
-
-
-def table(results: dict[str, Any]) -> str:
-    """The Markdown of the velocities, the samples and the inversions."""
-    where, path, size = results["provenance"], f"benchmarks/results/{OUT.name}", results["size"]
-    frames = [f"velocity, {count} frames" for count in size["frames"]]
-    lines = [
-        f"Source: [{path}]({path}) ({where['cpu']}, {where['threads']} thread, "
-        f"torch {where['versions']['torch']}, commit `{where['commit']}`). The embedded video "
-        "transformer, float32. FLOPs are those of the matrix products over those of exact "
-        "attention. Best clusters: the form of Sparse VideoGen2 (arXiv 2505.18875); with the rest "
-        "by means that of SVG-EAR (arXiv 2603.08982), without and with groups chosen by their "
-        "estimated error; radial: the mask of arXiv 2506.19852, narrow with a quarter of its "
-        "width. All are written from the papers' formulas, on the groups of `video_bases`.",
-        "",
-        f"The velocity's error, relative to exact attention's: {size['clips']} unseen clips, mean "
-        f"of the noise levels {', '.join(map(str, results['levels']))}.",
-        "",
-        "| |" + "".join(f" FLOPs, {count} frames | off |" for count in size["frames"]),
-        "|---" * (1 + 2 * len(frames)) + "|",
-    ]
-    for name in results[frames[0]]:
-        cells = [
-            f" {100 * row['flops']:.1f} % | {100 * mean_error(row):.1f} % |"
-            for row in (results[key][name] for key in frames)
-        ]
-        lines.append(f"| {name} |{''.join(cells)}")
-    lines += [
-        "",
-        f"Samples of {size['sampling_steps']} steps, {size['frames'][0]} frames, {size['samples']} "
-        "seeds, without guidance, against those of exact attention from the same noise; the "
-        "decoded videos, 95 % intervals.",
-        "",
-        "| | PSNR dB | SSIM |",
-        "|---|---|---|",
-    ]
-    for name, rows in results["samples"].items():
-        near = [mean_interval([row[key] for row in rows]) for key in ("psnr", "ssim")]
-        lines.append(f"| {name} | {near[0]:.1f} | {near[1]:.3f} |")
-    lines += [
-        "",
-        f"Inversion and reconstruction, {size['inversion_steps']} steps each, "
-        f"{size['frames'][0]} frames, {size['inverted']} unseen clips: PSNR to the clip's latents, "
-        "and of the decoded videos.",
-        "",
-        "| | exact | | defaults | |",
-        "|---|---|---|---|---|",
-        "| | latents dB | videos dB | latents dB | videos dB |",
-    ]
-    for solver in SOLVERS:
-        decibels = [
-            f"{statistics.fmean(results['inversions'][f'{name}, {solver}'][key]):.1f}"
-            for name in (EXACT, DEFAULTS)
-            for key in ("latents", "frames")
-        ]
-        lines.append(f"| {solver} | {' | '.join(decibels)} |")
-    return "\n".join(lines) + "\n"
-
-
-def mean_error(row: dict[str, Any]) -> float:
-    """Mean of a form's errors over clips and noise levels."""
-    return statistics.fmean(error for errors in row["errors"] for error in errors)
 
 
 def main() -> None:
