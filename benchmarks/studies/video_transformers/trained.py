@@ -286,12 +286,14 @@ def measure(
         "provenance": provenance("diffusers"),
     }
     measured: dict[str, Callable[[], Any]] = {
-        f"velocity, {frames} frames": partial(velocities, parts, size, frames)
-        for frames in size.frames
+        "samples": partial(samples, parts, size),
+        "inversions": partial(inversions, parts, size),
+        "blocks": partial(blocks, parts, size),
+        **{
+            f"velocity, {frames} frames": partial(velocities, parts, size, frames)
+            for frames in reversed(size.frames)
+        },
     }
-    measured["blocks"] = partial(blocks, parts, size)
-    measured["samples"] = partial(samples, parts, size)
-    measured["inversions"] = partial(inversions, parts, size)
     for name, run in measured.items():
         start = time.perf_counter()
         results[name] = run()
