@@ -286,14 +286,12 @@ def measure(
         "provenance": provenance("diffusers"),
     }
     measured: dict[str, Callable[[], Any]] = {
-        "samples": partial(samples, parts, size),
-        "inversions": partial(inversions, parts, size),
-        "blocks": partial(blocks, parts, size),
-        **{
-            f"velocity, {frames} frames": partial(velocities, parts, size, frames)
-            for frames in reversed(size.frames)
-        },
+        f"velocity, {frames} frames": partial(velocities, parts, size, frames)
+        for frames in reversed(size.frames)
     }
+    measured["samples"] = partial(samples, parts, size)
+    measured["inversions"] = partial(inversions, parts, size)
+    measured["blocks"] = partial(blocks, parts, size)
     for name, run in measured.items():
         start = time.perf_counter()
         results[name] = run()
