@@ -67,8 +67,9 @@ Colour and shape of the middle frame are judged by `stem.world.judge`. Measured 
 ## Limits
 
 It knows the grammar's words and nothing else; its videos are of 64x64 pixels and of this world. It
-was trained for {hours:.1f} hours on a shared core, and its samples show it. It has no safety
-checker, and nothing to check.
+was trained for {hours:.1f} hours on a shared core: samples have the colours asked for and move, but
+their objects often lack a clear shape, or there are several. It has no safety checker, and nothing
+to check.
 """
 
 
