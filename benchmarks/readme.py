@@ -37,6 +37,8 @@ from .studies.small_cards.run import OUT as SMALL_CARDS
 from .studies.small_cards.run import table as small_cards_table
 from .studies.video_transformers.run import OUT as VIDEO
 from .studies.video_transformers.run import table as video_table
+from .studies.video_transformers.trained import OUT as TRAINED
+from .studies.video_transformers.trained_table import table as trained_table
 from .suite.targets import COMPARED, EM, PROFILED, Rows
 
 ROOT = Path(__file__).parent.parent
@@ -302,6 +304,7 @@ TABLES = {
     "small cards": Table(CARDS, SMALL_CARDS, small_cards_table),
     "control": Table(CONTROL, CONTROLLED, control_table),
     "video transformers": Table(TRANSFORMERS, VIDEO, video_table),
+    "trained video transformer": Table(TRANSFORMERS, TRAINED, trained_table),
 }
 """By the name of their place in the page."""
 PAGES = tuple(dict.fromkeys(table.page for table in TABLES.values()))
