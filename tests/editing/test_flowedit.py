@@ -40,6 +40,7 @@ def edited(model: VelocityModel, source: InversionFolder, **settings: Any) -> to
     return run_flow_edit(model, source, **settings).latents
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["embedded", "wan"])
 @pytest.mark.parametrize("enabled", [True, False])
 def test_equal_prompts_and_scales_give_the_source_to_the_bit(

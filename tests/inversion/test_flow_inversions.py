@@ -58,6 +58,7 @@ def contents(folder: InversionFolder) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["embedded", "wan"])
 @pytest.mark.parametrize("method", ["midpoint", "euler"])
 def test_folders_hold_what_memory_does(
