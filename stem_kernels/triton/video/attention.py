@@ -28,14 +28,27 @@ Seen = tuple[Layout, Layout, Layout]
 
 def serves(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether there are kernels for these: not for wide heads, nor for GPUs without tiles."""
-    width = max(query.shape[-1], value.shape[-1])
-    return width <= LARGEST_HEAD and bool(_options(query, value))
+    width = int(max(query.shape[-1], value.shape[-1]))
+    return width <= LARGEST_HEAD and _has_tiles(width, query.device, query.dtype)
+
+
+def _has_tiles(width: int, device: torch.device, dtype: torch.dtype) -> bool:
+    return bool(_tiles(width, device, dtype))
+
+
+# torch.compile is to call it, not to trace it: it reads the tables' files.
+_has_tiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _options(query: torch.Tensor | Layout, value: torch.Tensor | Layout) -> dict[str, int]:
-    """Tiles and launch options of the window's kernel; none where it is not for this device."""
-    block = tile_for(max(query.shape[-1], value.shape[-1]), LARGEST_HEAD)
-    return tiles(f"video_attention {max(64, block)}", query.device, query.dtype)
+    """Tiles and launch options of the window's kernel."""
+    return _tiles(max(query.shape[-1], value.shape[-1]), query.device, query.dtype)
+
+
+def _tiles(width: int, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+    """The same by width; none where the kernel is not for this device."""
+    block = tile_for(width, LARGEST_HEAD)
+    return tiles(f"video_attention {max(64, block)}", device, dtype)
 
 
 @programs
