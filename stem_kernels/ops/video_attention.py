@@ -9,6 +9,9 @@ from ..reference.video_attention import video_attention_torch
 from ..shared.grid import Grid
 from ..shared.outputs import attention_output
 from ..shared.tangents import forward_mode
+from ..verification import run, video
+from ..verification.comparison import Comparison
+from .basis_attention import ROUNDING_ATOL
 from .checks import check_choice, check_count, check_floating, check_same_dtype
 from .video_bases import assigned, check_em
 from .window_attention import check_video
@@ -79,13 +82,16 @@ def video_attention(
         sample_per_base: Number of keys that EM reads for each base; None: EM reads all keys.
         temperature: Temperature tau > 0 of EM.
         scale: Factor of the logits; 1 / sqrt(d) if None.
-        backend: Name of the backend of EM and of the assignment, "auto", "triton", "cuda" or
-            "torch"; plain torch computes the rest.
+        backend: Name of the backend, "auto", "triton", "cuda" or "torch". The extension ("cuda")
+            has kernels of EM and of the assignment, and plain torch computes the rest. It does so
+            for Triton, too, with more than 128 channels and on AMD's GPUs.
 
     Returns:
         [B, h, n, e] of the query's dtype; a view of memory laid out as [B, n, h, e]. Logits,
         softmax and sums are float32. Heads go one after the other on a CPU, and what is held of
-        one is linear in n. Nothing waits for the device, and equal calls give equal bits.
+        one is linear in n. Triton rounds the means of bases, the weights and the matrix to the
+        inputs' dtype for their products. Nothing waits for the device, and equal calls give equal
+        bits.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit.
@@ -113,11 +119,26 @@ def video_attention(
         query, key, value, assignment, text_key, text_value, text_mask, list(grid), window,
         num_bases, correction == "moments", scale,
     )  # fmt: skip
-    needing = (query, key, value, text_key, text_value)
-    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needing)
+    tensors = {
+        "query": query, "key": key, "value": value, "text_key": text_key, "text_value": text_value,
+    }  # fmt: skip
+    needing = (tensor is not None and tensor.requires_grad for tensor in tensors.values())
+    graded = torch.is_grad_enabled() and any(needing)
     # In a graph it is one node; derivatives pass through what it is made of.
     one_node = torch.compiler.is_compiling() and not graded and not forward_mode()
-    return (_operator if one_node else video_attention_torch)(*arguments).transpose(1, 2)
+
+    def on(chosen: str) -> torch.Tensor:
+        if chosen == "triton":
+            from ..triton.video.attention import serves, video_attention_triton
+
+            if serves(query, value):
+                return video_attention_triton(*arguments)
+        return (_operator if one_node else video_attention_torch)(*arguments)
+
+    def check(out: torch.Tensor, _: str) -> list[Comparison] | None:
+        return video.video_attention(out, *arguments, ROUNDING_ATOL)
+
+    return run(OP, backend, tensors, 0, on, check).transpose(1, 2)
 
 
 _operator = torch.library.custom_op(

@@ -6,8 +6,10 @@ import torch
 
 from ..reference.window_attention import window_attention_torch
 from ..shared.grid import Grid
+from ..verification import run, video
+from ..verification.comparison import Comparison
 from .checks import check_floating, check_same_dtype, check_width
-from .partial_attention import PartialAttention
+from .partial_attention import ROUNDING_ATOL, PartialAttention
 
 OP = "window_attention"
 
@@ -20,6 +22,7 @@ def window_attention(
     *,
     window: int = 1,
     scale: float | None = None,
+    backend: str = "auto",
 ) -> PartialAttention:
     r"""Attention of each token to the tokens within `window` places of its own, in all frames.
 
@@ -42,20 +45,36 @@ def window_attention(
         grid: Frames F, height H and width W of the video, in tokens.
         window: Number of places to each side, at least 0.
         scale: Factor of the logits; 1 / sqrt(d) if None.
+        backend: Name of the backend, "auto", "triton", "cuda" or "torch". Plain torch computes what
+            Triton has no kernel for (more than 128 channels, and AMD's GPUs), and all of "cuda".
 
     Returns:
-        `PartialAttention` in float32 (float64 for float64 input). Plain torch computes it on every
-        device, with a copy of a head's operands and at most 512 KiB of logits on a CPU (16 MiB
-        elsewhere, or those of one place if that is more). Equal calls give equal bits.
+        `PartialAttention` in float32 (float64 for float64 input). Plain torch takes a copy of a
+        head's operands and at most 512 KiB of logits on a CPU (16 MiB elsewhere, or those of one
+        place if that is more), and Triton nothing. Equal calls give equal bits.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit.
+        BackendError: the backend asked for cannot run this call.
 
     Source: this package's.
     """
     check_video(OP, query, key, value, grid, window)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return PartialAttention(*window_attention_torch(query, key, value, grid, window, scale))
+    arguments = (query, key, value, list(grid), window, scale)
+
+    def on(chosen: str) -> PartialAttention:
+        if chosen == "triton":
+            from ..triton.video.attention import serves, window_attention_triton
+
+            if serves(query, value):
+                return PartialAttention(*window_attention_triton(*arguments))
+        return PartialAttention(*window_attention_torch(query, key, value, grid, window, scale))
+
+    def check(found: PartialAttention, _: str) -> list[Comparison] | None:
+        return video.window_attention(found, *arguments, ROUNDING_ATOL)
+
+    return run(OP, backend, {"query": query, "key": key, "value": value}, 0, on, check)
 
 
 def check_video(

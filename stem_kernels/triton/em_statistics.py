@@ -10,7 +10,7 @@ import math
 import torch
 
 from ..shared.outputs import statistics_output
-from . import em_fused, em_general, em_wide
+from . import em_fused, em_general, em_many, em_wide
 from .em_update import Bases, Parts, start, update
 from .program import Buffer, Layout, Program, programs
 from .registration import operator
@@ -36,6 +36,9 @@ def em_pass(
         if max(layout.shape[-1] for layout in layouts) <= em_fused.WIDTHS[-1]:
             return em_fused.fused_pass(*arguments)
         return em_wide.wide_pass(*arguments)
+    options = em_many.many_options(features) if half and payload is None else {}
+    if options:
+        return em_many.many_pass(program, features, directions, scale, options)
     return em_general.general_pass(*arguments)
 
 

@@ -1,5 +1,6 @@
 """`nearest_token` in Triton: tiles of keys pass by, and each query keeps the best so far; where
-queries are few, the keys come in ranges, whose best are compared afterwards.
+queries are few, the keys come in ranges, whose best are compared afterwards. Narrow tokens in half
+precision take `nearest_narrow`.
 
 Products are of the tensors as they are, and are scaled by one over the key's length afterwards:
 keys rounded to 16 bits again would be other keys.
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from ..shared.cosine import inverse_norms
 from ..shared.outputs import nearest_output
+from .nearest_narrow import narrow_options, nearest_narrow
 from .precision import dot_options
 from .program import Layout, Program, programs
 from .registration import operator
@@ -106,6 +108,10 @@ def _program(query: Layout, keys: Layout, share: Layout) -> tuple[Program, int]:
     program = Program(query.device)
     inputs = [program.input(layout) for layout in (query, keys, share)]
     out = program.memory("out", (batch, n), torch.int32)
+    narrow = narrow_options(query, keys)
+    if narrow:
+        nearest_narrow(program, inputs, out, narrow)
+        return program, out.place
     options = tiles("nearest_token", query.device, query.dtype)
     block_n, block_m = options.pop("block_n"), tile_for(num_keys, options.pop("block_m"))
     block_d = tile_for(dim, options.pop("block_d"))

@@ -1,0 +1,1 @@
+"""Attention of video transformers in Triton: window, bases of all tokens, and their moments."""
