@@ -56,7 +56,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem_kernels.verification": "backends reference triton cuda shared",
         "stem_kernels.backends": "triton cuda shared",
         "stem_kernels.reference": "shared",
-        "stem_kernels.triton": "shared",
+        "stem_kernels.triton": "reference shared",
         "stem_kernels.cuda": "shared",
         "stem_kernels.shared": "",
         "stem_kernels.measure": "",
