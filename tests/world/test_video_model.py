@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,12 @@ def test_a_resumed_training_ends_as_a_whole_one(
     monkeypatch.setattr("stem.world.training.video.STAGES", FORMS)
     whole = train(SMALL, tmp_path / "whole")
     assert whole is not None
-    for steps in (1, 3, 4):
+    shutil.copytree(
+        tmp_path / "whole",
+        tmp_path / "resumed",
+        ignore=lambda _, names: {name for name in names if not name.startswith("clips")},
+    )
+    for steps in (1, 4):
         assert train(SMALL, tmp_path / "resumed", until=steps) is None
     resumed = train(SMALL, tmp_path / "resumed")
     assert resumed is not None
@@ -69,11 +75,11 @@ def test_the_card_is_that_of_its_records() -> None:
 
 
 def test_it_takes_noise_from_videos_and_comes_back() -> None:
-    size = Size(clips=1, inverted=1, samples=1, frames=4, sampling_steps=2, inversion_steps=4)
+    size = Size(clips=1, inverted=1, samples=1, frames=4, sampling_steps=1, inversion_steps=3)
     measured = evaluate_video(VideoParts(), size)
-    for figures in (record(EVALUATION_RECORD), measured):
+    for figures, decibels in ((record(EVALUATION_RECORD), 40), (measured, 22)):
         for level in LEVELS:
             row = figures["denoising"][str(level)]
-            assert row["error"] < 0.5
+            assert row["error"] < 0.5  # 1 is that of predicting 0
             assert row["psnr"] > row["noisy_psnr"] + 2
-        assert figures["inversion"]["psnr_to_vae"] > 30
+        assert figures["inversion"]["psnr_to_vae"] > decibels
