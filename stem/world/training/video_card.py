@@ -25,7 +25,7 @@ measured its figures.
 
 | | |
 |---|---|
-| `transformer/` | float16 on disk; `WanTransformer3DModel.from_pretrained` of diffusers makes it float32 |
+| `transformer/` | float16 on disk, float32 once loaded, with diffusers alone |
 | `scheduler/` | `FlowMatchEulerDiscreteScheduler`, its shift is {shift:g} |
 | `latents.json` | mean and standard deviation of each channel of the autoencoder's latents |
 
@@ -53,7 +53,8 @@ guidance. First single frames, then few places or few frames, then whole videos:
 
 Muon for the blocks' matrices and AdamW for the rest, averaged weights (EMA). In each stage the
 rate is {rate:g} after a warm-up and falls along a cosine, to 0 after {rates_over}
-steps; the stages in the middle ended before. The final loss is the {final_loss}. Trained on {training_machine}.
+steps; the stages in the middle ended before. The final loss is the {final_loss}.
+Trained on {training_machine}.
 
 ## Measured
 
