@@ -129,10 +129,10 @@ class ChunkedForward:
         videos = rows // frames
 
         def call(chosen: list[int]) -> Tensors:
-            part, others, named = (
-                _rows_of(given, rows, videos, chosen) for given in (sample, args, kwargs)
+            # Names of this call are the caller's; what it makes for a chunk may be put away.
+            returned = self._called(
+                *(_rows_of(given, rows, videos, chosen) for given in (sample, args, kwargs))
             )
-            returned = self.forward(part, *others, **named, return_dict=False)
             return tuple(
                 out.unflatten(0, (videos, len(chosen))) for out in self.outputs.flat(returned)
             )
@@ -166,6 +166,9 @@ class ChunkedForward:
             out[:, fit], out[:, left] = of_fit, of_left
             found.append(out)
         return _as_rows(found)
+
+    def _called(self, sample: torch.Tensor, args: Any, kwargs: Any) -> Any:
+        return self.forward(sample, *args, **kwargs, return_dict=False)
 
     def _enough(self, frames: int) -> bool:
         """Whether so many frames are a chunk for each rank at least."""

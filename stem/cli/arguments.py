@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..names import DTYPES, EMBEDDED_MODEL, INVERSION_METHODS, OFFLOADS, PARKING, RANDOM_MODEL
+from ..names import (
+    DTYPES,
+    EMBEDDED_MODEL,
+    EMBEDDED_VIDEO_MODEL,
+    FLOW_METHODS,
+    INVERSION_METHODS,
+    OFFLOADS,
+    PARKING,
+    RANDOM_MODEL,
+)
 from .config_file import read_config, with_config_file
 
 ALL_METHODS = ",".join(INVERSION_METHODS)
@@ -43,7 +52,8 @@ Model = Annotated[
     typer.Option(
         help="A hub id, a local folder in diffusers' format, a whole model in one .safetensors "
         f"file, '{EMBEDDED_MODEL}' (small, trained, comes with this package) or '{RANDOM_MODEL}' "
-        "(untrained)."
+        f"(untrained). invert and edit take video transformers, too: '{EMBEDDED_VIDEO_MODEL}', or "
+        "Wan's."
     ),
 ]
 Variant = Annotated[
@@ -132,6 +142,13 @@ Park = Annotated[
 ]
 Prompt = Annotated[str, typer.Option(help="Describes the source video.", callback=encodable_text)]
 Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(INVERSION_METHODS)}.")]
+AllMethods = Annotated[
+    str,
+    typer.Option(
+        help=f"Comma-separated, of: {', '.join(INVERSION_METHODS)}; through a video transformer, "
+        f"of: {', '.join(FLOW_METHODS)}, of which {FLOW_METHODS[0]} is the default."
+    ),
+]
 Frames = Annotated[
     str | None, typer.Option(help="16 (the first 16), 8:40 or 8:40:2. Default: all.")
 ]
@@ -149,7 +166,9 @@ ToneMap = Annotated[
     bool,
     typer.Option("--tone-map", help="Make HDR pictures (PQ or HLG) SDR, where a video has them."),
 ]
-Steps = Annotated[int, typer.Option(help="DDIM steps; must divide the training steps.")]
+Steps = Annotated[
+    int, typer.Option(help="Steps; DDIM's, through a UNet, must divide the training steps.")
+]
 Seed = Annotated[int, typer.Option(help="Of STEM's Gaussian initial bases, and of a random model.")]
 Options = Annotated[
     list[str] | None,
@@ -203,6 +222,24 @@ def method_options(
         return {}
     from ..inversion.methods import attention_config
 
+    options = parsed_options(texts, methods)
+    if options.get("stem", {}).get("init") == "gaussian":
+        options["stem"].setdefault("seed", seed)
+    for method in methods:
+        attention_config(method, options.get(method, {}), num_frames=1)
+    return options
+
+
+def parsed_options(texts: list[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """METHOD.FIELD=VALUE texts by method and field.
+
+    Args:
+        texts: Texts of --option.
+        methods: Names that can stand for METHOD.
+
+    Raises:
+        typer.BadParameter: a text is of another form, or of another method.
+    """
     options: dict[str, dict[str, Any]] = {}
     for text in texts:
         target, equals, value = text.partition("=")
@@ -214,10 +251,6 @@ def method_options(
             )
         parts = tuple(typed_value(part) for part in value.split(","))
         options.setdefault(method, {})[name] = parts if len(parts) > 1 else parts[0]
-    if options.get("stem", {}).get("init") == "gaussian":
-        options["stem"].setdefault("seed", seed)
-    for method in methods:
-        attention_config(method, options.get(method, {}), num_frames=1)
     return options
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..names import INVERSIONS, RANDOM_MODEL
+from ..names import FLOW_EDIT_METHODS, FLOW_METHODS, INVERSIONS, RANDOM_MODEL
 from ..sources import ModelError, ModelSource
 from ..storage import check_output
 from .app import quieten_libraries, say
@@ -77,6 +77,12 @@ class Request:
             ModelSource(f"{RANDOM_MODEL}:{run.seed}" if run.model == RANDOM_MODEL else run.model)
         )
         source.check()
+        if source.is_video_model:
+            raise ModelError(
+                f"{source} is a video transformer; through it go stem invert (--methods "
+                f"{','.join(FLOW_METHODS)}), stem reconstruct, and stem edit --method "
+                f"{','.join(FLOW_EDIT_METHODS)}, but not this"
+            )
         check_control(run, source)
         schedule = known_schedule(source.name, source.config)
         if schedule is not None:

@@ -13,6 +13,7 @@ import torch
 from stem_kernels.shared.memory import lacks_memory
 
 from ..attention.families import family_of_unet
+from ..attention.parked import current_parking
 from .control import Shown, rows_shown
 from .weights import keeps_copies
 
@@ -61,9 +62,8 @@ class Conditioning:
             frame_axis: Whether the UNet's samples have an axis of frames: it then repeats for them
                 what is added, but not the embeddings.
         """
-        arguments: dict[str, Any] = {
-            "encoder_hidden_states": self.embeddings.repeat_interleave(frames, dim=0)
-        }
+        of_frames = [row.expand(frames, *row.shape) for row in self.embeddings]
+        arguments: dict[str, Any] = {"encoder_hidden_states": current_parking().joined(of_frames)}
         if self.added:
             repeated = 1 if frame_axis else frames
             arguments["added_cond_kwargs"] = {
@@ -105,18 +105,25 @@ def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Condit
     return Conditioning(embeddings.to(dtype))
 
 
-def truncated_words(pipeline: Any, prompt: str) -> str:
-    """The words of a prompt that its tokenizers cut off; empty where all fit."""
+def truncated_words(pipeline: Any, prompt: str, longest: int | None = None) -> str:
+    """The words of a prompt that its tokenizers cut off; empty where all fit.
+
+    Args:
+        pipeline: Pipeline with the tokenizers.
+        prompt: Prompt.
+        longest: Number of tokens that are kept; None: as each tokenizer says.
+    """
     lost = ""
     for tokenizer in tokenizers_of(pipeline):
+        kept = longest or tokenizer.model_max_length
         text = as_encoded(pipeline, prompt, tokenizer)
         encoded = tokenizer(
             text, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
         )
-        if len(encoded.input_ids) <= tokenizer.model_max_length:
+        if len(encoded.input_ids) <= kept:
             continue
         # The last token kept is the end mark.
-        first = tokenizer.model_max_length - 1
+        first = kept - 1
         if tokenizer.is_fast:
             starts = [start for start, end in encoded["offset_mapping"][first:] if end > start]
             rest = text[min(starts) :] if starts else ""

@@ -15,6 +15,7 @@ import torch
 
 from ..attention import Hooks
 from ..attention.families import family_of_unet
+from ..attention.parked import current_parking
 from ..config import AttentionConfig, StemConfig
 from ..diffusion.pipeline import Conditioning, predict, vae_factor
 from ..distributed import Ranks
@@ -129,7 +130,8 @@ class Job:
         joined = conditionings[0]
         for other in conditionings[1:]:
             joined = joined.joined(other)
-        found = predict(self.pipeline, torch.cat(rows), timestep, joined, frames)
+        together = current_parking().joined(rows)
+        found = predict(self.pipeline, together, timestep, joined, frames)
         return found.chunk(len(rows))
 
 

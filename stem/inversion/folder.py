@@ -2,7 +2,8 @@
 
     <method>-<hash of the settings>/
         settings.json               everything that shaped the latents
-        x0.safetensors              the VAE's latents of the video
+        x0.safetensors              the VAE's latents of the video; all there is where there are no
+                                    steps, as for an edit without an inversion
         control.safetensors         the pictures that ControlNets are shown, where there are some
         steps/000-t0001.safetensors latents after step 0, at timestep 1
         bases/000-t0001.safetensors the bases of that step, where kept
