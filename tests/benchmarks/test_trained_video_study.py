@@ -12,7 +12,8 @@ import stem
 from benchmarks import records
 from benchmarks.studies.video_transformers import forms, trained
 from benchmarks.studies.video_transformers.trained_table import mean_error, table
-from stem.world.training.video_parts import VideoParts
+from stem.flow import EmbeddedVideoModel
+from stem.flow.loading import EMBEDDED_VIDEO_FOLDER
 
 GRID = (3, 4, 5)
 
@@ -66,7 +67,7 @@ def test_radial_reaches_half_as_far_at_twice_the_distance() -> None:
 def test_it_measures_with_the_shipped_form(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: forms.FORMS[name] for name in trained.SAMPLED[1:]}
     monkeypatch.setattr(trained, "FORMS", few)
-    parts = VideoParts()
+    parts = EmbeddedVideoModel(EMBEDDED_VIDEO_FOLDER)
     size = trained.Size(
         (1,),
         clips=1,
