@@ -21,7 +21,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.app": "inversion world video storage progress names",
         "stem.workflows": "report metrics editing inversion flow models diffusion control "
         "attention attention.families world video config distributed storage progress names",
-        "stem.world.training": "report metrics inversion models diffusion control world video",
+        "stem.world.training": "report metrics inversion flow models diffusion control world video",
         "stem.report": "metrics video storage names",
         "stem.metrics": "world names",
         "stem.editing": "inversion flow diffusion control attention attention.families config "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
+from stem.flow import EmbeddedVideoModel
+from stem.flow.loading import EMBEDDED_VIDEO_FOLDER
 from stem.world.training.card import CARD, EVALUATION_RECORD, LATENTS, TRAINING_RECORD
 from stem.world.training.evaluate_video import LEVELS, Size, evaluate_video
 from stem.world.training.video import SHIFT, Recipe, train
 from stem.world.training.video_card import video_card
-from stem.world.training.video_parts import VIDEO_FOLDER, VideoParts
 
 SMALL = Recipe(
     clips=2,
@@ -30,7 +32,7 @@ FORMS["refinement"] = FORMS["videos"]
 
 
 def record(name: str) -> Any:
-    return json.loads((VIDEO_FOLDER / name).read_text())
+    return json.loads((EMBEDDED_VIDEO_FOLDER / name).read_text())
 
 
 def test_a_resumed_training_ends_as_a_whole_one(
@@ -40,7 +42,12 @@ def test_a_resumed_training_ends_as_a_whole_one(
     monkeypatch.setattr("stem.world.training.video.STAGES", FORMS)
     whole = train(SMALL, tmp_path / "whole")
     assert whole is not None
-    for steps in (1, 3, 4):
+    shutil.copytree(
+        tmp_path / "whole",
+        tmp_path / "resumed",
+        ignore=lambda _, names: {name for name in names if not name.startswith("clips")},
+    )
+    for steps in (1, 4):
         assert train(SMALL, tmp_path / "resumed", until=steps) is None
     resumed = train(SMALL, tmp_path / "resumed")
     assert resumed is not None
@@ -54,26 +61,26 @@ def test_a_resumed_training_ends_as_a_whole_one(
 
 
 def test_it_is_small_and_loads_in_diffusers() -> None:
-    files = [file for file in VIDEO_FOLDER.rglob("*") if file.is_file()]
+    files = [file for file in EMBEDDED_VIDEO_FOLDER.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 12e6
     assert {file.suffix for file in files} == {".json", ".md", ".safetensors"}
-    transformer = WanTransformer3DModel.from_pretrained(VIDEO_FOLDER / "transformer")
+    transformer = WanTransformer3DModel.from_pretrained(EMBEDDED_VIDEO_FOLDER / "transformer")
     assert transformer.config.in_channels == len(record(LATENTS)["mean"])
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(VIDEO_FOLDER / "scheduler")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(EMBEDDED_VIDEO_FOLDER / "scheduler")
     assert scheduler.config.shift == SHIFT
 
 
 def test_the_card_is_that_of_its_records() -> None:
     card = video_card(record(TRAINING_RECORD), record(EVALUATION_RECORD))
-    assert (VIDEO_FOLDER / CARD).read_text() == card
+    assert (EMBEDDED_VIDEO_FOLDER / CARD).read_text() == card
 
 
 def test_it_takes_noise_from_videos_and_comes_back() -> None:
-    size = Size(clips=1, inverted=1, samples=1, frames=4, sampling_steps=2, inversion_steps=4)
-    measured = evaluate_video(VideoParts(), size)
-    for figures in (record(EVALUATION_RECORD), measured):
+    size = Size(clips=1, inverted=1, samples=1, frames=4, sampling_steps=1, inversion_steps=3)
+    measured = evaluate_video(EmbeddedVideoModel(EMBEDDED_VIDEO_FOLDER), size)
+    for figures, decibels in ((record(EVALUATION_RECORD), 40), (measured, 22)):
         for level in LEVELS:
             row = figures["denoising"][str(level)]
-            assert row["error"] < 0.5
+            assert row["error"] < 0.5  # 1 is that of predicting 0
             assert row["psnr"] > row["noisy_psnr"] + 2
-        assert figures["inversion"]["psnr_to_vae"] > 30
+        assert figures["inversion"]["psnr_to_vae"] > decibels

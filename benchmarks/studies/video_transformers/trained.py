@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from stem.attention.video import VIDEO_FAMILIES
-from stem.inversion import invert_flow, reconstruct_flow
+from stem.flow import EmbeddedVideoModel, invert_flow, reconstruct_flow
+from stem.flow.loading import EMBEDDED_VIDEO_FOLDER
 from stem.metrics import psnr, ssim
 from stem.world import render, sample_scene
-from stem.world.training.video_parts import VideoParts
 from stem_kernels.info import provenance
 
 from ... import records
@@ -120,7 +120,7 @@ def with_form(transformer: Any, form: Form) -> Iterator[Callable[[], float]]:
 
 
 @torch.no_grad()
-def velocities(parts: VideoParts, size: Size, frames: int) -> dict[str, Any]:
+def velocities(parts: EmbeddedVideoModel, size: Size, frames: int) -> dict[str, Any]:
     """Of each form the FLOPs and the velocity's relative error at each of LEVELS, clip by clip."""
     errors: dict[str, list[list[float]]] = {name: [] for name in FORMS}
     shares: dict[str, list[float]] = {name: [] for name in FORMS}
@@ -139,7 +139,7 @@ def velocities(parts: VideoParts, size: Size, frames: int) -> dict[str, Any]:
 
 
 def _noisy(
-    parts: VideoParts, seed: int, frames: int
+    parts: EmbeddedVideoModel, seed: int, frames: int
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Latents of a clip with noise of each of LEVELS, and the conditions."""
     clip = render(sample_scene(seed), frames, PIXELS)
@@ -158,7 +158,7 @@ def _of_levels(
 
 
 @torch.no_grad()
-def blocks(parts: VideoParts, size: Size) -> list[dict[str, Any]]:
+def blocks(parts: EmbeddedVideoModel, size: Size) -> list[dict[str, Any]]:
     """Where the defaults' error comes from, block by block, means of clips and of LEVELS.
 
     Of each block the velocity's error where it alone does not attend exactly ("alone"); of its
@@ -217,7 +217,7 @@ def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def samples(parts: VideoParts, size: Size) -> dict[str, list[dict[str, float]]]:
+def samples(parts: EmbeddedVideoModel, size: Size) -> dict[str, list[dict[str, float]]]:
     """Samples of each of SAMPLED against the exact ones of the same noise: dB and SSIM of the
     decoded videos."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in SAMPLED[1:]}
@@ -247,7 +247,7 @@ def samples(parts: VideoParts, size: Size) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def inversions(parts: VideoParts, size: Size) -> dict[str, dict[str, list[float]]]:
+def inversions(parts: EmbeddedVideoModel, size: Size) -> dict[str, dict[str, list[float]]]:
     """Inverted and reconstructed clips: dB of the latents and of the decoded videos to the clips'
     own, by form and solver."""
     found: dict[str, dict[str, list[float]]] = {}
@@ -271,12 +271,14 @@ def inversions(parts: VideoParts, size: Size) -> dict[str, dict[str, list[float]
 
 
 def measure(
-    parts: VideoParts, size: Size = Size(), keep: Callable[[dict[str, Any]], None] = lambda _: None
+    parts: EmbeddedVideoModel,
+    size: Size = Size(),
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """All figures, as JSON types.
 
     Args:
-        parts: Parts of the embedded video transformer.
+        parts: Embedded video transformer, with its autoencoder and text encoder.
         size: how much to measure on.
         keep: Function that is called with the results after each part of them.
     """
@@ -303,7 +305,7 @@ def measure(
 def main() -> None:
     """Measure on one thread, and write the results."""
     torch.set_num_threads(1)
-    measure(VideoParts(), keep=partial(records.write, path=OUT))
+    measure(EmbeddedVideoModel(EMBEDDED_VIDEO_FOLDER), keep=partial(records.write, path=OUT))
 
 
 if __name__ == "__main__":

@@ -68,9 +68,8 @@ def table(results: dict[str, Any]) -> str:
         f"{size['frames'][0]} frames, {size['inverted']} unseen clips: PSNR to the clip's latents, "
         "and of the decoded videos.",
         "",
-        "| | exact | | defaults | |",
+        f"| | {EXACT}: latents dB | videos dB | {DEFAULTS}: latents dB | videos dB |",
         "|---|---|---|---|---|",
-        "| | latents dB | videos dB | latents dB | videos dB |",
     ]
     for solver in SOLVERS:
         decibels = [

@@ -17,7 +17,8 @@ import typer
 
 from stem_kernels.info import provenance
 
-from ...inversion import invert_flow, noise_levels, reconstruct_flow
+from ...flow import EmbeddedVideoModel, invert_flow, noise_levels, reconstruct_flow
+from ...flow.loading import EMBEDDED_VIDEO_FOLDER
 from ...metrics import psnr
 from ..grammar import caption
 from ..render import render
@@ -26,7 +27,6 @@ from .card import CARD, EVALUATION_RECORD, TRAINING_RECORD
 from .evaluate import FIRST_SEED, shares
 from .networks import RESOLUTION, VAE_FACTOR
 from .video_card import video_card
-from .video_parts import VIDEO_FOLDER, VideoParts
 
 LEVELS = (0.3, 0.6, 0.9)
 GUIDANCE = 4.0
@@ -53,11 +53,11 @@ class Size:
     inversion_steps: int = 12
 
 
-def evaluate_video(parts: VideoParts, size: Size = Size()) -> dict[str, Any]:
+def evaluate_video(parts: EmbeddedVideoModel, size: Size = Size()) -> dict[str, Any]:
     """All figures of the card, as JSON types.
 
     Args:
-        parts: Parts of the transformer.
+        parts: Transformer with its autoencoder and text encoder.
         size: how much to measure on.
     """
     return {
@@ -69,7 +69,7 @@ def evaluate_video(parts: VideoParts, size: Size = Size()) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _denoising(parts: VideoParts, size: Size) -> dict[str, dict[str, float]]:
+def _denoising(parts: EmbeddedVideoModel, size: Size) -> dict[str, dict[str, float]]:
     """By noise level: the velocity's squared error over that of predicting 0, and the PSNR of
     videos with that noise, and of those from which it was taken in one step, to the videos through
     the autoencoder."""
@@ -94,7 +94,7 @@ def _denoising(parts: VideoParts, size: Size) -> dict[str, dict[str, float]]:
     }
 
 
-def _inversion(parts: VideoParts, size: Size) -> dict[str, float]:
+def _inversion(parts: EmbeddedVideoModel, size: Size) -> dict[str, float]:
     """Mean PSNR, to the videos, of the inversion and back and of the autoencoder alone."""
     through, through_alone, alone = [], [], []
     for seed in range(FIRST_SEED, FIRST_SEED + size.inverted):
@@ -114,7 +114,7 @@ def _inversion(parts: VideoParts, size: Size) -> dict[str, float]:
     }
 
 
-def _text(parts: VideoParts, size: Size) -> dict[str, Any]:
+def _text(parts: EmbeddedVideoModel, size: Size) -> dict[str, Any]:
     """Shares of samples whose middle frame shows the colour and the shape of the caption."""
     scenes = [sample_scene(FIRST_SEED + index, num_things=1) for index in range(size.samples)]
     videos = [
@@ -127,7 +127,7 @@ def _text(parts: VideoParts, size: Size) -> dict[str, Any]:
 
 @torch.no_grad()
 def sample_video(
-    parts: VideoParts,
+    parts: EmbeddedVideoModel,
     wanted: str,
     frames: int,
     num_steps: int,
@@ -138,7 +138,7 @@ def sample_video(
     """A video sampled from a caption by Euler's rule.
 
     Args:
-        parts: Parts of the transformer.
+        parts: Transformer with its autoencoder and text encoder.
         wanted: Caption.
         frames: Number of frames.
         num_steps: Number of steps.
@@ -162,11 +162,11 @@ def sample_video(
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the transformer.")] = VIDEO_FOLDER,
+    model: Annotated[Path, typer.Option(help="Folder of the transformer.")] = EMBEDDED_VIDEO_FOLDER,
 ) -> None:
     """Measure the video transformer, and write its figures and its card into its folder."""
     found = {
-        **evaluate_video(VideoParts(model)),
+        **evaluate_video(EmbeddedVideoModel(model)),
         "provenance": provenance("diffusers", "transformers"),
     }
     text = json.dumps(found, indent=2)

@@ -25,7 +25,7 @@ measured its figures.
 
 | | |
 |---|---|
-| `transformer/` | float32, with `WanTransformer3DModel.from_pretrained` of diffusers alone |
+| `transformer/` | float16 on disk, float32 once loaded, with diffusers alone |
 | `scheduler/` | `FlowMatchEulerDiscreteScheduler`, its shift is {shift:g} |
 | `latents.json` | mean and standard deviation of each channel of the autoencoder's latents |
 
@@ -51,8 +51,10 @@ guidance. First single frames, then few places or few frames, then whole videos:
 |---|---|---|---|
 {stages}
 
-Muon for the blocks' matrices and AdamW for the rest, rate {rate:g}, warm-up and cosine in each
-stage, averaged weights (EMA). The final loss is the {final_loss}. Trained on {training_machine}.
+Muon for the blocks' matrices and AdamW for the rest, averaged weights (EMA). In each stage the
+rate is {rate:g} after a warm-up and falls along a cosine, to 0 after {rates_over}
+steps; the stages in the middle ended before. The final loss is the {final_loss}.
+Trained on {training_machine}.
 
 ## Measured
 
@@ -67,9 +69,9 @@ Colour and shape of the middle frame are judged by `stem.world.judge`. Measured 
 ## Limits
 
 It knows the grammar's words and nothing else; its videos are of 64x64 pixels and of this world. It
-was trained for {hours:.1f} hours on a shared core: samples have the colours asked for and move, but
-their objects often lack a clear shape, or there are several. It has no safety checker, and nothing
-to check.
+was trained for {hours:.1f} hours on a shared core: samples mostly have the colours asked for, but
+objects lack a clear shape, or there are several: their shapes are right no more often than by
+chance. It has no safety checker, and nothing to check.
 """
 
 
@@ -120,6 +122,7 @@ def video_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
         hours=sum(stage["hours"] for stage in training["stages"].values()),
         stages=stages,
         rate=recipe["learning_rate"],
+        rates_over=", ".join(f"{steps:,}" for steps in recipe["rates_over"]),
         final_loss=training["final_loss"],
         training_machine=machine_of(training["provenance"]),
         figures="\n".join(f"| {name} | {value} |" for name, value in figures),
