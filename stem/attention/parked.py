@@ -157,9 +157,14 @@ class Parking:
         size = sum(part.numel() for part in parts) * like.element_size()
         if like.device.type != "cpu" or size < LEAST_BYTES or torch.is_grad_enabled():
             return torch.cat(parts, dim)
+        counts = [part.shape[dim] for part in parts]
         shape = list(like.shape)
-        shape[dim] = sum(part.shape[dim] for part in parts)
-        return torch.cat(parts, dim, out=self.empty(like, shape))
+        shape[dim] = sum(counts)
+        found = self.empty(like, shape)
+        for place, part in zip(found.split(counts, dim), parts, strict=True):
+            place.copy_(part)
+            self.leave()
+        return found
 
     def leave(self) -> None:
         """Give up the memory of what `empty` made in files; they keep the content."""
