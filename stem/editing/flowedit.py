@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,15 +11,15 @@ import torch
 
 from ..diffusion.environment import numeric_environment
 from ..diffusion.loop import check_finite, with_guidance
-from ..flow.solvers import noise_levels
+from ..flow.solvers import Velocity, noise_levels
 from ..inversion import InversionFolder
 from ..inversion.flow_inverting import flow_attention_on
 from ..inversion.folder import Progress
 from ..inversion.runs import check_same_weights, check_startable, earlier_run, run_name
 from ..names import FLOW_EDIT_METHODS, FLOW_METHODS, FLOW_SOURCE
 from ..progress import steps as counted
-from .checks import check_numbers
-from .job import check_count, generator_of
+from .checks import check_numbers, check_texts, edit_settings, options_of
+from .job import Options, check_count, generator_of
 from .run import Edit
 
 if TYPE_CHECKING:
@@ -31,11 +29,10 @@ logger = logging.getLogger("stem")
 
 (METHOD,) = FLOW_EDIT_METHODS
 _OFFSET = "offset"
-Velocity = Callable[[torch.Tensor, float], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class FlowEditOptions:
+class FlowEditOptions(Options):
     """Options of `flowedit`; the defaults are its authors' for Stable Diffusion 3.
 
     Args:
@@ -173,17 +170,15 @@ def run_flow_edit(
     chosen = flow_edit_options(options)
     first = check_flow_edit(source, prompt, negative_prompt, guidance, seed, chosen)
     check_same_weights(model, model.dtype, source)
-    scale = chosen.default_guidance if guidance is None else float(guidance)
-    settings = {
-        "inversion": source.path.name,
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "method": METHOD,
-        "guidance": scale,
-        "seed": seed,
-        "options": dataclasses.asdict(chosen),
-        "version": importlib.metadata.version("stem-inversion"),
-    }
+    settings = edit_settings(
+        source,
+        prompt,
+        method=METHOD,
+        negative_prompt=negative_prompt,
+        guidance=guidance,
+        seed=seed,
+        options=chosen,
+    )
     environment = numeric_environment(model)
     run = run_name(source, "edit-", settings)
     found = earlier_run(source, run, "edit", environment) if resume else None
@@ -205,7 +200,7 @@ def run_flow_edit(
         of_source = guided_velocity(
             model, source.settings["prompt"], negative_prompt, float(chosen.source_guidance)
         )
-        of_target = guided_velocity(model, prompt, negative_prompt, scale)
+        of_target = guided_velocity(model, prompt, negative_prompt, settings["guidance"])
         for step in range(first, total):
             level, following = levels[step], levels[step + 1]
             difference = torch.zeros_like(latents)
@@ -256,15 +251,9 @@ def flow_edit_options(options: FlowEditOptions | Mapping[str, Any] | None) -> Fl
         options: Options, some of their fields by name, or None.
 
     Raises:
-        ValueError: an option is unknown, or refuses its value.
+        ValueError, TypeError: as `options_of`.
     """
-    if isinstance(options, FlowEditOptions):
-        return options
-    fields = [field.name for field in dataclasses.fields(FlowEditOptions)]
-    for name in options or {}:
-        if name not in fields:
-            raise ValueError(f"{METHOD} has no option {name!r}; it has {', '.join(fields)}")
-    return FlowEditOptions(**(options or {}))
+    return options_of(FlowEditOptions, METHOD, options)
 
 
 def check_flow_edit(
@@ -291,11 +280,7 @@ def check_flow_edit(
     Raises:
         TypeError, ValueError, InversionError: as `run_flow_edit`.
     """
-    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if not isinstance(text, str):
-            raise TypeError(f"{name} is a {type(text).__name__}; it must be one text")
-    if not prompt.strip():
-        raise ValueError("the prompt is empty; describe the video as it is to be")
+    check_texts(prompt, negative_prompt)
     check_numbers(guidance, seed)
     check_startable(source, (FLOW_SOURCE, *FLOW_METHODS))
     total: int = source.settings["num_steps"]

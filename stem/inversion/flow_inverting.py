@@ -19,7 +19,7 @@ from ..diffusion.environment import numeric_environment
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import check_finite
 from ..diffusion.pipeline import VAE_FRAMES
-from ..flow.solvers import check_solver, moved, noise_levels
+from ..flow.solvers import Velocity, check_solver, moved, noise_levels
 from ..names import FLOW_SOURCE
 from ..progress import steps as counted
 from ..sources import ModelSource
@@ -145,7 +145,7 @@ def keep_source(
 
 
 def follow(
-    velocity: Callable[[torch.Tensor, float], torch.Tensor],
+    velocity: Velocity,
     latents: torch.Tensor,
     levels: list[float],
     solver: str,
