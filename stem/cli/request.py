@@ -215,8 +215,7 @@ def source_of(inversion: InversionFolder, model: str | None, run: RunOptions) ->
     Raises:
         ModelError: the inversion does not name its model, or it is no longer there.
     """
-    recorded = inversion.settings["model"]
-    own = ModelSource.of({k: v for k, v in recorded.items() if not k.endswith("_sha256")})
+    own = inversion.model_source
     if not (model or own.name):
         raise ModelError(f"{inversion.path} does not name its model; pass it with --model")
     source = run.source(own.renamed(model) if model else own)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..sources import ModelSource
 from ..storage import DamagedFileError, load_tensors, save_tensors, write_atomically
 
 if TYPE_CHECKING:
@@ -152,6 +153,12 @@ class InversionFolder:
     def find(cls, root: str | Path) -> list[Path]:
         """The folders at or below `root` that hold an inversion's settings, sorted."""
         return sorted(file.parent for file in Path(root).rglob(SETTINGS))
+
+    @property
+    def model_source(self) -> ModelSource:
+        """The model that the inversion was made with, as it was named; the name may be empty."""
+        recorded = self.settings["model"].items()
+        return ModelSource.of({k: v for k, v in recorded if not k.endswith("_sha256")})
 
     @property
     def complete(self) -> bool:

@@ -15,7 +15,6 @@ from ..diffusion.control import controlnets_of
 from ..diffusion.environment import warn_of_differences
 from ..diffusion.fingerprint import fingerprint, fingerprint_of
 from ..names import FLOW_METHODS, FLOW_SOURCE, INVERSION_METHODS
-from ..sources import ModelSource
 from ..storage import check_output, tensor_bytes
 from .folder import InversionError, InversionFolder, Progress
 
@@ -96,11 +95,10 @@ def check_same_weights(pipeline: Any, dtype: torch.dtype, inversion: InversionFo
             f"{inversion.path} was made in {settings['dtype']}, and this pipeline is in {own}",
             f"load it with dtype={settings['dtype']!r} (--dtype)",
         )
-    recorded = dict(settings["model"])
     found = fingerprint(pipeline)
-    if {name: recorded.pop(name, None) for name in found} != found:
+    if {name: settings["model"].get(name) for name in found} != found:
         raise InversionError(
-            f"{inversion.path} was made with the model {ModelSource.of(recorded)}, whose "
+            f"{inversion.path} was made with the model {inversion.model_source}, whose "
             "configuration or weights (LoRA, VAE and embeddings included) differ from this "
             "pipeline's",
             "load that one",
@@ -109,10 +107,7 @@ def check_same_weights(pipeline: Any, dtype: torch.dtype, inversion: InversionFo
 
 def _check_same_controlnets(pipeline: Any, inversion: InversionFolder) -> None:
     records, nets = inversion.settings.get("control", []), controlnets_of(pipeline)
-    of_model = ModelSource.of(
-        {k: v for k, v in inversion.settings["model"].items() if not k.endswith("_sha256")}
-    )
-    named = of_model.controlnets or ("?",) * len(records)
+    named = inversion.model_source.controlnets or ("?",) * len(records)
     if len(records) != len(nets):
         what = f"with {len(records)} ControlNets" if records else "without a ControlNet"
         raise InversionError(

@@ -127,7 +127,6 @@ def dense_edit(
         settings["seed"],
         _control(made),
     )
-    model = {k: v for k, v in of_source["model"].items() if not k.endswith("_sha256")}
     inversion = invert(
         pipeline,
         source,
@@ -136,7 +135,7 @@ def dense_edit(
         method=_DENSE,
         num_steps=of_source["num_steps"],
         chunk=of_source["attention"]["chunk"],
-        model=model,
+        model=made.inversion.model_source.record(),
         control=made.inversion.control(),
         progress=progress,
     )
