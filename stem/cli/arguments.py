@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,27 @@ from ..names import (
 from .config_file import read_config, with_config_file
 
 ALL_METHODS = ",".join(INVERSION_METHODS)
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was given, on the command line, in a file or in the environment."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def refuse(context: typer.Context, reasons: Mapping[str, str]) -> None:
+    """Raise where a parameter is given that cannot be followed.
+
+    Args:
+        context: Context of the command.
+        reasons: Reasons, with what to do, by parameter.
+
+    Raises:
+        typer.BadParameter: with the first reason that applies.
+    """
+    for name, reason in reasons.items():
+        if is_given(context, name):
+            raise typer.BadParameter(reason, param_hint=f"--{name.replace('_', '-')}")
 
 
 def one_of(allowed: Collection[str]) -> Callable[[str | None], str | None]:

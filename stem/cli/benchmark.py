@@ -47,11 +47,11 @@ def benchmark_lines(found: BenchmarkEvaluation) -> list[str]:
     """What the figures are measured by, what is missing, and what was not judged, a line each."""
     from ..workflows.benchmark import ALL
 
-    by = _grouped(found.means, lambda figure: figure.measured_by)
+    by = grouped(found.means, lambda figure: figure.measured_by)
     lines = [f"{', '.join(f.metric for f in group)}: {name}" for name, group in by.items()]
     missing = [f for edit in found.edits for f in edit.figures if f.value is None]
-    for (reason, remedy), group in _grouped(missing, lambda f: (f.missing, f.remedy)).items():
-        metrics = _grouped(group, lambda f: f.metric)
+    for (reason, remedy), group in grouped(missing, lambda f: (f.missing, f.remedy)).items():
+        metrics = grouped(group, lambda f: f.metric)
         edits = max(len(figures) for figures in metrics.values())
         lines.append(f"missing: {', '.join(metrics)}, of {edits} edits: {reason}; {remedy}")
     lines += [f"not judged: {problem}" for problem in found.problems]
@@ -68,7 +68,8 @@ def _shown(mean: float | None, judged: int) -> str:
     return f"{mean:.4g}"
 
 
-def _grouped(things: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+def grouped(things: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Things by their key, in the order of the first with each."""
     groups: dict[K, list[T]] = {}
     for thing in things:
         groups.setdefault(key(thing), []).append(thing)

@@ -16,7 +16,7 @@ from ..names import (
     INVERSION_METHODS,
     PRESETS,
 )
-from .arguments import encodable_text, names_of, one_of, typed_value
+from .arguments import encodable_text, names_of, one_of, refuse, typed_value
 from .config_file import with_config_file
 from .control_options import OF_CONTROL
 
@@ -173,14 +173,10 @@ def with_preset(
 
 def refuse_of_inversions(context: typer.Context) -> None:
     """Raise where options are given that the inversion in a folder has settled already."""
-    for name in OF_INVERSIONS:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
-            raise typer.BadParameter(
-                "it belongs to an inversion, and the folder's own is made; name the video to "
-                "invert it anew",
-                param_hint=f"--{name.replace('_', '-')}",
-            )
+    reason = (
+        "it belongs to an inversion, and the folder's own is made; name the video to invert it anew"
+    )
+    refuse(context, dict.fromkeys(OF_INVERSIONS, reason))
 
 
 def _yaml_value(text: str, value: str) -> Any:

@@ -11,8 +11,8 @@ import typer
 from ..names import BENCHMARK_CLIP_MODEL, CLIP_MODEL, FLOWS
 from ..storage import check_output_file
 from .app import app, console, quieten_libraries, say
-from .arguments import encodable_text, one_of
-from .benchmark import print_benchmark
+from .arguments import encodable_text, one_of, refuse
+from .benchmark import grouped, print_benchmark
 from .control_options import OF_CONTROL
 from .edit_options import EditModel, SourcePrompt
 from .ranks import one_process
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ..video import Video
     from ..workflows.benchmark import BenchmarkEvaluation
     from ..workflows.evaluation import Evaluation
-    from ..workflows.figures import Figure
 
 JUDGE, DENSE = "judge", "dense"
 _STEM_MULTIPLES = 8  # stem edits crop width and height to multiples of at most this
@@ -98,11 +97,13 @@ def evaluate_command(
     """
     one_process("evaluate")
     if against != DENSE:
-        _refuse(context, _of_models(), "it goes with --against dense, which runs a model")
+        reason = "it goes with --against dense, which runs a model"
+        refuse(context, dict.fromkeys(_of_models(), reason))
     if json is not None:
         check_output_file(json)
     if source.is_dir():
-        _refuse(context, _OF_TWO_VIDEOS, f"it is for two videos, and {source} is a folder")
+        reason = f"it is for two videos, and {source} is a folder"
+        refuse(context, dict.fromkeys(_OF_TWO_VIDEOS, reason))
         found: BenchmarkEvaluation | Evaluation = _benchmark(source, edit, clip, run)
     else:
         if not prompt.strip():
@@ -196,14 +197,6 @@ def _of_models() -> tuple[str, ...]:
     return tuple(name for name in names if name not in others)
 
 
-def _refuse(context: typer.Context, names: tuple[str, ...], reason: str) -> None:
-    """Raise where one of these options is given."""
-    for name in names:
-        given = context.get_parameter_source(name)
-        if given is not None and given.name != "DEFAULT":
-            raise typer.BadParameter(reason, param_hint=f"--{name.replace('_', '-')}")
-
-
 def print_evaluation(found: Evaluation) -> None:
     """Print the figures, and what is missing with what gets it."""
     console.print(evaluation_table(found))
@@ -228,10 +221,8 @@ def evaluation_table(found: Evaluation) -> Table:
 
 def missing_lines(found: Evaluation) -> list[str]:
     """What is missing and what gets it, a line for each reason."""
-    by_reason: dict[tuple[str, str], list[Figure]] = {}
-    for figure in found.figures:
-        if figure.value is None:
-            by_reason.setdefault((figure.missing, figure.remedy), []).append(figure)
+    missing = (figure for figure in found.figures if figure.value is None)
+    by_reason = grouped(missing, lambda figure: (figure.missing, figure.remedy))
     return [
         f"missing: {', '.join(figure.metric for figure in figures)}: {reason}; {remedy}"
         for (reason, remedy), figures in by_reason.items()

@@ -13,7 +13,7 @@ from ..names import EMBEDDED_VIDEO_MODEL, FLOW_METHODS, INVERSIONS
 from ..sources import ModelSource
 from ..storage import remove_stale
 from .app import quieten_libraries, say
-from .arguments import names_of, parsed_options
+from .arguments import is_given, names_of, parsed_options, refuse
 from .control_options import OF_CONTROL
 from .edit_options import refuse_of_inversions
 from .ranks import one_process
@@ -60,7 +60,7 @@ def invert_through_video_model(context: typer.Context, video: Path, run: RunOpti
     """
     from ..inversion import invert_video
 
-    methods = [FLOW_METHODS[0]] if _is_default(context, "methods") else names_of(run.methods)
+    methods = names_of(run.methods) if is_given(context, "methods") else [FLOW_METHODS[0]]
     if not methods or any(name not in FLOW_METHODS for name in methods):
         raise typer.BadParameter(
             f"{run.methods!r}; through a video transformer take one or more of "
@@ -68,7 +68,7 @@ def invert_through_video_model(context: typer.Context, video: Path, run: RunOpti
             "stem.enabled=false turns them off",
             param_hint="--methods",
         )
-    name = EMBEDDED_VIDEO_MODEL if _is_default(context, "model") else run.model
+    name = run.model if is_given(context, "model") else EMBEDDED_VIDEO_MODEL
     _refuse(context, {**_REFUSED, "seed": "nothing is drawn"})
     request = _Request.checked("invert", name, run)
     model, clip = request.load_for(request.open(video), video)
@@ -221,16 +221,7 @@ def _load(source: ModelSource, run: RunOptions, dtype: str | None) -> VelocityMo
     return load_video_model(source.name, device=run.device, dtype=dtype, variant=source.variant)
 
 
-def _is_default(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is None or source.name == "DEFAULT"
-
-
 def _refuse(context: typer.Context, reasons: dict[str, str]) -> None:
     """Raise where an option is given that a video transformer does not go with."""
-    for name, reason in reasons.items():
-        if not _is_default(context, name):
-            raise typer.BadParameter(
-                f"it does not go with a video transformer: {reason}; leave it out",
-                param_hint=f"--{name.replace('_', '-')}",
-            )
+    said = "it does not go with a video transformer: {}; leave it out"
+    refuse(context, {name: said.format(reason) for name, reason in reasons.items()})
