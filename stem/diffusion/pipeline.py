@@ -81,14 +81,7 @@ def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Condit
     """
     unet = pipeline.unet
     device, dtype = execution_device(pipeline), unet.dtype
-    lost = truncated_words(pipeline, prompt)
-    if lost:
-        logger.warning(
-            "the prompt is longer than the text encoder takes; these words are lost: %s", lost
-        )
-    unknown = unknown_words(pipeline, prompt)
-    if unknown:
-        logger.warning("the model has no words for these, they mean nothing to it: %s", unknown)
+    warn_of_words(pipeline, prompt)
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
         # Of one picture or video: the number's name differs, and 1 is its default.
         embeddings, _, pooled, _ = pipeline.encode_prompt(
@@ -103,6 +96,24 @@ def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Condit
         prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
     return Conditioning(embeddings.to(dtype))
+
+
+def warn_of_words(pipeline: Any, prompt: str, longest: int | None = None) -> None:
+    """Warn of words of a prompt that are cut off, and of those that mean nothing to the model.
+
+    Args:
+        pipeline: Pipeline with the tokenizers.
+        prompt: Prompt.
+        longest: Number of tokens that are kept, as for `truncated_words`.
+    """
+    lost = truncated_words(pipeline, prompt, longest)
+    if lost:
+        logger.warning(
+            "the prompt is longer than the text encoder takes; these words are lost: %s", lost
+        )
+    unknown = unknown_words(pipeline, prompt)
+    if unknown:
+        logger.warning("the model has no words for these, they mean nothing to it: %s", unknown)
 
 
 def truncated_words(pipeline: Any, prompt: str, longest: int | None = None) -> str:
@@ -215,12 +226,17 @@ def _shift_and_scale(vae: Any, device: torch.device) -> tuple[torch.Tensor, torc
     return shift, by_channel("scaling_factor", 1.0) / by_channel("latents_std", 1.0)
 
 
-def _check_frames(pipeline: Any, frames: torch.Tensor) -> None:
+def check_pixels(frames: torch.Tensor) -> None:
+    """Raise ValueError where frames are no uint8 [N, H, W, 3]."""
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise ValueError(
             f"frames must be uint8 [N, H, W, 3], not {frames.dtype} {list(frames.shape)}; scale "
             "floating point frames to 0 ... 255 first"
         )
+
+
+def _check_frames(pipeline: Any, frames: torch.Tensor) -> None:
+    check_pixels(frames)
     factor = vae_factor(pipeline)
     if frames.shape[1] % factor or frames.shape[2] % factor:
         raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..diffusion.pipeline import decode_latents, encode_frames, vae_factor
+from ..diffusion.pipeline import decode_latents, encode_frames, vae_factor, warn_of_words
 from ..models import EMBEDDED_FOLDER, loaded_as
 from ..sources import LATENTS, ModelError
 from .model import Conditions, VelocityModel, check_frames
@@ -84,7 +84,7 @@ class EmbeddedVideoModel(VelocityModel):
 
     @torch.no_grad()
     def conditions(self, prompt: str) -> Conditions:
-        self._warn_of_lost_words(prompt)
+        warn_of_words(self, prompt)
         tokens = self.tokenizer(
             prompt,
             padding="max_length",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import torch
 
 from ..attention.video import VIDEO_FAMILIES, video_family_of
-from ..diffusion.pipeline import truncated_words, unknown_words
+from ..diffusion.pipeline import check_pixels
 from ..sources import ModelError
 from .solvers import velocity_at
-
-logger = logging.getLogger("stem")
 
 Conditions = dict[str, torch.Tensor]
 
@@ -192,15 +189,6 @@ class VelocityModel(ABC):
         """
         return velocity_at(self.transformer, latents, level, conditions, self.dtype)
 
-    def _warn_of_lost_words(self, prompt: str, longest: int | None = None) -> None:
-        lost, unknown = truncated_words(self, prompt, longest), unknown_words(self, prompt)
-        if lost:
-            logger.warning(
-                "the prompt is longer than the text encoder takes; these words are lost: %s", lost
-            )
-        if unknown:
-            logger.warning("the model has no words for these, they mean nothing to it: %s", unknown)
-
 
 def check_num_frames(num_frames: int, every: int) -> None:
     """Raise where a VAE cannot encode so many frames.
@@ -222,11 +210,7 @@ def check_num_frames(num_frames: int, every: int) -> None:
 
 def check_frames(model: VelocityModel, frames: torch.Tensor) -> None:
     """Raise ValueError where frames are no uint8 [N, H, W, 3], or of a size that does not fit."""
-    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-        raise ValueError(
-            f"frames must be uint8 [N, H, W, 3], not {frames.dtype} {list(frames.shape)}; scale "
-            "floating point frames to 0 ... 255 first"
-        )
+    check_pixels(frames)
     model.check_size(*frames.shape[:3])
 
 

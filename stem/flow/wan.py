@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..diffusion.pipeline import warn_of_words
 from ..sources import WAN, ModelError
 from .model import Conditions, VelocityModel, check_frames
 
@@ -69,7 +70,7 @@ class WanModel(VelocityModel):
 
     @torch.no_grad()
     def conditions(self, prompt: str) -> Conditions:
-        self._warn_of_lost_words(prompt, TEXT_TOKENS)
+        warn_of_words(self, prompt, TEXT_TOKENS)
         embeddings, _ = self._pipeline.encode_prompt(
             prompt,
             do_classifier_free_guidance=False,
