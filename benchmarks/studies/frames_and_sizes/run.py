@@ -28,7 +28,7 @@ from stem_kernels.ops.soft_em import EARLY_STRIDE
 
 from ... import records
 from ...cases.processes import measured_apart
-from ...cases.unets import TIMESTEP, sd15_unet
+from ...cases.unets import StepInputs, sd15_unet, step
 from ...counting.counted import CEILINGS
 
 OUT = records.RESULTS / "frames-and-sizes.json"
@@ -49,14 +49,12 @@ def config_of(way: str, frames: int) -> AttentionConfig:
     return InflatedConfig(num_frames=frames, chunk=min(CHUNK, frames))
 
 
-def inputs(frames: int, width: int, height: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [N, 4, height / 8, width / 8] and text states [N, 77, 768]."""
-    if device == "meta":
-        shapes = (frames, 4, height // 8, width // 8), (frames, 77, 768)
-        return torch.empty(shapes[0], device=device), torch.empty(shapes[1], device=device)
+def inputs(unet: UNet2DConditionModel, frames: int, width: int, height: int) -> StepInputs:
+    """Latents [N, 4, height / 8, width / 8] and text states [N, 77, 768] for a UNet."""
     generator = torch.Generator().manual_seed(2)
     latents = torch.randn(frames, 4, height // 8, width // 8, generator=generator)
-    return latents, torch.randn(1, 77, 768, generator=generator).expand(frames, -1, -1)
+    text = torch.randn(1, 77, 768, generator=generator).expand(frames, -1, -1)
+    return StepInputs(unet, latents.to(unet.device), text.to(unet.device))
 
 
 @torch.no_grad()
@@ -69,19 +67,15 @@ def measure_point(way: str, frames: int, width: int, height: int) -> dict[str, A
     torch.set_num_threads(1)
     unet = sd15_unet()
     with stem.enabled(unet, config_of(way, 1)):
-        unet(*_call(*inputs(1, 64, 64, "cpu")), return_dict=False)  # one-time set-up
-    latents, text = inputs(frames, width, height, "cpu")
+        step(inputs(unet, 1, 64, 64))  # one-time set-up
+    given = inputs(unet, frames, width, height)
     with stem.enabled(unet, config_of(way, frames)), PeakMemory() as memory:
         begin = time.process_time()
-        unet(*_call(latents, text), return_dict=False)
+        step(given)
         seconds = time.process_time() - begin
     if memory.extra_bytes is None:
         raise OSError("this system does not tell the peak of a process's resident set")
     return {"seconds": round(seconds, 1), "bytes": memory.extra_bytes}
-
-
-def _call(latents: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
-    return latents, TIMESTEP, text
 
 
 @torch.no_grad()
@@ -111,7 +105,7 @@ def flops_of(way: str, frames: int, width: int, height: int) -> float:
     for layer in self_attentions(unet).values():
         layer.register_forward_pre_hook(seen)
     with plain(unet), FlopCounterMode(display=False) as counter:
-        unet(*_call(*inputs(frames, width, height, "meta")), return_dict=False)
+        step(inputs(unet, frames, width, height))
     return counter.get_total_flops() - own + other
 
 
