@@ -44,13 +44,15 @@ class Size:
 
     Args:
         frames: Numbers of frames that the velocity is measured with.
-        clips: unseen clips that it is measured on.
-        samples: first noises, and captions, that samples are drawn of; of the first of `frames`.
-        sampling_steps: of a sample, by Euler's rule, without guidance.
-        taken_apart: unseen clips that blocks and heads are looked at one by one on, with the last
-            of `frames`.
-        inverted: unseen clips that are inverted and reconstructed, likewise.
-        inversion_steps: of the inversion, and of the way back.
+        clips: Number of unseen clips that it is measured on.
+        samples: Number of first noises, and captions, that samples are drawn of; of the first of
+            `frames`.
+        sampling_steps: Number of steps of a sample, by Euler's rule, without guidance.
+        taken_apart: Number of unseen clips that blocks and heads are looked at one by one on, with
+            the last of `frames`.
+        inverted: Number of unseen clips that are inverted and reconstructed, of the first of
+            `frames`.
+        inversion_steps: Number of steps of the inversion, and of the way back.
     """
 
     frames: tuple[int, ...] = (8, 16)
@@ -279,7 +281,7 @@ def measure(
 
     Args:
         parts: Embedded video transformer, with its autoencoder and text encoder.
-        size: how much to measure on.
+        size: Size of what is measured on.
         keep: Function that is called with the results after each part of them.
     """
     results: dict[str, Any] = {

@@ -37,12 +37,13 @@ class Size:
     """How much to measure on.
 
     Args:
-        clips: unseen world videos, of one object or two, that noise is taken from.
-        inverted: of them, how many are inverted and reconstructed.
-        samples: unseen captions of one object to sample from.
-        frames: of each video.
-        sampling_steps: of a sample, by Euler's rule.
-        inversion_steps: of the inversion, and of the way back, by the midpoint rule.
+        clips: Number of unseen world videos, of one object or two, that noise is taken from.
+        inverted: Number of them that are inverted and reconstructed.
+        samples: Number of unseen captions of one object to sample from.
+        frames: Number of frames of each video.
+        sampling_steps: Number of steps of a sample, by Euler's rule.
+        inversion_steps: Number of steps of the inversion, and of the way back, by the midpoint
+            rule.
     """
 
     clips: int = 20
@@ -58,7 +59,7 @@ def evaluate_video(parts: EmbeddedVideoModel, size: Size = Size()) -> dict[str, 
 
     Args:
         parts: Transformer with its autoencoder and text encoder.
-        size: how much to measure on.
+        size: Size of what is measured on.
     """
     return {
         "size": asdict(size),

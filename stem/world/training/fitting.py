@@ -67,7 +67,8 @@ def fit(
         folder: Folder of the checkpoint.
         seed: Seed of every step's generator.
         until: stop after so many steps, keeping the checkpoint; None: at the end.
-        optimizers: of parts of the model, all at the schedule's rate; None: AdamW of all of it.
+        optimizers: Optimizers of parts of the model, all at the schedule's rate; None: AdamW of
+            all of it.
 
     Returns:
         What all steps so far, those before an interruption included, came to.

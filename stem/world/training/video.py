@@ -49,10 +49,10 @@ class Recipe:
     """How the video transformer is trained.
 
     Args:
-        clips: world videos of FRAMES frames, of seeds 0 ... clips - 1.
-        frames_steps, windows_steps, videos_steps, refinement_steps: of the stages.
+        clips: Number of world videos of FRAMES frames, of seeds 0 ... clips - 1.
+        frames_steps, windows_steps, videos_steps, refinement_steps: Numbers of the stages' steps.
         rates_over: Steps over which the rate of each stage falls to 0, at least as many as its own.
-        layers: blocks of the transformer.
+        layers: Number of blocks of the transformer.
         learning_rate: Highest rate, of Muon and of AdamW.
         seed: Seed of the first weights and of every step.
     """
@@ -101,8 +101,8 @@ def make_clips(pipeline: Any, count: int, *, first_seed: int) -> tuple[torch.Ten
 
     Args:
         pipeline: Pipeline of the world, whose autoencoder and text encoder are used.
-        count: videos of the seeds `first_seed`, `first_seed` + 1, ...
-        first_seed: training and test take ranges that do not meet.
+        count: Number of videos, of the seeds `first_seed`, `first_seed` + 1, ...
+        first_seed: First seed; training and test take ranges that do not meet.
 
     Returns:
         float16 [count, channels, FRAMES, h, w], without the scaling factor, and float32
@@ -130,7 +130,7 @@ def loss_of(
     """Mean squared error of the velocity on random parts of random videos.
 
     Args:
-        model: transformer to train.
+        model: Transformer to train.
         latents: Whitened latents [n, channels, FRAMES, h, w].
         text: Text [1 + n, words, width], that of no caption first.
         form: Form of the step.
@@ -162,10 +162,10 @@ def train(
     """Train the transformer, save it to `out`/video_model, and draw its losses.
 
     Args:
-        recipe: the recipe.
-        out: folder of the latents, the checkpoints, the plot and the model.
+        recipe: Recipe of the training.
+        out: Folder of the latents, the checkpoints, the plot and the model.
         model: Folder of the model whose autoencoder and text encoder are used.
-        until: stop after so many steps of all stages, with checkpoints alone; None: at the end.
+        until: Number of steps of all stages to stop after, with checkpoints alone; None: all.
 
     Returns:
         The trained transformer, float16 as saved; None where `until` stopped it.
