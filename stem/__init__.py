@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .editing import edit, edit_latents
     from .inversion import InversionFolder, invert, reconstruct
     from .models import load_pipeline, random_pipeline
-    from .video import Video, VideoFile, open_video, read_video, write_video
+    from .video import Video, VideoFile, find_cuts, open_video, read_video, write_video
     from .workflows.ablation import ablate
     from .workflows.analysis import analyse
     from .workflows.benchmark import evaluate_benchmark
@@ -52,6 +52,7 @@ __all__ = [
     "enabled",
     "evaluate",
     "evaluate_benchmark",
+    "find_cuts",
     "invert",
     "load_pipeline",
     "open_video",
@@ -83,7 +84,7 @@ _MODULES = {
     "workflows.evaluation": ("evaluate",),
     "inversion": ("InversionFolder", "invert", "reconstruct"),
     "models": ("load_pipeline", "random_pipeline"),
-    "video": ("Video", "VideoFile", "open_video", "read_video", "write_video"),
+    "video": ("Video", "VideoFile", "find_cuts", "open_video", "read_video", "write_video"),
 }
 
 

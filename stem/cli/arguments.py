@@ -210,6 +210,15 @@ Chunk = Annotated[
         callback=lambda text: str(chunk_of(text) or "all"),
     ),
 ]
+Cuts = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|none|N,N,...",
+        help="Frames that begin another scene, which has bases of its own: found (auto), none, or "
+        "their numbers, counted from 0.",
+        callback=lambda text: _checked_cuts(text),
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Folder of everything written.")]
 
 
@@ -296,3 +305,22 @@ def chunk_of(text: str) -> int | str | None:
     if text.isdecimal() and int(text) >= 1:
         return int(text)
     raise typer.BadParameter(f"{text!r}; write a number of frames of at least 1, auto or all")
+
+
+def _checked_cuts(text: str) -> str:
+    cuts_of(text)
+    return text
+
+
+def cuts_of(text: str) -> tuple[int, ...] | None:
+    """The text of --cuts as `invert` takes it; None: they are to be found.
+
+    Raises:
+        typer.BadParameter: it is neither numbers nor "auto" nor "none".
+    """
+    if text in ("auto", "none"):
+        return None if text == "auto" else ()
+    parts = [part.strip() for part in text.split(",")]
+    if all(part.isdecimal() for part in parts):
+        return tuple(map(int, parts))
+    raise typer.BadParameter(f"{text!r}; write auto, none, or numbers of frames such as 120,300")

@@ -11,7 +11,7 @@ import typer
 
 from ..names import BASES, FLOW_METHODS, INVERSIONS
 from .app import app, console, print_note, problems, say
-from .arguments import AllMethods, VideoPath, chunk_of, one_of
+from .arguments import AllMethods, Cuts, VideoPath, chunk_of, one_of
 from .edit_options import OF_INVERSIONS
 from .evaluate import print_evaluation
 from .flow import (
@@ -118,6 +118,7 @@ def invert_command(
     video: VideoPath,
     run: RunOptions,
     methods: AllMethods = "stem",
+    cuts: Cuts = "auto",
     keep_bases: Annotated[
         bool,
         typer.Option("--keep-bases", help="Keep STEM's bases, for reconstruct --bases cached."),
@@ -138,6 +139,7 @@ def invert_command(
     with ranks(run.device) as group, run.parking(run.out):
         pipeline, clip = request.load_for(request.open(video, run), video)
         control = request.control(pipeline, clip, run)
+        scenes_begin = request.cuts(pipeline, clip, cuts, group)
         for method in request.methods:
             inversion = invert(
                 pipeline,
@@ -148,6 +150,7 @@ def invert_command(
                 options=request.options.get(method),
                 num_steps=run.steps,
                 chunk=chunk_of(run.chunk),
+                cuts=scenes_begin,
                 model=request.model,
                 control=control,
                 keep_bases=keep_bases and method == "stem",

@@ -22,6 +22,7 @@ from .control_options import OF_CONTROL
 
 OF_INVERSIONS = (
     "source_prompt", "inversion", "frames", "size", "deinterlace", "tone_map", "steps", "chunk",
+    "cuts",
     *OF_CONTROL,
 )  # fmt: skip
 """Parameters that shape an inversion, and say nothing where one is there already."""

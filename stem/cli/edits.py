@@ -11,7 +11,7 @@ import typer
 from ..names import EMBEDDED_MODEL, FLOW_EDIT_METHODS, INVERSIONS
 from ..storage import remove_stale
 from .app import app, print_note, say
-from .arguments import chunk_of
+from .arguments import Cuts, chunk_of
 from .control_options import EditControls, EditControlScales, check_edit_control, control_of_edit
 from .edit_options import (
     EditMethods,
@@ -60,6 +60,7 @@ def edit_command(
     seed: EditSeed = 0,
     option: EditOptions = None,
     inversion: InversionMethod = "stem",
+    cuts: Cuts = "auto",
     model: EditModel = None,
     edit_control: EditControls = None,
     edit_control_scale: EditControlScales = None,
@@ -117,6 +118,7 @@ def edit_command(
                 options=request.options.get(inversion),
                 num_steps=run.steps,
                 chunk=chunk_of(run.chunk),
+                cuts=request.cuts(pipeline, clip, cuts, group),
                 model=request.model,
                 control=request.control(pipeline, clip, run),
                 group=group,

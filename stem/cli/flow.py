@@ -34,7 +34,7 @@ _ADDED = ("model_config", "vae", "lora", "textual_inversion", *OF_MOTION)
 _REFUSED = {
     **dict.fromkeys(_ADDED, "what it names is made for Stable Diffusion's models"),
     **dict.fromkeys(_CONTROLS, "ControlNets are made for Stable Diffusion's UNets"),
-    **dict.fromkeys(("chunk", "park"), "all frames go through it at once"),
+    **dict.fromkeys(("chunk", "cuts", "park"), "all frames go through it at once"),
     **dict.fromkeys(("offload", "offload_folder"), "its weights all stay on the --device"),
     **dict.fromkeys(("keep_bases", "bases"), "its bases are of one call, and are not kept"),
 }

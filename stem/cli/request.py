@@ -11,11 +11,13 @@ from ..names import FLOW_EDIT_METHODS, FLOW_METHODS, INVERSIONS, RANDOM_MODEL
 from ..sources import ModelError, ModelSource
 from ..storage import check_output
 from .app import quieten_libraries, say
-from .arguments import chosen_methods, method_options
+from .arguments import chosen_methods, cuts_of, method_options
 from .control_options import check_control, read_control
 from .ranks import rank_device
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from ..control import Control
     from ..inversion import InversionFolder
     from ..video import Video, VideoFile
@@ -168,6 +170,27 @@ class Request:
         for note in clip.notes:
             say(f"{path.name}: {note}")
         return pipeline, clip
+
+    def cuts(
+        self, pipeline: Any, clip: Video | VideoFile, text: str, group: dist.ProcessGroup | None
+    ) -> tuple[int, ...]:
+        """The frames of a clip that begin another scene, as --cuts says; prints what is found."""
+        from ..attention.families import family_of_unet
+        from ..distributed import Ranks
+        from ..video import find_cuts
+
+        given = cuts_of(text)
+        if given is not None:
+            return given
+        if family_of_unet(pipeline).outputs is None:  # sees all frames of a call
+            return ()
+        found: tuple[int, ...] = Ranks(group).from_main(lambda: find_cuts(clip))
+        if found:
+            say(
+                f"other scenes begin with frames {', '.join(map(str, found))}: each has bases of "
+                "its own (--cuts none: all share theirs)"
+            )
+        return found
 
     @property
     def _factor(self) -> int | None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ..attention import Recording
 from ..attention.stem import StemState
-from ..config import AttentionConfig, StemConfig
+from ..config import AttentionConfig, StemConfig, scenes_of
 from ..control import Control
 from ..diffusion.checks import check_pipeline
 from ..diffusion.control import Shown, checked_controls, control_records
@@ -54,6 +54,7 @@ def invert(
     options: Mapping[str, Any] | None = None,
     num_steps: int = 50,
     chunk: int | str | None = "auto",
+    cuts: Sequence[int] = (),
     model: str | Mapping[str, Any] = "",
     control: Control | Sequence[Control] | None = None,
     keep_bases: bool = False,
@@ -88,6 +89,8 @@ def invert(
             memory, or the number that an inversion of these settings below `root` was begun with;
             None: all. Chunks share their bases, so that only the last bits of the result depend on
             this number. With AnimateDiff all frames go through at once.
+        cuts: Numbers of the frames that begin another scene, such as `stem.find_cuts` gives. Every
+            scene has bases of its own, in the inversion and in edits of it.
         model: Name of the pipeline, for the record; or a mapping of `name` and the other arguments
             that `load_pipeline` was given, such as {"name": "one.safetensors", "loras":
             ["style.safetensors:0.7"]}.
@@ -115,14 +118,19 @@ def invert(
     check_pipeline(pipeline)
     controls = checked_controls(pipeline, control, video.num_frames, video.height, video.width)
     source, ranks = ModelSource.of(model), Ranks(group)
-    config = attention_config(method, options or {}, video.num_frames)
+    config = attention_config(method, options or {}, video.num_frames, cuts=cuts)
     if keep_bases and not isinstance(config, StemConfig):
         raise ValueError(f'keep_bases needs method "stem"; {method} has no bases')
+    if keep_bases and cuts:
+        raise ValueError(
+            f"keep_bases keeps the bases of one scene, and cuts is {tuple(cuts)}; take one of them"
+        )
     check_chunk(chunk)
     check_frames(
         pipeline,
         video.num_frames,
         chunk=chunk if isinstance(chunk, int) else None,
+        cuts=config.cuts or None,
         fit_frames=getattr(config, "fit_frames", None),
         group=group,
     )
@@ -217,9 +225,10 @@ def _chunk(
         begun = {**settings, "attention": {**settings["attention"], "chunk": size}}
         if InversionFolder.path_of(root, begun, timesteps).is_dir():
             return size
+    scenes = scenes_of(frames, settings["attention"]["cuts"])
     return chunk_that_fits(
         pipeline,
-        frames,
+        max(map(len, scenes)),
         settings["video"]["height"],
         settings["video"]["width"],
         branches=1,

@@ -135,6 +135,7 @@ def dense_edit(
         method=_DENSE,
         num_steps=of_source["num_steps"],
         chunk=of_source["attention"]["chunk"],
+        cuts=of_source["attention"]["cuts"],
         model=made.inversion.model_source.record(),
         control=made.inversion.control(),
         progress=progress,

@@ -212,7 +212,7 @@ def _compare_layer(
         if config.fit_frames is None:
             found = run(config, CHUNK, tokens, state)
         else:
-            fit = spread_frames(FIT_FRAMES, config.fit_frames)
+            fit = spread_frames(range(FIT_FRAMES), config.fit_frames)
             recording = Recording()
             with state.hooks.added("fitting", recording):
                 run(config, len(fit), tokens[fit], state)

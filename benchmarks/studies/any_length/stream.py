@@ -32,6 +32,9 @@ SHORT = 8
 PIXELS = 64
 FPS = Fraction(8)
 PROMPT = ""  # no caption is that of all scenes
+FORMS = {"long": "auto", "shared": "none"}
+"""What `--cuts` says, by the name of the figures."""
+_NAMES = {"long": "each scene with bases of its own", "shared": "all scenes share their bases"}
 
 # The kernel's own mark of a process, since the exit status's maximum begins with the parent's.
 CHILD = """
@@ -57,6 +60,8 @@ sys.exit(status)
 def measure_stream(frames: int = FRAMES, steps: int = STEPS) -> Iterator[dict[str, Any]]:
     """One row: PSNR of every scene's middle frames, peak memory and CPU seconds of each command.
 
+    With bases of each scene's own, and with bases that all scenes share.
+
     Args:
         frames: Number of frames of the video, a multiple of the scenes.
         steps: Number of steps.
@@ -67,22 +72,29 @@ def measure_stream(frames: int = FRAMES, steps: int = STEPS) -> Iterator[dict[st
     middles = [scene * each + each // 2 - SHORT // 2 for scene in range(len(SEEDS))]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        source, back = folder / "long.mp4", folder / "back.mp4"
+        source = folder / "long.mp4"
         stem.write_video(source, clean, FPS)
-        options = ["--prompt", PROMPT, "--steps", str(steps), "--out", str(folder)]
-        inverted = _timed("invert", str(source), *options, "--option", f"stem.fit_frames={FIT}")
-        (inversion,) = (folder / "inversions").iterdir()
-        reconstructed = _timed("reconstruct", str(inversion), "--out", str(back))
-        loaded = _timed("load")
-        long, read = stem.read_video(back).frames, stem.read_video(source).frames
+        options = ["--prompt", PROMPT, "--steps", str(steps), "--option", f"stem.fit_frames={FIT}"]
+        commands: dict[str, dict[str, dict[str, float]]] = {"load": {"": _timed("load")}}
+        found = {}
+        for form, cuts in FORMS.items():
+            out, back = folder / form, folder / f"{form}.mp4"
+            asked = [*options, "--cuts", cuts, "--out", str(out)]
+            inverted = _timed("invert", str(source), *asked)
+            (inversion,) = (out / "inversions").iterdir()
+            reconstructed = _timed("reconstruct", str(inversion), "--out", str(back))
+            commands[form] = {"invert": inverted, "reconstruct": reconstructed}
+            found[form] = stem.read_video(back).frames
+        read = stem.read_video(source).frames
         pipeline = stem.load_pipeline("embedded")
-        rows: dict[str, list[float]] = {"long": [], "short": [], "files": []}
+        rows: dict[str, list[float]] = {name: [] for name in (*FORMS, "short", "files")}
         for at in middles:
             shown, given = clean[at : at + SHORT], read[at : at + SHORT]
             latents = encode_frames(pipeline, given)
             config = StemConfig(num_frames=SHORT)
             alone = round_trip(pipeline, latents, PROMPT, steps, config)
-            rows["long"].append(psnr(long[at : at + SHORT], shown))
+            for form, back_again in found.items():
+                rows[form].append(psnr(back_again[at : at + SHORT], shown))
             rows["short"].append(psnr(_filed(decode_latents(pipeline, alone), folder), shown))
             rows["files"].append(psnr(_filed(given, folder), shown))
     yield {
@@ -90,9 +102,7 @@ def measure_stream(frames: int = FRAMES, steps: int = STEPS) -> Iterator[dict[st
         "scenes": len(SEEDS),
         "steps": steps,
         "fit_frames": FIT,
-        "invert": inverted,
-        "reconstruct": reconstructed,
-        "loaded": loaded,
+        "commands": commands,
         "from": middles,
         "psnr": rows,
     }
@@ -126,22 +136,29 @@ def _timed(command: str, *arguments: str) -> dict[str, float]:
 def report(rows: list[dict[str, Any]]) -> list[str]:
     """The lines of the figures in Markdown."""
     (row,) = rows
-    above = {
-        command: (row[command]["peak_bytes"] - row["loaded"]["peak_bytes"]) / 2**30
-        for command in ("invert", "reconstruct")
-    }
+    loaded = row["commands"]["load"][""]["peak_bytes"]
     lines = [
         f"{row['frames']} world frames of {PIXELS}x{PIXELS} pixels, {row['scenes']} scenes, "
-        f"{row['steps']} steps, fit_frames={row['fit_frames']}: invert "
-        f"{row['invert']['seconds']:.0f} s of CPU, reconstruct {row['reconstruct']['seconds']:.0f} "
-        f"s; peak resident memory {above['invert']:.2f} and {above['reconstruct']:.2f} GiB above "
-        f"that of the loaded model alone. PSNR in dB of {SHORT} frames of each scene to those "
-        "drawn; all read from video files.",
+        f"{row['steps']} steps, fit_frames={row['fit_frames']}; peak resident memory above that of "
+        "the loaded model alone.",
         "",
-        f"| frames from | in the long video | the same {SHORT} by themselves | the files alone |",
-        "|---|---|---|---|",
+        "| | invert, s of CPU | reconstruct, s of CPU | invert, GiB | reconstruct, GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for form, name in _NAMES.items():
+        of_form = row["commands"][form].values()
+        seconds = [f"{command['seconds']:.0f}" for command in of_form]
+        above = [f"{(command['peak_bytes'] - loaded) / 2**30:.2f}" for command in of_form]
+        lines.append(f"| {name} | {' | '.join([*seconds, *above])} |")
+    lines += [
+        "",
+        f"PSNR in dB of {SHORT} frames of each scene to those drawn; all read from video files.",
+        "",
+        f"| frames from | {' | '.join(_NAMES.values())} | the same {SHORT} by themselves | the "
+        "files alone |",
+        "|---|---|---|---|---|",
     ]
     for place, at in enumerate(row["from"]):
-        cells = [f"{row['psnr'][name][place]:.2f}" for name in ("long", "short", "files")]
+        cells = [f"{row['psnr'][name][place]:.2f}" for name in (*FORMS, "short", "files")]
         lines.append(f"| {at} | {' | '.join(cells)} |")
     return [*lines, ""]
