@@ -218,15 +218,17 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests that are marked "thinned" half of the cases are marked "long", so that each value
-    of a parameter is still tried with half of the values of each other one. Tests of one parameter
-    lose every other value where they are marked themselves, not their file."""
+    """Of tests that are marked "thinned" every second case stays, every third where there are three
+    parameters or more; the others are marked "long". Each value of a parameter is still tried with
+    some values of each other one. Tests of one parameter lose every other value where they are
+    marked themselves, not their file."""
     for item in items:
         case = getattr(item, "callspec", None)
         if case is None or item.get_closest_marker("thinned") is None:
             continue
         itself = any(mark.name == "thinned" for mark in getattr(item.function, "pytestmark", []))  # type: ignore[attr-defined]
-        if (itself or len(case.indices) > 1) and sum(case.indices.values()) % 2:
+        count = 3 if len(case.indices) > 2 else 2
+        if (itself or len(case.indices) > 1) and sum(case.indices.values()) % count:
             item.add_marker(pytest.mark.long)
 
 
