@@ -62,7 +62,7 @@ FLOORS: dict[str, dict[str, str]] = {
     },
     "benchmarks": {
         "benchmarks.readme": "studies.quality studies.editing studies.features studies.drop_in "
-        "studies.small_cards studies.video_transformers suite cases records",
+        "studies.small_cards studies.video_transformers suite counting cases records",
         "benchmarks.conftest": "cases records",
         "benchmarks.test_cpu": "suite cases",
         "benchmarks.studies.calibration": "studies.editing studies.quality cases records",
