@@ -30,6 +30,8 @@ from .studies.editing.variants import BASELINE, OURS, UNEDITED, series_of
 from .studies.editing.variants import CEILING as EXACT
 from .studies.features.run import CLIP, SEEDS
 from .studies.features.run import table as features_table
+from .studies.frames_and_sizes.run import OUT as SIZES
+from .studies.frames_and_sizes.run import table as sizes_table
 from .studies.quality.report import is_world, values
 from .studies.quality.report import table as study_table
 from .studies.quality.variants import CEILING
@@ -37,6 +39,8 @@ from .studies.small_cards.run import OUT as SMALL_CARDS
 from .studies.small_cards.run import table as small_cards_table
 from .studies.video_transformers.run import OUT as VIDEO
 from .studies.video_transformers.run import table as video_table
+from .studies.video_transformers.trained import OUT as TRAINED
+from .studies.video_transformers.trained_table import table as trained_table
 from .suite.targets import COMPARED, EM, PROFILED, Rows
 
 ROOT = Path(__file__).parent.parent
@@ -133,12 +137,6 @@ def profile_table(path: Path, results: dict[str, Any]) -> str:
             cells.append(f"{1000 * torch:.1f} / {1000 * cuda:.1f} = {torch / cuda:.1f}")
         lines.append(f"| {case}: {rows[case, 'cuda'].shape} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def speed_table(results: dict[str, Any]) -> str:
-    """The Markdown of one layer's times, for the front page."""
-    layers = _layers(_rows(results), LAYER_KINDS[:4])
-    return "\n".join([*layers, "", f"{_source(results)} Medians."]) + "\n"
 
 
 def _layers(rows: Rows, kinds: Sequence[str]) -> list[str]:
@@ -296,7 +294,7 @@ class Table:
 
 
 TABLES = {
-    "speed": Table(README, RESULTS, speed_table),
+    "frames and sizes": Table(README, SIZES, sizes_table),
     "fidelity": Table(README, QUALITY, fidelity_table),
     "measured": Table(KERNELS, RESULTS, table),
     "profile": Table(KERNELS, PROFILES[0], partial(profile_table, PROFILES[0])),
@@ -309,6 +307,7 @@ TABLES = {
     "control": Table(CONTROL, CONTROLLED, control_table),
     "video transformers": Table(TRANSFORMERS, VIDEO, video_table),
     "video kernels": Table(TRANSFORMERS, VIDEO_COUNTED, video_counted_table),
+    "trained video transformer": Table(TRANSFORMERS, TRAINED, trained_table),
 }
 """By the name of their place in the page."""
 PAGES = tuple(dict.fromkeys(table.page for table in TABLES.values()))

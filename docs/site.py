@@ -20,7 +20,7 @@ STAGED = (
 )  # fmt: skip
 PACKAGES = (
     "stem", "stem_kernels", "stem_kernels.video", "stem.attention", "stem.control",
-    "stem.inversion", "stem.editing", "stem.metrics", "stem.video", "stem.world",
+    "stem.inversion", "stem.flow", "stem.editing", "stem.metrics", "stem.video", "stem.world",
 )  # fmt: skip
 """Packages whose public names have a page; docs/mkdocs.yml lists the same."""
 

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from .editing import edit, edit_latents
     from .inversion import InversionFolder, invert, reconstruct
     from .models import load_pipeline, random_pipeline
-    from .video import Video, VideoFile, open_video, read_video, write_video
+    from .video import Video, VideoFile, find_cuts, open_video, read_video, write_video
     from .workflows.ablation import ablate
     from .workflows.analysis import analyse
+    from .workflows.benchmark import evaluate_benchmark
     from .workflows.comparison import compare
+    from .workflows.dense import dense_edit
     from .workflows.evaluation import evaluate
 
 __version__ = "0.1.0"
@@ -42,12 +44,15 @@ __all__ = [
     "ablate",
     "analyse",
     "compare",
+    "dense_edit",
     "disable",
     "edit",
     "edit_latents",
     "enable",
     "enabled",
     "evaluate",
+    "evaluate_benchmark",
+    "find_cuts",
     "invert",
     "load_pipeline",
     "open_video",
@@ -64,6 +69,7 @@ _MODULES = {
     "workflows.ablation": ("ablate",),
     "workflows.analysis": ("analyse",),
     "attention": ("Handle", "VideoHandle", "disable", "enable", "enabled", "parking"),
+    "workflows.benchmark": ("evaluate_benchmark",),
     "workflows.comparison": ("compare",),
     "config": (
         "InflatedConfig",
@@ -73,11 +79,12 @@ _MODULES = {
         "VideoConfig",
     ),
     "control": ("Control",),
+    "workflows.dense": ("dense_edit",),
     "editing": ("edit", "edit_latents"),
     "workflows.evaluation": ("evaluate",),
     "inversion": ("InversionFolder", "invert", "reconstruct"),
     "models": ("load_pipeline", "random_pipeline"),
-    "video": ("Video", "VideoFile", "open_video", "read_video", "write_video"),
+    "video": ("Video", "VideoFile", "find_cuts", "open_video", "read_video", "write_video"),
 }
 
 

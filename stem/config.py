@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from stem_kernels.backends import BACKENDS
@@ -63,8 +64,10 @@ class StemConfig:
             image, or its two guidance branches; any other batch is then an error.
         chunk: Number of frames that go through the UNet at once; None: all of a video. Chunks of
             one video share their bases; `num_frames` must be given.
-        fit_frames: Number of frames, spread evenly, on which the bases are found; every frame
-            attends to these bases. None: all frames.
+        cuts: Numbers of the frames that begin another scene, ascending, from 1 on. Every scene
+            has bases of its own, as a video by itself would; `num_frames` must be given.
+        fit_frames: Number of a scene's frames, spread evenly, on which its bases are found; every
+            frame of the scene attends to them. None: all frames.
         seed: Seed of the Gaussian initial bases, used with the layer and the timestep.
         backend: Backend of the operators, "auto", "triton", "cuda" or "torch".
 
@@ -98,6 +101,7 @@ class StemConfig:
     dense_below: int = 0
     num_frames: int | None = None
     chunk: int | None = None
+    cuts: tuple[int, ...] = ()
     fit_frames: int | None = None
     seed: int = 0
     backend: str = "auto"
@@ -167,6 +171,7 @@ class SparseCausalConfig:
         min_channels: Least number of channels; narrower layers keep per-frame attention.
         num_frames: Number of rows that are one video, as in `StemConfig`.
         chunk: Number of frames that go through the UNet at once, as in `StemConfig`.
+        cuts: Numbers of the frames that begin another scene; frames attend within their scene.
 
     Raises:
         ValueError: a value is out of range; the message names the values that are allowed.
@@ -176,6 +181,7 @@ class SparseCausalConfig:
     min_channels: int = 0
     num_frames: int | None = None
     chunk: int | None = None
+    cuts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.frames, (int, str)):
@@ -207,6 +213,7 @@ class InflatedConfig:
         num_frames: Number of rows that are one video, as in `StemConfig`.
         chunk: Number of frames that go through the UNet at once, as in `StemConfig`; the keys and
             values of all frames are held for one layer at a time.
+        cuts: Numbers of the frames that begin another scene; frames attend within their scene.
 
     Raises:
         ValueError: a value is out of range; the message names the values that are allowed.
@@ -214,6 +221,7 @@ class InflatedConfig:
 
     num_frames: int | None = None
     chunk: int | None = None
+    cuts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_frames(self)
@@ -226,6 +234,7 @@ class PerFrameConfig:
     Args:
         num_frames: Number of rows that are one video, as in `StemConfig`.
         chunk: Number of frames that go through the UNet at once, as in `StemConfig`.
+        cuts: Numbers of the frames that begin another scene; frames attend within their scene.
 
     Raises:
         ValueError: a value is out of range; the message names the values that are allowed.
@@ -233,6 +242,7 @@ class PerFrameConfig:
 
     num_frames: int | None = None
     chunk: int | None = None
+    cuts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_frames(self)
@@ -326,6 +336,30 @@ def _check_frames(config: AttentionConfig) -> None:
             _check_count(name, value)
     if config.chunk is not None and config.num_frames is None:
         raise ValueError(f"chunk is {config.chunk}; it needs num_frames, the frames of one video")
+    cuts = config.cuts
+    if isinstance(cuts, (int, str)) or not all(type(cut) is int for cut in cuts):
+        raise ValueError(
+            f"cuts is {cuts!r}; it must hold the numbers of frames, such as (120, 300)"
+        )
+    object.__setattr__(config, "cuts", tuple(cuts))
+    if cuts and config.num_frames is None:
+        raise ValueError(f"cuts is {cuts!r}; it needs num_frames, the frames of one video")
+    edges = (0, *cuts, config.num_frames or 1)
+    if any(start >= end for start, end in pairwise(edges)):
+        raise ValueError(
+            f"cuts is {cuts!r} for a video of {config.num_frames} frames; each must be the number "
+            "of a frame that begins another scene, ascending, from 1 to the last frame's"
+        )
+
+
+def scenes_of(num_frames: int, cuts: Sequence[int]) -> list[range]:
+    """The frames of each scene of a video.
+
+    Args:
+        num_frames: Number of frames of the video.
+        cuts: Numbers of the frames that begin another scene, ascending.
+    """
+    return [range(start, end) for start, end in pairwise((0, *cuts, num_frames))]
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -102,7 +102,7 @@ def load_pipeline(
         ModelError: the model or a part of it cannot be loaded, or it cannot be inverted.
         ValueError: the device or the dtype does not exist here, or it cannot be offloaded so.
     """
-    device, dtype = check_device(device, offload, offload_folder), _dtype(dtype)
+    device, dtype = check_device(device, offload, offload_folder), dtype_of(dtype)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     repeated = {
@@ -123,6 +123,12 @@ def load_pipeline(
         motion_window=motion_window,
     )
     source.check()
+    if source.is_video_model:
+        raise ModelError(
+            f"{model!r} is a video transformer, which has no UNet; load it with "
+            "stem.flow.load_video_model, and see docs/video-transformers.md for what goes through "
+            "it"
+        )
     with torch.random.fork_rng(devices=[]):  # what is resized is first filled with random numbers
         pipeline = _loaded(source, dtype)
         pipeline = with_motion(pipeline, source.motion_adapter, source.motion_window)
@@ -165,14 +171,12 @@ def _loaded(source: ModelSource, dtype: torch.dtype) -> Any:
 def _pretrained(source: ModelSource, dtype: torch.dtype) -> Any:
     import diffusers
 
-    # diffusers 0.42 renamed it, and warns of the old name.
-    renamed = Version(diffusers.__version__) >= Version("0.42")
     folder = _local_folder(source.name)
     try:
         return diffusers.DiffusionPipeline.from_pretrained(
             folder or source.name,
             variant=source.variant or (None if folder is None else _only_variant(folder)),
-            **{"dtype" if renamed else "torch_dtype": dtype},
+            **loaded_as(dtype),
         )
     except (OSError, ValueError) as error:
         where = f"the folder {str(folder)!r}" if folder else f"the hub id {source.name!r}"
@@ -181,6 +185,19 @@ def _pretrained(source: ModelSource, dtype: torch.dtype) -> Any:
             f"folder in diffusers' format (one with model_index.json), a {WEIGHTS} file, "
             f"{EMBEDDED_MODEL!r} or {RANDOM_MODEL!r}"
         ) from error
+
+
+def loaded_as(dtype: Any) -> dict[str, Any]:
+    """The argument of diffusers' `from_pretrained` that says in which dtype weights are loaded.
+
+    Args:
+        dtype: Dtype of all parts, or a mapping of parts and "default" to dtypes.
+    """
+    import diffusers
+
+    # diffusers 0.42 renamed it, and warns of the old name.
+    renamed = Version(diffusers.__version__) >= Version("0.42")
+    return {"dtype" if renamed else "torch_dtype": dtype}
 
 
 def known_vae_factor(model: str, config: str | None = None) -> int | None:
@@ -273,7 +290,15 @@ def check_device(
     return found
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that a name means; None for None.
+
+    Args:
+        dtype: Name, torch's dtype, or None.
+
+    Raises:
+        ValueError: another name.
+    """
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:

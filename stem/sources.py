@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .names import EMBEDDED_MODEL, RANDOM_MODEL
+from .names import EMBEDDED_MODEL, EMBEDDED_VIDEO_MODEL, RANDOM_MODEL
 from .storage import tensor_shapes
 
 WEIGHTS = ".safetensors"
@@ -24,6 +25,11 @@ FILE_ENCODERS = ("cond_stage_model.", "conditioner.embedders.")
 """The starts of the text encoders' names in such a file: 1.x and 2.x's, XL's."""
 TWO_ENCODERS = ("clip_l", "clip_g")
 """Names of a textual inversion's tensors for the two text encoders of Stable Diffusion XL."""
+LATENTS = "latents.json"
+"""File of a video model on the embedded VAE's latents, with their mean and deviation."""
+WAN = "WanPipeline"
+"""Class of diffusers whose pipelines are video models."""
+_INDEX = "model_index.json"
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _RANDOM = re.compile(rf"{RANDOM_MODEL}(?::(-?\d+))?")
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
@@ -104,7 +110,32 @@ class ModelSource:
     @property
     def is_built_in(self) -> bool:
         """Whether the model comes with this package."""
-        return self.name == EMBEDDED_MODEL or self.seed is not None
+        return self.name in (EMBEDDED_MODEL, EMBEDDED_VIDEO_MODEL) or self.seed is not None
+
+    @property
+    def is_video_model(self) -> bool:
+        """Whether the model is a video transformer, as far as can be said without the hub: its
+        folder, or what the hub's cache has of it, names diffusers' WanPipeline."""
+        folder = Path(self.name)
+        if self.name == EMBEDDED_VIDEO_MODEL or (folder / LATENTS).is_file():
+            return True
+        try:
+            index = self._index()
+            return index is not None and json.loads(index.read_bytes())["_class_name"] == WAN
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # who loads it says what is wrong
+
+    def _index(self) -> Path | None:
+        """The file that names the pipeline's class, where it is on this machine."""
+        folder = Path(self.name)
+        if folder.is_dir():
+            return folder / _INDEX
+        if self.is_file or self.is_built_in or not _HUB_ID.fullmatch(self.name):
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.name, _INDEX)
+        return Path(found) if isinstance(found, str) else None
 
     @property
     def seed(self) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..inversion import InversionError, InversionFolder
-from ..names import INVERSIONS
+from ..names import INVERSION_METHODS, INVERSIONS
 from .commands import Edits, Inversion, printed_paths
 from .jobs import CANCELLED, DONE, FAILED, RUNNING, WAITING, Job, Jobs
 from .runner import run_now
@@ -105,7 +105,9 @@ class State:
             if path in made:
                 continue
             opened = _opened(path, path.stat().st_mtime_ns)
-            if opened is not None and opened.complete:
+            # Of those through video transformers the page knows no edit.
+            of_unet = opened is not None and opened.settings["method"] in INVERSION_METHODS
+            if opened is not None and of_unet and opened.complete:
                 found[f"folder:{path.name}"] = _settings_label(opened)
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ import torch.distributed as dist
 
 from stem_kernels.shared.memory import lacks_memory
 
+from ..config import scenes_of
 from .exchange import Lockstep
 from .families import Family
 from .families.family import Tensors
 from .hooks import Recording, Replay
 from .others import check_chunks
+from .parked import current_parking
 from .rows import RowLayout
 from .stem import StemState
 from .waiting import released_when_used
@@ -37,7 +39,8 @@ class ChunkedForward:
         family: Family that it belongs to, whose frames can go through in chunks.
         layout: Layout of the rows, shared with the attention processors.
         chunk: Number of frames in a chunk.
-        fit_frames: Number of frames that STEM's bases are found on; None: all.
+        cuts: Numbers of the frames that begin another scene, which meets no other.
+        fit_frames: Number of frames of a scene that STEM's bases are found on; None: all.
         state: State of STEM's layers; None for other mechanisms.
         group: Process group whose ranks share the chunks; None: this process runs all.
 
@@ -53,6 +56,7 @@ class ChunkedForward:
         layout: RowLayout,
         chunk: int,
         *,
+        cuts: Sequence[int] = (),
         fit_frames: int | None = None,
         state: StemState | None = None,
         group: dist.ProcessGroup | None = None,
@@ -63,6 +67,7 @@ class ChunkedForward:
         self.forward = unet.forward
         self.layout = layout
         self.chunk = chunk
+        self.cuts = cuts
         self.fit_frames = fit_frames
         self.state = state
         self.group = group
@@ -93,7 +98,7 @@ class ChunkedForward:
                 if not lacks_memory(error) or self.chunk == 1 or self.group is not None:
                     raise
                 # Outside the handler, whose traceback holds the failed pass's memory.
-                failed = self.chunk
+                failed = min(self.chunk, max(map(len, self._scenes(sample))))
             self.chunk = (failed + 1) // 2
             if sample.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -120,7 +125,7 @@ class ChunkedForward:
                 "run all frames at once (chunk=None)"
             )
         frames = self.layout.num_frames
-        if self.fit_frames is not None or frames is None or self.chunk < frames:
+        if self.cuts or self.fit_frames is not None or frames is None or self.chunk < frames:
             check_chunks(self.unet)
 
     def _in_chunks(self, sample: torch.Tensor, args: Any, kwargs: Any) -> Tensors:
@@ -129,10 +134,10 @@ class ChunkedForward:
         videos = rows // frames
 
         def call(chosen: list[int]) -> Tensors:
-            part, others, named = (
-                _rows_of(given, rows, videos, chosen) for given in (sample, args, kwargs)
+            # Names of this call are the caller's; what it makes for a chunk may be put away.
+            returned = self._called(
+                *(_rows_of(given, rows, videos, chosen) for given in (sample, args, kwargs))
             )
-            returned = self.forward(part, *others, **named, return_dict=False)
             return tuple(
                 out.unflatten(0, (videos, len(chosen))) for out in self.outputs.flat(returned)
             )
@@ -148,34 +153,50 @@ class ChunkedForward:
             ):
                 return exchange.run(call, dim=1)
 
+        scenes = self._scenes(sample)
+        if len(scenes) == 1:
+            return _as_rows(self._of_scene(scenes[0], together))
+        found = [self._of_scene(scene, together) for scene in scenes]
+        parking = current_parking()
+        return _as_rows([parking.joined(column, 1) for column in zip(*found, strict=True)])
+
+    def _of_scene(self, scene: range, together: Callable[[Sequence[int]], Tensors]) -> Tensors:
+        """Outputs [videos, frames, ...] of one scene, whose chunks `together` runs."""
         state = self.state
         if self.fit_frames is None or state is None or state.hooks.having("bases"):
-            return _as_rows(together(range(frames)))
-        fit = spread_frames(frames, self.fit_frames)
+            return together(scene)
+        fit = spread_frames(scene, self.fit_frames)
         recording = Recording()
         with state.hooks.added("fitting", recording):
             fitted = together(fit)
-        left = sorted(set(range(frames)) - set(fit))
+        left = sorted(set(scene) - set(fit))
         if not left:
-            return _as_rows(fitted)
+            return fitted
         with state.hooks.added("fitted", Replay(recording.found)):
             rest = together(left)
         found = []
         for of_fit, of_left in zip(fitted, rest, strict=True):
-            out = of_fit.new_empty((videos, frames, *of_fit.shape[2:]))
-            out[:, fit], out[:, left] = of_fit, of_left
+            out = of_fit.new_empty((of_fit.shape[0], len(scene), *of_fit.shape[2:]))
+            for frames, part in ((fit, of_fit), (left, of_left)):
+                out[:, [frame - scene.start for frame in frames]] = part
             found.append(out)
-        return _as_rows(found)
+        return tuple(found)
+
+    def _scenes(self, sample: torch.Tensor) -> list[range]:
+        return scenes_of(self.layout.frames(sample.shape[0]), self.cuts)
+
+    def _called(self, sample: torch.Tensor, args: Any, kwargs: Any) -> Any:
+        return self.forward(sample, *args, **kwargs, return_dict=False)
 
     def _enough(self, frames: int) -> bool:
         """Whether so many frames are a chunk for each rank at least."""
         return self.group is not None and -(-frames // self.chunk) >= self.group.size()
 
 
-def spread_frames(num_frames: int, count: int) -> list[int]:
-    """`count` frame numbers spread evenly over a video, the middle of as many equal stretches."""
-    count = min(count, num_frames)
-    return [(2 * index + 1) * num_frames // (2 * count) for index in range(count)]
+def spread_frames(frames: range, count: int) -> list[int]:
+    """`count` frame numbers spread evenly over a run of frames, the middle of equal stretches."""
+    count = min(count, len(frames))
+    return [frames[(2 * index + 1) * len(frames) // (2 * count)] for index in range(count)]
 
 
 def _as_rows(outputs: Sequence[torch.Tensor]) -> Tensors:

@@ -138,7 +138,7 @@ class Lockstep:
                                 parking.foresee(greenlets[index], len(greenlets))
                             parking.park(greenlets[index], answer.tensors)
                     else:
-                        results.append(answer)
+                        results.append(answer if alone else parking.kept(answer))
                 if not meetings:
                     break
                 if results:
@@ -159,7 +159,7 @@ class Lockstep:
             self._outside.set()
         counts = [len(frames) for frames in self.chunks]
         gathered = self._collect(results, counts, dim)
-        return tuple(torch.cat(column, dim) for column in zip(*gathered, strict=True))
+        return tuple(parking.joined(column, dim) for column in zip(*gathered, strict=True))
 
     def meet(
         self,

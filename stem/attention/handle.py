@@ -61,7 +61,8 @@ class Handle(Installed):
         self._in_chunks: Any = None
         family = family_of(unet)
         assert family is not None  # see `model_of`
-        family.check_whole({"chunk": config.chunk, "fit_frames": self._fit_frames, "group": group})
+        asked = {"chunk": config.chunk, "cuts": config.cuts or None}
+        family.check_whole({**asked, "fit_frames": self._fit_frames, "group": group})
         self._attentions = self_attentions(unet)
         self._layout = layout = layout_of(family, config.num_frames, pipeline)
         attending, self.state = make_processors(
@@ -75,13 +76,14 @@ class Handle(Installed):
                 own = attention.processor
                 self._processors[name] = TextAttentionProcessor(name, layout, hooks, own)
         self._chunked: ChunkedForward | None = None
-        if config.chunk is not None or self._fit_frames is not None or group is not None:
+        if config.chunk or config.cuts or self._fit_frames is not None or group is not None:
             assert config.num_frames is not None
             self._chunked = ChunkedForward(
                 unet,
                 family,
                 layout,
                 config.chunk or config.num_frames,
+                cuts=config.cuts,
                 fit_frames=self._fit_frames,
                 state=self.state,
                 group=group,
@@ -214,7 +216,7 @@ def enable(
     [videos, C, frames, h, w]) and `UNetSpatioTemporalConditionModel` ([videos, frames, C, h, w])
     say how many frames there are, and a guidance branch is one more video: `num_frames` may stay
     None. Their temporal attentions stay as they are, and see all frames of a call: these models
-    take no `chunk`, `fit_frames` or `group`.
+    take no `chunk`, `cuts`, `fit_frames` or `group`.
 
     In a `WanTransformer3DModel`, `CogVideoXTransformer3DModel`, `HunyuanVideoTransformer3DModel` or
     `LTXVideoTransformer3DModel` a `VideoConfig` replaces the attention of the video's tokens to all
@@ -239,9 +241,9 @@ def enable(
             a mechanism for it.
         ValueError: a transformer is given `group` or `hooks`, its pipeline has two of them, or
             `dense_blocks` names a block that it has not; the model has no self-attention, `group`
-            is given and `num_frames` is not, or `chunk`, `fit_frames` or `group` is given and the
-            model has temporal attentions. A call of the model raises it where `num_frames` does
-            not fit the batch.
+            is given and `num_frames` is not, or `chunk`, `cuts`, `fit_frames` or `group` is given
+            and the model has temporal attentions. A call of the model raises it where `num_frames`
+            does not fit the batch.
         RuntimeError: another thread has this UNet in a `with` block.
     """
     return _enabled(target, config, group, hooks)

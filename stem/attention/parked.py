@@ -86,7 +86,8 @@ class Parking:
 
         Args:
             chunk: Chunk.
-            brought: Tensors that it brings to the others; they stay.
+            brought: Tensors that it brings to the others; those of another device than the CPU
+                stay.
 
         Raises:
             OSError: there is no room for the files.
@@ -95,7 +96,8 @@ class Parking:
         if self._place == "never" or torch.is_grad_enabled():
             return
         away = []
-        for tensors in _held_by(chunk, brought).values():
+        staying = [tensor for tensor in brought if tensor.device.type != "cpu"]
+        for tensors in _held_by(chunk, staying).values():
             storage, device = tensors[0].untyped_storage(), tensors[0].device
             if storage.filename is None:
                 if device.type != "cpu":
@@ -106,6 +108,21 @@ class Parking:
             _leave_to_file(tensors[0].untyped_storage())
         if away:
             self._away[chunk] = away
+
+    def kept(self, results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """What a chunk returned; copies in files where it is of a CPU and chunks wait in files.
+
+        Raises:
+            OSError: there is no room for the files.
+        """
+        if self._place != "disk" or torch.is_grad_enabled():
+            return results
+        return tuple(
+            self._empty_elsewhere(each, each.shape, "disk").copy_(each)
+            if each.device.type == "cpu" and each.nbytes >= LEAST_BYTES
+            else each
+            for each in results
+        )
 
     def bring(self, chunk: greenlet) -> None:
         """Bring back to its device what a chunk holds that goes on."""
@@ -127,9 +144,26 @@ class Parking:
         place = self.kind if self.kind != "auto" else _place_of(size, like.device)
         if place == "never" or (place == "cpu" and like.device.type == "cpu"):
             return like.new_empty(shape)
-        storage = self._elsewhere(size, like.device, place)
-        found = torch.empty(0, dtype=like.dtype).set_(storage, 0, torch.Size(shape))  # type: ignore[call-overload]
-        self._kept.append(weakref.ref(found))
+        return self._empty_elsewhere(like, torch.Size(shape), place)
+
+    def joined(self, tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        """`torch.cat`; what it makes on a CPU lies where that of `empty` does.
+
+        Args:
+            tensors: Tensors of one dtype, equal in size but for `dim`.
+            dim: Dimension along which they are joined.
+        """
+        like, parts = tensors[0], list(tensors)
+        size = sum(part.numel() for part in parts) * like.element_size()
+        if like.device.type != "cpu" or size < LEAST_BYTES or torch.is_grad_enabled():
+            return torch.cat(parts, dim)
+        counts = [part.shape[dim] for part in parts]
+        shape = list(like.shape)
+        shape[dim] = sum(counts)
+        found = self.empty(like, shape)
+        for place, part in zip(found.split(counts, dim), parts, strict=True):
+            place.copy_(part)
+            self.leave()
         return found
 
     def leave(self) -> None:
@@ -139,6 +173,12 @@ class Parking:
         for _, tensor in kept:
             if tensor is not None:
                 _leave_to_file(tensor.untyped_storage())
+
+    def _empty_elsewhere(self, like: torch.Tensor, shape: torch.Size, place: str) -> torch.Tensor:
+        storage = self._elsewhere(shape.numel() * like.element_size(), like.device, place)
+        found = torch.empty(0, dtype=like.dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
+        self._kept.append(weakref.ref(found))
+        return found
 
     def _elsewhere(self, size: int, device: torch.device, place: str) -> torch.UntypedStorage:
         if place == "cpu":
@@ -201,10 +241,10 @@ def parking(kind: str, folder: Path | None = None) -> Iterator[None]:
         _current.reset(token)
 
 
-def _held_by(chunk: greenlet, brought: Iterable[torch.Tensor]) -> _Held:
+def _held_by(chunk: greenlet, staying: Iterable[torch.Tensor]) -> _Held:
     """Large tensors among the local names of a chunk's suspended calls.
 
-    Those that its first call was given are the caller's.
+    Those that its first call was given are the caller's; those that stay are left out.
     """
     frames = []
     frame = chunk.gr_frame
@@ -220,7 +260,7 @@ def _held_by(chunk: greenlet, brought: Iterable[torch.Tensor]) -> _Held:
         if type(names) is dict and call.f_code.co_flags & inspect.CO_OPTIMIZED:
             names.clear()
     given: _Held = {}
-    _collect((first.f_locals, tuple(brought)), given)
+    _collect((first.f_locals, tuple(staying)), given)
     return {address: tensors for address, tensors in found.items() if address not in given}
 
 
@@ -232,10 +272,13 @@ def _collect(value: Any, found: _Held) -> None:
             _collect(part, found)
     elif type(value) is torch.Tensor and value.layout is torch.strided:
         storage = value.untyped_storage()
-        if storage.nbytes() >= LEAST_BYTES:
-            tensors = found.setdefault(storage.data_ptr(), [])
-            if all(value is not other for other in tensors):
-                tensors.append(value)
+        if storage.nbytes() < LEAST_BYTES:
+            return
+        tensors = found.setdefault(storage.data_ptr(), [])
+        # A view keeps what it was made of, and with it the storage.
+        for tensor in (value, value._base):
+            if tensor is not None and all(tensor is not other for other in tensors):
+                tensors.append(tensor)
 
 
 def _move(tensors: list[torch.Tensor], storage: torch.UntypedStorage) -> None:

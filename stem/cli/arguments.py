@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..names import DTYPES, EMBEDDED_MODEL, INVERSION_METHODS, OFFLOADS, PARKING, RANDOM_MODEL
+from ..names import (
+    DTYPES,
+    EMBEDDED_MODEL,
+    EMBEDDED_VIDEO_MODEL,
+    FLOW_METHODS,
+    INVERSION_METHODS,
+    OFFLOADS,
+    PARKING,
+    RANDOM_MODEL,
+)
 from .config_file import read_config, with_config_file
 
 ALL_METHODS = ",".join(INVERSION_METHODS)
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was given, on the command line, in a file or in the environment."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def refuse(context: typer.Context, reasons: Mapping[str, str]) -> None:
+    """Raise where a parameter is given that cannot be followed.
+
+    Args:
+        context: Context of the command.
+        reasons: Reasons, with what to do, by parameter.
+
+    Raises:
+        typer.BadParameter: with the first reason that applies.
+    """
+    for name, reason in reasons.items():
+        if is_given(context, name):
+            raise typer.BadParameter(reason, param_hint=f"--{name.replace('_', '-')}")
 
 
 def one_of(allowed: Collection[str]) -> Callable[[str | None], str | None]:
@@ -43,7 +73,8 @@ Model = Annotated[
     typer.Option(
         help="A hub id, a local folder in diffusers' format, a whole model in one .safetensors "
         f"file, '{EMBEDDED_MODEL}' (small, trained, comes with this package) or '{RANDOM_MODEL}' "
-        "(untrained)."
+        f"(untrained). invert and edit take video transformers, too: '{EMBEDDED_VIDEO_MODEL}', or "
+        "Wan's."
     ),
 ]
 Variant = Annotated[
@@ -132,6 +163,13 @@ Park = Annotated[
 ]
 Prompt = Annotated[str, typer.Option(help="Describes the source video.", callback=encodable_text)]
 Methods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(INVERSION_METHODS)}.")]
+AllMethods = Annotated[
+    str,
+    typer.Option(
+        help=f"Comma-separated, of: {', '.join(INVERSION_METHODS)}; through a video transformer, "
+        f"of: {', '.join(FLOW_METHODS)}, of which {FLOW_METHODS[0]} is the default."
+    ),
+]
 Frames = Annotated[
     str | None, typer.Option(help="16 (the first 16), 8:40 or 8:40:2. Default: all.")
 ]
@@ -149,7 +187,9 @@ ToneMap = Annotated[
     bool,
     typer.Option("--tone-map", help="Make HDR pictures (PQ or HLG) SDR, where a video has them."),
 ]
-Steps = Annotated[int, typer.Option(help="DDIM steps; must divide the training steps.")]
+Steps = Annotated[
+    int, typer.Option(help="Steps; DDIM's, through a UNet, must divide the training steps.")
+]
 Seed = Annotated[int, typer.Option(help="Of STEM's Gaussian initial bases, and of a random model.")]
 Options = Annotated[
     list[str] | None,
@@ -168,6 +208,15 @@ Chunk = Annotated[
         help="Frames that go through the UNet at once: a number, 'auto' (as many as fit into free "
         "memory) or 'all'.",
         callback=lambda text: str(chunk_of(text) or "all"),
+    ),
+]
+Cuts = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|none|N,N,...",
+        help="Frames that begin another scene, which has bases of its own: found (auto), none, or "
+        "their numbers, counted from 0.",
+        callback=lambda text: _checked_cuts(text),
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of everything written.")]
@@ -203,6 +252,24 @@ def method_options(
         return {}
     from ..inversion.methods import attention_config
 
+    options = parsed_options(texts, methods)
+    if options.get("stem", {}).get("init") == "gaussian":
+        options["stem"].setdefault("seed", seed)
+    for method in methods:
+        attention_config(method, options.get(method, {}), num_frames=1)
+    return options
+
+
+def parsed_options(texts: list[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """METHOD.FIELD=VALUE texts by method and field.
+
+    Args:
+        texts: Texts of --option.
+        methods: Names that can stand for METHOD.
+
+    Raises:
+        typer.BadParameter: a text is of another form, or of another method.
+    """
     options: dict[str, dict[str, Any]] = {}
     for text in texts:
         target, equals, value = text.partition("=")
@@ -214,10 +281,6 @@ def method_options(
             )
         parts = tuple(typed_value(part) for part in value.split(","))
         options.setdefault(method, {})[name] = parts if len(parts) > 1 else parts[0]
-    if options.get("stem", {}).get("init") == "gaussian":
-        options["stem"].setdefault("seed", seed)
-    for method in methods:
-        attention_config(method, options.get(method, {}), num_frames=1)
     return options
 
 
@@ -242,3 +305,22 @@ def chunk_of(text: str) -> int | str | None:
     if text.isdecimal() and int(text) >= 1:
         return int(text)
     raise typer.BadParameter(f"{text!r}; write a number of frames of at least 1, auto or all")
+
+
+def _checked_cuts(text: str) -> str:
+    cuts_of(text)
+    return text
+
+
+def cuts_of(text: str) -> tuple[int, ...] | None:
+    """The text of --cuts as `invert` takes it; None: they are to be found.
+
+    Raises:
+        typer.BadParameter: it is neither numbers nor "auto" nor "none".
+    """
+    if text in ("auto", "none"):
+        return None if text == "auto" else ()
+    parts = [part.strip() for part in text.split(",")]
+    if all(part.isdecimal() for part in parts):
+        return tuple(map(int, parts))
+    raise typer.BadParameter(f"{text!r}; write auto, none, or numbers of frames such as 120,300")

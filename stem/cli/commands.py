@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..names import BASES, INVERSIONS
+from ..names import BASES, FLOW_METHODS, INVERSIONS
 from .app import app, console, print_note, problems, say
-from .arguments import VideoPath, chunk_of, one_of
+from .arguments import AllMethods, Cuts, VideoPath, chunk_of, one_of
 from .edit_options import OF_INVERSIONS
 from .evaluate import print_evaluation
+from .flow import (
+    invert_through_video_model,
+    reconstruct_through_video_model,
+    through_video_model,
+)
 from .ranks import rank_device, ranks
 from .request import Request, check_run_device, load, source_of
 from .run_options import OF_PARTS, RunOptions, takes_run_options
@@ -106,16 +112,23 @@ def compare_command(video: VideoPath, run: RunOptions) -> None:
 
 
 @app.command("invert")
-@takes_run_options(methods="stem")
+@takes_run_options()
 def invert_command(
+    context: typer.Context,
     video: VideoPath,
     run: RunOptions,
+    methods: AllMethods = "stem",
+    cuts: Cuts = "auto",
     keep_bases: Annotated[
         bool,
         typer.Option("--keep-bases", help="Keep STEM's bases, for reconstruct --bases cached."),
     ] = False,
 ) -> None:
     """Invert a video; run it again after an interruption and it goes on where it stopped."""
+    run = dataclasses.replace(run, methods=methods)
+    if through_video_model(run):
+        invert_through_video_model(context, video, run)
+        return
     from ..inversion import invert
 
     request = Request.checked(run)
@@ -126,6 +139,7 @@ def invert_command(
     with ranks(run.device) as group, run.parking(run.out):
         pipeline, clip = request.load_for(request.open(video, run), video)
         control = request.control(pipeline, clip, run)
+        scenes_begin = request.cuts(pipeline, clip, cuts, group)
         for method in request.methods:
             inversion = invert(
                 pipeline,
@@ -136,6 +150,7 @@ def invert_command(
                 options=request.options.get(method),
                 num_steps=run.steps,
                 chunk=chunk_of(run.chunk),
+                cuts=scenes_begin,
                 model=request.model,
                 control=control,
                 keep_bases=keep_bases and method == "stem",
@@ -150,6 +165,7 @@ def invert_command(
 @app.command("reconstruct")
 @takes_run_options(without=(*OF_INVERSIONS, "prompt", "methods", "seed", "option"))
 def reconstruct_command(
+    context: typer.Context,
     inversion: Annotated[Path, typer.Argument(help="A folder that `stem invert` printed.")],
     run: RunOptions,
     model: Annotated[str | None, typer.Option(help="Default: the inversion's own.")] = None,
@@ -172,7 +188,8 @@ def reconstruct_command(
 
     def opened() -> tuple[InversionFolder, Path]:
         found = InversionFolder.open(inversion)
-        check_reconstructible(found, bases)
+        if found.settings["method"] not in FLOW_METHODS:
+            check_reconstructible(found, bases)
         video = found.settings["video"]
         path = out or found.path / "reconstruction.mp4"
         check_video_output(path, video["num_frames"], video["height"], video["width"])
@@ -181,6 +198,9 @@ def reconstruct_command(
 
     with ranks(run.device) as group, run.parking(inversion):
         folder, path = Ranks(group).from_main(opened)
+        if folder.settings["method"] in FLOW_METHODS:
+            reconstruct_through_video_model(context, folder, path, model, run)
+            return
         source = source_of(folder, model, run)
         dtype = run.dtype or folder.settings["dtype"]
         pipeline = load(source, rank_device(run.device), dtype, run.offloading)

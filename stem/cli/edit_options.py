@@ -8,13 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from ..names import EDIT_METHODS, EMBEDDED_MODEL, INVERSION_METHODS, PRESETS
-from .arguments import encodable_text, names_of, one_of, typed_value
+from ..names import (
+    EDIT_METHODS,
+    EMBEDDED_MODEL,
+    EMBEDDED_VIDEO_MODEL,
+    FLOW_EDIT_METHODS,
+    INVERSION_METHODS,
+    PRESETS,
+)
+from .arguments import encodable_text, names_of, one_of, refuse, typed_value
 from .config_file import with_config_file
 from .control_options import OF_CONTROL
 
 OF_INVERSIONS = (
     "source_prompt", "inversion", "frames", "size", "deinterlace", "tone_map", "steps", "chunk",
+    "cuts",
     *OF_CONTROL,
 )  # fmt: skip
 """Parameters that shape an inversion, and say nothing where one is there already."""
@@ -39,7 +47,13 @@ Prompts = Annotated[
 SourcePrompt = Annotated[
     str, typer.Option(help="Describes the source video.", callback=encodable_text)
 ]
-EditMethods = Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(EDIT_METHODS)}.")]
+EditMethods = Annotated[
+    str,
+    typer.Option(
+        help=f"Comma-separated, of: {', '.join(EDIT_METHODS)}; or {', '.join(FLOW_EDIT_METHODS)}, "
+        "through a video transformer, which inverts nothing."
+    ),
+]
 Preset = Annotated[
     str | None,
     typer.Option(
@@ -70,7 +84,8 @@ EditOptions = Annotated[
 EditModel = Annotated[
     str | None,
     typer.Option(
-        help=f"As for `stem invert`. Default: '{EMBEDDED_MODEL}'; of a folder, the inversion's own."
+        help=f"As for `stem invert`. Default: '{EMBEDDED_MODEL}', or '{EMBEDDED_VIDEO_MODEL}' with "
+        f"{FLOW_EDIT_METHODS[0]}; of a folder, the inversion's own."
     ),
 ]
 InversionMethod = Annotated[
@@ -84,9 +99,13 @@ InversionMethod = Annotated[
 def chosen_edit_methods(text: str) -> list[str]:
     """Names of edit methods from a comma-separated text."""
     names = names_of(text)
+    if names and all(method in FLOW_EDIT_METHODS for method in names):
+        return names
     if not names or any(method not in EDIT_METHODS for method in names):
         raise typer.BadParameter(
-            f"{text!r}; take one or more of {', '.join(EDIT_METHODS)}", param_hint="--method"
+            f"{text!r}; take one or more of {', '.join(EDIT_METHODS)}, or "
+            f"{', '.join(FLOW_EDIT_METHODS)} alone",
+            param_hint="--method",
         )
     return names
 
@@ -155,14 +174,10 @@ def with_preset(
 
 def refuse_of_inversions(context: typer.Context) -> None:
     """Raise where options are given that the inversion in a folder has settled already."""
-    for name in OF_INVERSIONS:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
-            raise typer.BadParameter(
-                "it belongs to an inversion, and the folder's own is made; name the video to "
-                "invert it anew",
-                param_hint=f"--{name.replace('_', '-')}",
-            )
+    reason = (
+        "it belongs to an inversion, and the folder's own is made; name the video to invert it anew"
+    )
+    refuse(context, dict.fromkeys(OF_INVERSIONS, reason))
 
 
 def _yaml_value(text: str, value: str) -> Any:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..names import EMBEDDED_MODEL, INVERSIONS
+from ..names import EMBEDDED_MODEL, FLOW_EDIT_METHODS, INVERSIONS
 from ..storage import remove_stale
 from .app import app, print_note, say
-from .arguments import chunk_of
+from .arguments import Cuts, chunk_of
 from .control_options import EditControls, EditControlScales, check_edit_control, control_of_edit
 from .edit_options import (
     EditMethods,
@@ -30,6 +30,7 @@ from .edit_options import (
     split_options,
     with_preset,
 )
+from .flow import edit_through_video_model
 from .ranks import rank_device, ranks
 from .request import Request, check_run_device, load, random_note, source_of
 from .run_options import DEFAULTS, RunOptions, takes_run_options
@@ -59,6 +60,7 @@ def edit_command(
     seed: EditSeed = 0,
     option: EditOptions = None,
     inversion: InversionMethod = "stem",
+    cuts: Cuts = "auto",
     model: EditModel = None,
     edit_control: EditControls = None,
     edit_control_scale: EditControlScales = None,
@@ -71,6 +73,13 @@ def edit_command(
     """
     methods = chosen_edit_methods(method)
     is_folder = source.is_dir()
+    if set(methods) <= set(FLOW_EDIT_METHODS):
+        options, of_attention = split_options(option, methods, None if is_folder else "stem")
+        of_method = with_preset(options, methods, preset)[methods[0]]
+        asked = (prompt, of_method, negative_prompt, guidance, seed)
+        run = dataclasses.replace(run, option=of_attention, prompt=source_prompt)
+        _print(edit_through_video_model(context, source, asked, model, run))
+        return
     options, of_inversion = split_options(option, methods, None if is_folder else inversion)
     options = with_preset(options, methods, preset)
 
@@ -109,6 +118,7 @@ def edit_command(
                 options=request.options.get(inversion),
                 num_steps=run.steps,
                 chunk=chunk_of(run.chunk),
+                cuts=request.cuts(pipeline, clip, cuts, group),
                 model=request.model,
                 control=request.control(pipeline, clip, run),
                 group=group,

@@ -1,4 +1,4 @@
-"""The command that judges an edit, `stem evaluate`."""
+"""The command that judges edits, `stem evaluate`."""
 
 from __future__ import annotations
 
@@ -8,35 +8,67 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..names import CLIP_MODEL, FLOWS
+from ..names import BENCHMARK_CLIP_MODEL, CLIP_MODEL, FLOWS
 from ..storage import check_output_file
 from .app import app, console, quieten_libraries, say
-from .arguments import Config, Deinterlace, Device, Frames, Size, ToneMap, encodable_text, one_of
-from .edit_options import SourcePrompt
+from .arguments import encodable_text, one_of, refuse
+from .benchmark import grouped, print_benchmark
+from .control_options import OF_CONTROL
+from .edit_options import EditModel, SourcePrompt
 from .ranks import one_process
+from .request import check_run_device, load, read_options, source_of
+from .run_options import DEFAULTS, RunOptions, takes_run_options
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..metrics import WorldJudge
     from ..video import Video
-    from ..workflows.evaluation import Evaluation, Figure
+    from ..workflows.benchmark import BenchmarkEvaluation
+    from ..workflows.evaluation import Evaluation
 
-JUDGE = "judge"
+JUDGE, DENSE = "judge", "dense"
 _STEM_MULTIPLES = 8  # stem edits crop width and height to multiples of at most this
+_OF_SOURCE = ("frames", "size", "deinterlace", "tone_map")
+_OF_NETWORKS = ("device", "config")
+_OF_TWO_VIDEOS = ("prompt", "source_prompt", "flow", "against", *_OF_SOURCE)
+_WITHOUT = ("methods", "steps", "seed", "option", "chunk", "out", *OF_CONTROL)
 
 
 @app.command("evaluate")
+@takes_run_options(without=_WITHOUT)
 def evaluate_command(
-    source: Annotated[Path, typer.Argument(help="The video before the edit.")],
-    edit: Annotated[Path, typer.Argument(help="The edited video, of any tool.")],
-    prompt: Annotated[
-        str, typer.Option(help="Describes the edited video.", callback=encodable_text)
+    context: typer.Context,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE|BENCHMARK",
+            help="The video before the edit; or the folder of FiVE or of IVEBench.",
+        ),
     ],
+    edit: Annotated[
+        Path,
+        typer.Argument(
+            metavar="EDIT|EDITS",
+            help="The edited video, of any tool, or the folder in which `stem edit` wrote it; or "
+            "the folder of a benchmark's edits.",
+        ),
+    ],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="Describes the edited video. A benchmark has its own.", callback=encodable_text
+        ),
+    ] = "",
     source_prompt: SourcePrompt = "",
-    frames: Frames = None,
-    size: Size = None,
-    deinterlace: Deinterlace = False,
-    tone_map: ToneMap = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar=f"{DENSE}|FILE",
+            help="Another edit to measure PSNR, SSIM and LPIPS to: a video; or the same edit by "
+            "all-frame attention, which is made first, of an edit of `stem edit`.",
+        ),
+    ] = None,
     flow: Annotated[
         str | None,
         typer.Option(
@@ -46,53 +78,123 @@ def evaluate_command(
         ),
     ] = None,
     clip: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="A CLIP model: a hub id in this machine's cache, or a local folder; for the "
-            f"videos of the package's own world, '{JUDGE}'."
+            f"videos of the package's own world, '{JUDGE}'. Default: {CLIP_MODEL}; of a benchmark "
+            f"{BENCHMARK_CLIP_MODEL}."
         ),
-    ] = CLIP_MODEL,
-    device: Device = None,
-    config: Config = None,
+    ] = None,
+    model: EditModel = None,
     json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
+    run: RunOptions = DEFAULTS,
 ) -> None:
-    """Judge an edit by fidelity, by CLIP and along the source's flow.
+    """Judge an edit by fidelity, by CLIP and along the source's flow; or a benchmark's edits.
 
     --frames, --size, --deinterlace and --tone-map are those that the edit was made with; the source
-    is read by them. Nothing is downloaded: a metric whose weights are not here is listed with the
-    command that gets them.
+    is read by them. No metric is downloaded: one whose weights are not here is listed with the
+    command that gets them. The options of a model are for --against dense.
     """
-    from ..metrics import WorldJudge
+    one_process("evaluate")
+    if against != DENSE:
+        reason = "it goes with --against dense, which runs a model"
+        refuse(context, dict.fromkeys(_of_models(), reason))
+    if json is not None:
+        check_output_file(json)
+    if source.is_dir():
+        reason = f"it is for two videos, and {source} is a folder"
+        refuse(context, dict.fromkeys(_OF_TWO_VIDEOS, reason))
+        found: BenchmarkEvaluation | Evaluation = _benchmark(source, edit, clip, run)
+    else:
+        if not prompt.strip():
+            raise typer.BadParameter(
+                "it is needed for two videos: describe the edited one", param_hint="--prompt"
+            )
+        found = _two_videos(source, edit, (source_prompt, prompt), against, flow, clip, model, run)
+    if json is not None:
+        from ..report.files import write_json
+
+        json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json, {**dataclasses.asdict(found), "provenance": _provenance()})
+        say(json)
+
+
+def _benchmark(folder: Path, edits: Path, clip: str | None, run: RunOptions) -> BenchmarkEvaluation:
     from ..models import check_device
-    from ..report.files import write_json
+    from ..workflows.benchmark import evaluate_benchmark
+
+    check_device(run.device)
+    quieten_libraries()
+    judge = _judge(clip or BENCHMARK_CLIP_MODEL)
+    found = evaluate_benchmark(folder, edits, clip=judge, device=run.device)
+    print_benchmark(found)
+    return found
+
+
+def _two_videos(
+    source: Path,
+    edit: Path,
+    prompts: tuple[str, str],
+    against: str | None,
+    flow: str | None,
+    clip: str | None,
+    model: str | None,
+    run: RunOptions,
+) -> Evaluation:
     from ..video import read_video
     from ..workflows.evaluation import evaluate
 
-    one_process("evaluate")
-    check_device(device)
-    if json is not None:
-        check_output_file(json)
-    before = read_video(
-        source,
-        frames=frames,
-        size=size,
-        deinterlace=deinterlace,
-        tone_map=tone_map,
-        multiple_of=1,
-    )
+    check_run_device(run, run.device)
+    if edit.is_dir():
+        edit = edit / "edit.mp4"
+    before = read_video(source, **read_options(run), multiple_of=1)
     after = read_video(edit, multiple_of=1)
     before = _cropped_alike(before, after)
     for path, video in ((source, before), (edit, after)):
         for note in video.notes:
             say(f"{path.name}: {note}")
     quieten_libraries()  # CLIP is one of transformers
-    judge = WorldJudge() if clip == JUDGE else clip
-    found = evaluate(before, after, source_prompt, prompt, flow=flow, clip=judge, device=device)
+    other = None
+    if against == DENSE:
+        other = _dense(before, edit, model, run)
+    elif against is not None:
+        other = read_video(against, multiple_of=1)
+        other = dataclasses.replace(other, name=Path(against).name)
+    judge = _judge(clip or CLIP_MODEL)
+    found = evaluate(
+        before, after, *prompts, flow=flow, clip=judge, device=run.device, against=other
+    )
     print_evaluation(found)
-    if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(json, {**dataclasses.asdict(found), "provenance": _provenance()})
-        say(json)
+    return found
+
+
+def _dense(source: Video, edit: Path, model: str | None, run: RunOptions) -> Video:
+    """The edit once more under all-frame attention, made where it is not there yet."""
+    from ..video import read_video
+    from ..workflows.dense import dense_edit, open_edit
+
+    made = open_edit(edit)
+    made.check_source(source)
+    origin = source_of(made.inversion, model, run)
+    dtype = run.dtype or made.inversion.settings["dtype"]
+    with run.parking(made.files.folder.parent):
+        pipeline = load(origin, run.device, dtype, run.offloading)
+        found = dense_edit(pipeline, made, source)
+    say(f"{DENSE}{', reused' if found.reused else ''}: {found.files.video}")
+    return dataclasses.replace(read_video(found.files.video, multiple_of=1), name="dense attention")
+
+
+def _judge(clip: str) -> str | WorldJudge:
+    from ..metrics import WorldJudge
+
+    return WorldJudge() if clip == JUDGE else clip
+
+
+def _of_models() -> tuple[str, ...]:
+    """Parameters of a model, which is run for --against dense alone."""
+    names = [field.name for field in dataclasses.fields(RunOptions)]
+    others = {*_OF_SOURCE, *_OF_NETWORKS, "prompt"}
+    return tuple(name for name in names if name not in others)
 
 
 def print_evaluation(found: Evaluation) -> None:
@@ -119,10 +221,8 @@ def evaluation_table(found: Evaluation) -> Table:
 
 def missing_lines(found: Evaluation) -> list[str]:
     """What is missing and what gets it, a line for each reason."""
-    by_reason: dict[tuple[str, str], list[Figure]] = {}
-    for figure in found.figures:
-        if figure.value is None:
-            by_reason.setdefault((figure.missing, figure.remedy), []).append(figure)
+    missing = (figure for figure in found.figures if figure.value is None)
+    by_reason = grouped(missing, lambda figure: (figure.missing, figure.remedy))
     return [
         f"missing: {', '.join(figure.metric for figure in figures)}: {reason}; {remedy}"
         for (reason, remedy), figures in by_reason.items()

@@ -121,7 +121,7 @@ def _damage(inversion: InversionFolder) -> list[str]:
     written += [step for step, problems in enumerate(steps) if not problems]
     last = max(written, default=-1)
     found = [error for problems in steps[: last + 1] for error in problems]
-    if last >= 0:
+    if last >= 0 or inversion.complete:
         found = inversion.x0_problems() + inversion.control_problems() + found
     return [error.problem for error in found]
 

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..names import INVERSIONS, RANDOM_MODEL
+from ..names import FLOW_EDIT_METHODS, FLOW_METHODS, INVERSIONS, RANDOM_MODEL
 from ..sources import ModelError, ModelSource
 from ..storage import check_output
 from .app import quieten_libraries, say
-from .arguments import chosen_methods, method_options
+from .arguments import chosen_methods, cuts_of, method_options
 from .control_options import check_control, read_control
 from .ranks import rank_device
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from ..control import Control
     from ..inversion import InversionFolder
     from ..video import Video, VideoFile
@@ -77,6 +79,12 @@ class Request:
             ModelSource(f"{RANDOM_MODEL}:{run.seed}" if run.model == RANDOM_MODEL else run.model)
         )
         source.check()
+        if source.is_video_model:
+            raise ModelError(
+                f"{source} is a video transformer; through it go stem invert (--methods "
+                f"{','.join(FLOW_METHODS)}), stem reconstruct, and stem edit --method "
+                f"{','.join(FLOW_EDIT_METHODS)}, but not this"
+            )
         check_control(run, source)
         schedule = known_schedule(source.name, source.config)
         if schedule is not None:
@@ -163,6 +171,27 @@ class Request:
             say(f"{path.name}: {note}")
         return pipeline, clip
 
+    def cuts(
+        self, pipeline: Any, clip: Video | VideoFile, text: str, group: dist.ProcessGroup | None
+    ) -> tuple[int, ...]:
+        """The frames of a clip that begin another scene, as --cuts says; prints what is found."""
+        from ..attention.families import family_of_unet
+        from ..distributed import Ranks
+        from ..video import find_cuts
+
+        given = cuts_of(text)
+        if given is not None:
+            return given
+        if family_of_unet(pipeline).outputs is None:  # sees all frames of a call
+            return ()
+        found: tuple[int, ...] = Ranks(group).from_main(lambda: find_cuts(clip))
+        if found:
+            say(
+                f"other scenes begin with frames {', '.join(map(str, found))}: each has bases of "
+                "its own (--cuts none: all share theirs)"
+            )
+        return found
+
     @property
     def _factor(self) -> int | None:
         from ..models import known_vae_factor
@@ -209,8 +238,7 @@ def source_of(inversion: InversionFolder, model: str | None, run: RunOptions) ->
     Raises:
         ModelError: the inversion does not name its model, or it is no longer there.
     """
-    recorded = inversion.settings["model"]
-    own = ModelSource.of({k: v for k, v in recorded.items() if not k.endswith("_sha256")})
+    own = inversion.model_source
     if not (model or own.name):
         raise ModelError(f"{inversion.path} does not name its model; pass it with --model")
     source = run.source(own.renamed(model) if model else own)

@@ -102,7 +102,7 @@ def denoise(
             with nvtx_range(f"{name} t={int(timestep)}"):
                 noise = prediction(step, timestep, latents)
                 latents = scheduler.step(noise, timestep, latents).prev_sample
-            _check_finite(latents, f"{name}, step {step + 1} of {total} (timestep {int(timestep)})")
+            check_finite(latents, f"{name}, step {step + 1} of {total} (timestep {int(timestep)})")
             if after_step is not None:
                 replaced = after_step(step, latents)
                 latents = latents if replaced is None else replaced
@@ -110,7 +110,16 @@ def denoise(
     return latents
 
 
-def _check_finite(latents: torch.Tensor, where: str) -> None:
+def check_finite(latents: torch.Tensor, where: str) -> None:
+    """Raise where latents are not finite.
+
+    Args:
+        latents: Latents [N, c, h, w].
+        where: Step that they are of, for the message.
+
+    Raises:
+        NonFiniteError: it names the first frame that is not.
+    """
     finite = latents.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
         frame = int(finite.int().argmin())

@@ -13,6 +13,7 @@ import torch
 from stem_kernels.shared.memory import lacks_memory
 
 from ..attention.families import family_of_unet
+from ..attention.parked import current_parking
 from .control import Shown, rows_shown
 from .weights import keeps_copies
 
@@ -61,9 +62,8 @@ class Conditioning:
             frame_axis: Whether the UNet's samples have an axis of frames: it then repeats for them
                 what is added, but not the embeddings.
         """
-        arguments: dict[str, Any] = {
-            "encoder_hidden_states": self.embeddings.repeat_interleave(frames, dim=0)
-        }
+        of_frames = [row.expand(frames, *row.shape) for row in self.embeddings]
+        arguments: dict[str, Any] = {"encoder_hidden_states": current_parking().joined(of_frames)}
         if self.added:
             repeated = 1 if frame_axis else frames
             arguments["added_cond_kwargs"] = {
@@ -81,14 +81,7 @@ def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Condit
     """
     unet = pipeline.unet
     device, dtype = execution_device(pipeline), unet.dtype
-    lost = truncated_words(pipeline, prompt)
-    if lost:
-        logger.warning(
-            "the prompt is longer than the text encoder takes; these words are lost: %s", lost
-        )
-    unknown = unknown_words(pipeline, prompt)
-    if unknown:
-        logger.warning("the model has no words for these, they mean nothing to it: %s", unknown)
+    warn_of_words(pipeline, prompt)
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
         # Of one picture or video: the number's name differs, and 1 is its default.
         embeddings, _, pooled, _ = pipeline.encode_prompt(
@@ -105,18 +98,43 @@ def encode_prompt(pipeline: Any, prompt: str, height: int, width: int) -> Condit
     return Conditioning(embeddings.to(dtype))
 
 
-def truncated_words(pipeline: Any, prompt: str) -> str:
-    """The words of a prompt that its tokenizers cut off; empty where all fit."""
+def warn_of_words(pipeline: Any, prompt: str, longest: int | None = None) -> None:
+    """Warn of words of a prompt that are cut off, and of those that mean nothing to the model.
+
+    Args:
+        pipeline: Pipeline with the tokenizers.
+        prompt: Prompt.
+        longest: Number of tokens that are kept, as for `truncated_words`.
+    """
+    lost = truncated_words(pipeline, prompt, longest)
+    if lost:
+        logger.warning(
+            "the prompt is longer than the text encoder takes; these words are lost: %s", lost
+        )
+    unknown = unknown_words(pipeline, prompt)
+    if unknown:
+        logger.warning("the model has no words for these, they mean nothing to it: %s", unknown)
+
+
+def truncated_words(pipeline: Any, prompt: str, longest: int | None = None) -> str:
+    """The words of a prompt that its tokenizers cut off; empty where all fit.
+
+    Args:
+        pipeline: Pipeline with the tokenizers.
+        prompt: Prompt.
+        longest: Number of tokens that are kept; None: as each tokenizer says.
+    """
     lost = ""
     for tokenizer in tokenizers_of(pipeline):
+        kept = longest or tokenizer.model_max_length
         text = as_encoded(pipeline, prompt, tokenizer)
         encoded = tokenizer(
             text, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
         )
-        if len(encoded.input_ids) <= tokenizer.model_max_length:
+        if len(encoded.input_ids) <= kept:
             continue
         # The last token kept is the end mark.
-        first = tokenizer.model_max_length - 1
+        first = kept - 1
         if tokenizer.is_fast:
             starts = [start for start, end in encoded["offset_mapping"][first:] if end > start]
             rest = text[min(starts) :] if starts else ""
@@ -208,12 +226,17 @@ def _shift_and_scale(vae: Any, device: torch.device) -> tuple[torch.Tensor, torc
     return shift, by_channel("scaling_factor", 1.0) / by_channel("latents_std", 1.0)
 
 
-def _check_frames(pipeline: Any, frames: torch.Tensor) -> None:
+def check_pixels(frames: torch.Tensor) -> None:
+    """Raise ValueError where frames are no uint8 [N, H, W, 3]."""
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise ValueError(
             f"frames must be uint8 [N, H, W, 3], not {frames.dtype} {list(frames.shape)}; scale "
             "floating point frames to 0 ... 255 first"
         )
+
+
+def _check_frames(pipeline: Any, frames: torch.Tensor) -> None:
+    check_pixels(frames)
     factor = vae_factor(pipeline)
     if frames.shape[1] % factor or frames.shape[2] % factor:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from .checks import METHODS, check_edit, edit_options
 from .fatezero_options import FateZeroOptions
+from .flowedit import FlowEditOptions, flow_edit, run_flow_edit
 from .fusion import FusionOptions
 from .pnp import PnPOptions
 from .run import Edit, edit, edit_latents, run_edit
@@ -12,6 +13,7 @@ __all__ = [
     "METHODS",
     "Edit",
     "FateZeroOptions",
+    "FlowEditOptions",
     "FusionOptions",
     "PnPOptions",
     "SDEditOptions",
@@ -20,5 +22,7 @@ __all__ = [
     "edit",
     "edit_latents",
     "edit_options",
+    "flow_edit",
     "run_edit",
+    "run_flow_edit",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from .pnp import PnPOptions
 from .sdedit import SDEditOptions
 from .tokenflow import TokenFlowOptions
 
+OptionsT = TypeVar("OptionsT", bound=Options)
 METHODS: dict[str, type[Options]] = dict(
     zip(
         EDIT_METHODS,
@@ -44,7 +45,23 @@ def edit_options(method: str, options: Options | Mapping[str, Any] | None) -> Op
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
-    kind = METHODS[method]
+    return options_of(METHODS[method], method, options)
+
+
+def options_of(
+    kind: type[OptionsT], method: str, options: Options | Mapping[str, Any] | None
+) -> OptionsT:
+    """Options of a kind, checked.
+
+    Args:
+        kind: Dataclass of a method's options.
+        method: Name of the method, for errors.
+        options: Options, or some of their fields by name (JSON types are taken), or None.
+
+    Raises:
+        ValueError: an option is unknown, or refuses its value.
+        TypeError: the options are those of another method.
+    """
     if isinstance(options, kind):
         return options
     if isinstance(options, Options):
@@ -83,14 +100,19 @@ def check_edit(
         InversionError: the inversion is incomplete.
     """
     chosen = edit_options(method, options)
+    check_texts(prompt, negative_prompt)
+    check_numbers(guidance, seed)
+    check_startable(inversion)
+    chosen.check(inversion, prompt)
+
+
+def check_texts(prompt: str, negative_prompt: str) -> None:
+    """Raise where an edit's prompts cannot be used: TypeError or, of an empty one, ValueError."""
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str):
             raise TypeError(f"{name} is a {type(text).__name__}; it must be one text")
     if not prompt.strip():
         raise ValueError("the prompt is empty; describe the video as it is to be")
-    check_numbers(guidance, seed)
-    check_startable(inversion)
-    chosen.check(inversion, prompt)
 
 
 def check_numbers(guidance: float | None, seed: int) -> None:

@@ -104,7 +104,16 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
         by_layer = hook.taken()
         if float(difference.mean()) <= floor * float(expected.abs().mean()):
             continue
-        pooled = pooled_on_bases(difference, by_layer, job.attention)
+        pooled = torch.cat(
+            [
+                pooled_on_bases(
+                    difference[scene.start : scene.stop],
+                    {name: tokens[scene.start : scene.stop] for name, tokens in by_layer.items()},
+                    job.attention,
+                )
+                for scene in job.scenes
+            ]
+        )
         pooled = pooled / pooled.mean()
         summed = pooled if summed is None else summed + pooled
     return None if summed is None else summed / _quantile(summed, 0.99)

@@ -174,8 +174,10 @@ class Fusion(Method):
         warn_of_size(masks)
         self.kept = {"cores": cores, "masks": masks}
         if options.consensus:
-            motion = Motion.of(found.clamp(0, 1).square() * masks)
-            self.kept |= {"centres": motion.centres, "radii": motion.radii}
+            weights = found.clamp(0, 1).square() * masks
+            motions = [Motion.of(weights[scene.start : scene.stop]) for scene in job.scenes]
+            self.kept["centres"] = torch.cat([motion.centres for motion in motions])
+            self.kept["radii"] = torch.cat([motion.radii for motion in motions])
 
     def predict(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         job, options = self.job, self.options
@@ -202,14 +204,20 @@ class Fusion(Method):
     def _agreed(
         self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor
     ) -> torch.Tensor:
-        masks = self.kept["masks"]
-        offset = torch.zeros(2, device=latents.device)
-        if self.maps is not None and self.maps.looked_at:
-            offset = offset_between(self.maps.take("source"), self.maps.take("target"), masks)
-        motion = Motion(self.kept["centres"], self.kept["radii"])
         clean = clean_of(self.scheduler, prediction, timestep, latents)
-        agreed = in_consensus(clean, masks, motion, offset)
-        return prediction_of(self.scheduler, agreed, timestep, latents)
+        shown = None
+        if self.maps is not None and self.maps.looked_at:
+            shown = self.maps.take("source"), self.maps.take("target")
+        agreed = []
+        for scene in self.job.scenes:
+            here = slice(scene.start, scene.stop)
+            masks = self.kept["masks"][here]
+            motion = Motion(self.kept["centres"][here], self.kept["radii"][here])
+            offset = torch.zeros(2, device=latents.device)
+            if shown is not None:
+                offset = offset_between(shown[0][here], shown[1][here], masks)
+            agreed.append(in_consensus(clean[here], masks, motion, offset))
+        return prediction_of(self.scheduler, torch.cat(agreed), timestep, latents)
 
     def after_step(self, step: int, latents: torch.Tensor) -> torch.Tensor | None:
         if not self.options.mask:

@@ -15,7 +15,8 @@ import torch
 
 from ..attention import Hooks
 from ..attention.families import family_of_unet
-from ..config import AttentionConfig, StemConfig
+from ..attention.parked import current_parking
+from ..config import AttentionConfig, StemConfig, scenes_of
 from ..diffusion.pipeline import Conditioning, predict, vae_factor
 from ..distributed import Ranks
 from ..inversion import InversionFolder
@@ -70,6 +71,11 @@ class Job:
         """The number N of frames."""
         frames: int = self.inversion.settings["video"]["num_frames"]
         return frames
+
+    @property
+    def scenes(self) -> list[range]:
+        """The frames of each scene."""
+        return scenes_of(self.num_frames, self.inversion.settings["attention"]["cuts"])
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -129,7 +135,8 @@ class Job:
         joined = conditionings[0]
         for other in conditionings[1:]:
             joined = joined.joined(other)
-        found = predict(self.pipeline, torch.cat(rows), timestep, joined, frames)
+        together = current_parking().joined(rows)
+        found = predict(self.pipeline, together, timestep, joined, frames)
         return found.chunk(len(rows))
 
 

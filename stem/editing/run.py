@@ -45,7 +45,7 @@ class Edit:
     """An edited video, with the masks or pivots that the method used.
 
     Args:
-        latents: Latents [N, c, h, w], float32.
+        latents: Latents [N, c, h, w], or [1, C, F, h, w] through a video transformer, float32.
         masks: Masks of the places that may change, bool [N, h, w] in latent cells; None: all may.
         cores: Masks before they were dilated, bool [N, h, w], where a method has them, or None.
         pivots: Frames that TokenFlow drew, int64 [steps, chunks]; None: another method.

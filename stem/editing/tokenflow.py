@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..attention.families import family_of_unet
 from ..attention.hooks import Attend, Operands, Site
 from ..attention.parked import current_parking
 from ..attention.processor import attend_densely, project_keys_and_values
-from ..config import InflatedConfig, StemConfig
+from ..config import InflatedConfig, StemConfig, scenes_of
 from ..diffusion.loop import with_guidance
 from ..distributed import Ranks
 from ..inversion import InversionFolder
@@ -60,7 +61,8 @@ class PropagationOptions(Options):
         if self.pivots is None:
             return
         frames = inversion.settings["video"]["num_frames"]
-        chunks = chunks_of(frames, self.chunk)
+        scenes = scenes_of(frames, inversion.settings["attention"]["cuts"])
+        chunks = chunks_of(scenes, self.chunk)
         steps = len(inversion.timesteps)
         lengths = sorted({len(row) for row in self.pivots})
         if len(self.pivots) != steps or lengths != [len(chunks)]:
@@ -127,7 +129,8 @@ class TokenFlow(PnP):
 
     def __init__(self, job: Job, options: TokenFlowOptions) -> None:
         super().__init__(job, options)
-        chunks = chunks_of(job.num_frames, options.chunk)
+        by_scene = [chunks_of([scene], options.chunk) for scene in job.scenes]
+        chunks = [chunk for of_scene in by_scene for chunk in of_scene]
         if options.pivots is None:
             self.kept["pivots"] = draw_pivots(chunks, job.num_steps, job.seed)
         else:
@@ -140,7 +143,8 @@ class TokenFlow(PnP):
         self._pass = PivotPass(len(chunks), self._pivots_of)
         self._propagation = Propagation(self._pass)
         self.hooks = Hooks(propagation=self._propagation)
-        shape: dict[str, Any] = {"num_frames": len(chunks), "chunk": size}
+        cuts = tuple(accumulate(map(len, by_scene)))[:-1]
+        shape: dict[str, Any] = {"num_frames": len(chunks), "chunk": size, "cuts": cuts}
         self._extended: InflatedConfig | StemConfig = InflatedConfig(**shape)
         if options.extended == "stem":
             bases = StemConfig(calibration="none")
@@ -170,9 +174,7 @@ class TokenFlow(PnP):
             # Memory may have run out in it: the next step need not find that out again.
             self._extended = dataclasses.replace(self._extended, chunk=handle.chunk)
         self._pass.share()
-        self._propagation.plan = pivots_of_frames(
-            pivots, job.num_frames, options.chunk, options.blend
-        )
+        self._propagation.plan = pivots_of_scenes(pivots, job.scenes, options.chunk, options.blend)
         _, without, prompted = job.predict([source, latents, latents], timestep, *texts)
         self._pass.clear()
         return with_guidance(without, prompted, job.guidance)
@@ -290,10 +292,11 @@ class Propagation(Hook):
         return outputs[:, pivots[:, None], index.to(inputs.device)].to(tokens.device)
 
 
-def chunks_of(num_frames: int, chunk: int) -> list[range]:
-    """The frames of each chunk; the last may have fewer."""
-    starts = range(0, num_frames, chunk)
-    return [range(start, min(start + chunk, num_frames)) for start in starts]
+def chunks_of(scenes: Sequence[range], chunk: int) -> list[range]:
+    """The frames of each chunk; the last of a scene may have fewer."""
+    return [
+        scene[start : start + chunk] for scene in scenes for start in range(0, len(scene), chunk)
+    ]
 
 
 def draw_pivots(chunks: list[range], num_steps: int, seed: int) -> torch.Tensor:
@@ -305,6 +308,28 @@ def draw_pivots(chunks: list[range], num_steps: int, seed: int) -> torch.Tensor:
         torch.tensor([number(chunk) for chunk in chunks]) for number in (lambda c: c.start, len)
     )
     return starts + (shares * lengths).long()
+
+
+def pivots_of_scenes(pivots: torch.Tensor, scenes: Sequence[range], chunk: int, blend: str) -> Plan:
+    """Which pivots each frame of several scenes is made of, all of them of its own scene.
+
+    Args:
+        pivots: Frame numbers of the pivots, one in each chunk, int64 [chunks].
+        scenes: Frames of each scene.
+        chunk: Number of frames of a chunk.
+        blend: Kind of blend, "released" or "adjacent", see `PropagationOptions`.
+    """
+    first, second, weight = [], [], []
+    before = 0
+    for scene in scenes:
+        count = len(chunks_of([scene], chunk))
+        own = pivots[before : before + count] - scene.start
+        plan = pivots_of_frames(own, len(scene), chunk, blend)
+        first.append(plan.first + before)
+        second.append(plan.second + before)
+        weight.append(plan.weight)
+        before += count
+    return Plan(torch.cat(first), torch.cat(second), torch.cat(weight))
 
 
 def pivots_of_frames(pivots: torch.Tensor, num_frames: int, chunk: int, blend: str) -> Plan:

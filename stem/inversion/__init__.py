@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from ..exports import lazy
 
 if TYPE_CHECKING:
-    from .flow import invert_flow, noise_levels, reconstruct_flow
+    from ..flow import invert_flow, noise_levels, reconstruct_flow
+    from .flow_inverting import invert_video, keep_source
+    from .flow_reconstructing import reconstruct_video, reconstruct_video_latents
     from .folder import InversionError, InversionFolder
     from .inverting import invert
     from .methods import METHODS
@@ -18,10 +20,14 @@ __all__ = [
     "InversionFolder",
     "invert",
     "invert_flow",
+    "invert_video",
+    "keep_source",
     "noise_levels",
     "reconstruct",
     "reconstruct_flow",
     "reconstruct_latents",
+    "reconstruct_video",
+    "reconstruct_video_latents",
     "round_trip",
 ]
 
@@ -29,7 +35,9 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "flow": ("invert_flow", "noise_levels", "reconstruct_flow"),
+        ".flow": ("invert_flow", "noise_levels", "reconstruct_flow"),
+        "flow_inverting": ("invert_video", "keep_source"),
+        "flow_reconstructing": ("reconstruct_video", "reconstruct_video_latents"),
         "folder": ("InversionError", "InversionFolder"),
         "inverting": ("invert",),
         "methods": ("METHODS",),

@@ -2,7 +2,8 @@
 
     <method>-<hash of the settings>/
         settings.json               everything that shaped the latents
-        x0.safetensors              the VAE's latents of the video
+        x0.safetensors              the VAE's latents of the video; all there is where there are no
+                                    steps, as for an edit without an inversion
         control.safetensors         the pictures that ControlNets are shown, where there are some
         steps/000-t0001.safetensors latents after step 0, at timestep 1
         bases/000-t0001.safetensors the bases of that step, where kept
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..sources import ModelSource
 from ..storage import DamagedFileError, load_tensors, save_tensors, write_atomically
 
 if TYPE_CHECKING:
@@ -151,6 +153,12 @@ class InversionFolder:
     def find(cls, root: str | Path) -> list[Path]:
         """The folders at or below `root` that hold an inversion's settings, sorted."""
         return sorted(file.parent for file in Path(root).rglob(SETTINGS))
+
+    @property
+    def model_source(self) -> ModelSource:
+        """The model that the inversion was made with, as it was named; the name may be empty."""
+        recorded = self.settings["model"].items()
+        return ModelSource.of({k: v for k, v in recorded if not k.endswith("_sha256")})
 
     @property
     def complete(self) -> bool:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from stem_kernels.backends import select
-
 from ..attention import Recording
 from ..attention.stem import StemState
-from ..config import AttentionConfig, StemConfig
+from ..config import AttentionConfig, StemConfig, scenes_of
 from ..control import Control
 from ..diffusion.checks import check_pipeline
 from ..diffusion.control import Shown, checked_controls, control_records
-from ..diffusion.environment import numeric_environment, warn_of_differences
+from ..diffusion.environment import numeric_environment
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import denoise, guided
 from ..diffusion.memory import chunk_that_fits
@@ -40,6 +35,8 @@ from ..sources import ModelSource
 from ..storage import check_output, remove_stale
 from .folder import InversionFolder, MissingFileError
 from .methods import attention_config, attention_on, inversion_attention
+from .records import attention_record, backend_of, check_video, versions, video_record
+from .resuming import latents_before, mend_x0, runs_of, undone_steps
 
 if TYPE_CHECKING:
     from ..video import Video, VideoFile
@@ -57,6 +54,7 @@ def invert(
     options: Mapping[str, Any] | None = None,
     num_steps: int = 50,
     chunk: int | str | None = "auto",
+    cuts: Sequence[int] = (),
     model: str | Mapping[str, Any] = "",
     control: Control | Sequence[Control] | None = None,
     keep_bases: bool = False,
@@ -91,6 +89,8 @@ def invert(
             memory, or the number that an inversion of these settings below `root` was begun with;
             None: all. Chunks share their bases, so that only the last bits of the result depend on
             this number. With AnimateDiff all frames go through at once.
+        cuts: Numbers of the frames that begin another scene, such as `stem.find_cuts` gives. Every
+            scene has bases of its own, in the inversion and in edits of it.
         model: Name of the pipeline, for the record; or a mapping of `name` and the other arguments
             that `load_pipeline` was given, such as {"name": "one.safetensors", "loras":
             ["style.safetensors:0.7"]}.
@@ -114,24 +114,23 @@ def invert(
 
     Source: DDIM inversion, arXiv 2010.02502 and 2105.05233; STEM, arXiv 2312.05856.
     """
-    if not isinstance(prompt, str):
-        raise TypeError(f"prompt is a {type(prompt).__name__}; it must be one text for the video")
-    if not hasattr(video, "parts"):
-        raise TypeError(
-            f"video is a {type(video).__name__}; pass what stem.read_video or stem.open_video "
-            "returns, or stem.Video(frames, fps)"
-        )
+    check_video(video, prompt)
     check_pipeline(pipeline)
     controls = checked_controls(pipeline, control, video.num_frames, video.height, video.width)
     source, ranks = ModelSource.of(model), Ranks(group)
-    config = attention_config(method, options or {}, video.num_frames)
+    config = attention_config(method, options or {}, video.num_frames, cuts=cuts)
     if keep_bases and not isinstance(config, StemConfig):
         raise ValueError(f'keep_bases needs method "stem"; {method} has no bases')
+    if keep_bases and cuts:
+        raise ValueError(
+            f"keep_bases keeps the bases of one scene, and cuts is {tuple(cuts)}; take one of them"
+        )
     check_chunk(chunk)
     check_frames(
         pipeline,
         video.num_frames,
         chunk=chunk if isinstance(chunk, int) else None,
+        cuts=config.cuts or None,
         fit_frames=getattr(config, "fit_frames", None),
         group=group,
     )
@@ -158,8 +157,8 @@ def invert(
             logger.warning("%s; the settings were written again", wrong)
         remove_stale(folder.path)
         _mend_control(folder, controls, environment)
-        _mend_x0(pipeline, folder, video, environment)
-        undone = _undone(folder, environment)
+        mend_x0(folder, environment, lambda: encode_frames(pipeline, video.parts(VAE_FRAMES)))
+        undone = undone_steps(folder, environment)
         if not undone:
             logger.info("%s has these settings and is complete; it is reused", folder.path)
         return folder, undone
@@ -189,8 +188,8 @@ def invert(
             if on_step is not None:
                 on_step()
 
-        for steps in _runs(undone):
-            before = ranks.from_main(partial(_before, folder, steps.start))
+        for steps in runs_of(undone):
+            before = ranks.from_main(partial(latents_before, folder, steps.start))
             denoise(
                 before.to(device),
                 scheduler,
@@ -226,9 +225,10 @@ def _chunk(
         begun = {**settings, "attention": {**settings["attention"], "chunk": size}}
         if InversionFolder.path_of(root, begun, timesteps).is_dir():
             return size
+    scenes = scenes_of(frames, settings["attention"]["cuts"])
     return chunk_that_fits(
         pipeline,
-        frames,
+        max(map(len, scenes)),
         settings["video"]["height"],
         settings["video"]["width"],
         branches=1,
@@ -239,21 +239,6 @@ def _chunk(
 def meets(method: str, attention: Mapping[str, Any]) -> bool:
     """Whether the chunks of a video wait for each other in every self-attention."""
     return method != "ddim" and attention.get("fit_frames") is None
-
-
-def _before(folder: InversionFolder, step: int) -> torch.Tensor:
-    return folder.latents(step - 1) if step else folder.x0()
-
-
-def _mend_x0(
-    pipeline: Any, folder: InversionFolder, video: Video | VideoFile, environment: dict[str, str]
-) -> None:
-    wrong = folder.x0_problems()
-    if not wrong:
-        return
-    if folder.steps_done or not isinstance(wrong[0], MissingFileError):
-        logger.warning("%s; the video is encoded again", wrong[0].problem)
-    folder.save_x0(encode_frames(pipeline, video.parts(VAE_FRAMES)), environment)
 
 
 def _mend_control(
@@ -267,34 +252,6 @@ def _mend_control(
     pictures = [each.pictures for each in controls]
     check_output(folder.path, sum(each.numel() for each in pictures))
     folder.save_control(pictures, environment)
-
-
-def _undone(folder: InversionFolder, environment: dict[str, str]) -> list[int]:
-    """The steps to do, ascending; the log says why where it is not the first run."""
-    problems = [folder.step_problems(step) for step in range(len(folder.timesteps))]
-    undone = [step for step, wrong in enumerate(problems) if wrong]
-    whole = [step for step, wrong in enumerate(problems) if not wrong]
-    # Missing files after the last whole step are of a run that was stopped; others were lost.
-    last = max(whole, default=-1)
-    for step in undone:
-        for wrong in problems[step]:
-            if step < last or not isinstance(wrong, MissingFileError):
-                logger.warning("%s; step %d is computed again", wrong.problem, step + 1)
-    name, total = folder.settings["method"], len(folder.timesteps)
-    if undone and whole:
-        logger.info("%s: %d of %d steps are done, going on", folder.path, len(whole), total)
-        warn_of_differences(folder.path, folder.environment(whole[-1]), environment)
-    elif undone:
-        frames = folder.settings["video"]["num_frames"]
-        logger.info("%s: inverting %d frames in %d steps", name, frames, total)
-    return undone
-
-
-def _runs(steps: list[int]) -> Iterator[range]:
-    """Ascending numbers as runs of consecutive ones."""
-    for _, run in itertools.groupby(enumerate(steps), lambda pair: pair[1] - pair[0]):
-        numbers = [number for _, number in run]
-        yield range(numbers[0], numbers[-1] + 1)
 
 
 def _bytes_of_a_step(pipeline: Any, video: Video | VideoFile, state: StemState | None) -> int:
@@ -318,29 +275,17 @@ def _settings(
     num_steps: int,
     keep_bases: bool,
 ) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for part in video.parts(VAE_FRAMES):
-        digest.update(part.contiguous().numpy().data)
     return {
         "method": method,
-        "attention": _as_json(config),
+        "attention": attention_record(config),
         "prompt": prompt,
         "num_steps": num_steps,
         "keep_bases": keep_bases,
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         "device": execution_device(pipeline).type,
         "backend": _backend(pipeline, config),
-        "video": {
-            "frames_sha256": digest.hexdigest(),
-            "num_frames": video.num_frames,
-            "height": video.height,
-            "width": video.width,
-            "fps": str(video.fps),
-        },
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("stem-inversion", "torch", "diffusers")
-        },
+        "video": video_record(video),
+        "versions": versions(),
     }
 
 
@@ -348,12 +293,5 @@ def _backend(pipeline: Any, config: AttentionConfig) -> str | None:
     """The backend that a STEM run gets; two of them differ in the last bits."""
     if not isinstance(config, StemConfig):
         return None
-    probe = torch.empty(0, device=execution_device(pipeline), dtype=pipeline.unet.dtype)
-    return select("invert", config.backend, {"features": probe}, config.num_bases)
-
-
-def _as_json(config: AttentionConfig) -> dict[str, Any]:
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in vars(config).items()
-    }
+    device, dtype = execution_device(pipeline), pipeline.unet.dtype
+    return backend_of(config.backend, config.num_bases, device, dtype)

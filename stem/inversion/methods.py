@@ -25,11 +25,15 @@ from .folder import InversionError, InversionFolder
 _CONFIGS = (PerFrameConfig, SparseCausalConfig, InflatedConfig, StemConfig)
 METHODS: dict[str, type[AttentionConfig]] = dict(zip(INVERSION_METHODS, _CONFIGS, strict=True))
 """The class of each inversion's attention configuration, by the name of the inversion."""
-_OF_THE_RUN = ("num_frames", "chunk")
+_OF_THE_RUN = ("num_frames", "chunk", "cuts")
 
 
 def attention_config(
-    method: str, options: Mapping[str, Any], num_frames: int, chunk: int | None = None
+    method: str,
+    options: Mapping[str, Any],
+    num_frames: int,
+    chunk: int | None = None,
+    cuts: Sequence[int] = (),
 ) -> AttentionConfig:
     """The attention of an inversion of one video.
 
@@ -38,6 +42,7 @@ def attention_config(
         options: Changes to its configuration's defaults, by field name.
         num_frames: Number of frames of the video.
         chunk: Number of frames that go through the UNet at once; None: all.
+        cuts: Numbers of the frames that begin another scene.
 
     Raises:
         ValueError: an unknown method or option, or a value that the option refuses.
@@ -52,7 +57,7 @@ def attention_config(
                 f"{method} has no option {name!r}; "
                 + (f"it has {', '.join(allowed)}" if allowed else "it has no options")
             )
-    return METHODS[method](**options, num_frames=num_frames, chunk=chunk)
+    return METHODS[method](**options, num_frames=num_frames, chunk=chunk, cuts=tuple(cuts))
 
 
 def check_methods(
@@ -101,8 +106,8 @@ def inversion_attention(inversion: InversionFolder, chunk: int | None = None) ->
             f"version's in {', '.join(sorted(expected ^ set(options)))}",
             "invert the video again",
         )
-    frames, begun = options.pop("num_frames"), options.pop("chunk")
-    return attention_config(method, options, frames, chunk or begun)
+    frames, begun, cuts = (options.pop(name) for name in _OF_THE_RUN)
+    return attention_config(method, options, frames, chunk or begun, cuts)
 
 
 @contextlib.contextmanager

@@ -5,31 +5,65 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from ..diffusion.checks import check_pipeline
 from ..diffusion.control import controlnets_of
 from ..diffusion.environment import warn_of_differences
 from ..diffusion.fingerprint import fingerprint, fingerprint_of
-from ..sources import ModelSource
+from ..names import FLOW_METHODS, FLOW_SOURCE, INVERSION_METHODS
 from ..storage import check_output, tensor_bytes
 from .folder import InversionError, InversionFolder, Progress
 
 logger = logging.getLogger("stem")
 
 
-def check_startable(inversion: InversionFolder) -> None:
+def check_startable(inversion: InversionFolder, methods: Sequence[str] = INVERSION_METHODS) -> None:
     """Raise where nothing can start from an inversion, as far as that needs no pipeline.
 
+    Args:
+        inversion: Inversion.
+        methods: Methods of the inversions that the run can start from.
+
     Raises:
-        InversionError: incomplete, or damaged where a run begins.
+        InversionError: of another method, incomplete, or damaged where a run begins.
     """
+    method = inversion.settings["method"]
+    if method == FLOW_SOURCE and method not in methods:
+        raise InversionError(
+            f"{inversion.path} holds no inversion, only the source of an edit without one",
+            f"invert the video, by {', '.join(FLOW_METHODS)} (stem invert --methods)",
+        )
+    if method not in methods:
+        raise InversionError(f"{inversion.path} was made by {method}, {_other_way(method)}")
     if not inversion.complete:
         raise InversionError(
             f"{inversion.path} has {inversion.steps_done} of {len(inversion.timesteps)} steps",
             "run the inversion again, it goes on where it stopped",
         )
-    inversion.latents(-1)
+    start_of(inversion)
+
+
+def _other_way(method: str) -> str:
+    """What kind of model a method goes through, and what takes its inversions."""
+    if method in INVERSION_METHODS:
+        return "through a UNet; edit it by another method than flowedit (stem edit --method)"
+    return (
+        "through a video transformer; reconstruct it with stem.inversion.reconstruct_video (stem "
+        "reconstruct), and edit it with stem.editing.flow_edit (stem edit --method flowedit)"
+    )
+
+
+def start_of(inversion: InversionFolder) -> torch.Tensor:
+    """The latents that runs start from: the noisiest, or the video's own where there are no steps.
+
+    Args:
+        inversion: Inversion, or the source of an edit without one.
+    """
+    return inversion.latents(-1) if inversion.timesteps else inversion.x0()
 
 
 def check_same_pipeline(pipeline: Any, inversion: InversionFolder) -> None:
@@ -39,31 +73,41 @@ def check_same_pipeline(pipeline: Any, inversion: InversionFolder) -> None:
         InversionError: another dtype, configuration or weights.
     """
     check_pipeline(pipeline)
+    check_same_weights(pipeline, pipeline.unet.dtype, inversion)
+    _check_same_controlnets(pipeline, inversion)
+
+
+def check_same_weights(pipeline: Any, dtype: torch.dtype, inversion: InversionFolder) -> None:
+    """Raise where a model is not the one that an inversion was made with.
+
+    Args:
+        pipeline: Pipeline, or a video model.
+        dtype: Dtype that it computes in.
+        inversion: Inversion.
+
+    Raises:
+        InversionError: another dtype, configuration or weights.
+    """
     settings = inversion.settings
-    dtype = str(pipeline.unet.dtype).removeprefix("torch.")
-    if dtype != settings["dtype"]:
+    own = str(dtype).removeprefix("torch.")
+    if own != settings["dtype"]:
         raise InversionError(
-            f"{inversion.path} was made in {settings['dtype']}, and this pipeline is in {dtype}",
+            f"{inversion.path} was made in {settings['dtype']}, and this pipeline is in {own}",
             f"load it with dtype={settings['dtype']!r} (--dtype)",
         )
-    recorded = dict(settings["model"])
     found = fingerprint(pipeline)
-    if {name: recorded.pop(name, None) for name in found} != found:
+    if {name: settings["model"].get(name) for name in found} != found:
         raise InversionError(
-            f"{inversion.path} was made with the model {ModelSource.of(recorded)}, whose "
+            f"{inversion.path} was made with the model {inversion.model_source}, whose "
             "configuration or weights (LoRA, VAE and embeddings included) differ from this "
             "pipeline's",
             "load that one",
         )
-    _check_same_controlnets(pipeline, inversion)
 
 
 def _check_same_controlnets(pipeline: Any, inversion: InversionFolder) -> None:
     records, nets = inversion.settings.get("control", []), controlnets_of(pipeline)
-    of_model = ModelSource.of(
-        {k: v for k, v in inversion.settings["model"].items() if not k.endswith("_sha256")}
-    )
-    named = of_model.controlnets or ("?",) * len(records)
+    named = inversion.model_source.controlnets or ("?",) * len(records)
     if len(records) != len(nets):
         what = f"with {len(records)} ControlNets" if records else "without a ControlNet"
         raise InversionError(
@@ -91,7 +135,7 @@ def run_name(inversion: InversionFolder, prefix: str, shaped_by: Any) -> str:
         shaped_by: Settings of the run, as JSON types.
     """
     digest = hashlib.sha256(json.dumps(shaped_by).encode())
-    digest.update(tensor_bytes(inversion.latents(-1).contiguous()))
+    digest.update(tensor_bytes(start_of(inversion).contiguous()))
     return f"{prefix}{digest.hexdigest()[:12]}"
 
 
@@ -109,7 +153,7 @@ def earlier_run(
     Raises:
         OSError: the run could not be kept in the folder.
     """
-    check_output(inversion.path, 8 * inversion.latents(-1).numel())  # the old file and the new
+    check_output(inversion.path, 8 * start_of(inversion).numel())  # the old file and the new
     try:
         found = inversion.progress(run)
     except InversionError as error:
@@ -117,7 +161,7 @@ def earlier_run(
         return None
     if found is None:
         return None
-    if found.steps_done == len(inversion.timesteps):
+    if found.steps_done == inversion.settings["num_steps"]:
         logger.info("%s: this %s is complete; it is reused", inversion.path, what)
     else:
         logger.info("%s: %s goes on after step %d", inversion.path, what, found.steps_done)

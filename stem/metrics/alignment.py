@@ -44,6 +44,21 @@ def text_alignment(frames: torch.Tensor, text: torch.Tensor) -> float:
     return 100 * float(cosine_similarity(frames, text[None], dim=-1).mean())
 
 
+def clip_score(frames: torch.Tensor, text: torch.Tensor) -> float:
+    """100 x the cosine of a frame and a prompt, at least 0; the mean of the frames.
+
+    Args:
+        frames: Embeddings of the frames, floating point [N, D].
+        text: Embedding of the prompt, floating point [D].
+
+    Returns:
+        0 ... 100.
+
+    Source: Hessel et al., EMNLP 2021, as torchmetrics' `CLIPScore`, which clips frame by frame.
+    """
+    return 100 * float(cosine_similarity(frames, text[None], dim=-1).clamp(min=0).mean())
+
+
 def temporal_consistency(frames: torch.Tensor) -> float:
     """Tem-Con: the mean cosine of consecutive frames.
 

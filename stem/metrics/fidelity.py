@@ -1,4 +1,4 @@
-"""How close a video is to its original, frame by frame: PSNR and SSIM."""
+"""How close a video is to its original, frame by frame: PSNR, squared error and SSIM."""
 
 from __future__ import annotations
 
@@ -64,6 +64,23 @@ def pooled_psnr(
             raise ValueError("the mask has no pixel; there is nothing to compare")
         squared = squared[mask]
     return float(-10 * squared.double().mean().log10())
+
+
+def mse(video: torch.Tensor, original: torch.Tensor) -> float:
+    """Mean squared difference of all pixels; frames are of one size, so it is the frames' mean.
+
+    Args:
+        video: Frames, uint8 [N, H, W, 3]; the data range is 1 after division by 255.
+        original: Frames to compare with, uint8 [N, H, W, 3].
+
+    Returns:
+        0 ... 1, without unit.
+
+    Raises:
+        ValueError: another shape or dtype, or no frames.
+    """
+    values = [float((x - y).square().mean()) for x, y in frame_pairs(video, original)]
+    return sum(values) / len(values)
 
 
 def ssim(video: torch.Tensor, original: torch.Tensor) -> float:

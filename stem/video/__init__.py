@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..exports import lazy
 
 if TYPE_CHECKING:
+    from .cuts import find_cuts
     from .folder import read_pictures
     from .frames import FrameRange, Video, VideoError
     from .reading import VideoFile, crop_to_multiple, open_video, read_video
@@ -19,6 +20,7 @@ __all__ = [
     "VideoFile",
     "check_video_output",
     "crop_to_multiple",
+    "find_cuts",
     "open_video",
     "read_pictures",
     "read_video",
@@ -27,6 +29,7 @@ __all__ = [
 
 # Where a clip lies is known without torch and PyAV.
 _MODULES = {
+    "cuts": ("find_cuts",),
     "folder": ("read_pictures",),
     "frames": ("FrameRange", "Video", "VideoError"),
     "reading": ("VideoFile", "crop_to_multiple", "open_video", "read_video"),

@@ -8,6 +8,8 @@ from itertools import chain, groupby
 import av
 from av.filter import Graph
 
+from .filtering import ready
+
 DEINTERLACED = "the frames were deinterlaced (bwdif): of each the first field, its gaps filled in"
 
 
@@ -33,14 +35,4 @@ def deinterlaced(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         ).configure()
         for frame in chain([first], alike, [None]):
             graph.push(frame)
-            yield from _ready(graph)
-
-
-def _ready(graph: Graph) -> Iterator[av.VideoFrame]:
-    while True:
-        try:
-            frame = graph.pull()
-        except (av.BlockingIOError, av.EOFError):
-            return
-        assert isinstance(frame, av.VideoFrame)
-        yield frame
+            yield from ready(graph)

@@ -38,13 +38,7 @@ def read_pictures(
             the last, a picture cannot be read, or their sizes differ.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise VideoError(f"{folder}: no such folder; check the path")
-    found = sorted(
-        (file for file in path.iterdir() if file.suffix.lower() in _PICTURES), key=_by_numbers
-    )
-    if not found:
-        raise VideoError(f"{folder}: holds no picture ({', '.join(_PICTURES)})")
+    found = picture_files(path)
     asked = FrameRange.parse(frames) if isinstance(frames, str) else frames or FrameRange()
     chosen = found[asked.start : asked.stop : asked.stride]
     if not chosen or (asked.stop is not None and asked.stop > len(found)):
@@ -67,6 +61,22 @@ def read_pictures(
         read.append(picture.frames)
         notes.update(dict.fromkeys(picture.notes))
     return Video(torch.cat(read), _RATE, tuple(notes), path.name)
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures of a folder in the order of `read_pictures`.
+
+    Raises:
+        VideoError: there is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise VideoError(f"{folder}: no such folder; check the path")
+    found = sorted(
+        (file for file in folder.iterdir() if file.suffix.lower() in _PICTURES), key=_by_numbers
+    )
+    if not found:
+        raise VideoError(f"{folder}: holds no picture ({', '.join(_PICTURES)})")
+    return found
 
 
 def _by_numbers(file: Path) -> list[tuple[bool, int, str]]:

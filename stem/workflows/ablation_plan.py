@@ -19,7 +19,7 @@ _FORMS: tuple[Callable[..., StemConfig], ...] = (
 )
 FORMS = dict(zip(names.FORMS, _FORMS, strict=True))
 """The configurations that options are changed from."""
-_OF_THE_RUN = ("num_frames", "chunk", "fit_frames", "seed", "backend")
+_OF_THE_RUN = ("num_frames", "chunk", "cuts", "fit_frames", "seed", "backend")
 
 
 def _form(name: str) -> dict[str, Any]:

@@ -49,20 +49,9 @@ class EditPlan:
     control: Sequence[Control] | None = None
 
     def __post_init__(self) -> None:
-        for name, values in (("prompts", self.prompts), ("methods", self.methods)):
-            if isinstance(values, str) or not all(isinstance(value, str) for value in values):
-                raise TypeError(f"{name} is {values!r}; pass a list of texts")
-            if not values:
-                raise ValueError(f"{name} is empty; give at least one")
-            twice = [value for value in values if list(values).count(value) > 1]
-            if twice:
-                raise ValueError(f"{name} holds {twice[0]!r} twice; give each of them once")
-        for prompt in self.prompts:
-            if not prompt.strip():
-                raise ValueError(
-                    f"a prompt is {prompt!r}; describe the whole edited video, as the source "
-                    "prompt does the source"
-                )
+        check_texts("prompts", self.prompts)
+        check_texts("methods", self.methods)
+        check_prompts(self.prompts)
         for method in self.methods:
             edit_options(method, self.options.get(method))
         check_options_used(self.methods, self.options)
@@ -152,3 +141,33 @@ class EditPlan:
             },
         }
         return json.dumps(shaped, sort_keys=True, default=torch.Tensor.tolist)
+
+
+def check_texts(name: str, values: Sequence[str]) -> None:
+    """Raise where an argument is no list of texts that differ.
+
+    Args:
+        name: Name of the argument.
+        values: Texts.
+
+    Raises:
+        TypeError: it is no list of texts.
+        ValueError: it is empty, or holds a text twice.
+    """
+    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{name} is {values!r}; pass a list of texts")
+    if not values:
+        raise ValueError(f"{name} is empty; give at least one")
+    twice = [value for value in values if list(values).count(value) > 1]
+    if twice:
+        raise ValueError(f"{name} holds {twice[0]!r} twice; give each of them once")
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise ValueError where a prompt is empty."""
+    for prompt in prompts:
+        if not prompt.strip():
+            raise ValueError(
+                f"a prompt is {prompt!r}; describe the whole edited video, as the source "
+                "prompt does the source"
+            )

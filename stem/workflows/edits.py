@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -29,7 +29,9 @@ from ..video import Video, VideoFile
 from .comparison import result_name
 from .edit_plan import EditPlan
 
-_THROUGH_VAE, _EXACT, _BACK = "source, through the VAE", "exact answer", "reconstruction"  # labels
+THROUGH_VAE, BACK = "source, through the VAE", "reconstruction"
+"""Labels of what sheets show beside the edits."""
+_EXACT = "exact answer"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def write_edits(
     suffix = ", random weights" if note else ""
     lines: dict[str, torch.Tensor] = {}
 
-    def write(result: EditResult, edit: Edit, clock: _Clock) -> None:
+    def write(result: EditResult, edit: Edit, clock: Clock) -> None:
         label = " ".join(f"{result.method}{suffix}: {result.prompt}".split())
         lines[label] = decode_latents(pipeline, edit.latents[beside.numbers])
         if result.reused:
@@ -120,13 +122,13 @@ def write_edits(
             beside.videos(edit, result.method),
             own,
             beside.numbers,
-            {**_document(inversion, result, edit, clock, note), **beside.figures(edit)},
+            {**edit_document(inversion, result, edit, clock, note), **beside.figures(edit)},
         )
 
     for result in results:
         if result.reused and complete:
             continue
-        clock = _Clock()
+        clock = Clock()
         edit = run_edit(
             pipeline,
             inversion,
@@ -161,12 +163,27 @@ def _planned(
     """Every edit, the files of all together, and whether these are whole or not wanted."""
     plan.check(inversion, out)
     plan.check_pipeline(pipeline)
+    shaped = {
+        (prompt, method): plan.shaped_by(inversion, prompt, method, exact)
+        for prompt in plan.prompts
+        for method in plan.methods
+    }
+    return planned_files(out, shaped)
+
+
+def planned_files(
+    out: Path, shaped: Mapping[tuple[str, str], str]
+) -> tuple[list[EditResult], EditsFiles | None, bool]:
+    """Every edit, the files of all together, and whether these are whole or not wanted.
+
+    Args:
+        out: Folder below which every edit has one of its own.
+        shaped: What shapes an edit's files, by prompt and method.
+    """
     results = []
-    for prompt in plan.prompts:
-        for method in plan.methods:
-            shaped = plan.shaped_by(inversion, prompt, method, exact)
-            files = EditFiles(out / result_name(f"{method}-{prompt}", [shaped]))
-            results.append(EditResult(prompt, method, files, files.whole))
+    for (prompt, method), text in shaped.items():
+        files = EditFiles(out / result_name(f"{method}-{prompt}", [text]))
+        results.append(EditResult(prompt, method, files, files.whole))
     together = None
     if len(results) > 1:
         names = [result.files.folder.name for result in results]
@@ -211,11 +228,11 @@ class _Beside:
             lines = {"source": _picked(self._video.parts(VAE_FRAMES), self.numbers)}
         else:
             x0 = self._inversion.x0()[self.numbers]
-            lines = {_THROUGH_VAE: decode_latents(self._pipeline, x0)}
+            lines = {THROUGH_VAE: decode_latents(self._pipeline, x0)}
         if self._exact is not None:
             lines[_EXACT] = self._exact[self.numbers].cpu()
         else:
-            lines[_BACK] = decode_latents(self._pipeline, self.reconstruction[self.numbers])
+            lines[BACK] = decode_latents(self._pipeline, self.reconstruction[self.numbers])
         return lines
 
     def videos(self, edit: Edit, method: str) -> dict[str, Iterable[torch.Tensor]]:
@@ -224,11 +241,11 @@ class _Beside:
         if self._video is not None:
             videos["source"] = _frames(self._video.parts(VAE_FRAMES))
         else:
-            videos[_THROUGH_VAE] = self._decoded(self._inversion.x0())
+            videos[THROUGH_VAE] = self._decoded(self._inversion.x0())
         if self._exact is not None:
             videos[_EXACT] = self._exact.cpu()
         else:
-            videos[_BACK] = self._decoded(self.reconstruction)
+            videos[BACK] = self._decoded(self.reconstruction)
         videos[method] = self._decoded(edit.latents)
         if edit.masks is not None:
             cores = edit.masks if edit.cores is None else edit.cores
@@ -282,8 +299,13 @@ def _picked(parts: Iterable[torch.Tensor], numbers: Sequence[int]) -> torch.Tens
     return torch.stack(found)
 
 
-class _Clock:
-    """Seconds of an edit, and how many steps were done in them."""
+class Clock:
+    """Seconds of an edit, and how many steps were done in them.
+
+    Attributes:
+        steps: Number of steps done.
+        seconds: Seconds from the making of this object to `stop`.
+    """
 
     def __init__(self) -> None:
         self.steps = 0
@@ -291,17 +313,28 @@ class _Clock:
         self._start = time.perf_counter()
 
     def step(self) -> None:
+        """Count one more step."""
         self.steps += 1
 
     def stop(self, device: torch.device) -> None:
+        """Note the seconds, once the device has done its work."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.seconds = time.perf_counter() - self._start
 
 
-def _document(
-    inversion: InversionFolder, result: EditResult, edit: Edit, clock: _Clock, note: str
+def edit_document(
+    inversion: InversionFolder, result: EditResult, edit: Edit, clock: Clock, note: str
 ) -> dict[str, Any]:
+    """What an edit's document says of it, as JSON types.
+
+    Args:
+        inversion: Inversion that was edited.
+        result: Edit and its files.
+        edit: Edit.
+        clock: Clock that ran meanwhile.
+        note: Note, where the weights are random.
+    """
     where = provenance("diffusers")
     del where["commit"]
     return {

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 
@@ -29,30 +27,7 @@ from ..metrics.fidelity import SSIM_VARIANT
 from ..metrics.perceptual import LPIPS_VARIANT
 from ..models import check_device
 from ..video import Video
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One metric of one edit.
-
-    Args:
-        metric: Name of the metric, with its factor or unit.
-        value: Value; None where it could not be measured.
-        measured_by: Variant, model or flow that it depends on. Figures of the same metric belong
-            in one column only where this is the same.
-        higher_is_better: Whether more is better.
-        missing: Why there is no value, such as weights that are not here; empty where there is.
-        remedy: Command or advice that gets the value; empty where there is one.
-    """
-
-    metric: str
-    value: float | None
-    measured_by: str
-    higher_is_better: bool
-    missing: str = ""
-    remedy: str = ""
+from .figures import Figure, Sheet, attempt, given
 
 
 @dataclass(frozen=True)
@@ -67,7 +42,8 @@ class Evaluation:
         num_frames: Number of frames of both videos.
         height: Height of both in pixels.
         width: Width of both in pixels.
-        figures: Figures, always of the same metrics in the same order.
+        figures: Figures, always of the same metrics in the same order; after them the three to
+            another video, where one was given.
     """
 
     source: str
@@ -100,6 +76,7 @@ def evaluate(
     flow: str | Flow | None = None,
     clip: str | Embedder = CLIP_MODEL,
     device: str | torch.device | None = None,
+    against: Video | None = None,
 ) -> Evaluation:
     """Measure an edit, of any tool, against its source and its prompts.
 
@@ -119,6 +96,8 @@ def evaluate(
             this machine, else DIS.
         clip: CLIP model, a hub id or a local folder, or another embedder, such as `WorldJudge`.
         device: Device of the networks; None: "cuda" if there is a GPU, else "cpu".
+        against: Another edit, to which PSNR, SSIM and LPIPS are measured, too, such as the same
+            edit under dense attention (`dense_edit`); the figures bear its name.
 
     Raises:
         ValueError: the videos differ in their number of frames or their size, the frames are
@@ -128,58 +107,54 @@ def evaluate(
     Source: the functions of `stem.metrics` name the source of each metric.
     """
     _check_comparable(source, edit)
+    if against is not None:
+        _check_against(edit, against)
     if not prompt.strip():
         raise ValueError("prompt is empty; give the prompt of the edit")
     where = check_device(device)
     frames, original = edit.frames.cpu(), source.frames.cpu()
-    moved = _attempt(
+    moved = attempt(
         lambda: flow if isinstance(flow, Flow) else estimate_flow(original, flow, where)
     )
-    judge = _attempt(lambda: Clip(clip, where) if isinstance(clip, str) else clip)
-    seen = _attempt(lambda: _given(judge).embed_frames(frames))
-    target = _attempt(lambda: _given(judge).embed_texts([prompt])[0])
-    before = _attempt(lambda: _given(judge).embed_texts([_known(source_prompt)])[0])
+    judge = attempt(lambda: Clip(clip, where) if isinstance(clip, str) else clip)
+    seen = attempt(lambda: given(judge).embed_frames(frames))
+    target = attempt(lambda: given(judge).embed_texts([prompt])[0])
+    before = attempt(lambda: given(judge).embed_texts([_known(source_prompt)])[0])
     by_clip = f"CLIP {clip}" if isinstance(clip, str) else clip.name
     by_flow = f"flow of the source: {_flow_name(moved, flow)}"
     by_ssim = f"SSIM: {SSIM_VARIANT}"
 
-    sheet = _Sheet()
-    sheet.add("PSNR dB", "mean of frames, to the source", lambda: psnr(frames, original))
-    sheet.add("SSIM", f"to the source; {by_ssim}", lambda: ssim(frames, original))
-    sheet.add(
-        "LPIPS",
-        f"to the source; {LPIPS_VARIANT}",
-        lambda: lpips(frames, original, where),
-        higher_is_better=False,
-    )
-    text = sheet.add(
-        "CLIP-text x100", by_clip, lambda: text_alignment(_given(seen), _given(target))
-    )
-    sheet.add("Tem-Con", by_clip, lambda: temporal_consistency(_given(seen)))
+    sheet = Sheet()
+    _add_fidelity(sheet, frames, original, "the source", where)
+    text = sheet.add("CLIP-text x100", by_clip, lambda: text_alignment(given(seen), given(target)))
+    sheet.add("Tem-Con", by_clip, lambda: temporal_consistency(given(seen)))
     sheet.add(
         "Frame-Acc",
         by_clip,
-        lambda: frame_accuracy(_given(seen), _given(before), _given(target)),
+        lambda: frame_accuracy(given(seen), given(before), given(target)),
     )
     error = sheet.add(
         "Warp-Err x1000",
         by_flow,
-        lambda: _warp_error(frames, _given(moved)),
+        lambda: _warp_error(frames, given(moved)),
         higher_is_better=False,
     )
     warped = sheet.add(
-        "WarpSSIM", f"{by_flow}; {by_ssim}", lambda: warped_ssim(frames, _given(moved).backward)
+        "WarpSSIM", f"{by_flow}; {by_ssim}", lambda: warped_ssim(frames, given(moved).backward)
     )
     sheet.add(
         "Q_edit = WarpSSIM x CLIP-text",
         f"{by_flow}; {by_ssim}; {by_clip}",
-        lambda: _given(warped) * _given(text),
+        lambda: given(warped) * given(text),
     )
     sheet.add(
         "Q_edit = CLIP-text / Warp-Err",
         f"{by_flow}; {by_clip}",
-        lambda: _given(text) / _given(error) if _given(error) else math.inf,
+        lambda: given(text) / given(error) if given(error) else math.inf,
     )
+    if against is not None:
+        name = against.name or "the other"
+        _add_fidelity(sheet, frames, against.frames.cpu(), name, where, f", to {name}")
     return Evaluation(
         source.name,
         edit.name,
@@ -192,41 +167,24 @@ def evaluate(
     )
 
 
-def _attempt(compute: Callable[[], T]) -> T | UnmeasuredError:
-    """What several figures share, or why they have none."""
-    try:
-        return compute()
-    except UnmeasuredError as error:
-        return error
-
-
-def _given(found: T | UnmeasuredError) -> T:
-    if isinstance(found, UnmeasuredError):
-        raise found
-    return found
-
-
-@dataclass
-class _Sheet:
-    """The figures so far."""
-
-    figures: list[Figure] = field(default_factory=list)
-
-    def add(
-        self,
-        metric: str,
-        measured_by: str,
-        compute: Callable[[], float],
-        higher_is_better: bool = True,
-    ) -> float | UnmeasuredError:
-        """Add a figure, with or without a value; gives what `_given` takes."""
-        found = _attempt(compute)
-        if isinstance(found, UnmeasuredError):
-            figure = Figure(metric, None, measured_by, higher_is_better, found.reason, found.remedy)
-        else:
-            figure = Figure(metric, found, measured_by, higher_is_better)
-        self.figures.append(figure)
-        return found
+def _add_fidelity(
+    sheet: Sheet,
+    frames: torch.Tensor,
+    original: torch.Tensor,
+    name: str,
+    device: torch.device,
+    suffix: str = "",
+) -> None:
+    """PSNR, SSIM and LPIPS of frames to others, which have a name."""
+    to = f"to {name}"
+    sheet.add(f"PSNR dB{suffix}", f"mean of frames, {to}", lambda: psnr(frames, original))
+    sheet.add(f"SSIM{suffix}", f"{to}; SSIM: {SSIM_VARIANT}", lambda: ssim(frames, original))
+    sheet.add(
+        f"LPIPS{suffix}",
+        f"{to}; {LPIPS_VARIANT}",
+        lambda: lpips(frames, original, device),
+        higher_is_better=False,
+    )
 
 
 def _flow_name(moved: Flow | UnmeasuredError, asked: str | Flow | None) -> str:
@@ -263,4 +221,13 @@ def _check_comparable(source: Video, edit: Video) -> None:
         raise ValueError(
             f"the source is {sizes[0]} pixels and the edit {sizes[1]}; scale the source as the "
             f"edit's was: --size {sizes[1]}"
+        )
+
+
+def _check_against(edit: Video, against: Video) -> None:
+    shapes = [f"{v.num_frames} frames of {v.width}x{v.height}" for v in (edit, against)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the edit has {shapes[0]} and {against.name or 'the other video'} {shapes[1]}; "
+            "compare edits of the same frames and size"
         )

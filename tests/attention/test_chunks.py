@@ -247,7 +247,7 @@ def test_fit_frames_are_stem_on_those_frames() -> None:
     unet = make_unet()
     config = StemConfig(num_bases=16, num_frames=FRAMES, fit_frames=3)
     (sample, timestep, text), keywords = unet_inputs(rows=2 * FRAMES)
-    fit = spread_frames(FRAMES, 3)
+    fit = spread_frames(range(FRAMES), 3)
     assert fit == [1, 4, 6]
     rows = [branch * FRAMES + frame for branch in (0, 1) for frame in fit]
     alone = StemConfig(num_bases=16, num_frames=3)
@@ -268,9 +268,10 @@ def test_fit_frames_are_stem_on_those_frames() -> None:
 
 
 def test_frames_are_spread_evenly() -> None:
-    assert spread_frames(64, 4) == [8, 24, 40, 56]
-    assert spread_frames(3, 8) == [0, 1, 2]
-    assert spread_frames(5, 1) == [2]
+    assert spread_frames(range(64), 4) == [8, 24, 40, 56]
+    assert spread_frames(range(3), 8) == [0, 1, 2]
+    assert spread_frames(range(5), 1) == [2]
+    assert spread_frames(range(10, 15), 2) == [11, 13]
 
 
 def test_chunks_that_part_ways_are_an_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -106,22 +107,51 @@ def test_small_tensors_and_those_with_gradients_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_what_the_caller_gave_and_what_is_brought_stay(tmp_path: Path) -> None:
+def test_what_a_view_was_made_of_does_not_keep_its_memory(tmp_path: Path) -> None:
+    def hold() -> tuple[torch.Tensor]:
+        return (torch.arange(24.0).view(4, 6),)  # nothing has a name for the 24 numbers
+
+    with parking("disk", tmp_path), torch.no_grad():
+        for (held,) in waiting(hold):
+            assert held._base is not None
+            assert held._base.untyped_storage().filename is not None
+            assert held._base.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
+            assert torch.equal(held, torch.arange(24.0).view(4, 6))
+
+
+@pytest.mark.usefixtures("small")
+def test_what_chunks_return_and_their_own_rows_lie_in_files(tmp_path: Path) -> None:
+    unet = make_unet(**ONE_LEVEL)
+    own: list[torch.Tensor] = []
+    unet.conv_in.register_forward_pre_hook(lambda module, args: own.append(args[0]))
+    config = dataclasses.replace(CHUNKS, chunk=2)
+    with stem.enabled(unet, config), parking("disk", tmp_path):
+        found = call(unet, rows=8)  # rows of two frames of two videos are no view of the caller's
+    assert found.untyped_storage().filename is not None
+    assert len(own) == 2
+    assert all(rows.untyped_storage().filename is not None for rows in own)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_the_caller_gave_stays_and_what_is_brought_waits_in_files(tmp_path: Path) -> None:
     exchange = Lockstep([0, 1], 1)
-    given, brought = torch.ones(3), [torch.ones(5), torch.ones(5)]
+    given, brought = torch.ones(3), [torch.ones(5), torch.full((5,), 2.0)]
+    merged: list[torch.Tensor] = []
 
     def run(frames: list[int]) -> tuple[torch.Tensor]:
         named = given
-        return inner(named, brought[frames[0]])
+        return inner(named, frames[0])
 
-    def inner(named: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor]:
-        exchange.meet((own,), lambda parts: None)
+    def inner(named: torch.Tensor, frame: int) -> tuple[torch.Tensor]:
+        exchange.meet((brought[frame],), lambda parts: merged.extend(each for (each,) in parts))
         return (named.unsqueeze(0),)
 
     with parking("disk", tmp_path), torch.no_grad():
-        exchange.run(run)
+        found = exchange.run(run)
     assert given.untyped_storage().filename is None
-    assert all(each.untyped_storage().filename is None for each in brought)
+    assert all(each.untyped_storage().filename is not None for each in merged)
+    assert [float(each[0]) for each in merged] == [1.0, 2.0]
+    assert torch.equal(found[0], torch.ones(2, 3))
 
 
 @pytest.mark.usefixtures("small")

@@ -16,11 +16,12 @@ from conftest import write_clip
 from PIL import Image
 from typer import BadParameter
 
-from stem import InversionFolder, read_video
+from stem import InversionFolder, read_video, write_video
 from stem.attention.parked import current_parking
 from stem.cli.edit_options import split_options, with_preset
 from stem.editing import METHODS, Edit, FateZeroOptions, edit_options
 from stem.editing.job import Options
+from stem.world import render, sample_scene
 
 OPTIONS = ("--inversion", "ddim", "--size", "32x32", "--steps", "2")
 
@@ -205,6 +206,24 @@ def test_a_video_is_inverted_and_its_inversion_reused(
     for frame in range(3):
         pixels = tuple(source[frame, 16, 16].tolist())
         assert sheet.getpixel((128 * frame + 4 * 16, 24 + 4 * 16)) == pixels
+
+
+@pytest.mark.parametrize(("text", "cuts"), [(None, [8]), ("none", []), ("3, 9", [3, 9])])
+def test_scenes_are_found_or_as_the_command_says(
+    tmp_path: Path,
+    editing: Editing,
+    capfd: pytest.CaptureFixture[str],
+    text: str | None,
+    cuts: list[int],
+) -> None:
+    scenes = [render(sample_scene(seed, num_things=1), 8, 32).frames for seed in (1, 2)]
+    write_video(tmp_path / "scenes.mp4", torch.cat(scenes), 8)
+    said = [] if text is None else ["--cuts", text]
+    arguments = ("edit", str(tmp_path / "scenes.mp4"), "--prompt", "a blue ball", *OPTIONS)
+    assert run(*arguments, *said, "--out", str(tmp_path)) == 0
+    (folder,) = (tmp_path / "inversions").iterdir()
+    assert InversionFolder.open(folder).settings["attention"]["cuts"] == cuts
+    assert ("other scenes begin with frames 8:" in capfd.readouterr().out) == (text is None)
 
 
 @pytest.mark.parametrize("kind", ["disk", "never", "auto"])

@@ -65,6 +65,7 @@ def test_mistakes_are_one_line_and_found_before_a_model_is_loaded(
         (["compare", "FOLDER"], "is a folder; name a video file in it"),
         (["compare", "FOLDER/absent.mp4"], "absent.mp4: no such file"),
         (["invert", "VIDEO", "--keep-bases", "--methods", "ddim,inflated"], "only stem has bases"),
+        (["invert", "VIDEO", "--cuts", "second 3"], "auto, none, or numbers of frames"),
         (["demo", "--size", "61"], "size is 61; this model takes multiples of 4, such as 60"),
         (["demo", "--size", "8"], "frames of 8x8 are smaller than SSIM's window"),
         (["demo", "--videos", "0"], "videos is 0; it must be at least 1"),

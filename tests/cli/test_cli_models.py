@@ -133,7 +133,7 @@ def test_every_command_that_loads_a_model_has_the_options() -> None:
             with_model.add(name)
             assert names.issuperset(options), name
     assert with_model == {
-        *("ablate", "analyse", "compare", "demo", "edit", "invert", "reconstruct")
+        *("ablate", "analyse", "compare", "demo", "edit", "evaluate", "invert", "reconstruct")
     }
 
 

@@ -76,7 +76,7 @@ def test_commands_have_the_options() -> None:
         for name, command in get_command(cli.app).commands.items()  # type: ignore[attr-defined]
         if options <= {parameter.name for parameter in command.params}
     }
-    assert found == {"compare", "edit", "invert", "reconstruct"}
+    assert found == {"compare", "edit", "evaluate", "invert", "reconstruct"}
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,11 @@ def inverted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     plain = invert(make_pipeline(), video, "a duck", root, **settings)
     control = Control(pictures(FRAMES))
     controlled = invert(make_control_pipeline(), video, "a duck", root, control=control, **settings)
+    scenes = invert(make_pipeline(), video, "a duck", root, cuts=(3,), **settings)
     settings["options"] = None
     dense = invert(make_pipeline(), video, "a duck", root, method="inflated", **settings)
-    return {"plain": plain.path, "controlled": controlled.path, "dense": dense.path}
+    found = {"plain": plain, "controlled": controlled, "scenes": scenes, "dense": dense}
+    return {name: each.path for name, each in found.items()}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -92,7 +94,12 @@ for ranks, group in ((1, None), (2, two), (3, dist.group.WORLD)):
 def test_one_two_and_three_processes_give_the_same_bits(
     inverted: dict[str, Path], tmp_path: Path
 ) -> None:
-    asked = {"plain": EDITS, "controlled": EDITS[-1:], "dense": STORED}
+    asked = {
+        "plain": EDITS,
+        "controlled": EDITS[-1:],
+        "scenes": [EDITS[1], EDITS[-1]],
+        "dense": STORED,
+    }
     edits = {inverted[name]: asked[name] for name in asked}
     for ranks in (1, 2, 3):
         for folder in edits:

@@ -16,11 +16,13 @@ from ranks import start
 from stem import Control, invert
 from stem.attention.exchange import Lockstep
 from stem.inversion import InversionFolder, reconstruct_latents
+from stem.names import INVERSION_METHODS
 
-# (method, options, frames in a chunk); under "control" with a ControlNet.
+# (method, options, frames in a chunk); under "control" with a ControlNet, under "scenes" of two
+# scenes, of which the second is shorter than three chunks.
 RUNS: list[tuple[str, dict[str, Any], int]] = [
     ("stem", {"num_bases": 8, "init": "gaussian", "empty": "reseed", "calibration": "joint"}, 2),
-    ("stem", {"num_bases": 8, "space": "key", "fit_frames": 5}, 1),
+    ("scenes", {"num_bases": 8, "space": "key", "fit_frames": 3}, 1),
     ("st-ddim", {}, 2),
     ("inflated", {}, 2),
     ("control", {"num_bases": 8}, 2),
@@ -40,7 +42,8 @@ def run(
             clip(7),
             "a duck",
             root / "inversions",
-            method=method if control is None else "stem",
+            method=method if method in INVERSION_METHODS else "stem",
+            cuts=(5,) if method == "scenes" else (),
             control=control,
             options=options,
             num_steps=num_steps,

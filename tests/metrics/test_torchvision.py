@@ -15,7 +15,7 @@ from clips import drifting
 from torch import nn
 from torch.nn.functional import normalize
 
-from stem.metrics import UnmeasuredError, estimate_flow, lpips
+from stem.metrics import Lpips, UnmeasuredError, estimate_flow, lpips
 from stem.metrics.unmeasured import install_torchvision, torchvision_module
 
 
@@ -115,6 +115,9 @@ def alexnet_features() -> nn.Sequential:
 def test_lpips_weighs_the_squares_between_features(
     monkeypatch: pytest.MonkeyPatch, hub: Path
 ) -> None:
+    import torchmetrics.functional.image.lpips as functional
+    import torchmetrics.image.lpip as modular
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         features = alexnet_features()
@@ -126,9 +129,6 @@ def test_lpips_weighs_the_squares_between_features(
         alexnet=lambda **_: SimpleNamespace(features=features),
     )
     sys.modules["torchvision"].models = sys.modules["torchvision.models"]
-    import torchmetrics.functional.image.lpips as functional
-    import torchmetrics.image.lpip as modular
-
     for module in (functional, modular):
         monkeypatch.setattr(module, "_TORCHVISION_AVAILABLE", True)
     video, original = drifting(3, 64)[1:], drifting(3, 64)[:-1]
@@ -157,3 +157,44 @@ def test_lpips_weighs_the_squares_between_features(
             head = [1, 4, 7, 9, 11].index(layer)
             expected += (heads[f"lin{head}.model.1.weight"] * squares).sum(1).mean((1, 2))
     assert lpips(video, original) == pytest.approx(float(expected.mean()), rel=1e-4)
+
+
+def squeezenet_features() -> nn.Sequential:
+    """Thirteen layers with the channels of torchvision's `squeezenet1_1().features`, no others."""
+    widths = [(0, 3, 64), (3, 64, 128), (6, 128, 256), (9, 256, 384), (10, 384, 384)]
+    widths += [(11, 384, 512), (12, 512, 512)]
+    layers: list[nn.Module] = [nn.Identity() for _ in range(13)]
+    for place, before, after in widths:
+        layers[place] = nn.Conv2d(before, after, 1)
+    return nn.Sequential(*layers)
+
+
+def test_lpips_by_squeezenet_is_loaded_once(monkeypatch: pytest.MonkeyPatch, hub: Path) -> None:
+    import torchmetrics.functional.image.lpips as functional
+    import torchmetrics.image.lpip as modular
+
+    loaded = []
+
+    def squeezenet1_1(**_: Any) -> SimpleNamespace:
+        loaded.append(1)
+        return SimpleNamespace(features=squeezenet_features())
+
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(url="https://host/squeezenet1_1.pth"))
+    models = "torchvision.models"
+    stub(monkeypatch, models, SqueezeNet1_1_Weights=weights, squeezenet1_1=squeezenet1_1)
+    sys.modules["torchvision"].models = sys.modules[models]
+    for module in (functional, modular):
+        monkeypatch.setattr(module, "_TORCHVISION_AVAILABLE", True)
+    with pytest.raises(UnmeasuredError) as caught:
+        Lpips("squeeze")
+    assert "SqueezeNet1_1_Weights.DEFAULT.get_state_dict()" in caught.value.remedy
+    (hub / "squeezenet1_1.pth").touch()
+    distance = Lpips("squeeze")
+    assert distance.variant == "SqueezeNet1_1, version 0.1"
+    video = drifting(3, 64)
+    # The mean of pairs, and a call leaves nothing to the next one.
+    pairs = [distance(video[[k]], video[[k + 1]]) for k in (0, 1)]
+    assert min(pairs) > 0
+    assert distance(video[:2], video[1:]) == pytest.approx(sum(pairs) / 2, rel=1e-5)
+    assert distance(video, video) == 0
+    assert loaded == [1]

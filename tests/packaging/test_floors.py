@@ -16,18 +16,19 @@ KERNELS = "stem_kernels"
 FLOORS: dict[str, dict[str, str]] = {
     "stem": {
         "stem.__main__": "cli",
-        "stem.cli": "app workflows report metrics inversion models diffusion control attention "
-        "world video distributed sources storage names",
+        "stem.cli": "app workflows report metrics inversion flow models diffusion control "
+        "attention world video distributed sources storage names",
         "stem.app": "inversion world video storage progress names",
-        "stem.workflows": "report metrics editing inversion models diffusion control attention "
-        "attention.families world video config distributed storage progress names",
-        "stem.world.training": "report metrics inversion models diffusion control world video",
+        "stem.workflows": "report metrics editing inversion flow models diffusion control "
+        "attention attention.families world video config distributed storage progress names",
+        "stem.world.training": "report metrics inversion flow models diffusion control world video",
         "stem.report": "metrics video storage names",
         "stem.metrics": "world names",
-        "stem.editing": "inversion diffusion control attention attention.families config "
-        "distributed storage names",
-        "stem.inversion": "diffusion control attention attention.families attention.video video "
-        "config distributed sources storage names exports",
+        "stem.editing": "inversion flow diffusion control attention attention.families config "
+        "distributed storage progress names",
+        "stem.inversion": "flow diffusion control attention attention.families attention.video "
+        "video config distributed sources storage progress names exports",
+        "stem.flow": "models diffusion attention.video sources names exports",
         "stem.models": "loading diffusion sources names",
         "stem.loading": "sources storage names",
         "stem.diffusion": "control attention attention.families storage profiling progress",
@@ -54,15 +55,16 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem_kernels.ops": "verification backends reference triton cuda shared",
         "stem_kernels.verification": "backends reference triton cuda shared",
         "stem_kernels.backends": "triton cuda shared",
-        "stem_kernels.reference": "shared",
-        "stem_kernels.triton": "shared",
+        "stem_kernels.triton": "reference shared",
         "stem_kernels.cuda": "shared",
+        "stem_kernels.reference": "shared",
         "stem_kernels.shared": "",
         "stem_kernels.measure": "",
     },
     "benchmarks": {
         "benchmarks.readme": "studies.quality studies.editing studies.features studies.drop_in "
-        "studies.small_cards studies.video_transformers suite counting cases records",
+        "studies.small_cards studies.video_transformers studies.frames_and_sizes suite counting "
+        "cases records",
         "benchmarks.conftest": "cases records",
         "benchmarks.test_cpu": "suite cases",
         "benchmarks.studies.calibration": "studies.editing studies.quality cases records",
@@ -71,6 +73,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "benchmarks.studies.quality": "cases records",
         "benchmarks.studies.any_length": "cases records",
         "benchmarks.studies.drop_in": "records",
+        "benchmarks.studies.frames_and_sizes": "counting cases records",
         "benchmarks.studies.small_cards": "cases records",
         "benchmarks.studies.video_transformers": "records",
         "benchmarks.suite": "counting cases records",

@@ -3,10 +3,10 @@
 memory: peak memory of a UNet call of Stable Diffusion 1.5's shape over the number of frames, by
 way of attending, with the slope a frame. throughput: chunks in lockstep against one batch. fit: how
 far bases of a few frames are from those of all, with the embedded model on world videos, and how
-steady an edit is across the borders of chunks. stream: a long video through `stem invert` and
-`stem reconstruct`. Writes benchmarks/results/any-length.json, .md and .png; a part that is measured
-again takes the place of its earlier figures, and so does a way with `--ways`. For the memory set
-MALLOC_MMAP_THRESHOLD_=131072, so that what is freed goes back to the system.
+steady an edit is across the borders of chunks. stream: a long video of four scenes through `stem
+invert` and `stem reconstruct`. Writes benchmarks/results/any-length.json, .md and .png; a part that
+is measured again takes the place of its earlier figures, and so does a way with `--ways`. For the
+memory set MALLOC_MMAP_THRESHOLD_=131072, so that what is freed goes back to the system.
 """
 
 from __future__ import annotations
@@ -14,12 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +42,8 @@ from stem_kernels.measure import PeakMemory
 
 from ... import records
 from ...cases.unets import sd15_unet
+from .stream import measure_stream
+from .stream import report as stream_report
 
 OUT = records.RESULTS / "any-length.json"
 PARTS = ("memory", "throughput", "fit", "stream")
@@ -73,9 +71,6 @@ SEEDS = range(41_000_000, 41_000_003)  # scenes of one object; no training saw t
 TIMESTEPS = (201, 501, 801)
 EDIT_STEPS = 10
 GUIDANCE = 5.0
-
-STREAM_FRAMES = 2000
-STREAM_STEPS = 10
 
 
 @torch.no_grad()
@@ -217,7 +212,7 @@ def _compare_layer(
         if config.fit_frames is None:
             found = run(config, CHUNK, tokens, state)
         else:
-            fit = spread_frames(FIT_FRAMES, config.fit_frames)
+            fit = spread_frames(range(FIT_FRAMES), config.fit_frames)
             recording = Recording()
             with state.hooks.added("fitting", recording):
                 run(config, len(fit), tokens[fit], state)
@@ -254,95 +249,6 @@ def _border_warp(
     return {"border": statistics.fmean(border), "inside": statistics.fmean(inside)}
 
 
-# The kernel's own mark of a process, since the exit status's maximum begins with the parent's.
-CHILD = """
-import pathlib, re, sys
-
-from ... import records
-from ...cases.unets import sd15_unet
-peak, command, *arguments = sys.argv[1:]
-if command == "load":
-    import stem
-    stem.load_pipeline("embedded")
-    status = 0
-else:
-    from stem.cli import run
-    try:
-        status = run([command, *arguments])
-    except SystemExit as end:
-        status = end.code
-found = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())
-pathlib.Path(peak).write_text(found.group(1))
-sys.exit(status)
-"""
-
-
-def measure_stream() -> Iterator[dict[str, Any]]:
-    """A long world video through the command line; peak resident memory of each command."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        scene = one_object(SEEDS[0])
-        source = folder / "long.mp4"
-        clip = render(scene, STREAM_FRAMES, PIXELS)
-        stem.write_video(source, clip.frames, Fraction(8))
-        options = ["--prompt", clip.caption, "--steps", str(STREAM_STEPS), "--out", str(folder)]
-        options += ["--option", "stem.fit_frames=32"]
-        inverted = _timed("invert", [str(source), *options])
-        (inversion,) = (folder / "inversions").iterdir()
-        back = folder / "back.mp4"
-        reconstructed = _timed("reconstruct", [str(inversion), "--out", str(back)])
-        baseline = _timed("load", [])
-        frames = stem.read_video(back).frames
-        quality = {
-            str(at): _psnr(frames[at : at + 8], clip.frames[at : at + 8])
-            for at in (0, STREAM_FRAMES // 2 - 4, STREAM_FRAMES - 8)
-        }
-        yield {
-            "frames": STREAM_FRAMES,
-            "steps": STREAM_STEPS,
-            "invert": inverted,
-            "reconstruct": reconstructed,
-            "loaded": baseline,
-            "psnr": quality,
-            "psnr_short": _short_clips(scene),
-        }
-
-
-def _psnr(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return stem.metrics.psnr(found, expected)
-
-
-def _short_clips(scene: Scene) -> dict[str, float]:
-    """PSNR of 8-frame clips of the same stretches of the video, each by itself."""
-    pipeline = stem.load_pipeline("embedded")
-    clip = render(scene, STREAM_FRAMES, PIXELS)
-    found = {}
-    for at in (0, STREAM_FRAMES // 2 - 4, STREAM_FRAMES - 8):
-        frames = clip.frames[at : at + 8]
-        latents = encode_frames(pipeline, frames)
-        back = stem.inversion.round_trip(
-            pipeline, latents, clip.caption, STREAM_STEPS, StemConfig(num_frames=8)
-        )
-        found[str(at)] = _psnr(decode_latents(pipeline, back), frames)
-    return found
-
-
-def _timed(command: str, arguments: list[str]) -> dict[str, float]:
-    """Seconds and peak resident bytes of a command in a process of its own."""
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        peak = Path(folder) / "peak"
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, str(peak), command, *arguments],
-            stdout=subprocess.DEVNULL,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise SystemExit(f"stem {command} failed with status {done.returncode}")
-        kibibytes = int(peak.read_text())
-    return {"seconds": time.perf_counter() - start, "peak_bytes": kibibytes * 1024}
-
-
 def report(results: dict[str, Any]) -> str:
     """The results as Markdown tables."""
     lines = ["# Videos of any length", ""]
@@ -373,23 +279,7 @@ def report(results: dict[str, Any]) -> str:
     if "fit" in parts:
         lines += _fit_report(parts["fit"]["rows"])
     if "stream" in parts:
-        (row,) = parts["stream"]["rows"]
-        above = {
-            command: (row[command]["peak_bytes"] - row["loaded"]["peak_bytes"]) / 2**30
-            for command in ("invert", "reconstruct")
-        }
-        lines += [
-            f"{row['frames']} world frames of {PIXELS}x{PIXELS}, {row['steps']} steps, "
-            f"fit_frames=32: invert {row['invert']['seconds']:.0f} s, reconstruct "
-            f"{row['reconstruct']['seconds']:.0f} s; peak resident memory {above['invert']:.2f} "
-            f"and {above['reconstruct']:.2f} GiB above that of the loaded model alone.",
-            "",
-            "| frames from | PSNR dB | the same 8 frames by themselves |",
-            "|---|---|---|",
-        ]
-        for at, value in row["psnr"].items():
-            lines.append(f"| {at} | {value:.2f} | {row['psnr_short'][at]:.2f} |")
-        lines.append("")
+        lines += stream_report(parts["stream"]["rows"])
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,13 @@ def stem(*arguments: str) -> tuple[int, float]:
     return used.ru_maxrss * 1024, used.ru_utime + used.ru_stime
 
 
-def measure(frames: int, wanted: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Rows of methods and kinds of parking.
+def measure(frames: int, wanted: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Rows of methods and kinds of parking, one after the other.
 
     Args:
         frames: Number of frames.
         wanted: Methods and kinds.
     """
-    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clip = render(sample_scene(SEED), frames, PIXELS)
@@ -77,18 +76,15 @@ def measure(frames: int, wanted: Sequence[tuple[str, str]]) -> list[dict[str, An
                 "edit", str(own / inversion.name), f"--prompt={PROMPT}", f"--method={method}",
                 f"--out={own}", f"--park={parked}",
             )  # fmt: skip
-            rows.append(
-                {
-                    "frames": frames, "method": method, "park": parked, "bytes": peak,
-                    "cpu_seconds": round(seconds, 1),
-                }
-            )  # fmt: skip
+            yield {
+                "frames": frames, "method": method, "park": parked, "bytes": peak,
+                "cpu_seconds": round(seconds, 1),
+            }  # fmt: skip
             print(
                 f"{method}, {frames} frames, {parked}: {peak / 2**20:.0f} MiB, "
                 f"{time.time() - begin:.0f} s",
                 flush=True,
             )
-    return rows
 
 
 def table(results: dict[str, Any]) -> str:
@@ -140,8 +136,8 @@ def main() -> None:
         parked = PARKED if frames <= MOST_IN_MEMORY else ("disk",)
         ways = [(method, kind) for method in METHODS for kind in parked]
         missing = [way for way in ways if (frames, *way) not in measured]
-        if missing:
-            results["rows"] += [{**row, "commit": commit} for row in measure(frames, missing)]
+        for row in measure(frames, missing) if missing else ():
+            results["rows"].append({**row, "commit": commit})
             records.write(results, arguments.out)
     arguments.out.with_suffix(".md").write_text(table(results))
     print(table(results))

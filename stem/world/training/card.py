@@ -9,6 +9,7 @@ from typing import Any
 CARD = "README.md"
 TRAINING_RECORD = "training.json"
 EVALUATION_RECORD = "evaluation.json"
+LATENTS = "latents.json"
 RECORDS = (TRAINING_RECORD, EVALUATION_RECORD)
 FOLDER = "stem/world/model"
 WAYS = ("without", "with")
@@ -156,9 +157,9 @@ def model_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
         unseen=" and ".join(f"`{name}`" for name in unseen),
         stages=stages,
         final_loss=training["final_loss"],
-        training_machine=_machine(training["provenance"]),
+        training_machine=machine_of(training["provenance"]),
         figures="\n".join(f"| {name} | {value} |" for name, value in figures),
-        evaluation_machine=_machine(evaluation["provenance"]),
+        evaluation_machine=machine_of(evaluation["provenance"]),
         judge_colour=f"{text['true_renders']['colour']:.1%}",
         judge_shape=f"{text['true_renders']['shape']:.1%}",
         frames=size["frames"],
@@ -180,8 +181,8 @@ def edges_card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
         hours=stage["hours"],
         final_loss=stage["final_loss"],
         over=training["final_loss"],
-        training_machine=_machine(training["provenance"]),
-        evaluation_machine=_machine(evaluation["provenance"]),
+        training_machine=machine_of(training["provenance"]),
+        evaluation_machine=machine_of(evaluation["provenance"]),
         frames=evaluation["size"]["frames"],
         sampling=evaluation["size"]["steps"],
         guidance=evaluation["guidance"],
@@ -194,7 +195,8 @@ def _batch(recipe: dict[str, Any], stage: str) -> int:
     return recipe["autoencoder_batch" if stage == "autoencoder" else "diffusion_batch"]
 
 
-def _machine(provenance: dict[str, Any]) -> str:
+def machine_of(provenance: dict[str, Any]) -> str:
+    """A machine, its versions and the commit, in words."""
     threads = provenance["threads"]
     cores = f"{threads} core{'s' if threads > 1 else ''}"
     where = provenance["gpu"] or f"{provenance['cpu']}, {cores}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class Schedule:
 
     Args:
         steps: optimiser steps.
-        learning_rate: AdamW's, after WARM_UP steps; it falls to 0 along a cosine.
+        learning_rate: Rate of the optimisers after WARM_UP steps; it falls to 0 along a cosine.
         average_decay: Decay of the exponential moving average of the weights.
         checkpoint_every: steps between checkpoints.
     """
@@ -52,6 +52,7 @@ def fit(
     *,
     seed: int,
     until: int | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
 ) -> History:
     """Train `model`, or go on from the checkpoint in `folder`; then give it its averaged weights.
 
@@ -66,6 +67,8 @@ def fit(
         folder: Folder of the checkpoint.
         seed: Seed of every step's generator.
         until: stop after so many steps, keeping the checkpoint; None: at the end.
+        optimizers: Optimizers of parts of the model, all at the schedule's rate; None: AdamW of
+            all of it.
 
     Returns:
         What all steps so far, those before an interruption included, came to.
@@ -74,7 +77,10 @@ def fit(
         ValueError: the checkpoint is of another schedule or seed.
     """
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.average_decay))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, weight_decay=0.01)
+    if optimizers is None:
+        optimizers = [
+            torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, weight_decay=0.01)
+        ]
     checkpoint = folder / f"{name}.pt"
     settings = {"seed": seed, **vars(schedule)}
     history = History()
@@ -87,7 +93,8 @@ def fit(
             )
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         history = History(**saved["history"])
     last = schedule.steps if until is None else min(until, schedule.steps)
     model.train()
@@ -95,13 +102,14 @@ def fit(
     bar = tqdm(range(len(losses), last), initial=len(losses), total=last, desc=name, disable=None)
     for step in bar:
         start = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate * _rate(step, schedule.steps)
         loss = loss_at(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate * _rate(step, schedule.steps)
+            optimizer.step()
         average.update_parameters(model)
         losses.append(float(loss.detach()))
         history.seconds.append(time.perf_counter() - start)
@@ -111,7 +119,7 @@ def fit(
                 "settings": settings,
                 "model": model.state_dict(),
                 "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "history": vars(history),
             }
             partial = checkpoint.with_suffix(".partial")

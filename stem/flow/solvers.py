@@ -1,17 +1,19 @@
-"""Inversion of flow-matching transformers: from latents to noise along the velocity, and back."""
+"""From latents to noise along the velocity of a flow-matching transformer, and back."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ..attention.video import transformer_of, video_family_of
 from ..attention.video.state import TIMESTEPS
+from ..names import FLOW_METHODS
 
-SOLVERS = ("midpoint", "euler")
+Velocity = Callable[[torch.Tensor, float], torch.Tensor]
+"""(latents, noise level) -> velocity of the latents' shape and dtype."""
 
 
 def noise_levels(num_steps: int, shift: float = 3.0) -> list[float]:
@@ -104,7 +106,55 @@ def reconstruct_flow(
     return _followed(transformer, noise, conditions, levels, solver)
 
 
+def moved(
+    velocity: Velocity, sample: torch.Tensor, level: float, following: float, solver: str
+) -> torch.Tensor:
+    """A sample after one step along the velocity.
+
+    Args:
+        velocity: Velocity at a sample and a noise level.
+        sample: Sample at `level`.
+        level: Noise level before the step.
+        following: Noise level after it.
+        solver: Solver, "midpoint" or "euler".
+    """
+    step = following - level
+    along = velocity(sample, level)
+    if solver == "midpoint":
+        along = velocity(sample + step / 2 * along, level + step / 2)
+    return sample + step * along
+
+
 @torch.no_grad()
+def velocity_at(
+    transformer: Any,
+    sample: torch.Tensor,
+    level: float,
+    conditions: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The velocity that a transformer predicts, in the sample's dtype.
+
+    Args:
+        transformer: Transformer.
+        sample: Sample [B, ...], as the transformer takes it.
+        level: Noise level, 1 for pure noise.
+        conditions: Other arguments of the transformer's call.
+        dtype: Dtype that the transformer is given the sample in.
+    """
+    timestep = torch.full((sample.shape[0],), TIMESTEPS * level, device=sample.device)
+    (predicted,) = transformer(
+        hidden_states=sample.to(dtype), timestep=timestep, return_dict=False, **conditions
+    )
+    return predicted.to(sample.dtype)
+
+
+def check_solver(solver: str) -> None:
+    """Raise ValueError where a solver is none of `FLOW_METHODS`."""
+    if solver not in FLOW_METHODS:
+        raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(FLOW_METHODS)}")
+
+
 def _followed(
     target: Any,
     sample: torch.Tensor,
@@ -114,25 +164,16 @@ def _followed(
 ) -> torch.Tensor:
     """The sample at the last of the noise levels; sums are float32, or float64 for float64."""
     transformer = _flow_transformer(target)
-    if solver not in SOLVERS:
-        raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}")
+    check_solver(solver)
     dtype = sample.dtype
-    moved = sample.to(torch.promote_types(dtype, torch.float32))
 
     def velocity(at: torch.Tensor, level: float) -> torch.Tensor:
-        timestep = torch.full((at.shape[0],), TIMESTEPS * level, device=at.device)
-        predicted = transformer(
-            hidden_states=at.to(dtype), timestep=timestep, return_dict=False, **conditions
-        )[0]
-        return predicted.to(at.dtype)
+        return velocity_at(transformer, at, level, conditions, dtype)
 
+    found = sample.detach().to(torch.promote_types(dtype, torch.float32))
     for level, following in itertools.pairwise(levels):
-        step = following - level
-        along = velocity(moved, level)
-        if solver == "midpoint":
-            along = velocity(moved + step / 2 * along, level + step / 2)
-        moved = moved + step * along
-    return moved.to(dtype)
+        found = moved(velocity, found, level, following, solver)
+    return found.to(dtype)
 
 
 def _flow_transformer(target: Any) -> torch.nn.Module:

@@ -1,0 +1,1 @@
+"""A study: seconds and memory of a UNet step by frames and size."""

@@ -1,0 +1,75 @@
+"""What inversions write down of a video, of their attention and of what computed them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stem_kernels.backends import select
+
+from ..config import AttentionConfig, VideoConfig
+from ..diffusion.pipeline import VAE_FRAMES
+
+if TYPE_CHECKING:
+    from ..video import Video, VideoFile
+
+
+def check_video(video: Any, prompt: Any) -> None:
+    """Raise TypeError where a video is none that this package reads, or its prompt no text."""
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt is a {type(prompt).__name__}; it must be one text for the video")
+    if not hasattr(video, "parts"):
+        raise TypeError(
+            f"video is a {type(video).__name__}; pass what stem.read_video or stem.open_video "
+            "returns, or stem.Video(frames, fps)"
+        )
+
+
+def video_record(video: Video | VideoFile) -> dict[str, Any]:
+    """What is written down of a video: a hash of its frames, its size and its rate."""
+    return {
+        "frames_sha256": frames_sha256(video),
+        "num_frames": video.num_frames,
+        "height": video.height,
+        "width": video.width,
+        "fps": str(video.fps),
+    }
+
+
+def frames_sha256(video: Video | VideoFile) -> str:
+    """The hash of a video's frames by which an inversion records what it was made of."""
+    digest = hashlib.sha256()
+    for part in video.parts(VAE_FRAMES):
+        digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions that the latents depend on, by package."""
+    return {
+        name: importlib.metadata.version(name) for name in ("stem-inversion", "torch", "diffusers")
+    }
+
+
+def attention_record(config: AttentionConfig | VideoConfig) -> dict[str, Any]:
+    """The fields of an attention's configuration, as JSON types."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(config).items()
+    }
+
+
+def backend_of(backend: str, num_bases: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that EM gets; two of them differ in the last bits.
+
+    Args:
+        backend: Name that the attention's configuration has, such as "auto".
+        num_bases: Number of bases.
+        device: Device that computes.
+        dtype: Dtype of the tokens.
+    """
+    probe = torch.empty(0, device=device, dtype=dtype)
+    return select("invert", backend, {"features": probe}, num_bases)
