@@ -241,7 +241,8 @@ def video(width: int, dtype: torch.dtype, *, with_text: bool) -> object:
     if not serves(query, value):
         return None
     numbers = torch.zeros(query.shape[:3], dtype=torch.int64)
-    text, mask = (None, None), None
+    text: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+    mask = None
     if with_text:
         text = (heads_of(1, TEXT, width, dtype, VIDEO_HEADS),) * 2
         mask = torch.ones(1, TEXT, dtype=torch.bool)
