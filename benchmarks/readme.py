@@ -20,6 +20,8 @@ from .cases.editing import PRODUCTS, TWO_SDPA
 from .cases.em import EAGER, LEAN_EAGER
 from .cases.layers import LAYER_KINDS
 from .cases.operators import HALVES
+from .counting.video_report import OUT as VIDEO_COUNTED
+from .counting.video_report import table as video_counted_table
 from .studies.drop_in.run import OUT as DROP_IN
 from .studies.drop_in.run import table as drop_in_table
 from .studies.editing.control import table as controlled_edits
@@ -304,6 +306,7 @@ TABLES = {
     "small cards": Table(CARDS, SMALL_CARDS, small_cards_table),
     "control": Table(CONTROL, CONTROLLED, control_table),
     "video transformers": Table(TRANSFORMERS, VIDEO, video_table),
+    "video kernels": Table(TRANSFORMERS, VIDEO_COUNTED, video_counted_table),
     "trained video transformer": Table(TRANSFORMERS, TRAINED, trained_table),
 }
 """By the name of their place in the page."""

@@ -19,7 +19,7 @@ from .. import records
 from .forms import forms
 from .launches import Launch, launches
 
-WITHOUT_PRODUCTS = ("directions", "update", "merge", "nearest_merge", "moments_sum")
+WITHOUT_PRODUCTS = ("directions", "update", "merge", "nearest_merge", "moments_sum", "means")
 """Kernels that multiply no matrices, and are compiled for the first dtype alone."""
 
 

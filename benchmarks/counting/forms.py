@@ -4,6 +4,7 @@ without. Tensors are never filled: `launches` computes nothing with them."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,11 @@ from stem_kernels import (
 from stem_kernels.ops.calibration import MOMENTS_TOKENS, moments
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.ops.soft_em import attended_bases
+from stem_kernels.triton.video.attention import (
+    serves,
+    video_attention_triton,
+    window_attention_triton,
+)
 
 from ..cases.em import NUM_BASES
 from ..cases.operators import TOKENS
@@ -30,6 +36,10 @@ AS_WIDE_AS_TILES = 48  # no channel to spare, so that tokens are not rows as at 
 TOO_MANY_BASES = 512  # for all of a head's to stay on the chip
 FEATURE_WIDTHS = {320: TOKENS, 640: TOKENS // 4, 1280: TOKENS // 16}
 """Tokens of 32 frames by the channels of SD 1.5's layers."""
+MANY_BASES = 1024  # more than a program holds, and as many as EM takes
+VIDEO_HEADS, TEXT = 2, 77
+VIDEOS = {64: (13, 12, 15), 128: (21, 12, 16)}
+"""Small videos by the channels of a head: as many frames as CogVideoX and Wan 2.1 have."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -88,11 +98,23 @@ def forms(dtype: torch.dtype) -> Iterator[Form]:
     for share, width in ((4, 320), (16, 640)):
         call = functools.partial(nearest, TOKENS // share, width, dtype)
         yield Form(f"nearest token n={TOKENS // share}", dtype, call)
+    for width in VIDEOS:
+        if dtype != torch.float32:  # whose kernels are those of other widths and numbers
+            call = functools.partial(em_key, width, dtype, MANY_BASES)
+            yield Form(f"em key d={width} K={MANY_BASES}", dtype, call)
+            call = functools.partial(nearest, TOKENS // 16, width, dtype)
+            yield Form(f"nearest token d={width}", dtype, call)
+        call = functools.partial(window, width, dtype)
+        yield Form(f"window attention d={width}", dtype, call)
+        call = functools.partial(video, width, dtype, with_text=width == 64)
+        yield Form(f"video attention d={width}", dtype, call)
+    call = functools.partial(video, 128, dtype, with_text=True)
+    yield Form("video attention d=128 with text", dtype, call)
 
 
-def em_key(width: int, dtype: torch.dtype) -> object:
+def em_key(width: int, dtype: torch.dtype, num_bases: int = NUM_BASES) -> object:
     """Heads one after the other."""
-    features, bases = (torch.empty(HEADS, rows, width, dtype=dtype) for rows in (TOKENS, NUM_BASES))
+    features, bases = (torch.empty(HEADS, rows, width, dtype=dtype) for rows in (TOKENS, num_bases))
     return em_statistics(features, bases, backend="triton")
 
 
@@ -205,6 +227,40 @@ def nearest(tokens: int, width: int, dtype: torch.dtype) -> object:
     return nearest_token(query, keys, backend="triton")
 
 
-def heads_of(batch: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+def window(width: int, dtype: torch.dtype) -> object:
+    """A video's tokens to those near them; nothing where Triton has no kernel."""
+    query, key, value = tokens_of(width, dtype)
+    if not serves(query, value):
+        return None
+    return window_attention_triton(query, key, value, list(VIDEOS[width]), 1, width**-0.5)
+
+
+def video(width: int, dtype: torch.dtype, *, with_text: bool) -> object:
+    """The same to bases, too, once it is known which base each token belongs to."""
+    query, key, value = tokens_of(width, dtype)
+    if not serves(query, value):
+        return None
+    numbers = torch.zeros(query.shape[:3], dtype=torch.int64)
+    text: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+    mask = None
+    if with_text:
+        text = (heads_of(1, TEXT, width, dtype, VIDEO_HEADS),) * 2
+        mask = torch.ones(1, TEXT, dtype=torch.bool)
+    return video_attention_triton(
+        query, key, value, numbers, *text, mask, list(VIDEOS[width]), 1,
+        math.ceil(query.shape[2] / 32), True, width**-0.5,
+    )  # fmt: skip
+
+
+def tokens_of(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of a small video."""
+    rows = math.prod(VIDEOS[width])
+    query, key, value = (heads_of(1, rows, width, dtype, VIDEO_HEADS) for _ in range(3))
+    return query, key, value
+
+
+def heads_of(
+    batch: int, rows: int, width: int, dtype: torch.dtype, heads: int = HEADS
+) -> torch.Tensor:
     """[batch, h, rows, width] with the heads of a row beside one another."""
-    return torch.empty(batch, rows, HEADS, width, dtype=dtype).transpose(1, 2)
+    return torch.empty(batch, rows, heads, width, dtype=dtype).transpose(1, 2)

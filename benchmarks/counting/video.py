@@ -125,7 +125,7 @@ def main() -> None:
         "rows": counted,
     }  # fmt: skip
     records.write(results, OUT)
-    print("\n".join(table(results)))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -23,15 +23,15 @@ SAID = {
 TORCH = "torch's own, a sort among them"
 
 
-def table(results: Mapping[str, Any]) -> list[str]:
-    """Lines of the section in docs/video-transformers.md."""
+def table(results: Mapping[str, Any]) -> str:
+    """The section in docs/video-transformers.md."""
     where, shape = results["provenance"], results["shape"]
     floor, total = results["floor_us"], results["total_us"]
     lines = [
         f"Counted, **not measured on a GPU**: machine code for sm_90 in the model of "
-        "[counted.md](../benchmarks/results/counted.md), which leaves out caches and the second "
+        "[counted.md](benchmarks/results/counted.md), which leaves out caches and the second "
         "level's bandwidth, or the bytes at 3.0 TB/s where that is more. Source: "
-        "[benchmarks/results/video-counted.json](../benchmarks/results/video-counted.json) "
+        "[benchmarks/results/video-counted.json](benchmarks/results/video-counted.json) "
         f"(Triton {where['versions']['triton']}, commit `{where['commit']}`). Wan 2.1 at 480p: "
         f"{shape['frames']} x {shape['height']} x {shape['width']} = {shape['tokens']:,} tokens, "
         f"{shape['heads']} heads of {shape['channels']} channels, {shape['dtype']}, "
@@ -56,4 +56,4 @@ def table(results: Mapping[str, Any]) -> list[str]:
         f"Torch's own kernels count {results['torch_us']} us each, its sort as "
         f"{results['sort_kernels']} of them, which is assumed and not counted.",
     ]
-    return lines
+    return "\n".join(lines)

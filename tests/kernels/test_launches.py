@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -233,3 +234,14 @@ def test_gpus_take_the_table_of_their_family(
     monkeypatch.setattr(tuning, "device_capability", lambda _: divmod(arch, 10))
     found = tuning.tiles("basis_attention", torch.device("cuda"))
     assert found == tuning.table(alike)["basis_attention"]
+
+
+def test_video_attention_launches_what_its_counted_table_says(counts: Any) -> None:
+    from benchmarks import records
+    from benchmarks.counting import video, video_report
+
+    launched, of_torch = video.recorded_launches()
+    committed = {row["kernel"]: row["launches"] for row in records.read(video_report.OUT)["rows"]}
+    # A sort has two results, and is not among torch's kernels that are counted one by one.
+    assert sum(of_torch.values()) + ("sort" not in of_torch) == committed.pop("torch")
+    assert Counter(launch.name for launch in launched) == committed

@@ -12,7 +12,9 @@ from verified import (
     attend,
     attend_corrected,
     attend_in_tiles,
+    attend_nearby,
     attend_partly,
+    attend_video,
     attend_without_bias,
     blend,
     correct,
@@ -102,6 +104,7 @@ def without_values(launch: Launch) -> None:
     launch.buffers["p_payload_sums"] = launch.buffers["p_sums"]
 
 
+WINDOW = "window_attention_kernel"
 TRITON_MUTANTS: dict[str, tuple[Callable[[str], Outputs], str, Callable[[Launch], None]]] = {
     "a tile of bases is left out": (attend, "_resident_kernel", of(BLOCK_K=16, TWO_PARTS=False)),
     "a tile of queries is left out": (
@@ -144,6 +147,14 @@ TRITON_MUTANTS: dict[str, tuple[Callable[[str], Outputs], str, Callable[[Launch]
     "a part of the moments is left out": (
         correct, "_moments_sum_kernel", of(PARTS=lambda count: count - 1)
     ),
+    "a narrower window": (attend_nearby, WINDOW, of(across=lambda reach: 0)),
+    "a frame left out": (attend_nearby, WINDOW, of(key_frames=lambda count: 3, TAIL=False)),
+    "a patch left out": (attend_video, WINDOW, fewer_programs(0)),
+    "no bases": (attend_video, WINDOW, of(WITH_BASES=False, CORRECTED=False)),
+    "text that is masked": (attend_video, WINDOW, of(MASKED=False)),
+    "no moments": (attend_video, WINDOW, of(CORRECTED=False)),
+    "the means of other tokens": (attend_video, "_means_kernel", of(n=lambda count: count - 1)),
+    "moments about nothing": (attend_video, "_products_of_tokens_kernel", of(CENTRED=False)),
     "no division": (updated, "_update_kernel", of(DIVIDE=False)),
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.ops.soft_em import attended_bases
 from stem_kernels.shared import forms
 from stem_kernels.testing import clustered_tokens, max_error
+from stem_kernels.video import video_attention, window_attention
 
 Outputs = tuple[torch.Tensor, ...]
 BACKEND = "triton" if INTERPRETED else "cuda"
@@ -153,10 +154,27 @@ def correct(backend: str) -> Outputs:
     return found.correction, found.query_mean
 
 
+def attend_nearby(backend: str) -> Outputs:
+    query, key, value = (drawn(1, 2, 18, 16, seed=seed, dtype=torch.float16) for seed in range(3))
+    return tuple(window_attention(query, key, value, (2, 3, 3), backend=backend))
+
+
+def attend_video(backend: str) -> Outputs:
+    query, key, value, text, of_text = (
+        drawn(1, 2, rows, 16, seed=rows, dtype=torch.float16) for rows in (28, 29, 30, 5, 6)
+    )
+    found = video_attention(
+        2 * query, key[:, :, :28], value[:, :, :28], (2, 2, 7), num_bases=5, num_iters=0,
+        text=(text, of_text[:, :, :5]), text_mask=torch.arange(5).unsqueeze(0) != 1,
+        backend=backend,
+    )  # fmt: skip
+    return (found,)
+
+
 CALLS: tuple[Callable[[str], Outputs], ...] = (
     attend, attend_without_bias, attend_in_tiles, attend_corrected, blend, attend_partly,
     find_nearest, summed, summed_wide, iterated, kept_empty, updated,
-    correct,
+    correct, attend_nearby,
 )  # fmt: skip
 
 

@@ -63,8 +63,8 @@ FLOORS: dict[str, dict[str, str]] = {
     },
     "benchmarks": {
         "benchmarks.readme": "studies.quality studies.editing studies.features studies.drop_in "
-        "studies.small_cards studies.video_transformers studies.frames_and_sizes suite cases "
-        "records",
+        "studies.small_cards studies.video_transformers studies.frames_and_sizes suite counting "
+        "cases records",
         "benchmarks.conftest": "cases records",
         "benchmarks.test_cpu": "suite cases",
         "benchmarks.studies.calibration": "studies.editing studies.quality cases records",
