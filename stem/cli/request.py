@@ -175,14 +175,14 @@ class Request:
         self, pipeline: Any, clip: Video | VideoFile, text: str, group: dist.ProcessGroup | None
     ) -> tuple[int, ...]:
         """The frames of a clip that begin another scene, as --cuts says; prints what is found."""
-        from ..attention.families import family_of_unet
+        from ..diffusion.motion import in_one_call
         from ..distributed import Ranks
         from ..video import find_cuts
 
         given = cuts_of(text)
         if given is not None:
             return given
-        if family_of_unet(pipeline).outputs is None:  # sees all frames of a call
+        if in_one_call(pipeline):
             return ()
         found: tuple[int, ...] = Ranks(group).from_main(lambda: find_cuts(clip))
         if found:

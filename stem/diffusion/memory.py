@@ -9,11 +9,12 @@ import torch
 
 from stem_kernels.measure import PeakMemory
 
-from ..attention.families import family_of_unet, unet_of
+from ..attention.families import unet_of
 from ..attention.handle import plain
 from ..attention.memory import free_bytes
 from ..control import Control
 from .control import Shown, controlled, controlnets_of
+from .motion import in_one_call
 from .pipeline import Conditioning, encode_prompt, execution_device, predict, vae_factor
 
 logger = logging.getLogger("stem")
@@ -50,7 +51,7 @@ def chunk_that_fits(
     Raises:
         MemoryError: not even one frame fits, with the bytes needed and the bytes free.
     """
-    if family_of_unet(pipeline).outputs is None:
+    if in_one_call(pipeline):
         return None
     device = execution_device(pipeline)
     conditioning = encode_prompt(pipeline, "", height, width)

@@ -51,6 +51,11 @@ def least_frames(pipeline: Any) -> int:
     return 1 if window is None else window.length
 
 
+def in_one_call(pipeline: Any) -> bool:
+    """Whether all frames must go through the pipeline's UNet at once, as its temporal parts do."""
+    return family_of_unet(pipeline).outputs is None
+
+
 def check_frames(
     pipeline: Any, num_frames: int, *, chunk: int | None = None, **cut_by: Any
 ) -> None:
