@@ -21,6 +21,11 @@ from .. import __version__
 RESUMABLE = ("ablate", "compare", "demo", "edit", "invert", "reconstruct")
 KEPT = "; finished steps are kept: run the same command again and it goes on after the last of them"
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
+_ENDING: dict[signal.Signals, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
+"""Signals that end a command, and what handles them where nobody has changed that."""
 
 console = Console()
 problems = Console(stderr=True)
@@ -50,32 +55,36 @@ class _Commands(TyperGroup):
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """A block from which an interruption comes out as KeyboardInterrupt, whatever became of it.
+    """A block from which Ctrl-C and SIGTERM come out as KeyboardInterrupt, whatever became of them.
 
-    Torch loses one within the loading of weights, and an error of the file's comes out instead.
+    Torch loses one within the loading of weights, and an error of the file's comes out instead. A
+    signal that somebody handles or ignores stays theirs.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    interrupted = False
+    interrupted = ""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted
-        interrupted = True
-        signal.default_int_handler(number, frame)
+        interrupted = signal.Signals(number).name
+        raise KeyboardInterrupt(interrupted)
 
-    signal.signal(signal.SIGINT, interrupt)
+    ours = [number for number, own in _ENDING.items() if signal.getsignal(number) is own]
+    for number in ours:
+        signal.signal(number, interrupt)
     try:
         yield
+    except typer.Exit:  # a RuntimeError that says what becomes of the command
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         if interrupted:
-            raise KeyboardInterrupt from error
+            raise KeyboardInterrupt(interrupted) from error
         raise
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in ours:
+            if signal.getsignal(number) is interrupt:
+                signal.signal(number, _ENDING[number])
 
 
 app = typer.Typer(
@@ -118,14 +127,14 @@ def run(arguments: list[str] | None = None) -> int:
             app(args=arguments)
     except OSError as error:
         # With a file's name it is the system's; without one, the text is this package's own.
-        return _fail(str(error) if error.filename else error.strerror or str(error))
+        return fail(str(error) if error.filename else error.strerror or str(error))
     except (MemoryError, ValueError) as error:
-        return _fail(str(error) or type(error).__name__)
+        return fail(str(error) or type(error).__name__)
     except (ArithmeticError, RuntimeError) as error:
         message = _expected(error)
         if message is None:
             raise
-        return _fail(message)
+        return fail(message)
     return 0
 
 
@@ -143,7 +152,8 @@ def _expected(error: ArithmeticError | RuntimeError) -> str | None:
     return None
 
 
-def _fail(message: str) -> int:
+def fail(message: str) -> int:
+    """Print what is wrong; returns the exit status."""
     problems.print(f"error: {message}", style="red", soft_wrap=True, markup=False)
     return 2
 

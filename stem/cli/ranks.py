@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .app import console
+import typer
+
+from .app import KEPT, console, fail
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+_LOST = 2  # exit status, that of other errors
+_POLL_SECONDS = 0.05
+_SECONDS_TO_GO = 2.0  # for a process that has lost its connections to be gone
 _PATIENCE = timedelta(hours=6)  # of ranks that wait while the first one reads and encodes
 
 
@@ -39,10 +48,58 @@ def ranks(device: str | None) -> Iterator[dist.ProcessGroup | None]:
     if dist.get_rank() > 0:
         console.quiet = True
         logging.getLogger("stem").setLevel(logging.ERROR)
+    processes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(processes, (socket.gethostname(), os.getpid()))
     try:
         yield dist.group.WORLD
+    except KeyboardInterrupt as error:
+        if error.args == ("SIGTERM",):  # as torchrun ends the others when one is gone
+            _say_who_is_gone(processes, dist.get_rank(), 0)
+        raise
+    except RuntimeError:
+        _say_who_is_gone(processes, dist.get_rank(), _SECONDS_TO_GO)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _say_who_is_gone(processes: list[tuple[str, int]], rank: int, patience: float) -> None:
+    """End where another process on this machine is gone; one of those left says which.
+
+    Args:
+        processes: Names of the machines and ids of the processes, by rank.
+        rank: Number of this one.
+        patience: Seconds to wait for one that may be on its way out.
+
+    Raises:
+        typer.Exit: another one is gone.
+    """
+    # This process ends now; the signal by which torchrun ends it may come at any moment.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    import psutil
+
+    def is_gone(number: int) -> bool:
+        try:
+            return psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    host = processes[rank][0]
+    here = {each: number for each, (name, number) in enumerate(processes) if name == host}
+    end = time.monotonic() + patience
+    while True:
+        gone = [each for each, number in here.items() if each != rank and is_gone(number)]
+        if gone or time.monotonic() >= end:
+            break
+        time.sleep(_POLL_SECONDS)
+    if not gone:
+        return
+    if rank != min(set(here) - set(gone)):
+        raise typer.Exit(_LOST)
+    named = ", ".join(f"{each} (process {here[each]})" for each in gone)
+    message = f"rank {named} of {len(processes)} is gone, so the others end, too{KEPT}"
+    raise typer.Exit(fail(message))
 
 
 def one_process(command: str) -> None:
