@@ -72,7 +72,7 @@ def measure_stream(frames: int = FRAMES, steps: int = STEPS) -> Iterator[dict[st
     middles = [scene * each + each // 2 - SHORT // 2 for scene in range(len(SEEDS))]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        source = folder / "long.mp4"
+        source = folder / "source.mp4"
         stem.write_video(source, clean, FPS)
         options = ["--prompt", PROMPT, "--steps", str(steps), "--option", f"stem.fit_frames={FIT}"]
         commands: dict[str, dict[str, dict[str, float]]] = {"load": {"": _timed("load")}}
