@@ -75,7 +75,7 @@ class Job:
     @property
     def scenes(self) -> list[range]:
         """The frames of each scene."""
-        return scenes_of(self.num_frames, self.inversion.settings["attention"]["cuts"])
+        return scenes_of(self.num_frames, self.attention.cuts)
 
     @property
     def latent_size(self) -> tuple[int, int]:

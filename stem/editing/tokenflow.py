@@ -21,7 +21,7 @@ from ..config import InflatedConfig, StemConfig, scenes_of
 from ..diffusion.loop import with_guidance
 from ..distributed import Ranks
 from ..inversion import InversionFolder
-from ..inversion.methods import attention_on
+from ..inversion.methods import attention_on, inversion_attention
 from .job import Job, Options, check_choice, check_count, generator_of
 from .pnp import PnP, PnPOptions
 
@@ -61,7 +61,7 @@ class PropagationOptions(Options):
         if self.pivots is None:
             return
         frames = inversion.settings["video"]["num_frames"]
-        scenes = scenes_of(frames, inversion.settings["attention"]["cuts"])
+        scenes = scenes_of(frames, inversion_attention(inversion).cuts)
         chunks = chunks_of(scenes, self.chunk)
         steps = len(inversion.timesteps)
         lengths = sorted({len(row) for row in self.pivots})

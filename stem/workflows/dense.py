@@ -10,6 +10,7 @@ from typing import Any
 
 from ..control import Control
 from ..inversion import InversionFolder, invert
+from ..inversion.methods import inversion_attention
 from ..inversion.records import frames_sha256
 from ..inversion.runs import check_same_pipeline
 from ..names import INVERSIONS
@@ -135,7 +136,7 @@ def dense_edit(
         method=_DENSE,
         num_steps=of_source["num_steps"],
         chunk=of_source["attention"]["chunk"],
-        cuts=of_source["attention"]["cuts"],
+        cuts=inversion_attention(made.inversion).cuts,
         model=made.inversion.model_source.record(),
         control=made.inversion.control(),
         progress=progress,

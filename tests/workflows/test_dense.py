@@ -84,13 +84,13 @@ def test_without_bases_both_edits_are_the_same(tmp_path: Path, no_torchvision: N
 def test_with_bases_they_differ_by_the_attention_alone(
     tmp_path: Path, no_torchvision: None
 ) -> None:
-    folder = edited(tmp_path, options={"num_bases": 2, "calibration": "none"}, chunk=2)
+    folder = edited(tmp_path, options={"num_bases": 2, "calibration": "none"}, chunk=2, cuts=(2,))
     found = dense_edit(attentive(), folder / "edit.mp4", clip(), progress=False)
     ours, theirs = (json.loads(f.read_text()) for f in (folder / "edit.json", found.files.json))
     before, after = ours.pop("inversion_settings"), theirs.pop("inversion_settings")
     assert (before.pop("method"), after.pop("method")) == ("stem", "inflated")
     assert before.pop("attention")["chunk"] == after["attention"]["chunk"] == 2
-    assert after.pop("attention") == {"num_frames": 3, "chunk": 2}
+    assert after.pop("attention") == {"num_frames": 3, "chunk": 2, "cuts": [2]}
     for own in ("backend", "keep_bases"):
         before.pop(own), after.pop(own)
     assert before == after
