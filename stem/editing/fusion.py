@@ -36,7 +36,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "style": {"cross_maps": 0.8, "self_maps": 0.8, "mask": False},
 }
 _OTHERWISE: dict[str, Any] = {"self_outside": False, "consensus": False, "mask": True}
-_GUIDANCE = {"colour": 3.0, "texture": 4.0, "shape": 5.0, "style": 7.5}
+_GUIDANCE = {"colour": 3.0, "texture": 4.0, "shape": 7.5, "style": 7.5}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class FusionOptions(Options):
 
     Args:
         preset: Name of the preset, "colour", "texture", "shape" or "style". Their guidance scales
-            are 3, 4, 5 and 7.5.
+            are 3, 4, 7.5 and 7.5.
         cross_maps: Share of the steps in which the source's text maps are taken.
         self_maps: Share of the steps in which the source's self-attention maps are taken.
         self_outside: Whether the self-attention maps are taken outside the mask only.

@@ -235,7 +235,7 @@ def test_presets_fill_what_is_not_given() -> None:
     assert isinstance(shape, FusionOptions)
     assert (shape.cross_maps, shape.self_maps, shape.consensus) == (0.0, 0.5, True)
     assert shape.placement == (0.2, 0.6)
-    assert (shape.guidance, edit_options("fusion", None).guidance) == (5.0, 3.0)
+    assert (shape.guidance, edit_options("fusion", None).guidance) == (7.5, 3.0)
 
 
 def test_consensus_along_a_motion() -> None:

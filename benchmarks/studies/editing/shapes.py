@@ -30,10 +30,8 @@ FORMS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "guidance 5": {"guidance": 5.0},
     "guidance 10": {"guidance": 10.0},
-    "guided in all steps": {"guided_until": 1.0},
     "no consensus": {"consensus": False},
     "consensus in all steps": {"consensus_until": 1.0},
-    "consensus in 3 of 10 steps": {"consensus_until": 0.3},
 }
 """Changes to the preset "shape" by what the table calls them; guidance is the edit's own."""
 
