@@ -56,8 +56,10 @@ def ranks(device: str | None) -> Iterator[dist.ProcessGroup | None]:
         if error.args == ("SIGTERM",):  # as torchrun ends the others when one is gone
             _say_who_is_gone(processes, dist.get_rank(), 0)
         raise
-    except RuntimeError:
-        _say_who_is_gone(processes, dist.get_rank(), _SECONDS_TO_GO)
+    except RuntimeError as error:
+        # Gloo's own are of no class of their own.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            _say_who_is_gone(processes, dist.get_rank(), _SECONDS_TO_GO)
         raise
     finally:
         dist.destroy_process_group()
