@@ -256,8 +256,8 @@ class VideoConfig:
     attention ("dense") where an option here says so.
 
     Args:
-        window: Number of places to each side of a token's own that it attends to exactly, in all
-            frames; at least 0.
+        window: Number of places around a token's own that it attends to exactly, in all frames; at
+            least 0. The window is round, see `stem_kernels.video.window_attention`.
         tokens_per_base: Number of the video's tokens for each base, at least 1. With 1 every token
             is a base, and the result is that of exact attention.
         correction: Correction of the bases' part, "moments" or "none".

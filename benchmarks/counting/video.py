@@ -23,41 +23,43 @@ from .launches import Launch, recorded
 from .nested import model_microseconds
 from .video_report import OUT, table
 
-GRID, HEADS, CHANNELS, TOKENS_PER_BASE = (21, 30, 52), 12, 128, 32
+GRID, HEADS, CHANNELS = (21, 30, 52), 12, 128
 TOKENS = math.prod(GRID)
-BASES = math.ceil(TOKENS / TOKENS_PER_BASE)
-SAMPLE = 8 * BASES
+FORMS = {"defaults": (1, 32), "window 2, 64 a base": (2, 64)}
+"""Windows and tokens a base, by what the table calls them."""
 TORCH_US, SORT_KERNELS = 4, 12
 """What one of torch's small kernels is taken to last, and how many a sort is taken for."""
 
 
-def trips(launch: Launch) -> list[int] | None:
+def trips(launch: Launch, per_base: int) -> list[int] | None:
     """Passes through each of its loops; None for what multiplies nothing and is bound by bytes."""
+    bases = math.ceil(TOKENS / per_base)
     sizes = launch.arguments
 
     def over(count: int, block: str) -> int:
         return math.ceil(count / sizes[block])
 
     if launch.name == "many_mass":
-        return [over(BASES, "BLOCK_K")]
+        return [over(bases, "BLOCK_K")]
     if launch.name == "many_sums":
         return [over(sizes["tokens_per_split"], "BLOCK_N")]
     if launch.name == "nearest_narrow":
-        return [over(BASES, "BLOCK_M")]
+        return [over(bases, "BLOCK_M")]
     if launch.name == "means":
-        return [over(TOKENS_PER_BASE, "BLOCK_N")]
+        return [over(per_base, "BLOCK_N")]
     if launch.name == "products_of_tokens":
         return [over(sizes["tokens_per_split"], "BLOCK_N")]
     if launch.name == "window_attention":
         steps = GRID[0] // sizes["key_frames"] * sizes["parts"]
-        return [over(BASES, "BLOCK_K"), steps, 1]
+        return [over(bases, "BLOCK_K"), steps, 1]
     return None
 
 
-def least_bytes(launch: Launch) -> int:
+def least_bytes(launch: Launch, per_base: int) -> int:
     """Bytes of memory, every tensor once."""
-    tokens, bases = (2 * HEADS * rows * CHANNELS for rows in (TOKENS, BASES))
-    sample, numbers = 2 * HEADS * SAMPLE * CHANNELS, 4 * HEADS * TOKENS
+    count = math.ceil(TOKENS / per_base)
+    tokens, bases = (2 * HEADS * rows * CHANNELS for rows in (TOKENS, count))
+    sample, numbers = 2 * HEADS * 8 * count * CHANNELS, 4 * HEADS * TOKENS
     if launch.name == "products_of_tokens":
         return tokens * (1 if launch.arguments["p_left"] is launch.arguments["p_right"] else 2)
     return {
@@ -71,20 +73,23 @@ def least_bytes(launch: Launch) -> int:
     }[launch.name]
 
 
-def recorded_launches() -> tuple[list[Launch], Mapping[str, int]]:
+def recorded_launches(form: str) -> tuple[list[Launch], Mapping[str, int]]:
     """Launches of Triton, and numbers of torch's kernels by name."""
+    window, per_base = FORMS[form]
     shape = (1, TOKENS, HEADS, CHANNELS)
     query, key, value = (
         torch.empty(shape, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in range(3)
     )
     with torch.no_grad(), recorded(ARCH) as launched, TorchKernels() as of_torch:
-        video_attention(query, key, value, GRID, num_bases=BASES, backend="triton")
+        bases = math.ceil(TOKENS / per_base)
+        video_attention(query, key, value, GRID, num_bases=bases, window=window, backend="triton")
     return launched, of_torch.found
 
 
-def rows() -> list[dict[str, Any]]:
+def rows(form: str) -> list[dict[str, Any]]:
     """A row for each kernel, and one for torch's."""
-    launched, of_torch = recorded_launches()
+    per_base = FORMS[form][1]
+    launched, of_torch = recorded_launches(form)
     found: dict[str, dict[str, Any]] = {}
     for launch in launched:
         row = found.setdefault(
@@ -92,8 +97,8 @@ def rows() -> list[dict[str, Any]]:
             {"kernel": launch.name, "launches": 0, "model_us": None, "memory_us": 0.0,
              "counted_us": 0.0},
         )  # fmt: skip
-        memory = 1e6 * least_bytes(launch) / CEILINGS.bytes
-        passes, time = trips(launch), max(memory, TORCH_US)
+        memory = 1e6 * least_bytes(launch, per_base) / CEILINGS.bytes
+        passes, time = trips(launch, per_base), max(memory, TORCH_US)
         if passes is not None:
             model, spilled = model_microseconds(launch, passes)
             assert spilled == 0, f"{launch.name} spills"
@@ -111,15 +116,18 @@ def rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Count every launch, and write the file."""
-    counted = rows()
+    counted = {form: rows(form) for form in FORMS}
     results = {
         "provenance": provenance(),
         "shape": {
             "frames": GRID[0], "height": GRID[1], "width": GRID[2], "tokens": TOKENS,
-            "heads": HEADS, "channels": CHANNELS, "num_bases": BASES, "dtype": "bfloat16",
+            "heads": HEADS, "channels": CHANNELS, "dtype": "bfloat16",
         },
         "floor_us": round(1e6 * 4 * TOKENS**2 * CHANNELS * HEADS / CEILINGS.flops, 1),
-        "total_us": round(sum(row["counted_us"] for row in counted), 1),
+        "total_us": {
+            form: round(sum(row["counted_us"] for row in of_form), 1)
+            for form, of_form in counted.items()
+        },
         "torch_us": TORCH_US,
         "sort_kernels": SORT_KERNELS,
         "rows": counted,

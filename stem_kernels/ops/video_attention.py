@@ -62,9 +62,9 @@ def video_attention(
     as tokens, the result is that of exact attention.
 
     Counted are the matrix products of one head, with n tokens, widths d and e, s = min(n, 8 K):
-    2 n m (d + e) for a window of m = F (2 window + 1)^2 tokens, 2 n K (d + e) for the bases,
-    4 R s K d for R iterations of EM, 2 n K d for the assignment and 4 n d (d + e) for the moments;
-    exact attention takes 2 n^2 (d + e).
+    2 n m (d + e) for a window of m tokens (9 F with window = 1, 21 F with 2), 2 n K (d + e) for the
+    bases, 4 R s K d for R iterations of EM, 2 n K d for the assignment and 4 n d (d + e) for the
+    moments; exact attention takes 2 n^2 (d + e).
 
     Args:
         query: Queries [B, h, n, d] of the video's tokens, any strides; n = F H W tokens, frame

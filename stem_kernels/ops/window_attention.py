@@ -26,12 +26,13 @@ def window_attention(
 ) -> PartialAttention:
     r"""Attention of each token to the tokens within `window` places of its own, in all frames.
 
-    A token at row y and column x attends to all tokens (f', y', x') with |y' - y| <= window and
-    |x' - x| <= window: F (2 window + 1)^2 of them, fewer at the edges. This is equivalent to the
-    following, but never holds the weights `[B, h, n, n]`:
+    A token at row y and column x attends to all tokens (f', y', x') at a distance of at most window
+    + 1/2 places, in F frames; with 1 these are 9 places, with 2 the 21 of a square without its
+    corners, fewer at the edges. This is equivalent to the following, but never holds the weights
+    `[B, h, n, n]`:
 
         f, y, x = torch.unravel_index(torch.arange(n), grid)
-        near = ((y[:, None] - y).abs() <= window) & ((x[:, None] - x).abs() <= window)
+        near = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 <= (window + 0.5) ** 2
         logits = (query @ key.mT * scale).masked_fill(~near, -torch.inf)
         return torch.softmax(logits, -1) @ value, torch.logsumexp(logits, -1)
 

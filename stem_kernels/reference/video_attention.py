@@ -110,17 +110,15 @@ def _of_heads(
     index, per_token = (rows.padded(t.unsqueeze(-1)) for t in (assignment, per_token))
     query = by_place(query * (scale / math.log(2)), grid).contiguous()
     key, value = rows.padded(key), rows.padded(value)
-    outside = rows.outside(query)
     found = []
     for row in range(height):
         seen, held, indices, inverses = (
             rows.windows(padded, row) for padded in (key, value, index, per_token)
         )
+        outside = rows.outside(row, query)
         # [G, W, 1, keys]
         of_base, inverse = torch.cat(indices, -1), torch.cat(inverses, -1)
-        for part in rows.parts(
-            query.shape[0], len(seen) * rows.reach + keys.shape[-1], query.device
-        ):
+        for part in rows.parts(query.shape[0], rows.keys(row) + keys.shape[-1], query.device):
             queries = query[:, row, part]
             # [G, places, F, keys] and [G, places, F, K + T]
             exact = near_logits(queries, seen, outside, part)

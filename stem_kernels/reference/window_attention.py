@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
-from ..shared.grid import Grid, by_frame, by_place
+from ..shared.grid import Grid, by_frame, by_place, within
 from ..shared.outputs import partial_output
 from .chunks import CPU_LOGITS_PER_HEAD, GPU_LOGITS, groups
 
@@ -21,13 +21,13 @@ class Rows:
 
     Args:
         grid: Frames, height and width.
-        window: Number of places to each side.
+        window: Number of places to each side, see `shared.grid.within`.
     """
 
     def __init__(self, grid: Grid, window: int) -> None:
         self.grid = grid
-        self.down, self.across = min(window, grid[1] - 1), min(window, grid[2] - 1)
-        self.reach = (2 * self.across + 1) * grid[0]
+        self.window = window
+        self.across = min(window, grid[2] - 1)
 
     def padded(self, tensor: torch.Tensor) -> torch.Tensor:
         """[G, n, d] -> [G, H, (W + 2 a) F, d]"""
@@ -35,23 +35,32 @@ class Rows:
         return pad(by_place(tensor, self.grid), margins).flatten(2, 3).contiguous()
 
     def windows(self, padded: torch.Tensor, row: int) -> list[torch.Tensor]:
-        """For each row of the windows of the places in `row`, their tokens: views [G, W, d, reach].
+        """For each row of the windows of the places in `row`, their tokens: views [G, W, d, keys].
 
         Args:
             padded: What `padded` returned.
             row: Number of a row of places.
         """
-        rows = range(max(0, row - self.down), min(self.grid[1], row + self.down + 1))
-        return [padded[:, other].unfold(1, self.reach, self.grid[0]) for other in rows]
+        frames, found = self.grid[0], []
+        for other, reach in self._seen(row):
+            beyond = (self.across - reach) * frames
+            inside = padded[:, other, beyond : padded.shape[2] - beyond]
+            found.append(inside.unfold(1, (2 * reach + 1) * frames, frames))
+        return found
 
-    def outside(self, like: torch.Tensor) -> torch.Tensor:
-        """[W, 1, reach]: 0, and -inf for tokens beyond the ends of the row."""
-        frames, _, width = self.grid
-        place = torch.arange(width, device=like.device).unsqueeze(-1)
-        other = place + torch.arange(-self.across, self.across + 1, device=like.device)
-        beyond = ((other < 0) | (other >= width)).repeat_interleave(frames, -1)
-        bias = like.new_zeros(beyond.shape).masked_fill(beyond, float("-inf"))
-        return bias.unsqueeze(1)
+    def keys(self, row: int) -> int:
+        """The number of tokens in the window of a place in `row`, with those beyond its ends."""
+        return sum((2 * reach + 1) * self.grid[0] for _, reach in self._seen(row))
+
+    def outside(self, row: int, like: torch.Tensor) -> list[torch.Tensor]:
+        """[W, 1, keys] each: 0, and -inf for tokens beyond the ends of the row."""
+        return [_beyond(self.grid, reach, like) for _, reach in self._seen(row)]
+
+    def _seen(self, row: int) -> list[tuple[int, int]]:
+        """The rows of the windows of the places in `row`, and how far they reach in each."""
+        height = self.grid[1]
+        rows = range(max(0, row - self.window), min(height, row + self.window + 1))
+        return [(other, min(within(self.window, other - row), self.across)) for other in rows]
 
     def parts(self, heads: int, keys: int, device: torch.device) -> Iterator[slice]:
         """Slices of a row's places that keep the logits of `keys` keys small."""
@@ -60,6 +69,14 @@ class Rows:
         size = max(1, limit // logits)
         for start in range(0, width, size):
             yield slice(start, min(start + size, width))
+
+
+def _beyond(grid: Grid, reach: int, like: torch.Tensor) -> torch.Tensor:
+    frames, _, width = grid
+    place = torch.arange(width, device=like.device).unsqueeze(-1)
+    other = place + torch.arange(-reach, reach + 1, device=like.device)
+    beyond = ((other < 0) | (other >= width)).repeat_interleave(frames, -1)
+    return like.new_zeros(beyond.shape).masked_fill(beyond, float("-inf")).unsqueeze(1)
 
 
 def window_attention_torch(
@@ -102,13 +119,13 @@ def _of_heads(
     rows = Rows(grid, window)
     query = by_place(query * (scale / math.log(2)), grid).contiguous()
     key, value = rows.padded(key), rows.padded(value)
-    outside = rows.outside(query)
     outputs: list[torch.Tensor] = []
     logsumexps: list[torch.Tensor] = []
     for row in range(grid[1]):
         seen, held = rows.windows(key, row), rows.windows(value, row)
+        outside = rows.outside(row, query)
         found = []
-        for part in rows.parts(query.shape[0], len(seen) * rows.reach, query.device):
+        for part in rows.parts(query.shape[0], rows.keys(row), query.device):
             # [G, places, F, keys]
             logits = near_logits(query[:, row, part], seen, outside, part)
             peak = largest(logits)  # finite: a token is in its own window
@@ -123,17 +140,23 @@ def _of_heads(
 
 
 def near_logits(
-    query: torch.Tensor, seen: list[torch.Tensor], outside: torch.Tensor, part: slice
+    query: torch.Tensor, seen: list[torch.Tensor], outside: list[torch.Tensor], part: slice
 ) -> torch.Tensor:
     """Logits [G, places, F, keys] of some places of a row, -inf beyond its ends.
 
     Args:
         query: Scaled queries [G, places, F, d].
         seen: Windows of the keys.
-        outside: Bias of each row of a window.
+        outside: Biases of these windows.
         part: Slice of these places.
     """
-    return torch.cat([(query @ keys[:, part]).add_(outside[part]) for keys in seen], -1)
+    return torch.cat(
+        [
+            (query @ keys[:, part]).add_(bias[part])
+            for keys, bias in zip(seen, outside, strict=True)
+        ],
+        -1,
+    )
 
 
 def largest(logits: torch.Tensor) -> torch.Tensor:
@@ -151,7 +174,7 @@ def near_values(weights: torch.Tensor, held: list[torch.Tensor], part: slice) ->
         held: Windows of the values.
         part: Slice of these places.
     """
-    shares = weights.split(weights.shape[-1] // len(held), -1)
+    shares = weights.split([values.shape[-1] for values in held], -1)
     total = shares[0] @ held[0][:, part].mT
     for share, values in zip(shares[1:], held[1:], strict=True):
         total = total + share @ values[:, part].mT

@@ -146,11 +146,11 @@ def _near(rows: torch.Tensor, grid: Grid, window: int) -> torch.Tensor:
     """[rows, n]: whether a token is in the window of a row's."""
     every = torch.arange(math.prod(grid), device=rows.device)
     _, height, width = grid
-    inside = [
-        (of_rows.unsqueeze(-1) - of_all).abs() <= window
+    down, across = (
+        of_rows.unsqueeze(-1) - of_all
         for of_rows, of_all in (
             (rows // width % height, every // width % height),
             (rows % width, every % width),
         )
-    ]
-    return inside[0] & inside[1]
+    )
+    return down.square() + across.square() <= window * (window + 1)

@@ -53,7 +53,9 @@ def model(name: str) -> Any:
     return make_transformer(name)
 
 
-@pytest.mark.parametrize("config", [EXACT, VideoConfig(window=SIDE, tokens_per_base=8)], ids=str)
+@pytest.mark.parametrize(
+    "config", [EXACT, VideoConfig(window=2 * SIDE, tokens_per_base=8)], ids=str
+)
 def test_all_tokens_or_all_places_are_the_model_s_own(
     model: Any, name: str, config: VideoConfig
 ) -> None:
@@ -102,7 +104,7 @@ def test_each_layer_says_what_it_does(model: Any, name: str) -> None:
         assert off(call(model, name), own) > 1e-4
         first, last = handle.report()
     assert first.endswith(
-        f"window of 3x3 places in {FRAMES} frames of {SIDE}x{SIDE}, 6 bases for {TOKENS} tokens, "
+        f"window of 9 places in {FRAMES} frames of {SIDE}x{SIDE}, 6 bases for {TOKENS} tokens, "
         "correction moments"
     )
     assert last.endswith("dense: block 1 is one of dense_blocks")

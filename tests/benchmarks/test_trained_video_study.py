@@ -94,7 +94,7 @@ def test_it_measures_with_the_shipped_form(monkeypatch: pytest.MonkeyPatch) -> N
     assert [len(block["heads"]) for block in results["blocks"]] == [4] * 4
     assert all(0 < part <= 1 for block in results["blocks"] for part in block["keys"])
     assert set(results["inversions"]) == {
-        f"{form}, {solver}" for form in (forms.EXACT, forms.DEFAULTS) for solver in trained.SOLVERS
+        f"{form}, {solver}" for form in trained.INVERTED for solver in trained.SOLVERS
     }
     text = table(results)
     assert text.count(f"| {forms.DEFAULTS} |") == 2

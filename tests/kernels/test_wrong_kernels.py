@@ -147,7 +147,7 @@ TRITON_MUTANTS: dict[str, tuple[Callable[[str], Outputs], str, Callable[[Launch]
     "a part of the moments is left out": (
         correct, "_moments_sum_kernel", of(PARTS=lambda count: count - 1)
     ),
-    "a narrower window": (attend_nearby, WINDOW, of(across=lambda reach: 0)),
+    "a narrower window": (attend_nearby, WINDOW, of(farthest=lambda square: square - 1)),
     "a frame left out": (attend_nearby, WINDOW, of(key_frames=lambda count: 3, TAIL=False)),
     "a patch left out": (attend_video, WINDOW, fewer_programs(0)),
     "no bases": (attend_video, WINDOW, of(WITH_BASES=False, CORRECTED=False)),

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from stem_kernels import basis_attention
+from stem_kernels.shared.grid import within
 from stem_kernels.video import video_attention, video_bases, window_attention
 
 Grid = tuple[int, int, int]
@@ -178,11 +179,13 @@ def best_clusters(
 
 def window_flops(grid: Grid, window: int) -> float:
     """Share of all pairs of tokens that are in each other's window; it is smaller at the edges."""
-    share = 1.0
-    for size in grid[1:]:
-        near = sum(min(size, at + window + 1) - max(0, at - window) for at in range(size))
-        share *= near / size**2
-    return share
+    _, height, width = grid
+    near = 0
+    for y, x in itertools.product(range(height), range(width)):
+        for other in range(max(0, y - window), min(height, y + window + 1)):
+            reach = within(window, other - y)
+            near += min(width, x + reach + 1) - max(0, x - reach)
+    return near / (height * width) ** 2
 
 
 def _grouping_flops(layer: Layer, groups: int, num_iters: int = NUM_ITERS) -> float:
@@ -191,7 +194,7 @@ def _grouping_flops(layer: Layer, groups: int, num_iters: int = NUM_ITERS) -> fl
     return num_iters * read * groups / layer.tokens**2 + groups / (2 * layer.tokens)
 
 
-DEFAULTS = "defaults"
+DEFAULTS, NEARER = "defaults", "window 2, 64 a base"
 FORMS: dict[str, Form] = {
     DEFAULTS: windowed,
     "no moments": partial(windowed, correction="none"),
@@ -201,7 +204,9 @@ FORMS: dict[str, Form] = {
     "16 a base": partial(windowed, per_base=16),
     "64 a base": partial(windowed, per_base=64),
     "128 a base": partial(windowed, per_base=128),
-    "window 2, 64 a base": partial(windowed, per_base=64, window=2),
+    NEARER: partial(windowed, per_base=64, window=2),
+    "window 2, 48 a base": partial(windowed, per_base=48, window=2),
+    "window 2, 96 a base": partial(windowed, per_base=96, window=2),
     "window alone": window_alone,
     "bases alone": bases_alone,
     "radial": radial,

@@ -28,6 +28,7 @@ from stem_kernels.video import (
 )
 
 from ... import records
+from .forms import window_flops
 
 OUT = records.RESULTS / "video-transformers.json"
 SIDE, HEADS, DIM = 16, 4, 64
@@ -162,10 +163,10 @@ def flops_share(
     Windows are counted as they are at the edges of the picture, smaller.
     """
     tokens = frames * SIDE**2
-    near = sum(min(SIDE, place + window + 1) - max(0, place - window) for place in range(SIDE))
     bases = math.ceil(tokens / per_base)
     read = min(tokens, 8 * bases)
-    counted = 4 * DIM * tokens * frames * (near / SIDE) ** 2 + 4 * DIM * tokens * bases
+    counted = 4 * DIM * tokens**2 * window_flops((frames, SIDE, SIDE), window)
+    counted += 4 * DIM * tokens * bases
     counted += 4 * num_iters * read * bases * DIM + 2 * tokens * bases * DIM
     counted += 8 * tokens * DIM**2 if moments else 0
     return counted / (4 * tokens**2 * DIM)

@@ -26,14 +26,16 @@ from stem.world import render, sample_scene
 from stem_kernels.info import provenance
 
 from ... import records
-from .forms import DEFAULTS, EXACT, FORMS, Form, Layer, exact
+from .forms import DEFAULTS, EXACT, FORMS, NEARER, Form, Layer, exact
 
 OUT = records.RESULTS / "video-transformers-trained.json"
 FIRST_SEED = 30_000_000  # training takes its scenes from 0 on, the evaluation from 20,000,000
 PIXELS = 64
 LEVELS = (0.3, 0.6, 0.9)
-SAMPLED = (EXACT, DEFAULTS, "best clusters, rest by means")
+SAMPLED = (EXACT, DEFAULTS, NEARER, "best clusters, rest by means")
 """Forms that samples are drawn with, the first being what the others are compared with."""
+INVERTED = (EXACT, DEFAULTS, NEARER)
+"""Forms that clips are inverted and reconstructed with."""
 SOLVERS = ("euler", "midpoint")
 FAMILY = VIDEO_FAMILIES["WanTransformer3DModel"]
 
@@ -257,7 +259,7 @@ def inversions(parts: EmbeddedVideoModel, size: Size) -> dict[str, dict[str, lis
         clip = render(sample_scene(seed), size.frames[0], PIXELS)
         latents, conditions = parts.encode(clip.frames), parts.conditions(clip.caption)
         alone = parts.decode(latents)
-        for name in (EXACT, DEFAULTS):
+        for name in INVERTED:
             for solver in SOLVERS:
                 how: dict[str, Any] = {"num_steps": size.inversion_steps, "solver": solver}
                 with with_form(parts.transformer, FORMS.get(name, exact)):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from stem_kernels.shared.grid import num_places
+
 from ...config import VideoConfig
 from .family import Grid, VideoFamily
 
@@ -89,9 +91,9 @@ class VideoState:
         if reason is not None:
             return f"dense: {reason}"
         frames, height, width = self.grid
-        side = 2 * self.config.window + 1
         return (
-            f"window of {side}x{side} places in {frames} frames of {height}x{width}, "
+            f"window of {num_places(self.config.window)} places in {frames} frames of "
+            f"{height}x{width}, "
             f"{self.num_bases} bases for {self.num_tokens} tokens, "
             f"correction {self.config.correction}"
         )

@@ -80,6 +80,8 @@ def _window_program(
     block_m, block_n = options.pop("block_m"), options.pop("block_n")
     block_k = tile_for(num_bases or 1, options.pop("block_k"))
     reach = min(window, grid[1] - 1), min(window, grid[2] - 1)
+    # Squared; no place is farther than over the whole diagonal, which is in 32 bits.
+    farthest = min(window * (window + 1), grid[1] ** 2 + grid[2] ** 2)
     tail = options.pop("tail") == 1
     patch = patch_for(grid, reach, block_m, block_n, num_bases + num_texts, tail)
     patches = patch.tiles(grid)
@@ -97,7 +99,7 @@ def _window_program(
         (batch * heads * math.prod(patches),),
         (*inputs, out, logsumexp),
         (
-            *grid, heads, num_bases, num_texts, *reach, patch.rows, patch.columns,
+            *grid, heads, num_bases, num_texts, *reach, farthest, patch.rows, patch.columns,
             patch.query_frames, patch.key_frames, math.prod(patches), patches[0], patches[2],
             patch.parts, *query.strides, *key.strides, *value.strides, *strides,
             *((0,) * 8 if text is None else (*text[0].strides, *text[1].strides)),

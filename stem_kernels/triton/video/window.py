@@ -140,7 +140,8 @@ def _queries(o_m, first_frame, top, left, F, ROWS, COLUMNS, patch_rows, patch_co
 def window_attention_kernel(
     p_query, p_key, p_value, p_assignment, p_base_key, p_base_value, p_base_bias,
     p_text_key, p_text_value, p_text_bias, p_matrix, p_out, p_logsumexp,
-    F, ROWS, COLUMNS, H, K, T, down, across, patch_rows, patch_columns, query_frames, key_frames,
+    F, ROWS, COLUMNS, H, K, T, down, across, farthest,
+    patch_rows, patch_columns, query_frames, key_frames,
     patches, frame_tiles, column_tiles, parts,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on,
@@ -214,8 +215,8 @@ def window_attention_kernel(
         m_n = m_n & (o_key_y >= 0) & (o_key_y < ROWS) & (o_key_x >= 0) & (o_key_x < COLUMNS)
         o_token = (o_frame * ROWS + o_key_y) * COLUMNS + o_key_x
         # [BLOCK_M, BLOCK_N]
-        m_near = (tl.abs(o_y[:, None] - o_key_y[None, :]) <= down) & m_n[None, :]
-        m_near = m_near & (tl.abs(o_x[:, None] - o_key_x[None, :]) <= across)
+        o_down, o_across = o_y[:, None] - o_key_y[None, :], o_x[:, None] - o_key_x[None, :]
+        m_near = (o_down * o_down + o_across * o_across <= farthest) & m_n[None, :]
         b_far = tl.where(m_near, 0.0, float("-inf"))
         b_max, b_sum, b_bases, b_out = _seen_nearby(
             b_q, b_max, b_sum, b_bases, b_out, p_key, p_value, p_assignment, p_base_key,
