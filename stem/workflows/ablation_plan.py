@@ -11,6 +11,7 @@ from stem_kernels.ops.soft_em import EMPTY_POLICIES
 
 from .. import names
 from ..config import CALIBRATIONS, SPACES, StemConfig
+from ..inversion.records import attention_record
 
 _FORMS: tuple[Callable[..., StemConfig], ...] = (
     StemConfig,
@@ -78,8 +79,9 @@ def variants_of(base: StemConfig, only: Sequence[str]) -> dict[tuple[str, str], 
 
 
 def fields_of(config: StemConfig) -> dict[str, Any]:
-    """What two configurations of equal figures have in common: all fields but the chunk."""
-    return {name: value for name, value in vars(config).items() if name != "chunk"}
+    """What two configurations of equal figures have in common: all fields but the chunk, as JSON
+    types."""
+    return {name: value for name, value in attention_record(config).items() if name != "chunk"}
 
 
 def in_order(keys: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
