@@ -1,7 +1,7 @@
 """Time of an edit by several processes: `python -m benchmarks.studies.any_length.processes`.
 
 A world video is inverted once, and edited by fusion in chunks: by one process whose chunks wait in
-memory and in files, and by two that share the chunks over gloo; one thread each, in turns. Time is
+memory, where `auto` puts them, or in files, and by two that share the chunks over gloo; one thread each, in turns. Time is
 that of the edit alone, on the first process, without loading. Writes
 benchmarks/results/any-length-processes.json and .md. Nothing else should run meanwhile.
 """
@@ -37,6 +37,7 @@ STEPS = 10
 ROUNDS = 3
 WAYS: dict[str, tuple[int, str]] = {
     "one process": (1, "never"),
+    "one process, parking where needed": (1, "auto"),
     "one process, chunks wait in files": (1, "disk"),
     "two processes": (2, "never"),
 }
