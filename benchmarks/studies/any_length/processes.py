@@ -1,8 +1,8 @@
 """Time of an edit by several processes: `python -m benchmarks.studies.any_length.processes`.
 
 A world video is inverted once, and edited by fusion in chunks: by one process whose chunks wait in
-memory, where `auto` puts them, or in files, and by two that share the chunks over gloo; one thread each, in turns. Time is
-that of the edit alone, on the first process, without loading. Writes
+memory, where `auto` puts them, or in files, and by two that share the chunks over gloo; one thread
+each, in turns. Time is that of the edit alone, on the first process, without loading. Writes
 benchmarks/results/any-length-processes.json and .md. Nothing else should run meanwhile.
 """
 
