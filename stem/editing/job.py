@@ -16,11 +16,11 @@ import torch
 from ..attention import Hooks
 from ..attention.families import family_of_unet
 from ..attention.parked import current_parking
-from ..config import AttentionConfig, StemConfig, scenes_of
+from ..config import AttentionConfig, StemConfig
 from ..diffusion.pipeline import Conditioning, predict, vae_factor
 from ..distributed import Ranks
 from ..inversion import InversionFolder
-from ..inversion.methods import attention_on, inversion_attention
+from ..inversion.methods import attention_on, inversion_attention, inversion_scenes
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Job:
     @property
     def scenes(self) -> list[range]:
         """The frames of each scene."""
-        return scenes_of(self.num_frames, self.attention.cuts)
+        return inversion_scenes(self.inversion)
 
     @property
     def latent_size(self) -> tuple[int, int]:

@@ -17,11 +17,11 @@ from ..attention.families import family_of_unet
 from ..attention.hooks import Attend, Operands, Site
 from ..attention.parked import current_parking
 from ..attention.processor import attend_densely, project_keys_and_values
-from ..config import InflatedConfig, StemConfig, scenes_of
+from ..config import InflatedConfig, StemConfig
 from ..diffusion.loop import with_guidance
 from ..distributed import Ranks
 from ..inversion import InversionFolder
-from ..inversion.methods import attention_on, inversion_attention
+from ..inversion.methods import attention_on, inversion_scenes
 from .job import Job, Options, check_choice, check_count, generator_of
 from .pnp import PnP, PnPOptions
 
@@ -61,8 +61,7 @@ class PropagationOptions(Options):
         if self.pivots is None:
             return
         frames = inversion.settings["video"]["num_frames"]
-        scenes = scenes_of(frames, inversion_attention(inversion).cuts)
-        chunks = chunks_of(scenes, self.chunk)
+        chunks = chunks_of(inversion_scenes(inversion), self.chunk)
         steps = len(inversion.timesteps)
         lengths = sorted({len(row) for row in self.pivots})
         if len(self.pivots) != steps or lengths != [len(chunks)]:

@@ -17,6 +17,7 @@ from ..config import (
     PerFrameConfig,
     SparseCausalConfig,
     StemConfig,
+    scenes_of,
 )
 from ..diffusion.control import controlled
 from ..names import INVERSION_METHODS
@@ -108,6 +109,12 @@ def inversion_attention(inversion: InversionFolder, chunk: int | None = None) ->
         )
     frames, begun, cuts = (options.pop(name) for name in _OF_THE_RUN)
     return attention_config(method, options, frames, chunk or begun, cuts)
+
+
+def inversion_scenes(inversion: InversionFolder) -> list[range]:
+    """The frames of each scene of an inverted video."""
+    frames: int = inversion.settings["video"]["num_frames"]
+    return scenes_of(frames, inversion_attention(inversion).cuts)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def find_cuts(video: Video | VideoFile) -> tuple[int, ...]:
     Source: FFmpeg's documentation of the filters select and scdet.
     """
     found: list[int] = []
-    for number in _changes(video):
+    for number in _changes(video) if video.num_frames >= 2 * LEAST_SCENE else ():
         before = found[-1] if found else 0
         if number - before >= LEAST_SCENE and video.num_frames - number >= LEAST_SCENE:
             found.append(number)

@@ -49,10 +49,8 @@ def edit(rank: int, world: int, park: str, folder: str, found: Queue[float]) -> 
     torch.set_num_threads(1)
     group = None
     if world > 1:
-        store = dist.FileStore(  # type: ignore[attr-defined]
-            str(Path(folder) / "store"), world
-        )
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
         group = dist.group.WORLD
     pipeline = stem.load_pipeline("embedded")
     (path,) = Path(folder).glob("*/settings.json")

@@ -6,7 +6,6 @@ time. Writes benchmarks/results/editing-shapes.json and .md.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,17 +86,16 @@ def report(results: dict[str, Any]) -> str:
     ]
     for form in results["forms"]:
         cells = [form]
-        for figure, factor in (("shape", 100), ("all", 1), ("warp", 1)):
+        for figure, factor, digits in (
+            ("shape", 100, ".0f"),
+            ("all", 1, ".2f"),
+            ("warp", 1, ".2f"),
+        ):
             found, before = (
                 [factor * rows[name][scene][figure] for scene in scenes] for name in (form, DEFAULT)
             )
-            digits = ".0f" if figure == "shape" else ".2f"
-            cells.append(
-                f"{statistics.fmean(found):.0f}"
-                if figure == "shape"
-                else f"{mean_interval(found):.2f}"
-            )
             apart = [one - other for one, other in zip(found, before, strict=True)]
+            cells.append(f"{mean_interval(found):{digits}}")
             cells.append("" if form == DEFAULT else f"{mean_interval(apart):+{digits}}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from stem_kernels import basis_attention
-from stem_kernels.shared.grid import within
+from stem_kernels.shared.grid import window_counts
 from stem_kernels.video import video_attention, video_bases, window_attention
 
 Grid = tuple[int, int, int]
@@ -179,13 +179,9 @@ def best_clusters(
 
 def window_flops(grid: Grid, window: int) -> float:
     """Share of all pairs of tokens that are in each other's window; it is smaller at the edges."""
-    _, height, width = grid
-    near = 0
-    for y, x in itertools.product(range(height), range(width)):
-        for other in range(max(0, y - window), min(height, y + window + 1)):
-            reach = within(window, other - y)
-            near += min(width, x + reach + 1) - max(0, x - reach)
-    return near / (height * width) ** 2
+    one_base = torch.zeros(1, math.prod(grid), dtype=torch.int64)
+    near, total = window_counts(one_base, grid, window, 1)
+    return float(near.double().mean() / total)
 
 
 def _grouping_flops(layer: Layer, groups: int, num_iters: int = NUM_ITERS) -> float:
