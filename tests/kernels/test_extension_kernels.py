@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stem_kernels import basis_attention, cuda, soft_em
+from stem_kernels import basis_attention, cuda, em_statistics, soft_em
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.testing import clustered_tokens
 
@@ -88,6 +88,47 @@ def test_threads_do_not_change_a_bit() -> None:
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert torch.equal(one, two)
+
+
+SHARP, SOFT = 100.0, 0.1
+"""Lengths of tokens: at tau = 0.1 one weight is not 0 then, or all of them are."""
+
+
+@built
+@pytest.mark.parametrize(
+    "lengths",
+    [[SHARP], [SOFT], [SHARP, SOFT], [SOFT, SHARP], [SOFT, SHARP, SOFT, SHARP]],
+    ids=lambda lengths: "-".join("sharp" if length == SHARP else "soft" for length in lengths),
+)
+def test_tiles_of_few_weights_and_of_many(lengths: list[float]) -> None:
+    # So many heads that each has one part, and so many tokens that this has two float32 sums.
+    heads, tokens, width, count = 33, 15_000, 5, 71
+    generator = torch.Generator().manual_seed(0)
+    bases = torch.randn(1, heads, count, width, generator=generator)
+    near = bases[:, :, torch.randint(count, (tokens,), generator=generator)]
+    features = near / near.norm(dim=-1, keepdim=True)
+    part = -(-tokens // len(lengths))
+    long = torch.tensor(lengths).repeat_interleave(part)[:tokens, None]
+    features = features * long
+    payload = torch.randn(1, heads, tokens, 3, generator=generator)
+    found, exact = (
+        em_statistics(
+            features.to(dtype), bases.to(dtype), payload=payload.to(dtype), temperature=0.1,
+            backend=backend,
+        )
+        for dtype, backend in ((torch.float32, "cuda"), (torch.float64, "torch"))
+    )  # fmt: skip
+    for one, other in zip(found, exact, strict=True):
+        largest = float(other.abs().max())
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * largest)
+
+
+@built
+def test_a_token_that_is_no_number_reaches_every_base() -> None:
+    features = SHARP * clustered_tokens((1, 300, 40))
+    features[0, 7] = torch.nan
+    for part in em_statistics(features, features[:, ::9], backend="cuda")[:2]:
+        assert part.isnan().all()
 
 
 @built

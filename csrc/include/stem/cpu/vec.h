@@ -69,6 +69,21 @@ STEM_INLINE float sum_of_lanes(Vec v) {
   return v[0];
 }
 
+// Bit i: whether lane i is not 0; NaN is not.
+STEM_INLINE uint32_t lanes_not_zero(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, Vec{}, _CMP_NEQ_UQ);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, Vec{}, _CMP_NEQ_UQ));
+#elif defined(__SSE__)
+  return _mm_movemask_ps(_mm_cmpneq_ps(v, Vec{}));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t{v[lane] != 0.0f} << lane;
+  return bits;
+#endif
+}
+
 STEM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace stem::cpu::STEM_ISA
