@@ -17,6 +17,14 @@ STABLE_TORCH_LIBRARY(stem_kernels_ext, library) {
       "Tensor key_source, Tensor value, Tensor mask, Tensor? bias, float scale) -> Tensor");
   library.def(
       "partial_attention(Tensor query, Tensor key, Tensor value, float scale) -> (Tensor, Tensor)");
+  library.def(
+      "window_attention(Tensor query, Tensor key, Tensor value, int frames, int rows, int columns, "
+      "int window, float scale) -> (Tensor, Tensor)");
+  library.def(
+      "video_attention(Tensor query, Tensor key, Tensor value, Tensor assignment, "
+      "Tensor base_key, Tensor base_sums, Tensor? text_key, Tensor? text_value, "
+      "Tensor? text_bias, Tensor? matrix, int frames, int rows, int columns, int window, "
+      "float scale) -> Tensor");
   library.def("nearest_token(Tensor query, Tensor keys, Tensor inverse_norms) -> Tensor");
   library.def("cpu_instructions() -> str");
 }

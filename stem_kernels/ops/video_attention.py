@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..backends import BACKENDS
+from ..reference.chunks import groups
 from ..reference.video_attention import video_attention_torch
+from ..reference.video_bases import damped_moments, group_means
 from ..shared.grid import Grid
 from ..shared.outputs import attention_output
 from ..shared.tangents import forward_mode
@@ -83,8 +85,8 @@ def video_attention(
         temperature: Temperature tau > 0 of EM.
         scale: Factor of the logits; 1 / sqrt(d) if None.
         backend: Name of the backend, "auto", "triton", "cuda" or "torch". The extension ("cuda")
-            has kernels of EM and of the assignment, and plain torch computes the rest. It does so
-            for Triton, too, with more than 128 channels and on AMD's GPUs.
+            has kernels for CPUs; on a GPU those of EM and of the assignment, and plain torch
+            computes the rest, as it does for Triton with more than 128 channels and on AMD's GPUs.
 
     Returns:
         [B, h, n, e] of the query's dtype; a view of memory laid out as [B, n, h, e]. Logits,
@@ -133,7 +135,9 @@ def video_attention(
 
             if serves(query, value):
                 return video_attention_triton(*arguments)
-        return (_operator if one_node else video_attention_torch)(*arguments)
+        if chosen == "cuda" and query.device.type == "cpu":
+            return (_in_extension if one_node else video_attention_by_extension)(*arguments)
+        return (_in_torch if one_node else video_attention_torch)(*arguments)
 
     def check(out: torch.Tensor, _: str) -> list[Comparison] | None:
         return video.video_attention(out, *arguments, ROUNDING_ATOL)
@@ -141,10 +145,62 @@ def video_attention(
     return run(OP, backend, tensors, 0, on, check).transpose(1, 2)
 
 
-_operator = torch.library.custom_op(
-    "stem_kernels::video_attention_torch", video_attention_torch, mutates_args=()
+def video_attention_by_extension(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    assignment: torch.Tensor,
+    text_key: torch.Tensor | None,
+    text_value: torch.Tensor | None,
+    text_mask: torch.Tensor | None,
+    grid: list[int],
+    window: int,
+    num_bases: int,
+    corrected: bool,
+    scale: float,
+) -> torch.Tensor:
+    """As `video_attention_torch`: bases and matrix by torch, attention by the extension on CPUs."""
+    from ..cuda.video_attention import video_attention_cuda
+
+    found = []
+    with torch.autocast("cpu", enabled=False):
+        for group in groups(query):
+            queries, keys, values = (
+                part[group].flatten(0, 1).float() for part in (query, key, value)
+            )
+            numbers = assignment[group].flatten(0, 1)
+            key_means, value_means = group_means(numbers, num_bases, (keys, values))
+            counts = numbers.new_zeros(key_means.shape[:2])
+            counts.scatter_add_(1, numbers, torch.ones_like(numbers))
+            parts = [key_means, value_means, counts]
+            if corrected:
+                parts.append(
+                    damped_moments(queries, keys, values, numbers, key_means, value_means, scale)
+                )
+            found.append(parts)
+    base_key, base_value, counts, *matrix = (
+        torch.cat(parts).unflatten(0, query.shape[:2]) for parts in zip(*found, strict=True)
+    )
+    return video_attention_cuda(
+        query,
+        key,
+        value,
+        assignment,
+        (base_key, base_value, counts),
+        None if text_key is None or text_value is None else (text_key, text_value, text_mask),
+        matrix[0] if corrected else None,
+        grid,
+        window,
+        scale,
+    )
+
+
+_in_torch, _in_extension = (
+    torch.library.custom_op(f"stem_kernels::{made.__name__}", made, mutates_args=())
+    for made in (video_attention_torch, video_attention_by_extension)
 )
-_operator.register_fake(attention_output)
+for _made in (_in_torch, _in_extension):
+    _made.register_fake(attention_output)
 
 
 def _checked_text(

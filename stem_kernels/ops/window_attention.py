@@ -46,13 +46,15 @@ def window_attention(
         grid: Frames F, height H and width W of the video, in tokens.
         window: Number of places to each side, at least 0.
         scale: Factor of the logits; 1 / sqrt(d) if None.
-        backend: Name of the backend, "auto", "triton", "cuda" or "torch". Plain torch computes what
-            Triton has no kernel for (more than 128 channels, and AMD's GPUs), and all of "cuda".
+        backend: Name of the backend, "auto", "triton", "cuda" or "torch". The extension ("cuda")
+            has a kernel for CPUs. Plain torch computes what that and Triton have none for: more
+            than 128 channels on GPUs, AMD's GPUs, and "cuda" on a GPU.
 
     Returns:
         `PartialAttention` in float32 (float64 for float64 input). Plain torch takes a copy of a
         head's operands and at most 512 KiB of logits on a CPU (16 MiB elsewhere, or those of one
-        place if that is more), and Triton nothing. Equal calls give equal bits.
+        place if that is more), the extension a copy of a head's keys and values, and Triton
+        nothing. Equal calls give equal bits.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit.
@@ -70,6 +72,10 @@ def window_attention(
 
             if serves(query, value):
                 return PartialAttention(*window_attention_triton(*arguments))
+        if chosen == "cuda" and query.device.type == "cpu":
+            from ..cuda.video_attention import window_attention_cuda
+
+            return PartialAttention(*window_attention_cuda(*arguments))
         return PartialAttention(*window_attention_torch(query, key, value, grid, window, scale))
 
     def check(found: PartialAttention, _: str) -> list[Comparison] | None:

@@ -9,7 +9,7 @@ import torch
 from ..shared.grid import Grid, by_frame, by_place, window_counts
 from ..shared.outputs import attention_output, compute_dtype
 from .chunks import groups
-from .video_bases import group_means, group_moments
+from .video_bases import damped_moments, group_means
 from .window_attention import Rows, largest, near_logits, near_values
 
 
@@ -87,11 +87,8 @@ def _of_heads(
     base_key, base_value = group_means(assignment, num_bases, (key, value))
     matrix = None
     if corrected:
-        matrix, spread = group_moments(assignment, key, value, base_key, base_value)
-        # The mean square of what logits differ by from their base's, over queries and tokens.
-        of_queries = query.mT @ query / query.shape[1]
-        spread = (of_queries * spread).sum((1, 2), keepdim=True) * scale**2
-        matrix = matrix * (1 + spread).rsqrt() * math.log(2)
+        matrix = damped_moments(query, key, value, assignment, base_key, base_value, scale)
+        matrix = matrix * math.log(2)
     near, total = window_counts(assignment, grid, window, num_bases)
     mass = total.to(query.dtype)
     # Bases and text in one: keys [G, d, K + T], values [G, K + T, e], bias [G, 1, K + T].

@@ -80,6 +80,33 @@ def group_moments(
     return of_both, of_keys
 
 
+def damped_moments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    assignment: torch.Tensor,
+    base_key: torch.Tensor,
+    base_value: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """The matrix [G, d, e] that queries times `scale` are corrected with.
+
+    Args:
+        query: Queries [G, n, d], as they are.
+        key: Keys [G, n, d].
+        value: Values [G, n, e].
+        assignment: Number of each token's base, int64 [G, n].
+        base_key: Means [G, K, d] of the keys.
+        base_value: Means [G, K, e] of the values.
+        scale: Factor of the logits.
+    """
+    matrix, spread = group_moments(assignment, key, value, base_key, base_value)
+    # The mean square of what logits differ by from their base's, over queries and tokens.
+    of_queries = query.mT @ query / query.shape[1]
+    spread = (of_queries * spread).sum((1, 2), keepdim=True) * scale**2
+    return matrix * (1 + spread).rsqrt()
+
+
 def video_bases_torch(
     key: torch.Tensor, value: torch.Tensor, assignment: torch.Tensor, num_bases: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

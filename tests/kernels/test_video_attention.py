@@ -88,14 +88,18 @@ def off(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
+in_torch_too = pytest.mark.parametrize("backend", ["auto", "torch"])
+
+
+@in_torch_too
 @pytest.mark.parametrize("window", [0, 1, 2, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_window_is_exact(dtype: torch.dtype, window: int) -> None:
+def test_a_window_is_exact(dtype: torch.dtype, window: int, backend: str) -> None:
     inputs = [tensor.to(dtype) for tensor in operands()]
     outside = torch.zeros(TOKENS, TOKENS, device=DEVICE).masked_fill(
         ~near(GRID, window), float("-inf")
     )
-    found = window_attention(*inputs, GRID, window=window, scale=0.7)
+    found = window_attention(*inputs, GRID, window=window, scale=0.7, backend=backend)
     exact = naive(*(tensor.double() for tensor in inputs), outside.double(), 0.7)
     plain = naive(*(tensor.float() for tensor in inputs), outside, 0.7)
     for result, reference, same in zip(found, exact, plain, strict=True):
@@ -184,28 +188,31 @@ def test_means_made_by_products_are_those_made_by_adding() -> None:
     assert max(map(max_error, multiplied, added)) < 1e-12
 
 
+@in_torch_too
 @pytest.mark.parametrize(
     ("num_bases", "window"), [(TOKENS, 1), (1000, 0), (5, 6), (TOKENS, 0)], ids=str
 )
-def test_all_tokens_or_all_places_are_exact_attention(num_bases: int, window: int) -> None:
+def test_all_tokens_or_all_places_are_exact_attention(
+    num_bases: int, window: int, backend: str
+) -> None:
     inputs = operands()
     text = operands((7, 1, 1))[1:]
     mask = torch.ones(2, 7, dtype=torch.bool, device=DEVICE)
     mask[1, 3:] = False
-    found = video_attention(
-        *inputs, GRID, num_bases=num_bases, window=window, text=text, text_mask=mask
-    )
+    options: dict[str, Any] = {"num_bases": num_bases, "window": window, "backend": backend}
+    found = video_attention(*inputs, GRID, text=text, text_mask=mask, **options)
     whole = [torch.cat(pair, 2).double() for pair in zip(inputs[1:], text, strict=True)]
     seen = torch.cat([torch.ones(2, TOKENS, dtype=torch.bool, device=DEVICE), mask], 1)
     exact = scaled_dot_product_attention(inputs[0].double(), *whole, attn_mask=seen[:, None, None])
     assert found.transpose(1, 2).is_contiguous()
     assert off(found, exact) < 1e-5
-    unmasked = video_attention(*inputs, GRID, num_bases=num_bases, window=window, text=text)
+    unmasked = video_attention(*inputs, GRID, text=text, **options)
     assert off(unmasked, scaled_dot_product_attention(inputs[0].double(), *whole)) < 1e-5
 
 
+@in_torch_too
 @pytest.mark.parametrize("correction", ["none", "moments"])
-def test_bases_stand_for_the_tokens_outside_the_window(correction: str) -> None:
+def test_bases_stand_for_the_tokens_outside_the_window(correction: str, backend: str) -> None:
     query, key, value = operands()
     bases = video_bases(key, value, 6)
     inside = near(GRID, 1).double()
@@ -224,7 +231,9 @@ def test_bases_stand_for_the_tokens_outside_the_window(correction: str) -> None:
         spread = (query.double() @ left.mT * 8**-0.5).square().mean((-1, -2), keepdim=True)
         added = query.double() @ bases.moments.double() * 8**-0.5 / (1 + spread).sqrt()
         expected = expected + shares.sum(-1, keepdim=True) * added
-    found = video_attention(query, key, value, GRID, num_bases=6, correction=correction)
+    found = video_attention(
+        query, key, value, GRID, num_bases=6, correction=correction, backend=backend
+    )
     assert off(found, expected) < 1e-6
 
 

@@ -1,4 +1,4 @@
-"""Triton's kernels of video transformers against float64."""
+"""Kernels of video transformers against float64: Triton's, and the extension's for CPUs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from conftest import BACKENDS, DEVICE, INTERPRETED, tokens
 from stem_kernels import nearest_token, soft_em
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL
 from stem_kernels.ops.partial_attention import ROUNDING_ATOL as PARTIAL_ATOL
+from stem_kernels.ops.video_attention import video_attention_by_extension
 from stem_kernels.reference.video_attention import video_attention_torch
 from stem_kernels.reference.window_attention import window_attention_torch
 from stem_kernels.testing import (
@@ -28,6 +29,19 @@ from stem_kernels.triton.video.patches import patch_for
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 in_triton = pytest.mark.skipif(
     "triton" not in BACKENDS, reason="Triton's kernels need a GPU or its interpreter"
+)
+in_each = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("triton", marks=in_triton),
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                "cuda" not in BACKENDS or DEVICE != "cpu",
+                reason="the extension's kernels of video are for CPUs, and built",
+            ),
+        ),
+    ],
 )
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
@@ -71,12 +85,12 @@ CASES = [
 ]
 
 
-@in_triton
+@in_each
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_window(case: Case) -> None:
+def test_a_window(case: Case, backend: str) -> None:
     inputs = case.operands()
-    found = window_attention(*inputs, case.grid, window=case.window, scale=0.4, backend="triton")
-    again = window_attention(*inputs, case.grid, window=case.window, scale=0.4, backend="triton")
+    options: dict[str, Any] = {"window": case.window, "scale": 0.4, "backend": backend}
+    found, again = (window_attention(*inputs, case.grid, **options) for _ in range(2))
     double = (part.double() for part in inputs)
     exact = window_attention_torch(*double, case.grid, case.window, 0.4)
     plain = (part.double() for part in inputs) if case.dtype != SINGLE else inputs
@@ -90,7 +104,7 @@ def test_a_window(case: Case) -> None:
         assert max_error(result, reference) <= bound + 30 * torch.finfo(SINGLE).eps
 
 
-@in_triton
+@in_each
 @pytest.mark.parametrize(
     ("case", "corrected"),
     [
@@ -102,16 +116,17 @@ def test_a_window(case: Case) -> None:
     ],
     ids=str,
 )
-def test_window_bases_and_text(case: Case, corrected: bool) -> None:
+def test_window_bases_and_text(case: Case, corrected: bool, backend: str) -> None:
     from stem_kernels.triton.video.attention import video_attention_triton
 
+    attention = video_attention_triton if backend == "triton" else video_attention_by_extension
     inputs, texts = case.operands(), case.texts()
     count = math.prod(case.grid)
     numbers = torch.arange(count, device=DEVICE).mul(7).remainder(case.num_bases + 3)
     numbers = numbers.clamp(max=case.num_bases - 1).expand(1, 2, -1)  # bases of unlike sizes
     rest = (list(case.grid), case.window, case.num_bases, corrected, case.width**-0.5)
-    found = video_attention_triton(*inputs, numbers, *texts, *rest)
-    assert torch.equal(found, video_attention_triton(*inputs, numbers, *texts, *rest))
+    found = attention(*inputs, numbers, *texts, *rest)
+    assert torch.equal(found, attention(*inputs, numbers, *texts, *rest))
 
     def doubled(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.double()

@@ -200,6 +200,7 @@ EXTENSION_MUTANTS: dict[str, tuple[Callable[[str], Outputs], str, Callable[[Any]
     ),
     "the next key": (find_nearest, "nearest_token", lambda found: (found + 1) % 50),
     "a key out of range": (find_nearest, "nearest_token", lambda found: found + 50),
+    "a place of a video too far": (attend_video, "video_attention", rolled),
 }  # fmt: skip
 
 
@@ -220,6 +221,11 @@ ARGUMENT_MUTANTS = {
     ),
     "an iteration too few": (iterated, "soft_em", with_arguments((3, 1))),
     "empty bases are not kept": (kept_empty, "soft_em", with_arguments((6, False))),
+    "a window too narrow": (attend_nearby, "window_attention", with_arguments((6, 0))),
+    "no moments": (attend_video, "video_attention", with_arguments((9, None))),
+    "the window's tokens in the bases, too": (
+        attend_video, "video_attention", lambda given: (*given[:5], given[5] * 1.3, *given[6:])
+    ),
     "a mask of ones": (blend, "blended_attention", with_arguments((5, torch.ones(1, 70)))),
 }  # fmt: skip
 

@@ -50,6 +50,29 @@ struct PartialSizes {
   int64_t rows() const { return 2 + value_width; }
 };
 
+// A video of frames x rows x columns tokens, and what one head of it attends to.
+struct WindowSizes {
+  int64_t frames, rows, columns;
+  int64_t window;  // places to each side
+  int64_t width, value_width;
+  int64_t bases, texts;
+  int64_t places() const { return rows * columns; }
+  // A value, what it weighs in the softmax's sum, and what of that is a base's.
+  int64_t value_columns() const { return value_width + 2; }
+};
+
+struct WindowOperands {
+  const float* keys;         // [places, frames, width]
+  const float* values;       // [places, frames, value_columns]
+  const int32_t* numbers;    // [places, frames]: each token's base
+  const float* base_keys;    // [bases, width]
+  const float* base_sums;    // [bases, value_columns]: sums over a base's tokens
+  const float* text_keys;    // [texts, width]
+  const float* text_values;  // [texts, value_columns]
+  const float* text_bias;    // [texts], in base 2; or null
+  const float* matrix;       // [width, value_width], for queries times scale; or null
+};
+
 struct Kernels {
   const char* name;
   int64_t panel;
@@ -94,6 +117,19 @@ struct Kernels {
   void (*partial_attention)(const PartialSizes&, const AttentionMap&, const Rows& value,
                             float scale, int64_t first, int64_t last, float* states,
                             float* scratch);
+
+  // Keys, values and numbers of places first ... last - 1 as WindowOperands has them; numbers are
+  // assignment's [frames, places], and neither is needed without bases.
+  void (*place_tokens)(const WindowSizes&, const Rows& key, const Rows& value,
+                       const int32_t* assignment, int64_t first, int64_t last, float* keys,
+                       float* values, int32_t* numbers);
+  // Floats of scratch memory that window_attention needs.
+  int64_t (*window_scratch)(const WindowSizes&);
+  // Queries of places first ... last - 1 -> rows of out, `out_stride` elements of dtype `to` apart.
+  // peaks and masses [frames, places], or null: largest logit in base 2, and sum of weights.
+  void (*window_attention)(const WindowSizes&, const WindowOperands&, const Rows& query,
+                           float scale, int64_t first, int64_t last, DType to, void* out,
+                           int64_t out_stride, float* peaks, float* masses, float* scratch);
 
   // One panel of keys, each times its factor -> packed [width, panel]; scratch [width].
   void (*pack_keys)(const Rows& keys, const float* factors, int64_t num_keys, int64_t width,
