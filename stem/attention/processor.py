@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
 
+TOKENS_AT_ONCE = 4096
+"""Tokens of a part on a CPU: enough for products at full speed."""
+
+
 class VideoAttentionProcessor(ABC):
     """Takes the place of diffusers' `AttnProcessor2_0` in one self-attention.
 
@@ -104,8 +108,7 @@ class VideoAttentionProcessor(ABC):
     def _attended(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
         """What takes the place of the tokens, after the output projection."""
         if not self.hooks:
-            attended = self.attend(self.operands(attn, tokens))
-            return self._projected(attn, attended, tokens.shape)
+            return self.unwatched(attn, tokens)
         site = self.layout.site(self.name, attn, tokens.shape[1])
         for hook in self.hooks.having("before"):
             given = hook.before(site, tokens)
@@ -115,6 +118,40 @@ class VideoAttentionProcessor(ABC):
         output = self._projected(attn, attended, tokens.shape)
         for hook in self.hooks.having("after"):
             hook.after(site, tokens, output)
+        return output
+
+    def unwatched(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
+        """What takes the place of the tokens where no hook wants to see how it is made."""
+        attended = self.attend(self.operands(attn, tokens))
+        return self._projected(attn, attended, tokens.shape)
+
+    def in_parts(
+        self, attn: Attention, tokens: torch.Tensor, seeing: Callable[[torch.Tensor], Operands]
+    ) -> torch.Tensor:
+        """As `unwatched` where all frames see the same: on a CPU some of them at a time.
+
+        Queries and outputs of few frames stay in the cache; those of all are fresh memory, whose
+        pages can take as long as a projection.
+
+        Args:
+            attn: Attention module, for its projections.
+            tokens: Normalised input of the module, [videos, frames, S, C].
+            seeing: Function of queries [videos, 1, h, n, d] to what they are attended with.
+        """
+        videos, frames, num_tokens, _ = tokens.shape
+        whole = tokens.device.type != "cpu" or torch.is_grad_enabled()
+        at_once = frames if whole else max(1, TOKENS_AT_ONCE // (videos * num_tokens))
+        output: torch.Tensor | None = None
+        for start in range(0, frames, at_once):
+            part = tokens[:, start : start + at_once]
+            attended = self.attend(seeing(project_queries(attn, part).unsqueeze(1)))
+            projected = self._projected(attn, attended, part.shape)
+            if part.shape[1] == frames:
+                return projected
+            if output is None:
+                output = projected.new_empty((videos, frames, *projected.shape[2:]))
+            output[:, start : start + at_once] = projected
+        assert output is not None
         return output
 
     def _projected(

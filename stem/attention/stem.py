@@ -219,14 +219,33 @@ class StemProcessor(VideoAttentionProcessor):
         self.start = state.starts[layer]
 
     def operands(self, attn: Attention, tokens: torch.Tensor) -> Operands:
+        if self._is_dense(tokens):
+            return all_frame_operands(attn, tokens, self.layout.exchange)
+        seeing = self._seeing(attn, tokens)
+        return seeing(project_queries(attn, tokens).unsqueeze(1))
+
+    def unwatched(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
+        if self._is_dense(tokens):
+            return super().unwatched(attn, tokens)
+        return self.in_parts(attn, tokens, self._seeing(attn, tokens))
+
+    def _num_tokens(self, tokens: torch.Tensor) -> int:
+        """The number of tokens of the whole video."""
+        exchange = self.layout.exchange
+        return tokens.shape[2] * (tokens.shape[1] if exchange is None else exchange.num_frames)
+
+    def _is_dense(self, tokens: torch.Tensor) -> bool:
+        total = self._num_tokens(tokens)
+        if total > self.state.config.dense_below:
+            return False
+        if not torch.compiler.is_compiling():
+            _log_dense_once(self.name, total)
+        return True
+
+    def _seeing(self, attn: Attention, tokens: torch.Tensor) -> functools.partial[Operands]:
+        """What all tokens of a video attend to: `Operands` but for the queries."""
         config, exchange = self.state.config, self.layout.exchange
-        _, frames, num_tokens, _ = tokens.shape
-        total = num_tokens * (frames if exchange is None else exchange.num_frames)
-        if total <= config.dense_below:
-            if not torch.compiler.is_compiling():
-                _log_dense_once(self.name, total)
-            return all_frame_operands(attn, tokens, exchange)
-        features = tokens.flatten(1, 2)
+        total, features = self._num_tokens(tokens), tokens.flatten(1, 2)
         count = config.sampled(total)
         if count == total or self.state.given(self.layer) is not None:
             found = self._attended_bases(attn, features, exchange)
@@ -249,14 +268,16 @@ class StemProcessor(VideoAttentionProcessor):
         if calibration is not None:
             correction, mean = calibration.correction, calibration.query_mean
             value = value if calibration.value is None else calibration.value
-        optional = (
+        bias, correction, mean = (
             None if part is None else part.unsqueeze(1) for part in (bias, correction, mean)
         )
-        return Operands(
-            project_queries(attn, tokens).unsqueeze(1),
-            key.unsqueeze(1),
-            value.to(key.dtype).unsqueeze(1),
-            *optional,
+        return functools.partial(
+            Operands,
+            key=key.unsqueeze(1),
+            value=value.to(key.dtype).unsqueeze(1),
+            bias=bias,
+            correction=correction,
+            query_mean=mean,
         )
 
     def _attended_bases(

@@ -10,11 +10,34 @@ from pipelines import ONE_LEVEL, SMALL, call, make_pipeline, make_unet, unet_inp
 
 import stem
 from stem import InflatedConfig, StemConfig
-from stem.attention import Recording, Replay
+from stem.attention import Recording, Replay, processor
 from stem.attention.families import self_attentions
 from stem_kernels import basis_attention
 from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import max_error
+
+
+def test_on_a_cpu_few_frames_at_a_time_attend(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = make_unet()
+    attention = next(iter(self_attentions(unet).values()))
+    tokens = torch.randn(10, 20, 32, generator=torch.Generator().manual_seed(0))
+    sizes = []
+
+    def seen(layer: Any, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        sizes.append(given[0].shape[:2].numel())
+
+    found = {}
+    with stem.enabled(unet, StemConfig(num_bases=5, calibration="none", num_frames=5)):
+        attention.to_q.register_forward_hook(seen)
+        for at_once in (10**6, 80, 1):
+            monkeypatch.setattr(processor, "TOKENS_AT_ONCE", at_once)
+            with torch.no_grad():
+                found[at_once] = attention(tokens)
+        graded = attention(tokens)
+    # Of two videos of five frames: all, two frames of each at a time, one, and all for gradients.
+    assert sizes == [200, 80, 80, 40, 40, 40, 40, 40, 40, 200]
+    for other in (found[80], found[1], graded):
+        assert max_error(found[10**6], other) < 1e-6
 
 
 @pytest.mark.parametrize("space", ["feature", "key"])
