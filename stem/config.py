@@ -277,8 +277,8 @@ class VideoConfig:
         ValueError: a value is out of range; the message names the values that are allowed.
     """
 
-    window: int = 1
-    tokens_per_base: int = 32
+    window: int = 2
+    tokens_per_base: int = 64
     correction: str = "moments"
     num_iters: int = 2
     sample_per_base: int | None = 8

@@ -25,7 +25,7 @@ from .video_report import OUT, table
 
 GRID, HEADS, CHANNELS = (21, 30, 52), 12, 128
 TOKENS = math.prod(GRID)
-FORMS = {"defaults": (1, 32), "window 2, 64 a base": (2, 64)}
+FORMS = {"defaults": (2, 64), "window 1, 32 a base": (1, 32)}
 """Windows and tokens a base, by what the table calls them."""
 TORCH_US, SORT_KERNELS = 4, 12
 """What one of torch's small kernels is taken to last, and how many a sort is taken for."""

@@ -29,7 +29,7 @@ def video_attention(
     grid: Grid,
     *,
     num_bases: int,
-    window: int = 1,
+    window: int = 2,
     text: tuple[torch.Tensor, torch.Tensor] | None = None,
     text_mask: torch.Tensor | None = None,
     correction: str = "moments",

@@ -20,7 +20,7 @@ def window_attention(
     value: torch.Tensor,
     grid: Grid,
     *,
-    window: int = 1,
+    window: int = 2,
     scale: float | None = None,
     backend: str = "auto",
 ) -> PartialAttention:

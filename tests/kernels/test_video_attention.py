@@ -113,7 +113,7 @@ def test_a_window_of_one_frame_and_of_one_row() -> None:
         inputs = [tensor.double() for tensor in operands(grid)]
         outside = torch.zeros_like(near(grid, 1), dtype=torch.float64)
         outside = outside.masked_fill(~near(grid, 1), float("-inf"))
-        found, exact = window_attention(*inputs, grid), naive(*inputs, outside)
+        found, exact = window_attention(*inputs, grid, window=1), naive(*inputs, outside)
         assert max(map(max_error, found, exact)) < 1e-12
 
 
@@ -232,7 +232,7 @@ def test_bases_stand_for_the_tokens_outside_the_window(correction: str, backend:
         added = query.double() @ bases.moments.double() * 8**-0.5 / (1 + spread).sqrt()
         expected = expected + shares.sum(-1, keepdim=True) * added
     found = video_attention(
-        query, key, value, GRID, num_bases=6, correction=correction, backend=backend
+        query, key, value, GRID, num_bases=6, window=1, correction=correction, backend=backend
     )
     assert off(found, expected) < 1e-6
 
@@ -242,7 +242,7 @@ def test_a_window_and_the_others_by_place_merge_to_all() -> None:
     bias = torch.zeros(20, TOKENS, device=DEVICE)
     bias = bias.masked_fill(near(GRID, 1)[:20], float("-inf")).expand(1, 1, -1, -1)
     parts = [
-        window_attention(query, key, value, GRID),
+        window_attention(query, key, value, GRID, window=1),
         placed_attention(query, key, value, bias=bias),
     ]
     exact = scaled_dot_product_attention(query.double(), key.double(), value.double())
@@ -254,7 +254,7 @@ def test_each_part_brings_it_nearer() -> None:
     exact = scaled_dot_product_attention(query, key, value)
 
     def error(**options: Any) -> float:
-        settings = {"num_bases": 64, **options}
+        settings = {"num_bases": 64, "window": 1, **options}
         return off(video_attention(query, key, value, SMOOTH_GRID, **settings), exact)
 
     whole = error()

@@ -65,17 +65,17 @@ def exact(layer: Layer) -> torch.Tensor:
     return scaled_dot_product_attention(*layer.operands)
 
 
-def windowed(layer: Layer, per_base: int = 32, **options: Any) -> torch.Tensor:
+def windowed(layer: Layer, per_base: int = 64, **options: Any) -> torch.Tensor:
     """`video_attention` with so many tokens a base, else its defaults."""
     num_bases, tokens = layer.bases(per_base), layer.tokens
-    layer.flops += window_flops(layer.grid, options.get("window", 1)) + num_bases / tokens
+    layer.flops += window_flops(layer.grid, options.get("window", 2)) + num_bases / tokens
     layer.flops += _grouping_flops(layer, num_bases, options.get("num_iters", NUM_ITERS))
     if options.get("correction", "moments") == "moments":
         layer.flops += 2 * layer.query.shape[-1] / tokens
     return video_attention(*layer.operands, layer.grid, num_bases=num_bases, **options)
 
 
-def window_alone(layer: Layer, window: int = 1) -> torch.Tensor:
+def window_alone(layer: Layer, window: int = 2) -> torch.Tensor:
     """Attention to the window, without bases."""
     layer.flops += window_flops(layer.grid, window)
     return window_attention(*layer.operands, layer.grid, window=window).output
@@ -190,19 +190,18 @@ def _grouping_flops(layer: Layer, groups: int, num_iters: int = NUM_ITERS) -> fl
     return num_iters * read * groups / layer.tokens**2 + groups / (2 * layer.tokens)
 
 
-DEFAULTS, NEARER = "defaults", "window 2, 64 a base"
+DEFAULTS, NARROW = "defaults", "window 1, 32 a base"
 FORMS: dict[str, Form] = {
     DEFAULTS: windowed,
     "no moments": partial(windowed, correction="none"),
     "no EM": partial(windowed, num_iters=0),
-    "24 a base, no EM": partial(windowed, per_base=24, num_iters=0),
-    "16 a base, no EM": partial(windowed, per_base=16, num_iters=0),
-    "16 a base": partial(windowed, per_base=16),
-    "64 a base": partial(windowed, per_base=64),
+    "48 a base": partial(windowed, per_base=48),
+    "96 a base": partial(windowed, per_base=96),
     "128 a base": partial(windowed, per_base=128),
-    NEARER: partial(windowed, per_base=64, window=2),
-    "window 2, 48 a base": partial(windowed, per_base=48, window=2),
-    "window 2, 96 a base": partial(windowed, per_base=96, window=2),
+    NARROW: partial(windowed, per_base=32, window=1),
+    "window 1, 16 a base": partial(windowed, per_base=16, window=1),
+    "window 1, 64 a base": partial(windowed, per_base=64, window=1),
+    "window 1, 24 a base, no EM": partial(windowed, per_base=24, window=1, num_iters=0),
     "window alone": window_alone,
     "bases alone": bases_alone,
     "radial": radial,

@@ -34,7 +34,7 @@ OUT = records.RESULTS / "video-transformers.json"
 SIDE, HEADS, DIM = 16, 4, 64
 FRAMES = 16
 DETAIL = 4
-TOKENS_PER_BASE = 32
+TOKENS_PER_BASE, WINDOW = 64, 2
 TIMED_FRAMES = (2, 4, 8, 16, 32)
 TIMED_HEADS = 2
 ROUNDS = 9
@@ -124,7 +124,7 @@ def window_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
 def whole_bases(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The window and bases that keep the mean value of all of their tokens."""
     bases = video_bases(key, value, _bases(key, TOKENS_PER_BASE))
-    bias = bases.bias(_grid(key), 1)
+    bias = bases.bias(_grid(key), WINDOW)
     parts = [
         window_attention(query, key, value, _grid(key)),
         placed_attention(query, bases.key, bases.value, bias=bias, matrix=bases.moments),
@@ -143,20 +143,20 @@ def by_video_attention(
 FORMS: dict[str, Callable[..., torch.Tensor]] = {
     "bases alone": bases_alone,
     "window alone": window_alone,
-    "defaults": partial(by_video_attention, per_base=32),
-    "no moments": partial(by_video_attention, per_base=32, correction="none"),
-    "own place only": partial(by_video_attention, per_base=32, window=0),
-    "no EM": partial(by_video_attention, per_base=32, num_iters=0),
-    "EM on all keys": partial(by_video_attention, per_base=32, sample_per_base=None),
+    "defaults": partial(by_video_attention, per_base=TOKENS_PER_BASE),
+    "no moments": partial(by_video_attention, per_base=TOKENS_PER_BASE, correction="none"),
+    "own place only": partial(by_video_attention, per_base=TOKENS_PER_BASE, window=0),
+    "no EM": partial(by_video_attention, per_base=TOKENS_PER_BASE, num_iters=0),
+    "EM on all keys": partial(by_video_attention, per_base=TOKENS_PER_BASE, sample_per_base=None),
     "whole values": whole_bases,
     "128 a base": partial(by_video_attention, per_base=128),
-    "8 a base": partial(by_video_attention, per_base=8),
+    "16 a base": partial(by_video_attention, per_base=16),
 }
 """What is compared, by what the tables call it."""
 
 
 def flops_share(
-    frames: int, *, per_base: int, window: int = 1, num_iters: int = 2, moments: bool = True
+    frames: int, *, per_base: int, window: int = WINDOW, num_iters: int = 2, moments: bool = True
 ) -> float:
     """FLOPs of `video_attention`'s matrix products over those of exact attention, of one head.
 

@@ -26,15 +26,15 @@ from stem.world import render, sample_scene
 from stem_kernels.info import provenance
 
 from ... import records
-from .forms import DEFAULTS, EXACT, FORMS, NEARER, Form, Layer, exact
+from .forms import DEFAULTS, EXACT, FORMS, NARROW, Form, Layer, exact
 
 OUT = records.RESULTS / "video-transformers-trained.json"
 FIRST_SEED = 30_000_000  # training takes its scenes from 0 on, the evaluation from 20,000,000
 PIXELS = 64
 LEVELS = (0.3, 0.6, 0.9)
-SAMPLED = (EXACT, DEFAULTS, NEARER, "best clusters, rest by means")
+SAMPLED = (EXACT, DEFAULTS, NARROW, "best clusters, rest by means")
 """Forms that samples are drawn with, the first being what the others are compared with."""
-INVERTED = (EXACT, DEFAULTS, NEARER)
+INVERTED = (EXACT, DEFAULTS, NARROW)
 """Forms that clips are inverted and reconstructed with."""
 SOLVERS = ("euler", "midpoint")
 FAMILY = VIDEO_FAMILIES["WanTransformer3DModel"]
