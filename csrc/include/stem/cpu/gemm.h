@@ -1,4 +1,5 @@
-// The one product that all operators are made of: c [rows, kPanel] (+)= a [rows, depth] b.
+// The one product that all operators are made of: c [rows, kPanel] (+)= a [rows, depth] b, or of
+// the left half of b and c alone.
 #pragma once
 
 #include "vec.h"
@@ -14,7 +15,7 @@ constexpr int64_t kChunk = 48;
 // All 2 * Rows accumulators stay in registers: each step of depth costs 2 + Rows loads for
 // 2 * Rows multiply-adds, under the two loads a cycle that x86 has for its two multiply-adds.
 // The sum over depth is complete before c is added, so that cutting depth in parts loses nothing.
-template <int Rows, bool kByStep>
+template <int Rows, bool kByStep, bool kLeft>
 static void multiply_block(int64_t depth, const float* a, int64_t a_stride, const float* b,
                            float* c, bool add) {
   Vec left[Rows], right[Rows];
@@ -24,12 +25,12 @@ static void multiply_block(int64_t depth, const float* a, int64_t a_stride, cons
     right[i] = Vec{};
   }
   for (int64_t step = 0; step < depth; ++step) {
-    const Vec b_left = load(b), b_right = load(b + kLanes);
+    const Vec b_left = load(b), b_right = kLeft ? Vec{} : load(b + kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       const Vec factor = broadcast(kByStep ? a[i] : a[i * a_stride]);
       left[i] += factor * b_left;
-      right[i] += factor * b_right;
+      if (!kLeft) right[i] += factor * b_right;
     }
     a += kByStep ? a_stride : 1;
     b += kPanel;
@@ -38,18 +39,18 @@ static void multiply_block(int64_t depth, const float* a, int64_t a_stride, cons
   for (int i = 0; i < Rows; ++i) {
     float* row = c + i * kPanel;
     store(row, add ? load(row) + left[i] : left[i]);
-    store(row + kLanes, add ? load(row + kLanes) + right[i] : right[i]);
+    if (!kLeft) store(row + kLanes, add ? load(row + kLanes) + right[i] : right[i]);
   }
 }
 
-template <int Rows, bool kByStep>
+template <int Rows, bool kByStep, bool kLeft = false>
 static void multiply_rows(int64_t rows, int64_t depth, const float* a, int64_t a_stride,
                           const float* b, float* c, bool add) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      multiply_block<Rows, kByStep>(depth, a, a_stride, b, c, add);
+      multiply_block<Rows, kByStep, kLeft>(depth, a, a_stride, b, c, add);
     else
-      multiply_rows<Rows - 1, kByStep>(rows, depth, a, a_stride, b, c, add);
+      multiply_rows<Rows - 1, kByStep, kLeft>(rows, depth, a, a_stride, b, c, add);
   }
 }
 
@@ -60,12 +61,13 @@ STEM_INLINE int64_t block_start(int64_t rows, int64_t block) {
 }
 
 // a: rows of floats, a_stride apart. b: [depth, kPanel]. c: [rows, kPanel].
+template <bool kLeft = false>
 static void multiply_strided(int64_t rows, int64_t depth, const float* a, int64_t a_stride,
                              const float* b, float* c, bool add) {
   for (int64_t block = 0; block < num_blocks(rows); ++block) {
     const int64_t first = block_start(rows, block);
-    multiply_rows<kRows, false>(block_start(rows, block + 1) - first, depth, a + first * a_stride,
-                                a_stride, b, c + first * kPanel, add);
+    multiply_rows<kRows, false, kLeft>(block_start(rows, block + 1) - first, depth,
+                                       a + first * a_stride, a_stride, b, c + first * kPanel, add);
   }
 }
 
@@ -80,12 +82,13 @@ static void multiply_packed(int64_t rows, int64_t depth, const float* a, const f
 }
 
 // a: [depth, rows], its steps a_stride apart.
+template <bool kLeft = false>
 static void multiply_transposed(int64_t rows, int64_t depth, const float* a, int64_t a_stride,
                                 const float* b, float* c, bool add) {
   for (int64_t block = 0; block < num_blocks(rows); ++block) {
     const int64_t first = block_start(rows, block);
-    multiply_rows<kRows, true>(block_start(rows, block + 1) - first, depth, a + first, a_stride, b,
-                               c + first * kPanel, add);
+    multiply_rows<kRows, true, kLeft>(block_start(rows, block + 1) - first, depth, a + first,
+                                      a_stride, b, c + first * kPanel, add);
   }
 }
 

@@ -21,9 +21,10 @@ static int64_t partial_scratch(const PartialSizes& sizes) {
 }
 
 // logits [keys, kPanel] -> weights, in place; the state is that of the keys so far and these, but
-// for their values.
-static void weigh_keys(int64_t keys, int64_t value_width, float* logits, float* state) {
-  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+// for their values. Of the left `lanes` alone.
+static void weigh_keys(int64_t keys, int64_t value_width, int64_t lanes, float* logits,
+                       float* state) {
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
     float* column = logits + lane;
     float* sums = state + 2 * kPanel + lane;
     const Vec before = load(state + lane);
@@ -77,7 +78,7 @@ static void partial_attention(const PartialSizes& sizes, const AttentionMap& map
     for (int64_t panel = 0; panel < panels; ++panel) {
       float* state = states + panel * state_size;
       multiply_strided(count, width, keys, width, queries + panel * width * kPanel, logits, false);
-      weigh_keys(count, value_width, logits, state);
+      weigh_keys(count, value_width, kPanel, logits, state);
       multiply_transposed(value_width, count, values, value_width, logits, state + 2 * kPanel,
                           true);
     }

@@ -67,19 +67,31 @@ struct WindowPanel {
   float* logits;   // [kKeys, kPanel]
   float* state;    // [2 + value_columns, kPanel]: largest logit, unused, sums
 
-  // bias [count], in base 2, or null.
+  // bias [count], in base 2, or null. kLeft: of the left half's queries alone.
+  template <bool kLeft>
   void attend(const float* keys, const float* values, const float* bias, int64_t count) const {
     const int64_t width = sizes.width, columns = sizes.value_columns();
     for (int64_t begin = 0; begin < count; begin += kKeys) {
       const int64_t some = smaller(kKeys, count - begin);
-      multiply_strided(some, width, keys + begin * width, width, queries, logits, false);
+      multiply_strided<kLeft>(some, width, keys + begin * width, width, queries, logits, false);
       for (int64_t key = 0; bias && key < some; ++key)
         for (int64_t lane = 0; lane < kPanel; ++lane)
           logits[key * kPanel + lane] += bias[begin + key];
-      weigh_keys(some, columns, logits, state);
-      multiply_transposed(columns, some, values + begin * columns, columns, logits,
-                          state + 2 * kPanel, true);
+      weigh_keys(some, columns, kLeft ? kLanes : kPanel, logits, state);
+      multiply_transposed<kLeft>(columns, some, values + begin * columns, columns, logits,
+                                 state + 2 * kPanel, true);
     }
+  }
+
+  template <bool kLeft>
+  void attend_to_all(const WindowOperands& operands, const float* base_sums, int64_t place) const {
+    const int64_t width = sizes.width, columns = sizes.value_columns();
+    each_window_row(sizes, place, [&](int64_t first, int64_t tokens) {
+      attend<kLeft>(operands.keys + first * width, operands.values + first * columns, nullptr,
+                    tokens);
+    });
+    attend<kLeft>(operands.base_keys, base_sums, nullptr, sizes.bases);
+    attend<kLeft>(operands.text_keys, operands.text_values, operands.text_bias, sizes.texts);
   }
 };
 
@@ -141,12 +153,10 @@ static void window_attention(const WindowSizes& sizes, const WindowOperands& ope
       for (int64_t i = 0; i < width * kPanel; ++i) panel.queries[i] *= scale * kLog2E;
       for (int64_t i = 0; i < rows * kPanel; ++i)
         panel.state[i] = i < kPanel ? -__builtin_inff() : 0.0f;
-      each_window_row(sizes, place, [&](int64_t run, int64_t tokens) {
-        panel.attend(operands.keys + run * width, operands.values + run * columns, nullptr,
-                     tokens);
-      });
-      panel.attend(operands.base_keys, sums, nullptr, sizes.bases);
-      panel.attend(operands.text_keys, operands.text_values, operands.text_bias, sizes.texts);
+      if (count <= kLanes)
+        panel.attend_to_all<true>(operands, sums, place);
+      else
+        panel.attend_to_all<false>(operands, sums, place);
       float* outputs = panel.state + 2 * kPanel;
       const float* mass = outputs + value_width * kPanel;
       if (operands.matrix)
