@@ -267,6 +267,9 @@ class VideoConfig:
         dense_below: Number of a video's tokens up to which all layers are dense; 0: none is.
         dense_blocks: Numbers of the blocks that stay dense, counted from 0, or from the last one
             with -1, -2, ...
+        dense_heads: Number of heads of each other layer that take exact attention: in each call
+            those whose output is furthest off it, by 64 of the queries. Each costs its share of
+            exact attention's time.
         start: Noise level above which all layers are dense, 0 <= end < start <= 1: the timestep
             over 1,000, as flow matching has it, 1 for pure noise. Where `start` or `end` is not
             the default, the host reads each call's timestep and waits for it.
@@ -284,12 +287,13 @@ class VideoConfig:
     sample_per_base: int | None = 8
     dense_below: int = 0
     dense_blocks: tuple[int, ...] = ()
+    dense_heads: int = 0
     start: float = 1.0
     end: float = 0.0
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("window", "num_iters", "dense_below"):
+        for name in ("window", "num_iters", "dense_below", "dense_heads"):
             _check_whole(name, getattr(self, name))
         _check_count("tokens_per_base", self.tokens_per_base)
         if self.sample_per_base is not None:

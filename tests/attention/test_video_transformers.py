@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,7 +55,13 @@ def model(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "config", [EXACT, VideoConfig(window=2 * SIDE, tokens_per_base=8)], ids=str
+    "config",
+    [
+        EXACT,
+        VideoConfig(window=2 * SIDE, tokens_per_base=8),
+        VideoConfig(window=0, tokens_per_base=16, dense_heads=99),
+    ],
+    ids=str,
 )
 def test_all_tokens_or_all_places_are_the_model_s_own(
     model: Any, name: str, config: VideoConfig
@@ -146,7 +153,7 @@ def test_noise_levels_at_which_it_is_on() -> None:
 )
 def test_it_compiles_to_one_graph(kind: str) -> None:
     model = make_transformer(kind)
-    with stem.enabled(model, FEW):
+    with stem.enabled(model, dataclasses.replace(FEW, dense_heads=1)):
         expected = call(model, kind)
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -360,6 +367,7 @@ def test_what_it_goes_into() -> None:
     [
         ({"window": -1}, "window is -1"),
         ({"tokens_per_base": 0}, "tokens_per_base is 0"),
+        ({"dense_heads": -1}, "dense_heads is -1"),
         ({"correction": "joint"}, "correction is 'joint'"),
         ({"num_iters": 1.5}, "num_iters is 1.5"),
         ({"sample_per_base": 0}, "sample_per_base is 0"),

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from stem_kernels.video import video_attention
 
+from .dense_heads import exact_attention, with_dense_heads
 from .family import Projected, Rotary
 from .state import VideoState
 
@@ -82,7 +82,14 @@ class VideoProcessor:
             sample_per_base=state.config.sample_per_base,
             backend=state.config.backend,
         )
-        of_text = None if text is None else _joined(_of_text(video, text, mask))
+        if state.config.dense_heads:
+            attended, chosen = with_dense_heads(
+                attended, video, text, mask, state.config.dense_heads
+            )
+            state.note_heads(self.block, chosen)
+        of_text = None
+        if text is not None:  # its few queries take exact attention
+            of_text = _joined(exact_attention(text.query, video, text, mask))
         return family.output(attn, _joined(attended), of_text)
 
     def _text_mask(
@@ -97,16 +104,6 @@ class VideoProcessor:
                 "tokens of the video. Disable this attention for such calls"
             )
         return mask[:, 0, 0, num_tokens:]
-
-
-def _of_text(video: Projected, text: Projected, mask: torch.Tensor | None) -> torch.Tensor:
-    """Exact attention of the text's few queries to all tokens, [B, h, T, d]."""
-    key, value = (torch.cat(pair, 2) for pair in zip(video[1:], text[1:], strict=True))
-    seen = None
-    if mask is not None:
-        of_video = mask.new_ones((mask.shape[0], video.key.shape[2]))
-        seen = torch.cat([of_video, mask], 1)[:, None, None]
-    return scaled_dot_product_attention(text.query, key, value, attn_mask=seen)
 
 
 def _joined(attended: torch.Tensor) -> torch.Tensor:

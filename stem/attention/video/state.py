@@ -45,6 +45,7 @@ class VideoState:
                 f"0 ... {num_blocks - 1}, or {-num_blocks} ... -1 from the last one"
             )
         self._dense_blocks = {block % num_blocks for block in config.dense_blocks}
+        self._heads: dict[int, torch.Tensor] = {}
 
     def begin(self, settings: Any, call: Mapping[str, Any]) -> None:
         """Before each call of the model: note the size of the video, and the noise level if asked.
@@ -83,6 +84,11 @@ class VideoState:
             return f"noise level {level:.3f} is below end={config.end}"
         return None
 
+    def note_heads(self, block: int, heads: torch.Tensor) -> None:
+        """Note for `described` which heads of each video took exact attention; not in a graph."""
+        if not torch.compiler.is_compiling():
+            self._heads[block] = heads.detach()
+
     def described(self, block: int) -> str:
         """What a block did in the last call, and why."""
         if self.grid is None:
@@ -91,9 +97,12 @@ class VideoState:
         if reason is not None:
             return f"dense: {reason}"
         frames, height, width = self.grid
-        return (
+        said = (
             f"window of {num_places(self.config.window)} places in {frames} frames of "
             f"{height}x{width}, "
             f"{self.num_bases} bases for {self.num_tokens} tokens, "
             f"correction {self.config.correction}"
         )
+        if block in self._heads:  # of the last video of the batch, the prompted one under guidance
+            said += f", heads {', '.join(map(str, self._heads[block][-1].tolist()))} dense"
+        return said
