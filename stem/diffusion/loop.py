@@ -50,6 +50,10 @@ def guided(
     return prediction
 
 
+STEPPED_FRAMES = 64
+"""Frames that a scheduler's step is made of at a time."""
+
+
 def with_guidance(without: torch.Tensor, prompted: torch.Tensor, guidance: float) -> torch.Tensor:
     """Classifier-free guidance u + g (c - u), arXiv 2207.12598.
 
@@ -58,7 +62,7 @@ def with_guidance(without: torch.Tensor, prompted: torch.Tensor, guidance: float
         prompted: Prediction c for the prompt, likewise.
         guidance: Guidance scale g.
     """
-    return without + guidance * (prompted - without)
+    return torch.sub(prompted, without).mul_(guidance).add_(without)
 
 
 @torch.no_grad()
@@ -101,13 +105,28 @@ def denoise(
                 before_step(step)
             with nvtx_range(f"{name} t={int(timestep)}"):
                 noise = prediction(step, timestep, latents)
-                latents = scheduler.step(noise, timestep, latents).prev_sample
+                latents = _stepped(scheduler, noise, timestep, latents)
+                del noise
             check_finite(latents, f"{name}, step {step + 1} of {total} (timestep {int(timestep)})")
             if after_step is not None:
                 replaced = after_step(step, latents)
                 latents = latents if replaced is None else replaced
             shown.update()
     return latents
+
+
+def _stepped(
+    scheduler: Any, noise: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor
+) -> torch.Tensor:
+    """The latents after a step, which is by element: some frames at a time, as it makes several
+    tensors of their size."""
+    if len(latents) <= STEPPED_FRAMES:
+        return scheduler.step(noise, timestep, latents).prev_sample
+    found = torch.empty_like(latents)
+    parts = (tensor.split(STEPPED_FRAMES) for tensor in (found, noise, latents))
+    for place, *given in zip(*parts, strict=True):
+        place.copy_(scheduler.step(given[0], timestep, given[1]).prev_sample)
+    return found
 
 
 def check_finite(latents: torch.Tensor, where: str) -> None:

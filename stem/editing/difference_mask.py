@@ -94,7 +94,7 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
         expected, wanted = job.predict(
             [source, source], job.timestep(level), job.source, job.target
         )
-        difference = (wanted - expected).abs().mean(1)
+        difference = (wanted - expected).abs_().mean(1)
         if not bool(difference.isfinite().all()):
             raise NonFiniteError(
                 f"difference of the prompts at timestep {int(job.timestep(level))}: the "

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pipelines import SCHEDULE, make_pipeline
 
+from stem.diffusion import loop
 from stem.diffusion.loop import NonFiniteError, denoise, guided
 from stem.diffusion.pipeline import encode_prompt, predict
 from stem.diffusion.schedule import (
@@ -229,3 +230,15 @@ def test_latents_that_are_not_finite_stop_the_run() -> None:
             name="x",
         )
     assert kept == [0]
+
+
+def test_steps_of_many_frames_go_in_parts_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = make_pipeline()
+    latents, noise = torch.randn(2, 11, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    for made in (inverse_scheduler, sampling_scheduler):
+        scheduler, found = made(pipeline, 4), []
+        for at_once in (11, 4):
+            monkeypatch.setattr(loop, "STEPPED_FRAMES", at_once)
+            found.append(denoise(latents, scheduler, lambda *_: noise, name="x"))
+        assert torch.equal(*found)
+        assert not torch.equal(found[0], latents)
