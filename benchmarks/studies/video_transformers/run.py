@@ -251,6 +251,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         xticks=tokens,
         xticklabels=[str(count) for count in tokens],
     )
+    axes.tick_params(axis="x", which="minor", labelbottom=False)  # they overlap the others
     axes.legend()
     figure.savefig(path)
 
