@@ -81,12 +81,6 @@ struct Call {
   }
 };
 
-// `tensor` is float32 of these sizes, contiguous in its last dimension.
-void check_floats(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
-  check(tensor, name, sizes);
-  STD_TORCH_CHECK(dtype_of(tensor, name) == DType::kFloat, name, " must be float32");
-}
-
 Tensor basis_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                        const std::optional<Tensor>& bias, const std::optional<Tensor>& correction,
                        const std::optional<Tensor>& query_mean, double scale) {

@@ -47,6 +47,11 @@ void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t
                   " must be contiguous in its last dimension");
 }
 
+void check_floats(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+  check(tensor, name, sizes);
+  STD_TORCH_CHECK(dtype_of(tensor, name) == DType::kFloat, name, " must be float32");
+}
+
 Rows rows_of(const Tensor& tensor, DType dtype, int64_t batch, int64_t head) {
   const auto strides = tensor.strides();
   const int64_t bytes = dtype == DType::kFloat ? 4 : 2;

@@ -18,6 +18,9 @@ DType dtype_of(const Tensor& tensor, const char* name);
 // Throws unless the tensor is on the CPU, has these sizes (-1: any), and its last is contiguous.
 void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes);
 
+// The same of a float32 tensor.
+void check_floats(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes);
+
 // The rows of one head of a [B, h, n, width] tensor.
 Rows rows_of(const Tensor& tensor, DType dtype, int64_t batch, int64_t head);
 

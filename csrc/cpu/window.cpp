@@ -97,9 +97,8 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& query, const Tensor& k
 const float* floats_of(const std::optional<Tensor>& tensor, const char* name,
                        std::initializer_list<int64_t> sizes) {
   if (!tensor) return nullptr;
-  check(*tensor, name, sizes);
-  STD_TORCH_CHECK(dtype_of(*tensor, name) == DType::kFloat && tensor->is_contiguous(), name,
-                  " must be float32 and contiguous");
+  check_floats(*tensor, name, sizes);
+  STD_TORCH_CHECK(tensor->is_contiguous(), name, " must be contiguous");
   return tensor->const_data_ptr<float>();
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,4 @@ def test_it_measures_goes_on_and_writes(tmp_path: Path, monkeypatch: pytest.Monk
     for name, row in first.items():
         assert len(second[name]) == 2
         assert second[name].items() >= row.items()
-    assert "| colour | one | defaults | +" in out.with_suffix(".md").read_text() or (
-        "| colour | one | defaults | -" in out.with_suffix(".md").read_text()
-    )
+    assert re.search(r"\| colour \| one \| defaults \| [+-]", out.with_suffix(".md").read_text())
