@@ -183,33 +183,57 @@ class Lockstep:
         return found
 
     def _collect(self, own: list[Tensors], counts: Sequence[int] | None, dim: int) -> list[Tensors]:
-        """The tensors of the chunks of all ranks, of those of this one."""
+        """The tensors of the chunks of all ranks, of those of this one, in one message a rank."""
         if self._group is None:
             return own
-        columns = [
-            self._gather([tensors[column] for tensors in own], counts, dim)
-            for column in range(len(own[0]))
+        shapes = [
+            [_of_size(tensor, dim, None if counts is None else counts[chunk]) for tensor in own[0]]
+            for chunk in range(len(self.chunks))
         ]
-        return list(zip(*columns, strict=True))
 
-    def _gather(
-        self, own: list[torch.Tensor], counts: Sequence[int] | None, dim: int
-    ) -> list[torch.Tensor]:
-        assert self._group is not None
-        most = max(map(len, self._of_rank))
-        shape = list(own[0].shape)
-        if counts is not None:
-            shape[dim] = max(1, *counts)
-        sent = own[0].new_zeros((most, *shape))
-        for place, tensor in zip(sent, own, strict=False):
-            place.narrow(dim, 0, tensor.shape[dim]).copy_(tensor) if counts else place.copy_(tensor)
+        def places(message: torch.Tensor, chunks: Sequence[int]) -> list[Tensors]:
+            begin, found = 0, []
+            for chunk in chunks:
+                tensors = []
+                for tensor, shape in zip(own[0], shapes[chunk], strict=True):
+                    end = begin + shape.numel() * tensor.element_size()
+                    tensors.append(message[begin:end].view(tensor.dtype).view(shape))
+                    begin = _aligned(end)
+                found.append(tuple(tensors))
+            return found
+
+        lengths = [
+            sum(
+                _aligned(shape.numel() * tensor.element_size())
+                for chunk in chunks
+                for tensor, shape in zip(own[0], shapes[chunk], strict=True)
+            )
+            for chunks in self._of_rank
+        ]
+        sent = own[0][0].new_zeros(max(lengths), dtype=torch.uint8)
+        for into, tensors in zip(places(sent, self._own), own, strict=True):
+            for place, tensor in zip(into, tensors, strict=True):
+                place.copy_(tensor)
         received = [torch.empty_like(sent) for _ in self._of_rank]
         dist.all_gather(received, sent, group=self._group)
-        found = []
-        for places, chunks in zip(received, self._of_rank, strict=True):
-            for place, index in zip(places, chunks, strict=False):
-                found.append(place if counts is None else place.narrow(dim, 0, counts[index]))
-        return found
+        return [
+            tensors
+            for message, chunks in zip(received, self._of_rank, strict=True)
+            for tensors in places(message, chunks)
+        ]
+
+
+def _of_size(tensor: torch.Tensor, dim: int, size: int | None) -> torch.Size:
+    """The shape of a tensor with another size along a dimension."""
+    shape = list(tensor.shape)
+    if size is not None:
+        shape[dim] = size
+    return torch.Size(shape)
+
+
+def _aligned(end: int) -> int:
+    """Where the next tensor of a message begins, of any dtype."""
+    return -(-end // 16) * 16
 
 
 def in_order(statistics: list[Tensors]) -> Tensors:

@@ -247,18 +247,20 @@ class StemProcessor(VideoAttentionProcessor):
         config, exchange = self.state.config, self.layout.exchange
         total, features = self._num_tokens(tokens), tokens.flatten(1, 2)
         count = config.sampled(total)
-        if count == total or self.state.given(self.layer) is not None:
+        by_chunk = exchange is None or config.sample_per_base is None
+        of_all = None
+        if self.state.given(self.layer) is not None or (count == total and by_chunk):
             found = self._attended_bases(attn, features, exchange)
-        else:
+            of_all = found.projected
+        else:  # chunks bring all tokens of a short video, too, and so meet but once
             found = of_spread_tokens(
                 features,
                 count,
                 exchange,
-                lambda some: self._attended_bases(attn, some, None, sampled=True),
+                lambda some: self._attended_bases(attn, some, None, sampled=count < total),
             )
-        key, value, bias, calibration, projected = found
+        key, value, bias, calibration, _ = found
         if config.calibration in CALIBRATIONS:
-            of_all = projected if count == total else None
             calibration = self.state.calibrate(
                 self.layer,
                 tokens,

@@ -110,6 +110,7 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
                     difference[scene.start : scene.stop],
                     {name: tokens[scene.start : scene.stop] for name, tokens in by_layer.items()},
                     job.attention,
+                    job.ranks,
                 )
                 for scene in job.scenes
             ]
@@ -120,7 +121,10 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
 
 
 def pooled_on_bases(
-    values: torch.Tensor, tokens_by_layer: Mapping[str, torch.Tensor], attention: object
+    values: torch.Tensor,
+    tokens_by_layer: Mapping[str, torch.Tensor],
+    attention: object,
+    ranks: Ranks,
 ) -> torch.Tensor:
     """Values of cells, each replaced by the mean of its bases, averaged over layers.
 
@@ -130,14 +134,18 @@ def pooled_on_bases(
             coarser.
         attention: Attention of the inversion; a StemConfig says how EM is run, others leave it at
             the defaults.
+        ranks: Ranks that share the layers.
 
     Returns:
         float32 [N, h, w].
     """
     config = attention if isinstance(attention, StemConfig) else StemConfig()
     height, width = values.shape[1:]
-    summed = torch.zeros_like(values)
-    for tokens in tokens_by_layer.values():
+    by_layer = values.new_empty((len(tokens_by_layer), *values.shape))
+    own = range(ranks.number, len(tokens_by_layer), ranks.size)
+    layers = list(tokens_by_layer.values())
+    for layer in own:
+        tokens = layers[layer]
         size = layer_size(tokens.shape[1], height, width)
         coarse = adaptive_avg_pool2d(values.unsqueeze(1), size).flatten(2)
         found = _em_by_parts(tokens, coarse.flatten(1).unsqueeze(-1), config)
@@ -156,8 +164,9 @@ def pooled_on_bases(
             for part in _parts(tokens, values.device)
         ]
         fine = interpolate(torch.cat(parts), size=(height, width), mode="nearest")
-        summed += fine.squeeze(1)
-    return summed / len(tokens_by_layer)
+        by_layer[layer] = fine.squeeze(1)
+    ranks.fill(by_layer, own)
+    return by_layer.mean(0)
 
 
 def _em_by_parts(tokens: torch.Tensor, payload: torch.Tensor, config: StemConfig) -> SoftEM:

@@ -201,7 +201,7 @@ def test_a_chunk_that_fails_ends_all_of_them(
         return statistics(*args, **kwargs)
 
     monkeypatch.setattr(shared_em, "em_statistics", failing)
-    config = StemConfig(num_bases=8, num_frames=4, chunk=1)
+    config = StemConfig(num_bases=8, sample_per_base=None, num_frames=4, chunk=1)
     with pytest.raises(error, match="in the middle"), stem.enabled(unet, config):
         call(unet)
     gc.collect()
@@ -308,8 +308,9 @@ def test_chunks_take_turns_layer_by_layer(layers_seen: list[int]) -> None:
 
 
 @pytest.mark.parametrize("space", ["feature", "key"])
+@pytest.mark.parametrize("sample_per_base", [4, 10_000], ids=["sample", "short video"])
 def test_em_on_a_sample_meets_once_and_runs_once_a_layer(
-    space: str, monkeypatch: pytest.MonkeyPatch
+    sample_per_base: int, space: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unet, runs, meetings = make_unet(), [], []
     em, meet = stem_module.attended_bases, Lockstep.meet
@@ -325,10 +326,13 @@ def test_em_on_a_sample_meets_once_and_runs_once_a_layer(
     monkeypatch.setattr(stem_module, "attended_bases", counted)
     monkeypatch.setattr(Lockstep, "meet", met)
     layers = len(self_attentions(unet))
-    config = StemConfig(num_bases=4, sample_per_base=4, space=space, num_frames=6, chunk=2)
+    config = StemConfig(
+        num_bases=4, sample_per_base=sample_per_base, space=space, num_frames=6, chunk=2
+    )
     with stem.enabled(unet, config):
         call(unet, rows=6)
-    assert runs == [16] * layers
+    assert len(runs) == layers
+    assert max(runs) == 16 if sample_per_base == 4 else min(runs) > 16
     assert meetings == [0, 1, 2] * layers
 
 

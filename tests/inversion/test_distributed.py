@@ -20,8 +20,9 @@ from stem.names import INVERSION_METHODS
 
 # (method, options, frames in a chunk); under "control" with a ControlNet, under "scenes" of two
 # scenes, of which the second is shorter than three chunks.
+BY_CHUNK = {"sample_per_base": None, "init": "gaussian", "empty": "reseed", "calibration": "joint"}
 RUNS: list[tuple[str, dict[str, Any], int]] = [
-    ("stem", {"num_bases": 8, "init": "gaussian", "empty": "reseed", "calibration": "joint"}, 2),
+    ("stem", {"num_bases": 8, **BY_CHUNK}, 2),
     ("scenes", {"num_bases": 8, "space": "key", "fit_frames": 3}, 1),
     ("st-ddim", {}, 2),
     ("inflated", {}, 2),
@@ -85,6 +86,36 @@ def test_one_two_and_three_processes_give_the_same_bits(tmp_path: Path) -> None:
     assert len(expected) == len(RUNS) * (2 + 2 + 1) + 1  # control pictures
     assert files(tmp_path / "2") == expected
     assert files(tmp_path / "3") == expected
+
+
+def brought(frames: list[int]) -> tuple[torch.Tensor, ...]:
+    """Tensors of a chunk; the first has a row for each frame."""
+    rows = torch.tensor(frames).bfloat16().unsqueeze(1).expand(-1, 3)
+    return rows, torch.tensor(float(frames[0]), dtype=torch.float64), torch.full((2, 5), True)
+
+
+def meet(group: Any) -> None:
+    """Three chunks of five frames meet and bring `brought`."""
+    exchange = Lockstep(range(5), 2, group)
+    expected = [brought(frames) for frames in ([0, 1], [2, 3], [4])]
+
+    def call(frames: list[int]) -> tuple[torch.Tensor]:
+        first, *others = brought(frames)
+        rows = exchange.meet((first,), lambda parts: parts, counts=[2, 2, 1])
+        rest = exchange.meet(tuple(others), lambda parts: parts)
+        for (row,), other, (whole, *of_chunk) in zip(rows, rest, expected, strict=True):
+            torch.testing.assert_close((row, *other), (whole, *of_chunk), rtol=0, atol=0)
+        print("met", flush=True)
+        return (torch.zeros(len(frames)),)
+
+    exchange.run(call)
+
+
+def test_tensors_of_any_dtype_meet_in_the_order_of_chunks(tmp_path: Path) -> None:
+    processes = start(__name__, tmp_path, 2, "meet(dist.group.WORLD)")
+    for process, chunks in zip(processes, (1, 2), strict=True):
+        assert process.ended() == 0, process.errors.read_text()[-2000:]
+        assert process.lines() == ["met"] * chunks
 
 
 def test_begun_with_two_killed_and_finished_by_one(tmp_path: Path) -> None:
