@@ -16,7 +16,7 @@ import logging
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ LEAST_BYTES = 64 * 1024
 """Storages below this stay where they are, as a file costs more than they do."""
 SHARE = 0.25
 """Share of a device's free memory that "auto" lets chunks hold while they wait."""
+FRAMES_AT_ONCE = 64
+"""Frames that `Parking.by_frames` has in hand."""
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt
 _DONT_NEED = 4  # MADV_DONTNEED takes a mapping's pages from the process; its file keeps them.
 
@@ -154,8 +156,7 @@ class Parking:
             dim: Dimension along which they are joined.
         """
         like, parts = tensors[0], list(tensors)
-        size = sum(part.numel() for part in parts) * like.element_size()
-        if like.device.type != "cpu" or size < LEAST_BYTES or torch.is_grad_enabled():
+        if self._stays(like, sum(part.numel() for part in parts) * like.element_size()):
             return torch.cat(parts, dim)
         counts = [part.shape[dim] for part in parts]
         shape = list(like.shape)
@@ -165,6 +166,52 @@ class Parking:
             place.copy_(part)
             self.leave()
         return found
+
+    def by_frames(self, made: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """What a function makes of tensors with a row for each frame, of some frames at a time.
+
+        Args:
+            made: Function of as many tensors [n, ...], of which it returns one [n, ...] that holds
+                of a frame what that frame's rows say alone.
+            tensors: Tensors [N, ...].
+
+        Returns:
+            Tensor [N, ...]; of a CPU, and of many frames, it lies where that of `empty` does.
+        """
+        if len(tensors[0]) <= FRAMES_AT_ONCE:
+            return made(*tensors)
+        found: torch.Tensor | None = None
+        begin = 0
+        for parts in zip(*(tensor.split(FRAMES_AT_ONCE) for tensor in tensors), strict=True):
+            part = made(*parts)
+            if found is None:
+                shape = (len(tensors[0]), *part.shape[1:])
+                stays = self._stays(part, part.nbytes // len(part) * len(tensors[0]))
+                found = part.new_empty(shape) if stays else self.empty(part, shape)
+            found[begin : begin + len(part)] = part
+            begin += len(part)
+            self.leave()
+        assert found is not None
+        return found
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor, or its copy in a file where `empty` would make one for it.
+
+        Raises:
+            OSError: there is no room for the file.
+        """
+        if self._stays(tensor, tensor.nbytes):
+            return tensor
+        found = self.empty(tensor, tensor.shape).copy_(tensor)
+        self.leave()
+        return found
+
+    def _stays(self, like: torch.Tensor, size: int) -> bool:
+        """Whether a tensor of so many bytes stays where `like` is, as all but a CPU's do."""
+        if like.device.type != "cpu" or size < LEAST_BYTES or torch.is_grad_enabled():
+            return True
+        place = self.kind if self.kind != "auto" else _place_of(size, like.device)
+        return place != "disk"
 
     def leave(self) -> None:
         """Give up the memory of what `empty` made in files; they keep the content."""

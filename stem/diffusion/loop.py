@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..attention.parked import current_parking
 from ..profiling import nvtx_range
 from ..progress import steps as counted
 from .pipeline import Conditioning, predict
@@ -50,10 +51,6 @@ def guided(
     return prediction
 
 
-STEPPED_FRAMES = 64
-"""Frames that a scheduler's step is made of at a time."""
-
-
 def with_guidance(without: torch.Tensor, prompted: torch.Tensor, guidance: float) -> torch.Tensor:
     """Classifier-free guidance u + g (c - u), arXiv 2207.12598.
 
@@ -62,7 +59,11 @@ def with_guidance(without: torch.Tensor, prompted: torch.Tensor, guidance: float
         prompted: Prediction c for the prompt, likewise.
         guidance: Guidance scale g.
     """
-    return torch.sub(prompted, without).mul_(guidance).add_(without)
+
+    def joined(without: torch.Tensor, prompted: torch.Tensor) -> torch.Tensor:
+        return torch.sub(prompted, without).mul_(guidance).add_(without)
+
+    return current_parking().by_frames(joined, without, prompted)
 
 
 @torch.no_grad()
@@ -118,15 +119,10 @@ def denoise(
 def _stepped(
     scheduler: Any, noise: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor:
-    """The latents after a step, which is by element: some frames at a time, as it makes several
-    tensors of their size."""
-    if len(latents) <= STEPPED_FRAMES:
-        return scheduler.step(noise, timestep, latents).prev_sample
-    found = torch.empty_like(latents)
-    parts = (tensor.split(STEPPED_FRAMES) for tensor in (found, noise, latents))
-    for place, *given in zip(*parts, strict=True):
-        place.copy_(scheduler.step(given[0], timestep, given[1]).prev_sample)
-    return found
+    """The latents after a step, which is by element."""
+    return current_parking().by_frames(
+        lambda noise, latents: scheduler.step(noise, timestep, latents).prev_sample, noise, latents
+    )
 
 
 def check_finite(latents: torch.Tensor, where: str) -> None:
@@ -139,7 +135,9 @@ def check_finite(latents: torch.Tensor, where: str) -> None:
     Raises:
         NonFiniteError: it names the first frame that is not.
     """
-    finite = latents.isfinite().flatten(1).all(dim=1)
+    finite = current_parking().by_frames(
+        lambda latents: latents.isfinite().flatten(1).all(dim=1), latents
+    )
     if not bool(finite.all()):
         frame = int(finite.int().argmin())
         raise NonFiniteError(

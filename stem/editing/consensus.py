@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, grid_sample
 
+from ..attention.parked import FRAMES_AT_ONCE, current_parking
+
 _TINY = 1e-6
 
 
@@ -27,6 +29,10 @@ class Motion:
         """The motion of what has weight, float32 [N, h, w] >= 0, quadratic over the frames."""
         centres, area = _centres(weights + _TINY)
         return cls(_quadratic(centres), _quadratic(area.sqrt().unsqueeze(1)).squeeze(1))
+
+    def __getitem__(self, frames: slice) -> Motion:
+        """The motion in some of the frames."""
+        return Motion(self.centres[frames], self.radii[frames])
 
     def still(self) -> Motion:
         """The object in every frame where it is in the middle one."""
@@ -67,13 +73,26 @@ def in_consensus(
         motion: Motion of the source's object.
         offset: Offset (x, y) of the edited object from it, float32 [2]; it is undone.
     """
-    share = masks.float().unsqueeze(1)
-    middle = motion.still()
-    together = moved(clean, motion.shifted(offset), middle)
-    weight = moved(share, motion, middle)
-    mean = (together * weight).sum(0, keepdim=True) / (weight.sum(0, keepdim=True) + _TINY)
-    back = moved(mean.expand_as(clean).contiguous(), middle, motion)
-    return clean + share * (back - clean)
+    parking, middle = current_parking(), motion.still()
+    summed = total = torch.zeros(1, device=clean.device)
+    for first in range(0, len(clean), FRAMES_AT_ONCE):
+        here = slice(first, first + FRAMES_AT_ONCE)
+        share, place, still = masks[here].float().unsqueeze(1), motion[here], middle[here]
+        weight = moved(share, place, still)
+        together = moved(clean[here], place.shifted(offset), still)
+        summed = summed + (together * weight).sum(0, keepdim=True)
+        total = total + weight.sum(0, keepdim=True)
+        parking.leave()
+    mean = summed / (total + _TINY)
+
+    def agreed(
+        clean: torch.Tensor, masks: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor
+    ) -> torch.Tensor:
+        still = middle[: len(clean)]
+        back = moved(mean.expand_as(clean).contiguous(), still, Motion(centres, radii))
+        return clean + masks.float().unsqueeze(1) * (back - clean)
+
+    return parking.by_frames(agreed, clean, masks, motion.centres, motion.radii)
 
 
 def offset_between(source: torch.Tensor, target: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,9 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
         expected, wanted = job.predict(
             [source, source], job.timestep(level), job.source, job.target
         )
-        difference = (wanted - expected).abs_().mean(1)
+        difference = current_parking().by_frames(
+            lambda wanted, expected: (wanted - expected).abs_().mean(1), wanted, expected
+        )
         if not bool(difference.isfinite().all()):
             raise NonFiniteError(
                 f"difference of the prompts at timestep {int(job.timestep(level))}: the "
@@ -102,7 +104,10 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
                 "edit in float32"
             )
         by_layer = hook.taken()
-        if float(difference.mean()) <= floor * float(expected.abs().mean()):
+        size = current_parking().by_frames(
+            lambda expected: expected.abs().mean((1, 2, 3)), expected
+        )
+        if float(difference.mean()) <= floor * float(size.mean()):
             continue
         pooled = torch.cat(
             [

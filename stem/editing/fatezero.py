@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..attention.families import unet_of
+from ..attention.parked import current_parking
 from ..config import StemConfig
 from ..diffusion.loop import with_guidance
 from .fatezero_options import FateZeroOptions
@@ -106,7 +107,7 @@ class FateZero(Method):
         self.kept["masks"] = masks
         late = self.options.background == "late"
         background = self.job.level(self.job.num_steps - step - (0 if late else 1))
-        return torch.where(masks.unsqueeze(1), latents, background)
+        return current_parking().by_frames(torch.where, masks.unsqueeze(1), latents, background)
 
     def _fill(self, store: SourceStore, first: int) -> None:
         """Store what the steps from this one on take from the source."""

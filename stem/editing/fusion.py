@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..attention.families import unet_of
+from ..attention.parked import current_parking
 from ..diffusion.loop import with_guidance
 from ..diffusion.schedule import clean_of, prediction_of, sampling_scheduler
 from ..inversion import InversionFolder
@@ -204,7 +205,12 @@ class Fusion(Method):
     def _agreed(
         self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor
     ) -> torch.Tensor:
-        clean = clean_of(self.scheduler, prediction, timestep, latents)
+        parking = current_parking()
+        clean = parking.by_frames(
+            lambda prediction, latents: clean_of(self.scheduler, prediction, timestep, latents),
+            prediction,
+            latents,
+        )
         shown = None
         if self.maps is not None and self.maps.looked_at:
             shown = self.maps.take("source"), self.maps.take("target")
@@ -212,18 +218,24 @@ class Fusion(Method):
         for scene in self.job.scenes:
             here = slice(scene.start, scene.stop)
             masks = self.kept["masks"][here]
-            motion = Motion(self.kept["centres"][here], self.kept["radii"][here])
+            motion = Motion(self.kept["centres"], self.kept["radii"])[here]
             offset = torch.zeros(2, device=latents.device)
             if shown is not None:
                 offset = offset_between(shown[0][here], shown[1][here], masks)
             agreed.append(in_consensus(clean[here], masks, motion, offset))
-        return prediction_of(self.scheduler, torch.cat(agreed), timestep, latents)
+        return parking.by_frames(
+            lambda clean, latents: prediction_of(self.scheduler, clean, timestep, latents),
+            agreed[0] if len(agreed) == 1 else parking.joined(agreed),
+            latents,
+        )
 
     def after_step(self, step: int, latents: torch.Tensor) -> torch.Tensor | None:
         if not self.options.mask:
             return None
         source = self.job.level(self.job.num_steps - step - 1)
-        return torch.where(self.kept["masks"].unsqueeze(1), latents, source)
+        return current_parking().by_frames(
+            torch.where, self.kept["masks"].unsqueeze(1), latents, source
+        )
 
 
 def _columns(source: PromptTokens, target: PromptTokens, mapping: str) -> ColumnMap:

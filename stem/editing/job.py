@@ -107,7 +107,7 @@ class Job:
         if self._last is None or self._last[0] != level:
             read = partial(self.inversion.latents, level - 1) if level else self.inversion.x0
             found = self.ranks.from_main(read)
-            self._last = level, found.to(self.device)
+            self._last = level, current_parking().put(found.to(self.device))
         return self._last[1]
 
     def timestep(self, level: int) -> torch.Tensor:

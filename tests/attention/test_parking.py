@@ -219,6 +219,35 @@ def test_what_is_filled_chunk_by_chunk_lies_in_a_file(tmp_path: Path) -> None:
             assert bool((found[1] == 5).all())
 
 
+@pytest.mark.parametrize(("kind", "in_file"), [("disk", True), ("auto", False), ("never", False)])
+def test_what_is_made_by_frames_lies_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, in_file: bool
+) -> None:
+    monkeypatch.setattr(module, "FRAMES_AT_ONCE", 4)
+    one, other = torch.randn(2, 11, 3000, generator=torch.Generator().manual_seed(0))
+    seen: list[int] = []
+
+    def made(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        seen.append(len(one))
+        return one * other
+
+    with parking(kind, tmp_path), torch.no_grad():
+        found = current_parking().by_frames(made, one, other)
+        put = current_parking().put(one)
+        small = current_parking().by_frames(lambda part: part.sum(1) > 0, one)
+    assert seen == [4, 4, 3]
+    for tensor, expected in ((found, one * other), (put, one)):
+        assert (tensor.untyped_storage().filename is not None) == in_file
+        assert torch.equal(tensor, expected)
+    assert (put is one) == (not in_file)
+    assert small.untyped_storage().filename is None
+    assert torch.equal(small, one.sum(1) > 0)
+    one.requires_grad_()
+    with parking(kind, tmp_path):
+        current_parking().by_frames(made, one, other).sum().backward()
+    assert torch.equal(one.grad, other)
+
+
 def test_a_kind_that_is_none() -> None:
     match = "park is 'ram'; it must be one of auto, cpu, disk, never"
     with pytest.raises(ValueError, match=match), parking("ram"):

@@ -16,7 +16,15 @@ from pipelines import SHAPES, make_pipeline
 
 import stem
 from stem import Video, invert
-from stem.editing import METHODS, FusionOptions, check_edit, edit_options, run_edit
+from stem.attention import parked
+from stem.editing import (
+    METHODS,
+    FusionOptions,
+    check_edit,
+    consensus,
+    edit_options,
+    run_edit,
+)
 from stem.editing.consensus import Motion, in_consensus, moved
 from stem.editing.masks import dilated, warn_of_size
 from stem.inversion import InversionError, InversionFolder, reconstruct_latents
@@ -261,6 +269,19 @@ def test_consensus_along_a_motion() -> None:
     shifted = moved(clean, motion, motion.shifted(offset))
     placed = in_consensus(shifted, masks, motion, offset)
     assert (placed - clean)[inside].abs().mean() < 0.2 * (shifted - clean)[inside].abs().mean()
+
+
+def test_consensus_of_some_frames_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(7, 3, 12, 12, generator=generator)
+    masks = torch.rand(7, 12, 12, generator=generator) > 0.4
+    motion = Motion.of(masks.float())
+    offset = torch.tensor([0.1, -0.2])
+    expected = in_consensus(clean, masks, motion, offset)
+    for module in (consensus, parked):
+        monkeypatch.setattr(module, "FRAMES_AT_ONCE", 3)
+    torch.testing.assert_close(in_consensus(clean, masks, motion, offset), expected)
+    assert not torch.equal(expected, clean)
 
 
 def test_masks_of_nothing_or_everything_are_said(caplog: pytest.LogCaptureFixture) -> None:

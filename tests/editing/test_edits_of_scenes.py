@@ -10,8 +10,9 @@ import pytest
 import torch
 from pipelines import make_pipeline
 
-from stem import Video, invert
-from stem.editing import run_edit
+from stem import Video, invert, parking
+from stem.attention import parked
+from stem.editing import consensus, run_edit
 from stem.inversion import InversionFolder
 
 FRAMES, STEPS = 4, 2
@@ -48,7 +49,7 @@ def pivots(times: int) -> list[list[int]]:
     return [[FRAMES * scene + frame for scene in range(times) for frame in row] for row in rows]
 
 
-@pytest.mark.parametrize(
+METHODS = pytest.mark.parametrize(
     ("method", "options"),
     [
         ("fusion", SHAPE),
@@ -56,6 +57,9 @@ def pivots(times: int) -> list[list[int]]:
         ("fatezero", {"blend_words": [["ball"], ["box"]]}),
     ],
 )
+
+
+@METHODS
 def test_a_scene_that_is_there_twice_is_edited_twice_alike(
     folders: list[InversionFolder], method: str, options: dict[str, Any]
 ) -> None:
@@ -73,6 +77,27 @@ def test_a_scene_that_is_there_twice_is_edited_twice_alike(
     if alone.masks is not None:
         assert method != "fusion" or 0 < alone.masks.float().mean() < 1
         assert torch.equal(both.masks, alone.masks.repeat(2, 1, 1))
+
+
+@METHODS
+def test_an_edit_in_files_and_by_parts_has_the_same_bits(
+    folders: list[InversionFolder],
+    method: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a consensus the sums are by parts in either."""
+    monkeypatch.setattr(consensus, "FRAMES_AT_ONCE", 3)
+    monkeypatch.setattr(parked, "LEAST_BYTES", 1)
+    settings = {"method": method, "options": options, "resume": False, "progress": False}
+    found = []
+    for kind, at_once in (("never", 64), ("disk", 3)):
+        monkeypatch.setattr(parked, "FRAMES_AT_ONCE", at_once)
+        with parking(kind, tmp_path):
+            found.append(run_edit(make_pipeline(), folders[1], "a blue box", **settings))
+    assert found[1].latents.untyped_storage().filename is not None
+    assert torch.equal(found[0].latents, found[1].latents)
 
 
 def test_without_cuts_the_scenes_share_their_bases(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pipelines import SCHEDULE, make_pipeline
 
-from stem.diffusion import loop
+from stem.attention import parked
 from stem.diffusion.loop import NonFiniteError, denoise, guided
 from stem.diffusion.pipeline import encode_prompt, predict
 from stem.diffusion.schedule import (
@@ -238,7 +238,7 @@ def test_steps_of_many_frames_go_in_parts_to_the_same_bits(monkeypatch: pytest.M
     for made in (inverse_scheduler, sampling_scheduler):
         scheduler, found = made(pipeline, 4), []
         for at_once in (11, 4):
-            monkeypatch.setattr(loop, "STEPPED_FRAMES", at_once)
+            monkeypatch.setattr(parked, "FRAMES_AT_ONCE", at_once)
             found.append(denoise(latents, scheduler, lambda *_: noise, name="x"))
         assert torch.equal(*found)
         assert not torch.equal(found[0], latents)
