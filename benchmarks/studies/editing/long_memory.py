@@ -9,7 +9,7 @@ that the file holds are not measured again.
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import shutil
 import subprocess
 import sys
@@ -39,6 +39,16 @@ MOST_IN_MEMORY = 400
 PROMPT = "a large blue ball"
 
 
+_LAUNCH = """
+import json, resource, subprocess, sys
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([status, used.ru_maxrss, used.ru_utime + used.ru_stime]))
+"""
+"""What starts a command: a process's largest resident set begins with that of the process which
+started it, and this one has rendered a video."""
+
+
 def stem(*arguments: str) -> tuple[int, float]:
     """The largest resident set of a command in bytes, and its seconds of CPU.
 
@@ -46,12 +56,13 @@ def stem(*arguments: str) -> tuple[int, float]:
         SystemExit: it failed.
     """
     command = [sys.executable, "-m", "stem", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    found = subprocess.run(
+        [sys.executable, "-c", _LAUNCH, *command], stdout=subprocess.PIPE, check=True
+    )
+    status, kibibytes, seconds = json.loads(found.stdout)
+    if status:
         raise SystemExit(f"{' '.join(command)} failed")
-    return used.ru_maxrss * 1024, used.ru_utime + used.ru_stime
+    return kibibytes * 1024, seconds
 
 
 def measure(frames: int, wanted: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
