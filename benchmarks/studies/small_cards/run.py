@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -132,9 +131,13 @@ def measure_point(way: Way, model: Path, folder: Path) -> dict[str, int]:
         OSError: this system does not tell a process's peak.
     """
     weights = folder / "weights" if way.on_disk else None
-    pipeline = load_pipeline(str(model), device="cpu", offload=way.offload, offload_folder=weights)
-    way.apply(pipeline)
-    loading = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which begins with what the process that started this one held.
+    with PeakMemory() as loaded:
+        before = psutil.Process().memory_info().rss
+        pipeline = load_pipeline(
+            str(model), device="cpu", offload=way.offload, offload_folder=weights
+        )
+        way.apply(pipeline)
     generator = torch.Generator().manual_seed(1)
     shape = (FRAMES, PIXELS, PIXELS, 3)
     video = Video(torch.randint(256, shape, generator=generator, dtype=torch.uint8), Fraction(8))
@@ -143,9 +146,9 @@ def measure_point(way: Way, model: Path, folder: Path) -> dict[str, int]:
         settings: dict[str, Any] = {"num_steps": STEPS, "chunk": None, "progress": False}
         inversion = invert(pipeline, video, PROMPTS[0], folder, **settings)
         edit(pipeline, inversion, PROMPTS[1], options=OPTIONS, progress=False)
-    if memory.extra_bytes is None:
+    if loaded.extra_bytes is None or memory.extra_bytes is None:
         raise OSError("this system does not tell the peak of a process's resident set")
-    return {"loading": loading, "running": start + memory.extra_bytes}
+    return {"loading": before + loaded.extra_bytes, "running": start + memory.extra_bytes}
 
 
 def run(out: Path, model: Path) -> dict[str, Any]:
