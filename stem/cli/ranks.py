@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -24,6 +25,12 @@ _LOST = 2  # exit status, that of other errors
 _POLL_SECONDS = 0.05
 _SECONDS_TO_GO = 2.0  # for a process that has lost its connections to be gone
 _PATIENCE = timedelta(hours=6)  # of ranks that wait while the first one reads and encodes
+_TO_MEET = timedelta(minutes=2)
+_INTERFACE = "GLOO_SOCKET_IFNAME"
+_REACH = (
+    f"Set {_INTERFACE} (or NCCL_SOCKET_IFNAME) on each machine to the network interface on which "
+    "it reaches the others, and let its firewall pass their connections"
+)
 
 
 @contextlib.contextmanager
@@ -44,14 +51,21 @@ def ranks(device: str | None) -> Iterator[dist.ProcessGroup | None]:
     on_gpu = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(rank_device(device))
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    _choose_interface()
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TO_MEET)
+        group = dist.new_group(timeout=_PATIENCE)
+    except RuntimeError as error:
+        raise typer.Exit(
+            fail(f"the processes do not reach each other: {error}. {_REACH}")
+        ) from error
     if dist.get_rank() > 0:
         console.quiet = True
         logging.getLogger("stem").setLevel(logging.ERROR)
     processes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(processes, (socket.gethostname(), os.getpid()))
     try:
-        yield dist.group.WORLD
+        yield group
     except KeyboardInterrupt as error:
         if error.args == ("SIGTERM",):  # as torchrun ends the others when one is gone
             _say_who_is_gone(processes, dist.get_rank(), 0)
@@ -63,6 +77,41 @@ def ranks(device: str | None) -> Iterator[dist.ProcessGroup | None]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _choose_interface() -> None:
+    """On one of several machines, let gloo take the interface on which rank 0's is reached.
+
+    Gloo takes the one of the machine's own name, which many systems resolve to themselves.
+
+    Raises:
+        typer.Exit: rank 0's machine is known by an address that only it can reach.
+    """
+    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    if here == os.environ["WORLD_SIZE"] or _INTERFACE in os.environ:
+        return
+    import psutil
+
+    name = os.environ["MASTER_ADDR"]
+    family, kind, _, _, address = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing
+        own = probe.getsockname()[0]
+    found = {
+        each.address.partition("%")[0]: interface
+        for interface, addresses in psutil.net_if_addrs().items()
+        for each in addresses
+    }
+    if ipaddress.ip_address(own).is_loopback:
+        others = sorted({each for each in found.values() if each != found.get(own)})
+        raise typer.Exit(
+            fail(
+                f"rank 0's machine is known as {name}, which is {address[0]} here, where other "
+                f"machines do not reach it. {_REACH} (here: {', '.join(others) or 'none'})"
+            )
+        )
+    if own in found:
+        os.environ[_INTERFACE] = found[own]
 
 
 def _say_who_is_gone(processes: list[tuple[str, int]], rank: int, patience: float) -> None:
