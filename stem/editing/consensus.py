@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import adaptive_avg_pool2d, grid_sample
+from torch.nn.functional import grid_sample
 
 from ..attention.parked import FRAMES_AT_ONCE, current_parking
 
 _TINY = 1e-6
+LATE_SHARE = 0.4
+"""Share of the way to the mean that late steps go: more is steadier, and fewer shapes are right."""
 
 
 @dataclass(frozen=True)
@@ -42,45 +44,50 @@ class Motion:
             self.radii[middle : middle + 1].expand_as(self.radii),
         )
 
-    def shifted(self, offset: torch.Tensor) -> Motion:
-        """The object moved by an offset (x, y), float32 [2], in every frame."""
-        return Motion(self.centres + offset, self.radii)
 
+def moved(
+    frames: torch.Tensor, before: Motion, after: Motion, mode: str = "bilinear"
+) -> torch.Tensor:
+    """Frames [N, c, h, w] whose object moves from where it is `before` to where it is `after`.
 
-def moved(frames: torch.Tensor, before: Motion, after: Motion) -> torch.Tensor:
-    """Frames [N, c, h, w] whose object moves from where it is `before` to where it is `after`."""
+    Args:
+        frames: Frames.
+        before: Motion of the object in them.
+        after: Motion that it gets.
+        mode: Interpolation of `grid_sample`.
+    """
     count, _, height, width = frames.shape
     y, x = _grid(height, width, frames.device)
     grid = torch.stack([x, y], -1).expand(count, -1, -1, -1)
     scale = (before.radii / after.radii)[:, None, None, None]
     sampled = (grid - after.centres[:, None, None]) * scale + before.centres[:, None, None]
-    return grid_sample(
-        frames, sampled, mode="bilinear", padding_mode="reflection", align_corners=False
-    )
+    return grid_sample(frames, sampled, mode=mode, padding_mode="reflection", align_corners=False)
 
 
 def in_consensus(
-    clean: torch.Tensor, masks: torch.Tensor, motion: Motion, offset: torch.Tensor
+    clean: torch.Tensor, masks: torch.Tensor, motion: Motion, *, early: bool
 ) -> torch.Tensor:
-    """Clean latents, inside the masks replaced by their mean along the object's motion.
+    """Clean latents, inside the masks nearer to their mean along the object's motion.
 
     Every frame is warped onto the middle one, where the mean is taken, weighted by the warped
-    masks; it is warped back into every frame.
+    masks; it is warped back into every frame. Early steps decide the outline: they take the mean,
+    by cubic interpolation, as the linear one blurs small shapes away. Later steps go a part
+    of the way, `LATE_SHARE`.
 
     Args:
         clean: Predicted clean latents [N, c, h, w].
         masks: Where the object is, bool [N, h, w].
         motion: Motion of the source's object.
-        offset: Offset (x, y) of the edited object from it, float32 [2]; it is undone.
+        early: Whether the step is an early one.
     """
     parking, middle = current_parking(), motion.still()
+    mode, part_of_way = ("bicubic", 1.0) if early else ("bilinear", LATE_SHARE)
     summed = total = torch.zeros(1, device=clean.device)
     for first in range(0, len(clean), FRAMES_AT_ONCE):
         here = slice(first, first + FRAMES_AT_ONCE)
         share, place, still = masks[here].float().unsqueeze(1), motion[here], middle[here]
         weight = moved(share, place, still)
-        together = moved(clean[here], place.shifted(offset), still)
-        summed = summed + (together * weight).sum(0, keepdim=True)
+        summed = summed + (moved(clean[here], place, still, mode) * weight).sum(0, keepdim=True)
         total = total + weight.sum(0, keepdim=True)
         parking.leave()
     mean = summed / (total + _TINY)
@@ -89,32 +96,10 @@ def in_consensus(
         clean: torch.Tensor, masks: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor
     ) -> torch.Tensor:
         still = middle[: len(clean)]
-        back = moved(mean.expand_as(clean).contiguous(), still, Motion(centres, radii))
-        return clean + masks.float().unsqueeze(1) * (back - clean)
+        back = moved(mean.expand_as(clean).contiguous(), still, Motion(centres, radii), mode)
+        return clean + part_of_way * masks.float().unsqueeze(1) * (back - clean)
 
     return parking.by_frames(agreed, clean, masks, motion.centres, motion.radii)
-
-
-def offset_between(source: torch.Tensor, target: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """How far the target's object is from the source's, on average over the frames.
-
-    Args:
-        source: Text maps of the source's words, float32 [N, h, w].
-        target: Text maps of the target's words, likewise.
-        masks: Where the object is, bool [N, H, W]; cells of theirs make up one of the maps'.
-
-    Returns:
-        Offset (x, y), float32 [2], in the coordinates of `grid_sample`.
-    """
-    share = adaptive_avg_pool2d(
-        masks.float().unsqueeze(1), (source.shape[1], source.shape[2])
-    ).squeeze(1)
-
-    def centres(maps: torch.Tensor) -> torch.Tensor:
-        median = maps.flatten(1).median(1).values[:, None, None]
-        return _centres((maps - median).clamp(min=0).square() * share + _TINY**2)[0]
-
-    return (centres(target) - centres(source)).mean(0)
 
 
 def _grid(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,13 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..attention.families import unet_of
 from ..attention.parked import current_parking
 from ..diffusion.loop import with_guidance
 from ..diffusion.schedule import clean_of, prediction_of, sampling_scheduler
 from ..inversion import InversionFolder
 from ..names import PRESETS
-from .consensus import Motion, in_consensus, offset_between
+from .consensus import Motion, in_consensus
 from .difference_mask import TokenRecording, difference_map, finest_layers
 from .job import Job, Method, Options, check_choice, check_flag, check_share, steps_of
 from .map_fusion import MapFusion
@@ -21,14 +20,12 @@ from .masks import dilated, warn_of_size
 from .prompts import (
     ColumnMap,
     PromptTokens,
-    changed_words,
     check_word_counts,
     prompt_tokens,
     refined_columns,
     replaced_columns,
     words_of,
 )
-from .text_masks import TextMaps, finest_text_layers
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "colour": {"cross_maps": 1.0, "self_maps": 1.0},
@@ -62,9 +59,8 @@ class FusionOptions(Options):
         consensus: Whether the predicted pictures are averaged along the object's motion, inside the
             mask, so that a new shape has one outline in all frames. The motion is one path that is
             quadratic over the frames, so this is for clips of one object that moves smoothly.
-        consensus_until: Share of the steps that are averaged.
-        placement: Shares of the steps. From the first share to the second, the object is moved to
-            the place of the source's object.
+        consensus_until: Share of the steps in which frames take that average; in the later steps
+            they go 0.4 of the way to it.
 
     Raises:
         ValueError: a value is out of range; the message names what is allowed.
@@ -85,8 +81,7 @@ class FusionOptions(Options):
     mask_threshold: float = 0.3
     dilation: int = 1
     consensus: bool | None = None
-    consensus_until: float = 0.7
-    placement: tuple[float, float] = (0.1, 0.7)
+    consensus_until: float = 0.3
 
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, self.presets)
@@ -96,15 +91,14 @@ class FusionOptions(Options):
         for name in ("self_outside", "mask", "consensus"):
             check_flag(name, getattr(self, name))
         check_choice("mapping", self.mapping, ("auto", "replace", "refine"))
-        for name in ("mask_levels", "placement"):
-            given = getattr(self, name)
-            if not isinstance(given, (tuple, list)) or len(given) != 2:
-                raise ValueError(f"{name} is {given!r}; it must be two shares of the steps")
-            object.__setattr__(self, name, tuple(given))
-            for share in given:
-                check_share(name, share)
-            if given[0] >= given[1]:
-                raise ValueError(f"{name} is {given!r}; the first must be below the second")
+        levels = self.mask_levels
+        if not isinstance(levels, (tuple, list)) or len(levels) != 2:
+            raise ValueError(f"mask_levels is {levels!r}; it must be two shares of the steps")
+        object.__setattr__(self, "mask_levels", tuple(levels))
+        for share in levels:
+            check_share("mask_levels", share)
+        if levels[0] >= levels[1]:
+            raise ValueError(f"mask_levels is {levels!r}; the first must be below the second")
         threshold = self.mask_threshold
         if not isinstance(threshold, (int, float)) or not 0 < threshold < float("inf"):
             raise ValueError(f"mask_threshold is {threshold!r}; it must be a number above 0")
@@ -141,21 +135,11 @@ class Fusion(Method):
     def __init__(self, job: Job, options: FusionOptions) -> None:
         super().__init__(job, options)
         self.scheduler = sampling_scheduler(job.pipeline, job.num_steps)
-        self.maps: TextMaps | None = None
         source, target = (
             prompt_tokens(job.pipeline, text) for text in (job.source_prompt, job.prompt)
         )
         columns = _columns(source, target, options.mapping).to(job.device)
         self.fusion = MapFusion(columns, job.latent_size)
-        before, after = changed_words(job.source_prompt, job.prompt)
-        if options.consensus and before and after:
-            self.words = {
-                "source": (0, source.positions(before)),
-                "target": (-1, target.positions(after)),
-            }
-            layers = finest_text_layers(unet_of(job.pipeline))
-            self.maps = TextMaps(layers, job.num_frames, job.latent_size, job.ranks)
-            self.hooks.add("words", self.maps)
         self.hooks.add("fusion", self.fusion)
 
     def begin(self) -> torch.Tensor:
@@ -185,10 +169,7 @@ class Fusion(Method):
         total = job.num_steps
         self.fusion.cross = float(step < steps_of(options.cross_maps or 0.0, total))
         self.fusion.self_on = step < steps_of(options.self_maps or 0.0, total)
-        self.fusion.mask = self.kept["masks"].float() if options.self_outside else None
-        placed = [steps_of(share, total) for share in options.placement]
-        if self.maps is not None:
-            self.maps.looked_at = self.words if placed[0] <= step < placed[1] else {}
+        self.fusion.mask = self.kept["masks"] if options.self_outside else None
         source = job.level(total - step - 1)
         guided = job.guidance != 1.0 and step < steps_of(options.guided_until, total)
         if guided:
@@ -198,12 +179,17 @@ class Fusion(Method):
             prediction = with_guidance(without, prompted, job.guidance)
         else:
             _, prediction = job.predict([source, latents], timestep, job.source, job.target)
-        if options.consensus and step < steps_of(options.consensus_until, total):
-            return self._agreed(prediction, timestep, latents)
+        if options.consensus:
+            early = step < steps_of(options.consensus_until, total)
+            return self._agreed(prediction, timestep, latents, early)
         return prediction
 
     def _agreed(
-        self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor
+        self,
+        prediction: torch.Tensor,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        early: bool,
     ) -> torch.Tensor:
         parking = current_parking()
         clean = parking.by_frames(
@@ -211,18 +197,11 @@ class Fusion(Method):
             prediction,
             latents,
         )
-        shown = None
-        if self.maps is not None and self.maps.looked_at:
-            shown = self.maps.take("source"), self.maps.take("target")
         agreed = []
         for scene in self.job.scenes:
             here = slice(scene.start, scene.stop)
-            masks = self.kept["masks"][here]
             motion = Motion(self.kept["centres"], self.kept["radii"])[here]
-            offset = torch.zeros(2, device=latents.device)
-            if shown is not None:
-                offset = offset_between(shown[0][here], shown[1][here], masks)
-            agreed.append(in_consensus(clean[here], masks, motion, offset))
+            agreed.append(in_consensus(clean[here], self.kept["masks"][here], motion, early=early))
         return parking.by_frames(
             lambda clean, latents: prediction_of(self.scheduler, clean, timestep, latents),
             agreed[0] if len(agreed) == 1 else parking.joined(agreed),

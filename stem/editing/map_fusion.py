@@ -35,7 +35,7 @@ class MapFusion(Hook):
         cross: Share of the source in text maps, one number or [L] for the target's tokens,
             0 ... 1; float 0.0 leaves them alone.
         self_on: Whether the source's self-attention maps are taken.
-        mask: Share m of the target's own self-attention maps, 0 ... 1, float [N, h, w]: in latent
+        mask: Share m of the target's own self-attention maps, 0 ... 1, [N, h, w]: in latent
             cells, which are averaged for a layer; or a function of a layer's height and width.
             None: 0 everywhere.
 
@@ -116,7 +116,7 @@ class MapFusion(Hook):
         frames = list(site.frames)
         size = layer_size(groups * num_queries // len(frames), *self.latent_size)
         if isinstance(mask, torch.Tensor):
-            of_frames = interpolate(mask[frames].unsqueeze(1), size=size, mode="area")
+            of_frames = interpolate(mask[frames].float().unsqueeze(1), size=size, mode="area")
         else:
             of_frames = mask(size)[frames]
         return of_frames.reshape(groups, num_queries)

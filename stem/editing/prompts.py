@@ -42,25 +42,6 @@ def places_of(words: Iterable[str], prompt: str) -> list[int]:
     return [place for place, word in enumerate(plain) if word in sought]
 
 
-def changed_words(source: str, target: str) -> tuple[list[int], list[int]]:
-    """The words of two prompts that have no counterpart in the other one.
-
-    Args:
-        source: Prompt of the source video.
-        target: Prompt of the edited video.
-
-    Returns:
-        Numbers of such words in `source`, and in `target`.
-    """
-    before, after = ([_plain(word) for word in words_of(text)] for text in (source, target))
-    found = alignment(before, after)
-    kept = {place for place in found if place is not None}
-    return (
-        [place for place in range(len(before)) if place not in kept],
-        [place for place, counterpart in enumerate(found) if counterpart is None],
-    )
-
-
 def check_word_counts(source: str, target: str) -> None:
     """Raise ValueError where two prompts cannot be mapped word to word."""
     counts = [len(words_of(text)) for text in (source, target)]
@@ -102,7 +83,7 @@ class PromptTokens:
         """The positions of the tokens of some words.
 
         Args:
-            places: Numbers of the words, as `places_of` and `changed_words` give them.
+            places: Numbers of the words, as `places_of` gives them.
 
         Raises:
             ValueError: a word was cut off because the prompt is too long.

@@ -85,13 +85,6 @@ def mask_layers(unet: Any) -> list[str]:
     )
 
 
-def finest_text_layers(unet: Any) -> list[str]:
-    """The cross-attentions on the finest grid that has any, the UNet's middle not among them."""
-    levels = {name: halvings(unet, name) for name in text_attentions(unet)}
-    finest = min(level for level in levels.values() if level is not None)
-    return [name for name, level in levels.items() if level == finest]
-
-
 def word_mask(maps: torch.Tensor, size: Size, threshold: float) -> torch.Tensor:
     """Where maps of words are high.
 

@@ -227,7 +227,7 @@ def test_what_cannot_be_edited_is_said(folder: InversionFolder, tmp_path: Path) 
         ({"self_outside": 1}, "self_outside is 1"),
         ({"mapping": "swap"}, "mapping is 'swap'"),
         ({"mask_levels": (0.8, 0.3)}, "the first must be below"),
-        ({"placement": 0.5}, "must be two shares"),
+        ({"mask_levels": 0.5}, "must be two shares"),
         ({"mask_threshold": 0}, "mask_threshold is 0"),
         ({"dilation": -1}, "dilation is -1"),
         ({"consensus": True, "mask": False}, "consensus is True; it needs mask=True"),
@@ -239,10 +239,10 @@ def test_options_of_fusion_out_of_range_are_said(options: dict[str, Any], messag
 
 
 def test_presets_fill_what_is_not_given() -> None:
-    shape = edit_options("fusion", {"preset": "shape", "self_maps": 0.5, "placement": [0.2, 0.6]})
+    shape = edit_options("fusion", {"preset": "shape", "self_maps": 0.5, "mask_levels": [0.2, 0.6]})
     assert isinstance(shape, FusionOptions)
     assert (shape.cross_maps, shape.self_maps, shape.consensus) == (0.0, 0.5, True)
-    assert shape.placement == (0.2, 0.6)
+    assert shape.mask_levels == (0.2, 0.6)
     assert (shape.guidance, edit_options("fusion", None).guidance) == (7.5, 3.0)
 
 
@@ -256,19 +256,21 @@ def test_consensus_along_a_motion() -> None:
     assert torch.allclose((motion.centres + 1) * side / 2 - 0.5, centres, atol=0.1)
     # Smooth things that move along are the same in every frame already.
     clean = torch.exp(-disc.square() / 50).unsqueeze(1)
-    agreed = in_consensus(clean, masks, motion, torch.zeros(2))
-    assert (agreed - clean).abs().max() < 0.05
-    # What is in one frame alone is averaged away.
+    for early in (True, False):
+        agreed = in_consensus(clean, masks, motion, early=early)
+        assert (agreed - clean).abs().max() < 0.05
+    # What is in one frame alone is averaged away, or half of it.
     noisy = clean + 0.5 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    agreed = in_consensus(noisy, masks, motion, torch.zeros(2))
     inside = masks.unsqueeze(1)
-    assert (agreed - clean)[inside].std() < 0.6 * (noisy - clean)[inside].std()
-    assert torch.equal(agreed[~inside], noisy[~inside])
-    # An object two cells too far to the right is put where it belongs.
-    offset = torch.tensor([4 / side, 0.0])
-    shifted = moved(clean, motion, motion.shifted(offset))
-    placed = in_consensus(shifted, masks, motion, offset)
-    assert (placed - clean)[inside].abs().mean() < 0.2 * (shifted - clean)[inside].abs().mean()
+    for early, left in ((True, 0.6), (False, 0.75)):
+        agreed = in_consensus(noisy, masks, motion, early=early)
+        assert (agreed - clean)[inside].std() < left * (noisy - clean)[inside].std()
+        assert torch.equal(agreed[~inside], noisy[~inside])
+    # Cubic interpolation keeps more of what is as small as a cell.
+    fine = (disc < 1.5).float().unsqueeze(1)
+    half = Motion(motion.centres + 1 / side, motion.radii)
+    cubic, linear = (moved(fine, motion, half, mode) for mode in ("bicubic", "bilinear"))
+    assert cubic.max() > linear.max()
 
 
 def test_consensus_of_some_frames_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,11 +278,10 @@ def test_consensus_of_some_frames_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     clean = torch.randn(7, 3, 12, 12, generator=generator)
     masks = torch.rand(7, 12, 12, generator=generator) > 0.4
     motion = Motion.of(masks.float())
-    offset = torch.tensor([0.1, -0.2])
-    expected = in_consensus(clean, masks, motion, offset)
+    expected = in_consensus(clean, masks, motion, early=True)
     for module in (consensus, parked):
         monkeypatch.setattr(module, "FRAMES_AT_ONCE", 3)
-    torch.testing.assert_close(in_consensus(clean, masks, motion, offset), expected)
+    torch.testing.assert_close(in_consensus(clean, masks, motion, early=True), expected)
     assert not torch.equal(expected, clean)
 
 

@@ -29,7 +29,7 @@ EDITS: list[tuple[str, dict[str, Any]]] = [
     ("sdedit", {"chunk": 4}),
     ("fatezero", {"blend_words": WORDS, "blend_latents": True}),
     ("fusion", {"preset": "colour"}),
-    ("fusion", {"preset": "shape", "placement": [0.0, 1.0]}),
+    ("fusion", {"preset": "shape", "consensus_until": 0.5}),
 ]
 STORED: list[tuple[str, dict[str, Any]]] = [
     ("fatezero", {"store": "disk"}),

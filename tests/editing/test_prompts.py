@@ -8,7 +8,6 @@ from pipelines import make_pipeline, tokens_of, with_textual_inversion
 
 from stem.editing.prompts import (
     alignment,
-    changed_words,
     places_of,
     prompt_tokens,
     refined_columns,
@@ -55,10 +54,6 @@ def test_words_are_found_whatever_their_case_and_punctuation() -> None:
     assert places_of(["duck's pond"], prompt) == [1, 2, 7]
     with pytest.raises(ValueError, match=r"no 'sea', 'cat' among the words .* A, duck's, pond,"):
         places_of(["sea", "cat", "lake"], prompt)
-    assert changed_words("a red ball and a red ring", "a blue ball, and a big red ring") == (
-        [1],
-        [1, 5],
-    )
 
 
 @pytest.mark.parametrize("shape", ["sd1", "sdxl"])

@@ -30,7 +30,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "guidance 5": {"guidance": 5.0},
     "guidance 10": {"guidance": 10.0},
     "no consensus": {"consensus": False},
-    "consensus in all steps": {"consensus_until": 1.0},
+    "all steps take the mean": {"consensus_until": 1.0},
+    "all steps go a part of the way": {"consensus_until": 0.0},
 }
 """Changes to the preset "shape" by what the table calls them; guidance is the edit's own."""
 
