@@ -16,6 +16,7 @@ import yaml
 from controls import make_control_pipeline
 from motion import make_motion_pipeline
 from pipelines import make_pipeline
+from torch.distributed.run import get_args_parser
 
 import stem
 from benchmarks.readme import PAGES, README, ROOT, updated
@@ -89,7 +90,9 @@ def test_the_commands_are_ones_that_there_are(page: Path, folder: Path) -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for program, *words in commands(page):
         if program == "torchrun":
-            words = [word for word in words if not word.startswith("--nproc")]
+            found = get_args_parser().parse_args(words)
+            words = [found.training_script, *found.training_script_args]
+            words = ["-m", *words] if found.module else words
         if words[:2] == ["-m", "stem"]:
             program, words = "stem", words[2:]
         if Path(program).name == "stem":
