@@ -139,6 +139,7 @@ class Lockstep:
                             parking.park(greenlets[index], answer.tensors)
                     else:
                         results.append(answer if alone else parking.kept(answer))
+                        parking.leave()  # chunks that never meet have read files, too
                 if not meetings:
                     break
                 if results:

@@ -219,6 +219,18 @@ def test_what_is_filled_chunk_by_chunk_lies_in_a_file(tmp_path: Path) -> None:
             assert bool((found[1] == 5).all())
 
 
+def test_chunks_that_never_meet_leave_what_they_read_to_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(module, "_leave_to_file", lambda storage: left.append(storage.nbytes()))
+    with parking("disk", tmp_path):
+        kept = current_parking().empty(torch.ones(1), (3, 1000))
+        kept.fill_(1)
+        Lockstep([0, 1, 2], 1).run(lambda frames: (kept[frames],))
+    assert left.count(kept.nbytes) == 3
+
+
 @pytest.mark.parametrize(("kind", "in_file"), [("disk", True), ("auto", False), ("never", False)])
 def test_what_is_made_by_frames_lies_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, in_file: bool
