@@ -187,54 +187,59 @@ class Lockstep:
         """The tensors of the chunks of all ranks, of those of this one, in one message a rank."""
         if self._group is None:
             return own
-        shapes = [
-            [_of_size(tensor, dim, None if counts is None else counts[chunk]) for tensor in own[0]]
-            for chunk in range(len(self.chunks))
+        sizes = [None] * len(self.chunks) if counts is None else counts
+        layouts = [
+            _Layout(own[0], dim, [sizes[chunk] for chunk in chunks]) for chunks in self._of_rank
         ]
-
-        def places(message: torch.Tensor, chunks: Sequence[int]) -> list[Tensors]:
-            begin, found = 0, []
-            for chunk in chunks:
-                tensors = []
-                for tensor, shape in zip(own[0], shapes[chunk], strict=True):
-                    end = begin + shape.numel() * tensor.element_size()
-                    tensors.append(message[begin:end].view(tensor.dtype).view(shape))
-                    begin = _aligned(end)
-                found.append(tuple(tensors))
-            return found
-
-        lengths = [
-            sum(
-                _aligned(shape.numel() * tensor.element_size())
-                for chunk in chunks
-                for tensor, shape in zip(own[0], shapes[chunk], strict=True)
-            )
-            for chunks in self._of_rank
-        ]
-        sent = own[0][0].new_zeros(max(lengths), dtype=torch.uint8)
-        for into, tensors in zip(places(sent, self._own), own, strict=True):
-            for place, tensor in zip(into, tensors, strict=True):
+        most = max(layout.num_bytes for layout in layouts)
+        sent = own[0][0].new_zeros(most, dtype=torch.uint8)
+        for places, tensors in zip(layouts[self._group.rank()].places(sent), own, strict=True):
+            for place, tensor in zip(places, tensors, strict=True):
                 place.copy_(tensor)
-        received = [torch.empty_like(sent) for _ in self._of_rank]
+        received = [torch.empty_like(sent) for _ in layouts]
         dist.all_gather(received, sent, group=self._group)
         return [
             tensors
-            for message, chunks in zip(received, self._of_rank, strict=True)
-            for tensors in places(message, chunks)
+            for layout, message in zip(layouts, received, strict=True)
+            for tensors in layout.places(message)
         ]
 
 
-def _of_size(tensor: torch.Tensor, dim: int, size: int | None) -> torch.Size:
-    """The shape of a tensor with another size along a dimension."""
-    shape = list(tensor.shape)
-    if size is not None:
-        shape[dim] = size
-    return torch.Size(shape)
+class _Layout:
+    """Where the tensors of some chunks lie in one message, which is bytes.
 
+    Args:
+        like: Tensors of the dtypes and, but for the sizes, of the shapes of each chunk's.
+        dim: Dimension along which sizes differ.
+        sizes: Sizes along it, a chunk each; None: that of `like`.
 
-def _aligned(end: int) -> int:
-    """Where the next tensor of a message begins, of any dtype."""
-    return -(-end // 16) * 16
+    Attributes:
+        num_bytes: Length of the message.
+    """
+
+    def __init__(self, like: Tensors, dim: int, sizes: Sequence[int | None]) -> None:
+        self.num_bytes = 0
+        self._chunks: list[list[tuple[int, torch.Size, torch.dtype]]] = []
+        for size in sizes:
+            self._chunks.append([])
+            for tensor in like:
+                shape = list(tensor.shape)
+                if size is not None:
+                    shape[dim] = size
+                found = torch.Size(shape)
+                self._chunks[-1].append((self.num_bytes, found, tensor.dtype))
+                end = self.num_bytes + found.numel() * tensor.element_size()
+                self.num_bytes = -(-end // 16) * 16  # where a tensor of any dtype may begin
+
+    def places(self, message: torch.Tensor) -> list[Tensors]:
+        """The tensors of each chunk, as views of a message of at least `num_bytes`."""
+        return [
+            tuple(
+                message[begin : begin + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+                for begin, shape, dtype in chunk
+            )
+            for chunk in self._chunks
+        ]
 
 
 def in_order(statistics: list[Tensors]) -> Tensors:

@@ -182,7 +182,7 @@ class Parking:
             return made(*tensors)
         found: torch.Tensor | None = None
         begin = 0
-        for parts in zip(*(tensor.split(FRAMES_AT_ONCE) for tensor in tensors), strict=True):
+        for parts in self.parts(FRAMES_AT_ONCE, *tensors):
             part = made(*parts)
             if found is None:
                 shape = (len(tensors[0]), *part.shape[1:])
@@ -190,9 +190,15 @@ class Parking:
                 found = part.new_empty(shape) if stays else self.empty(part, shape)
             found[begin : begin + len(part)] = part
             begin += len(part)
-            self.leave()
         assert found is not None
         return found
+
+    def parts(self, frames: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Parts of tensors [N, ...] of some frames each; after each part memory is given up as
+        `leave` does."""
+        for parts in zip(*(tensor.split(frames) for tensor in tensors), strict=True):
+            yield parts
+            self.leave()
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor, or its copy in a file where `empty` would make one for it.
@@ -200,11 +206,7 @@ class Parking:
         Raises:
             OSError: there is no room for the file.
         """
-        if self._stays(tensor, tensor.nbytes):
-            return tensor
-        found = self.empty(tensor, tensor.shape).copy_(tensor)
-        self.leave()
-        return found
+        return tensor if self._stays(tensor, tensor.nbytes) else self.joined([tensor])
 
     def _stays(self, like: torch.Tensor, size: int) -> bool:
         """Whether a tensor of so many bytes stays where `like` is, as all but a CPU's do."""

@@ -51,7 +51,8 @@ def ranks(device: str | None) -> Iterator[dist.ProcessGroup | None]:
     on_gpu = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(rank_device(device))
-    _choose_interface()
+    else:
+        _choose_interface()
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TO_MEET)
         group = dist.new_group(timeout=_PATIENCE)
@@ -82,7 +83,8 @@ def ranks(device: str | None) -> Iterator[dist.ProcessGroup | None]:
 def _choose_interface() -> None:
     """On one of several machines, let gloo take the interface on which rank 0's is reached.
 
-    Gloo takes the one of the machine's own name, which many systems resolve to themselves.
+    Gloo takes the one of the machine's own name, which many systems resolve to themselves. (NCCL
+    looks for one that is no loopback.)
 
     Raises:
         typer.Exit: rank 0's machine is known by an address that only it can reach.

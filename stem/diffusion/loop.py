@@ -59,11 +59,11 @@ def with_guidance(without: torch.Tensor, prompted: torch.Tensor, guidance: float
         prompted: Prediction c for the prompt, likewise.
         guidance: Guidance scale g.
     """
-
-    def joined(without: torch.Tensor, prompted: torch.Tensor) -> torch.Tensor:
-        return torch.sub(prompted, without).mul_(guidance).add_(without)
-
-    return current_parking().by_frames(joined, without, prompted)
+    return current_parking().by_frames(
+        lambda without, prompted: torch.sub(prompted, without).mul_(guidance).add_(without),
+        without,
+        prompted,
+    )
 
 
 @torch.no_grad()

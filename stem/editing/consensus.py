@@ -83,13 +83,12 @@ def in_consensus(
     parking, middle = current_parking(), motion.still()
     mode, part_of_way = ("bicubic", 1.0) if early else ("bilinear", LATE_SHARE)
     summed = total = torch.zeros(1, device=clean.device)
-    for first in range(0, len(clean), FRAMES_AT_ONCE):
-        here = slice(first, first + FRAMES_AT_ONCE)
-        share, place, still = masks[here].float().unsqueeze(1), motion[here], middle[here]
-        weight = moved(share, place, still)
-        summed = summed + (moved(clean[here], place, still, mode) * weight).sum(0, keepdim=True)
+    along = (clean, masks, motion.centres, motion.radii)
+    for part, mask, centres, radii in parking.parts(FRAMES_AT_ONCE, *along):
+        place, still = Motion(centres, radii), middle[: len(part)]
+        weight = moved(mask.float().unsqueeze(1), place, still)
+        summed = summed + (moved(part, place, still, mode) * weight).sum(0, keepdim=True)
         total = total + weight.sum(0, keepdim=True)
-        parking.leave()
     mean = summed / (total + _TINY)
 
     def agreed(
@@ -99,7 +98,7 @@ def in_consensus(
         back = moved(mean.expand_as(clean).contiguous(), still, Motion(centres, radii), mode)
         return clean + part_of_way * masks.float().unsqueeze(1) * (back - clean)
 
-    return parking.by_frames(agreed, clean, masks, motion.centres, motion.radii)
+    return parking.by_frames(agreed, *along)
 
 
 def _grid(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

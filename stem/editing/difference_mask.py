@@ -209,9 +209,8 @@ def _em_by_parts(tokens: torch.Tensor, payload: torch.Tensor, config: StemConfig
 
 def _parts(tokens: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
     """Tokens [some, S, C] of a few frames after another in float32, on a device."""
-    for part in tokens.split(_FRAMES):
+    for (part,) in current_parking().parts(_FRAMES, tokens):
         yield part.to(device, torch.float32)
-        current_parking().leave()
 
 
 def finest_layers(job: Job) -> tuple[str, ...]:

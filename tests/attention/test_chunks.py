@@ -331,9 +331,14 @@ def test_em_on_a_sample_meets_once_and_runs_once_a_layer(
     )
     with stem.enabled(unet, config):
         call(unet, rows=6)
-    assert len(runs) == layers
-    assert max(runs) == 16 if sample_per_base == 4 else min(runs) > 16
+    found = list(runs)
     assert meetings == [0, 1, 2] * layers
+    runs.clear()
+    with stem.enabled(unet, dataclasses.replace(config, chunk=None)):
+        call(unet, rows=6)
+    assert len(found) == layers
+    assert found == runs
+    assert found == [16] * layers if sample_per_base == 4 else min(found) > 16
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4])

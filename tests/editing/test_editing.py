@@ -259,7 +259,7 @@ def test_consensus_along_a_motion() -> None:
     for early in (True, False):
         agreed = in_consensus(clean, masks, motion, early=early)
         assert (agreed - clean).abs().max() < 0.05
-    # What is in one frame alone is averaged away, or half of it.
+    # What is in one frame alone is averaged away, later a part of it.
     noisy = clean + 0.5 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     inside = masks.unsqueeze(1)
     for early, left in ((True, 0.6), (False, 0.75)):
