@@ -273,6 +273,20 @@ def test_consensus_along_a_motion() -> None:
     assert cubic.max() > linear.max()
 
 
+def test_a_motion_is_fitted_by_a_solver_of_fixed_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See findings/least-squares-twice-two-answers.sh, of which runs show it in one of dozens."""
+    solve, drivers = torch.linalg.lstsq, []
+
+    def told(*args: Any, driver: str | None = None) -> Any:
+        drivers.append(driver)
+        return solve(*args, driver=driver)
+
+    monkeypatch.setattr(torch.linalg, "lstsq", told)
+    Motion.of(torch.rand(4, 6, 8, generator=torch.Generator().manual_seed(0)))
+    assert drivers
+    assert set(drivers) <= {"gels", "gelsd"}
+
+
 def test_consensus_of_some_frames_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(7, 3, 12, 12, generator=generator)
