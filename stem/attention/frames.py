@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import SparseCausalConfig
 from .exchange import Lockstep
 from .hooks import Hooks, Operands
 from .memory import free_bytes
+from .parked import current_parking
 from .processor import (
     VideoAttentionProcessor,
     project_keys_and_values,
@@ -19,6 +21,10 @@ from .rows import RowLayout
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
+
+
+KEYS_AT_ONCE = 16384
+"""Tokens of the video that `attend_by_parts` reads before it gives up their memory."""
 
 
 class SparseCausalProcessor(VideoAttentionProcessor):
@@ -105,23 +111,64 @@ class InflatedProcessor(VideoAttentionProcessor):
                 part.flatten(0, 1) for part in (operands.query, operands.key, operands.value)
             )
             check_memory(self.name, query, key, value)
+            if key.device.type == "cpu" and not torch.is_grad_enabled():
+                attended = attend_by_parts(query, key, value)
+                return attended.unflatten(0, operands.query.shape[:2])
         return super().attend(operands)
 
 
 def all_frame_operands(
     attn: Attention, tokens: torch.Tensor, exchange: Lockstep | None
 ) -> Operands:
-    """Queries of the tokens in hand [videos, frames, S, C], keys and values of the whole video."""
+    """Queries of the tokens in hand [videos, frames, S, C], keys and values of the whole video.
+
+    Keys and values of a CPU lie in files where chunks wait in files.
+    """
     key, value = project_keys_and_values(attn, tokens, tokens.shape[0])
     if exchange is not None:
         key, value = exchange.meet(
             (key, value),
-            lambda parts: tuple(torch.cat(column, 2) for column in zip(*parts, strict=True)),
+            lambda parts: tuple(
+                current_parking().joined(column, 2, waited=True)
+                for column in zip(*parts, strict=True)
+            ),
             counts=[len(frames) * tokens.shape[2] for frames in exchange.chunks],
             dim=2,
         )
     query = project_queries(attn, tokens)
     return Operands(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
+
+
+def attend_by_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention on a CPU to some tokens after others, whose memory is given up where it has a file.
+
+    Outputs o_i of parts with the logsumexp l_i of their logits are sum_i exp(l_i - l) o_i, where
+    l is the logsumexp of all l_i.
+
+    Args:
+        query: Queries [B, h, m, d].
+        key: Keys [B, h, n, d].
+        value: Values [B, h, n, d].
+
+    Returns:
+        [B, h, m, d] of the queries' dtype; of at most `KEYS_AT_ONCE` tokens, what SDPA returns.
+
+    Source: arXiv 2205.14135, section 3.1.
+    """
+    if key.shape[2] <= KEYS_AT_ONCE:
+        return scaled_dot_product_attention(query, key, value)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    parts = zip(key.split(KEYS_AT_ONCE, 2), value.split(KEYS_AT_ONCE, 2), strict=True)
+    output, total = attend(query, *next(parts))
+    current_parking().leave()
+    for keys, values in parts:
+        part, logsumexp = attend(query, keys, values)
+        together = torch.logaddexp(total, logsumexp)
+        shares = ((each - together).exp().unsqueeze(-1) for each in (total, logsumexp))
+        output = next(shares) * output + next(shares) * part
+        total = together
+        current_parking().leave()
+    return output.to(query.dtype)
 
 
 def check_memory(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

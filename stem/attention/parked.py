@@ -148,12 +148,16 @@ class Parking:
             return like.new_empty(shape)
         return self._empty_elsewhere(like, torch.Size(shape), place)
 
-    def joined(self, tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    def joined(
+        self, tensors: Sequence[torch.Tensor], dim: int = 0, *, waited: bool = False
+    ) -> torch.Tensor:
         """`torch.cat`; what it makes on a CPU lies where that of `empty` does.
 
         Args:
             tensors: Tensors of one dtype, equal in size but for `dim`.
             dim: Dimension along which they are joined.
+            waited: Whether they are of chunks that wait, whose memory is given up again where they
+                have files.
         """
         like, parts = tensors[0], list(tensors)
         if self._stays(like, sum(part.numel() for part in parts) * like.element_size()):
@@ -164,6 +168,8 @@ class Parking:
         found = self.empty(like, shape)
         for place, part in zip(found.split(counts, dim), parts, strict=True):
             place.copy_(part)
+            if waited:
+                _leave_to_file(part.untyped_storage())
             self.leave()
         return found
 

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import stem
 from stem import InflatedConfig, SparseCausalConfig
+from stem.attention import frames
 from stem.attention.families import self_attentions
 from stem.attention.frames import seen_frames
 from stem_kernels.testing import max_error
@@ -51,6 +52,25 @@ def test_frames_seen(config: SparseCausalConfig | InflatedConfig, seen: list[lis
         with stem.enabled(unet, config):
             found = attention(videos)
     assert max_error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_all_frames_by_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, 3, length, 8, generator=generator, dtype=dtype) for length in (20, 70, 70)
+    )
+    key[:, :, :16] *= 30  # most of the weight is in one part
+    logits = query.double() @ key.double().mT / query.shape[-1] ** 0.5
+    expected = logits.softmax(-1) @ value.double()
+    monkeypatch.setattr(frames, "KEYS_AT_ONCE", 16)
+    found = frames.attend_by_parts(query, key, value)
+    assert found.dtype == dtype
+    plain = scaled_dot_product_attention(query, key, value)
+    # The sums of parts are weighed by logarithms, which are rounded by as much as they are large.
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    rounding = float(logits.abs().max()) * eps
+    assert max_error(found, expected) < 2 * max_error(plain, expected) + rounding
 
 
 def test_offsets_are_clamped() -> None:

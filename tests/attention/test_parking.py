@@ -14,7 +14,8 @@ import torch
 from pipelines import ONE_LEVEL, call, make_unet
 
 import stem
-from stem import StemConfig
+from stem import InflatedConfig, StemConfig
+from stem.attention import frames
 from stem.attention import parked as module
 from stem.attention.exchange import Lockstep
 from stem.attention.parked import Parking, current_parking, parking
@@ -75,6 +76,30 @@ def test_chunks_in_files_have_the_same_bits(
     assert torch.equal(found, expected)
     assert len(moved) > 20
     assert list(tmp_path.iterdir()) == []  # files without names
+
+
+@pytest.mark.usefixtures("small")
+def test_keys_and_values_of_all_frames_lie_in_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = make_unet(**ONE_LEVEL)
+    files = set()
+    by_parts = frames.attend_by_parts
+
+    def watched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        files.update({key.untyped_storage().filename, value.untyped_storage().filename})
+        return by_parts(query, key, value)
+
+    monkeypatch.setattr(frames, "KEYS_AT_ONCE", 50)
+    with stem.enabled(unet, InflatedConfig(num_frames=4, chunk=1)), torch.no_grad():
+        with parking("never"):
+            expected = call(unet)
+        monkeypatch.setattr(frames, "attend_by_parts", watched)
+        with parking("disk", tmp_path):
+            found = call(unet)
+    assert torch.equal(found, expected)
+    assert len(files) > 2
+    assert None not in files
 
 
 @pytest.mark.usefixtures("small")
