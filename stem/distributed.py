@@ -78,6 +78,26 @@ class Ranks:
         for numbers, found in zip(rows, received, strict=True):
             whole[numbers] = found[: len(numbers)].to(whole.device)
 
+    def gathered(self, part: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks, one rank's after another's.
+
+        Args:
+            part: Tensor [n, ...] of this rank, of one shape on every rank but for n.
+
+        Returns:
+            Tensor [N, ...] on every rank.
+        """
+        if self.group is None:
+            return part
+        counts: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(counts, len(part), group=self.group)
+        whole = part.new_zeros(sum(counts), *part.shape[1:])
+        begin = sum(counts[: self.number])
+        own = range(begin, begin + len(part))
+        whole[own.start : own.stop] = part
+        self.fill(whole, own)
+        return whole
+
     def check_equal(self, what: str, value: object) -> None:
         """Raise on every rank where the ranks do not hold the same.
 

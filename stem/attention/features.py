@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..distributed import Ranks
 from .families import self_attentions
 
 if TYPE_CHECKING:
@@ -32,12 +33,14 @@ class LastFeatures:
 
     Args:
         unet: UNet to listen to.
+        ranks: Ranks that share the frames of a call, in their order; None: there is one.
 
     Attributes:
         layer: Name of the self-attention.
     """
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks(None)
         self.layer, attention = last_self_attention(unet)
         self._parts: list[torch.Tensor] = []
         self._hooks = [
@@ -48,6 +51,8 @@ class LastFeatures:
     def maps(self, num_frames: int, height: int, width: int) -> torch.Tensor:
         """The features as maps, [N, C, h, w], h and w being the latents' or halves of them.
 
+        All ranks make this call, and each of them has the maps of all frames.
+
         Args:
             num_frames: Number N of rows of the call, in chunks or at once.
             height: Height of the latents that the UNet was called with.
@@ -57,7 +62,8 @@ class LastFeatures:
             RuntimeError: the layer was not called with so many rows.
         """
         # A call whose memory ran out was made again, in smaller chunks: the last rows are whole.
-        found = torch.cat(self._parts)[-num_frames:] if self._parts else torch.empty(0, 0, 0)
+        own = torch.cat(self._parts) if self._parts else torch.empty(0, 0, 0)
+        found = self._ranks.gathered(own)[-num_frames:]
         if found.shape[0] != num_frames:
             raise RuntimeError(
                 f"{self.layer} gave {found.shape[0]} of {num_frames} frames; the UNet must be "

@@ -14,7 +14,7 @@ from .arguments import (
     chunk_of,
     one_of,
 )
-from .ranks import one_process
+from .ranks import ranks
 from .request import Request, read_options
 from .run_options import OF_MOTION, RunOptions, takes_run_options
 
@@ -57,7 +57,6 @@ def analyse_command(
     from ..workflows.analysis import analyse, check_analysable
     from .tables import analysis_table
 
-    one_process("analyse")
     request = Request.checked(run)
     prompt, known = run.prompt, cast("str | Flow | None", flow)
     if str(video).startswith(WORLD) and not video.exists():
@@ -66,8 +65,8 @@ def analyse_command(
     else:
         clip = read_video(video, **read_options(run), multiple_of=1)
     check_analysable(clip, request.methods, request.options)
-    pipeline, clip = request.load_for(clip, video)
-    with run.parking(run.out):
+    with ranks(run.device) as group, run.parking(run.out):
+        pipeline, clip = request.load_for(clip, video)
         found = analyse(
             pipeline,
             clip,
@@ -82,6 +81,7 @@ def analyse_command(
             model=request.model,
             control=request.control(pipeline, clip, run),
             note=request.note,
+            group=group,
         )
     console.print(analysis_table(found))
     say(f"flow: {found.flow.name}; the former frame's features, warped, against the current one's")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..attention.families import unet_of
 from ..attention.features import LastFeatures
@@ -17,9 +18,10 @@ from ..diffusion.checks import check_pipeline
 from ..diffusion.control import checked_controls, control_records
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import denoise, guided
-from ..diffusion.motion import check_without_motion
+from ..diffusion.motion import check_frames, check_without_motion
 from ..diffusion.pipeline import encode_frames, encode_prompt, execution_device
 from ..diffusion.schedule import inverse_scheduler
+from ..distributed import Ranks
 from ..inversion.inverting import check_chunk
 from ..inversion.methods import attention_config, attention_on, check_methods
 from ..inversion.round_trips import chunked, pixels, shown_in
@@ -87,6 +89,7 @@ def analyse(
     model: str | Mapping[str, Any] = "",
     control: Control | Sequence[Control] | None = None,
     note: str = "",
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> Analysis:
     """Measure how stable an inversion's features are; write analysis.json, .png and -plot.png.
@@ -114,6 +117,8 @@ def analyse(
         model: Name of the pipeline, for the record, or more, as for `invert`.
         control: What the pipeline's ControlNets are shown, as for `invert`.
         note: Note for analysis.json, such as that the weights are random.
+        group: Process group whose ranks share the chunks; all ranks make this call. Its first
+            rank estimates the flow and writes the files.
         progress: Whether to show progress.
 
     Raises:
@@ -133,12 +138,19 @@ def analyse(
     check_without_motion(pipeline, "analyse")
     check_analysable(video, methods, options)
     check_chunk(chunk)
+    check_frames(
+        pipeline, video.num_frames, chunk=chunk if isinstance(chunk, int) else None, group=group
+    )
+    ranks, fingerprinted = Ranks(group), fingerprint(pipeline)
+    ranks.check_equal("model", fingerprinted)
     timesteps = [int(step) for step in inverse_scheduler(pipeline, num_steps).timesteps]
     middle = timesteps[len(timesteps) // 2]
     shown = middle if timestep is None else min(timesteps, key=lambda t: abs(t - timestep))
     device = execution_device(pipeline)
-    found_flow = flow if isinstance(flow, Flow) else estimate_flow(video.frames, flow, device)
-    latents = encode_frames(pipeline, video.frames)
+    found_flow = ranks.from_main(
+        lambda: flow if isinstance(flow, Flow) else estimate_flow(video.frames, flow, device)
+    )
+    latents = ranks.from_main(lambda: encode_frames(pipeline, video.frames)).to(device)
     curves = {
         method: feature_curve(
             pipeline,
@@ -151,6 +163,7 @@ def analyse(
             num_steps=num_steps,
             chunk=chunk,
             control=controls,
+            group=group,
             progress=progress,
         )
         for method in methods
@@ -167,16 +180,17 @@ def analyse(
     if controls:
         settings["control"] = control_records(pipeline, controls)
     hashes = [tensor_hash(tensor) for tensor in (video.frames, found_flow.forward)]
-    parts = [repr(settings), repr(fingerprint(pipeline)), *hashes]
+    parts = [repr(settings), repr(fingerprinted), *hashes]
     folder = out / result_name(video.name, parts)
-    maps = {method: curve.features for method, curve in curves.items()}
-    write_analysis(
-        folder,
-        video,
-        Shown(maps, found_flow, shown),
-        {method: curve.similarity for method, curve in curves.items()},
-        {**settings, "layer": next(iter(curves.values())).layer},
-    )
+    if ranks.main:
+        maps = {method: curve.features for method, curve in curves.items()}
+        write_analysis(
+            folder,
+            video,
+            Shown(maps, found_flow, shown),
+            {method: curve.similarity for method, curve in curves.items()},
+            {**settings, "layer": next(iter(curves.values())).layer},
+        )
     return Analysis(curves, found_flow, shown, *analysis_files(folder))
 
 
@@ -213,6 +227,7 @@ def feature_curve(
     num_steps: int = 50,
     chunk: int | str | None = None,
     control: tuple[Control, ...] = (),
+    group: dist.ProcessGroup | None = None,
     progress: bool = False,
 ) -> FeatureCurve:
     """Invert latents in memory, and follow the last self-attention's features along a flow.
@@ -228,17 +243,19 @@ def feature_curve(
         num_steps: Number of steps of the inversion.
         chunk: Number of frames that go through the UNet at once, as for `invert`.
         control: What each of the pipeline's ControlNets is shown.
+        group: Process group whose ranks share the chunks; all ranks make this call.
         progress: Whether to show progress.
     """
     frames, _, height, width = latents.shape
-    config = chunked(pipeline, attention_config(method, options or {}, frames), latents, chunk)
+    ranks, whole = Ranks(group), attention_config(method, options or {}, frames)
+    config = ranks.from_main(lambda: chunked(pipeline, whole, latents, chunk))
     scheduler = inverse_scheduler(pipeline, num_steps)
     conditioning = encode_prompt(pipeline, prompt, *pixels(pipeline, latents))
     conditioning = conditioning.showing(shown_in(scheduler, control))
     backwards = flow.reversed()  # from each frame to the former one
     similarity: dict[int, float] = {}
     kept: list[torch.Tensor] = []
-    last = LastFeatures(unet_of(pipeline))
+    last = LastFeatures(unet_of(pipeline), ranks)
 
     def follow(step: int, _: torch.Tensor) -> None:
         maps = last.maps(frames, height, width).float()
@@ -249,14 +266,14 @@ def feature_curve(
             kept.append(maps.cpu())
 
     try:
-        with attention_on(pipeline, config):
+        with attention_on(pipeline, config, group):
             denoise(
                 latents,
                 scheduler,
                 guided(pipeline, conditioning),
                 after_step=follow,
                 name=f"analyse {method}",
-                progress=progress,
+                progress=progress and ranks.main,
             )
     finally:
         last.remove()

@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from inversions import clip
 from PIL import Image
 from pipelines import make_pipeline, make_unet
+from ranks import start
 
 import stem
 from benchmarks.studies.features import run as features
@@ -269,6 +270,37 @@ def test_a_world_video_is_analysed_under_its_exact_flow(
     ):
         assert run(*arguments, frames, *extra) == 2
         assert reason in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+def analysed(out: Path, group: Any = None) -> str:
+    """What an analysis of the three frames of `clip` in chunks of one found, as JSON."""
+    settings: dict[str, Any] = {"flow": shift(3, 16, 24), "num_steps": 2, "progress": False}
+    found = analyse(
+        make_pipeline(), clip(), "a duck", out, options={"stem": OPTIONS}, chunk=1, group=group,
+        **settings,
+    )  # fmt: skip
+    sums = {
+        name: [list(each.similarity.items()), each.features.double().sum((1, 2, 3)).tolist()]
+        for name, each in found.curves.items()
+    }
+    return json.dumps([str(found.sheet.relative_to(out)), sums])
+
+
+def test_processes_find_what_one_finds(tmp_path: Path) -> None:
+    body = "print(analysed(root / 'two', dist.group.WORLD))"
+    processes = start(__name__, tmp_path, 2, body)
+    for process in processes:
+        assert process.ended() == 0, process.errors.read_text()[-2000:]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = analysed(tmp_path / "one")
+    finally:
+        torch.set_num_threads(threads)
+    assert [process.lines() for process in processes] == [[alone], [alone]]
+    one, two = ({path.name: path for path in tmp_path.glob(f"{n}/*/*")} for n in ("one", "two"))
+    assert set(one) == set(two) == {"analysis.json", "analysis.png", "analysis-plot.png"}
+    assert one["analysis.png"].read_bytes() == two["analysis.png"].read_bytes()
 
 
 def test_what_cannot_be_analysed_is_said_before_any_work(tmp_path: Path) -> None:
