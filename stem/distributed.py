@@ -78,25 +78,28 @@ class Ranks:
         for numbers, found in zip(rows, received, strict=True):
             whole[numbers] = found[: len(numbers)].to(whole.device)
 
-    def gathered(self, part: torch.Tensor) -> torch.Tensor:
-        """The rows of all ranks, one rank's after another's.
-
-        Args:
-            part: Tensor [n, ...] of this rank, of one shape on every rank but for n.
-
-        Returns:
-            Tensor [N, ...] on every rank.
-        """
+    def from_each(self, make: Callable[[], Value]) -> list[Value]:
+        """What `make` returns on every rank, in their order; tensors of a CPU among it. What it
+        raises on one of them is raised everywhere."""
         if self.group is None:
-            return part
-        counts: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(counts, len(part), group=self.group)
-        whole = part.new_zeros(sum(counts), *part.shape[1:])
-        begin = sum(counts[: self.number])
-        own = range(begin, begin + len(part))
-        whole[own.start : own.stop] = part
-        self.fill(whole, own)
-        return whole
+            return [make()]
+        outcome: tuple[Any, Any] = (None, None)
+        try:
+            outcome = make(), None
+        except _SHARED as error:
+            outcome = None, error
+        outcomes: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(outcomes, outcome, group=self.group)
+        for _, raised in outcomes:
+            if raised is not None:
+                self._raise(raised)
+        return [value for value, _ in outcomes]
+
+    def share(self, count: int, multiple: int = 1) -> range:
+        """This rank's of so many things in a row, which begin with a multiple of a number."""
+        parts = -(-count // multiple)
+        edges = (multiple * (rank * parts // self.size) for rank in (self.number, self.number + 1))
+        return range(*(min(edge, count) for edge in edges))
 
     def check_equal(self, what: str, value: object) -> None:
         """Raise on every rank where the ranks do not hold the same.

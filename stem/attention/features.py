@@ -63,7 +63,8 @@ class LastFeatures:
         """
         # A call whose memory ran out was made again, in smaller chunks: the last rows are whole.
         own = torch.cat(self._parts) if self._parts else torch.empty(0, 0, 0)
-        found = self._ranks.gathered(own)[-num_frames:]
+        by_rank = self._ranks.from_each(own.cpu) if self._ranks.size > 1 else [own]
+        found = torch.cat(by_rank).to(own.device)[-num_frames:]
         if found.shape[0] != num_frames:
             raise RuntimeError(
                 f"{self.layer} gave {found.shape[0]} of {num_frames} frames; the UNet must be "

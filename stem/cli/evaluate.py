@@ -15,11 +15,12 @@ from .arguments import encodable_text, one_of, refuse
 from .benchmark import grouped, print_benchmark
 from .control_options import OF_CONTROL
 from .edit_options import EditModel, SourcePrompt
-from .ranks import one_process
+from .ranks import one_process, rank_device, ranks
 from .request import check_run_device, load, read_options, source_of
 from .run_options import DEFAULTS, RunOptions, takes_run_options
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from rich.table import Table
 
     from ..metrics import WorldJudge
@@ -93,15 +94,16 @@ def evaluate_command(
 
     --frames, --size, --deinterlace and --tone-map are those that the edit was made with; the source
     is read by them. No metric is downloaded: one whose weights are not here is listed with the
-    command that gets them. The options of a model are for --against dense.
+    command that gets them. The options of a model are for --against dense. Under torchrun processes
+    share the frames of two videos.
     """
-    one_process("evaluate")
     if against != DENSE:
         reason = "it goes with --against dense, which runs a model"
         refuse(context, dict.fromkeys(_of_models(), reason))
     if json is not None:
         check_output_file(json)
     if source.is_dir():
+        one_process("evaluate BENCHMARK")
         reason = f"it is for two videos, and {source} is a folder"
         refuse(context, dict.fromkeys(_OF_TWO_VIDEOS, reason))
         found: BenchmarkEvaluation | Evaluation = _benchmark(source, edit, clip, run)
@@ -110,7 +112,12 @@ def evaluate_command(
             raise typer.BadParameter(
                 "it is needed for two videos: describe the edited one", param_hint="--prompt"
             )
-        found = _two_videos(source, edit, (source_prompt, prompt), against, flow, clip, model, run)
+        from ..distributed import Ranks
+
+        with ranks(run.device) as group:
+            prompts = (source_prompt, prompt)
+            found = _two_videos(source, edit, prompts, against, flow, clip, model, run, group)
+            json = json if Ranks(group).main else None
     if json is not None:
         from ..report.files import write_json
 
@@ -140,11 +147,13 @@ def _two_videos(
     clip: str | None,
     model: str | None,
     run: RunOptions,
+    group: dist.ProcessGroup | None,
 ) -> Evaluation:
     from ..video import read_video
     from ..workflows.evaluation import evaluate
 
-    check_run_device(run, run.device)
+    device = rank_device(run.device)
+    check_run_device(run, device)
     if edit.is_dir():
         edit = edit / "edit.mp4"
     before = read_video(source, **read_options(run), multiple_of=1)
@@ -156,19 +165,25 @@ def _two_videos(
     quieten_libraries()  # CLIP is one of transformers
     other = None
     if against == DENSE:
-        other = _dense(before, edit, model, run)
+        other = _dense(before, edit, model, run, group)
     elif against is not None:
         other = read_video(against, multiple_of=1)
         other = dataclasses.replace(other, name=Path(against).name)
     judge = _judge(clip or CLIP_MODEL)
     found = evaluate(
-        before, after, *prompts, flow=flow, clip=judge, device=run.device, against=other
+        before, after, *prompts, flow=flow, clip=judge, device=device, against=other, group=group
     )
     print_evaluation(found)
     return found
 
 
-def _dense(source: Video, edit: Path, model: str | None, run: RunOptions) -> Video:
+def _dense(
+    source: Video,
+    edit: Path,
+    model: str | None,
+    run: RunOptions,
+    group: dist.ProcessGroup | None,
+) -> Video:
     """The edit once more under all-frame attention, made where it is not there yet."""
     from ..video import read_video
     from ..workflows.dense import dense_edit, open_edit
@@ -178,8 +193,8 @@ def _dense(source: Video, edit: Path, model: str | None, run: RunOptions) -> Vid
     origin = source_of(made.inversion, model, run)
     dtype = run.dtype or made.inversion.settings["dtype"]
     with run.parking(made.files.folder.parent):
-        pipeline = load(origin, run.device, dtype, run.offloading)
-        found = dense_edit(pipeline, made, source)
+        pipeline = load(origin, rank_device(run.device), dtype, run.offloading)
+        found = dense_edit(pipeline, made, source, group=group)
     say(f"{DENSE}{', reused' if found.reused else ''}: {found.files.video}")
     return dataclasses.replace(read_video(found.files.video, multiple_of=1), name="dense attention")
 

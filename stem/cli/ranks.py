@@ -168,7 +168,8 @@ def one_process(command: str) -> None:
     if int(count) > 1:
         raise ValueError(
             f"stem {command} runs in one process, and WORLD_SIZE is {count}; start it without "
-            "torchrun. Through UNets, analyse, compare, invert, reconstruct and edit take several"
+            "torchrun. Through UNets, analyse, compare, invert, reconstruct and edit take several, "
+            "and evaluate does of two videos"
         )
 
 

@@ -13,7 +13,8 @@ from .unmeasured import UnmeasuredError
 
 logger = logging.getLogger("stem")
 
-_BATCH = 32  # frames that are embedded at once
+FRAMES_AT_ONCE = 32
+"""Frames that are embedded at once."""
 
 
 class Clip:
@@ -64,7 +65,7 @@ class Clip:
     def embed_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Embeddings, float32 [N, D], of frames, uint8 [N, H, W, 3]."""
         parts = []
-        for part in frames.cpu().split(_BATCH):
+        for part in frames.cpu().split(FRAMES_AT_ONCE):
             given = self._processor(images=list(part.numpy()), return_tensors="pt")
             found = self._model.get_image_features(given["pixel_values"].to(self._device))
             parts.append(found.pooler_output.float().cpu())

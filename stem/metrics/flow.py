@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -38,6 +38,14 @@ class Flow:
     backward: torch.Tensor
     occlusion: torch.Tensor
     backward_occlusion: torch.Tensor
+
+    @classmethod
+    def joined(cls, flows: Sequence[Flow]) -> Flow:
+        """The flow of a video whose parts, each of which begins with the last frame of the one
+        before, have these flows by one source."""
+        names = ("forward", "backward", "occlusion", "backward_occlusion")
+        parts = (torch.cat([getattr(flow, name) for flow in flows]) for name in names)
+        return cls(flows[0].name, *parts)
 
     def reversed(self) -> Flow:
         """The flow of the video played backwards."""

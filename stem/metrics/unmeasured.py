@@ -24,6 +24,10 @@ class UnmeasuredError(ValueError):
         self.reason = reason
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[type[UnmeasuredError], tuple[str, str]]:
+        """What it is made of again by another process, to which an exception takes its message."""
+        return type(self), (self.reason, self.remedy)
+
 
 def torchvision_module(name: str) -> Any:
     """A module of torchvision, an optional package.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from ..control import Control
 from ..inversion import InversionFolder, invert
 from ..inversion.methods import inversion_attention
@@ -92,6 +94,7 @@ def dense_edit(
     edit: RecordedEdit | str | Path,
     source: Video | VideoFile,
     *,
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> EditResult:
     """Make an edit once more with attention of every frame to all frames in the place of bases.
@@ -105,6 +108,7 @@ def dense_edit(
         pipeline: Pipeline that the edit was made with.
         edit: Folder that `stem edit` wrote, or the edit.mp4 in it, or what `open_edit` gave.
         source: Video that was inverted.
+        group: Process group whose ranks share the frames; all ranks make this call.
         progress: Whether to show progress.
 
     Returns:
@@ -139,11 +143,19 @@ def dense_edit(
         cuts=inversion_attention(made.inversion).cuts,
         model=made.inversion.model_source.record(),
         control=made.inversion.control(),
+        group=group,
         progress=progress,
     )
     note = made.document["note"]
     edits = write_edits(
-        pipeline, inversion, plan, out / DENSE, video=source, note=note, progress=progress
+        pipeline,
+        inversion,
+        plan,
+        out / DENSE,
+        video=source,
+        note=note,
+        group=group,
+        progress=progress,
     )
     return edits.results[0]
 

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
+from ..distributed import Ranks
 from ..metrics import (
     CLIP_MODEL,
     Clip,
@@ -23,6 +25,7 @@ from ..metrics import (
     warp_error,
     warped_ssim,
 )
+from ..metrics.clip import FRAMES_AT_ONCE
 from ..metrics.fidelity import SSIM_VARIANT
 from ..metrics.perceptual import LPIPS_VARIANT
 from ..models import check_device
@@ -77,6 +80,7 @@ def evaluate(
     clip: str | Embedder = CLIP_MODEL,
     device: str | torch.device | None = None,
     against: Video | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Evaluation:
     """Measure an edit, of any tool, against its source and its prompts.
 
@@ -111,13 +115,13 @@ def evaluate(
         _check_against(edit, against)
     if not prompt.strip():
         raise ValueError("prompt is empty; give the prompt of the edit")
-    where = check_device(device)
+    where, ranks = check_device(device), Ranks(group)
     frames, original = edit.frames.cpu(), source.frames.cpu()
     moved = attempt(
-        lambda: flow if isinstance(flow, Flow) else estimate_flow(original, flow, where)
+        lambda: flow if isinstance(flow, Flow) else _estimated(original, flow, where, ranks)
     )
     judge = attempt(lambda: Clip(clip, where) if isinstance(clip, str) else clip)
-    seen = attempt(lambda: given(judge).embed_frames(frames))
+    seen = attempt(lambda: _embedded(given(judge), frames, ranks))
     target = attempt(lambda: given(judge).embed_texts([prompt])[0])
     before = attempt(lambda: given(judge).embed_texts([_known(source_prompt)])[0])
     by_clip = f"CLIP {clip}" if isinstance(clip, str) else clip.name
@@ -165,6 +169,26 @@ def evaluate(
         edit.width,
         tuple(sheet.figures),
     )
+
+
+def _estimated(
+    frames: torch.Tensor, model: str | None, device: str | torch.device, ranks: Ranks
+) -> Flow:
+    """The flow of frames, of whose pairs each rank takes some."""
+    if ranks.size >= len(frames):  # one of them would have none
+        return estimate_flow(frames, model, device)
+    own = ranks.share(len(frames) - 1)
+    found = ranks.from_each(lambda: estimate_flow(frames[own.start : own.stop + 1], model, device))
+    return Flow.joined(found)
+
+
+def _embedded(judge: Embedder, frames: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The embeddings of frames, of which each rank takes some as one would take them."""
+    own = ranks.share(len(frames), FRAMES_AT_ONCE)
+    found = ranks.from_each(
+        lambda: judge.embed_frames(frames[own.start : own.stop]).cpu() if own else None
+    )
+    return torch.cat([part for part in found if part is not None])
 
 
 def _add_fidelity(

@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchmetrics
 from commands import run
 from conftest import NO_CLIP
+from ranks import start
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
@@ -56,6 +58,40 @@ def videos(edit: WorldEdit) -> tuple[Video, Video]:
 
 def values(found: Evaluation) -> dict[str, float | None]:
     return {figure.metric: figure.value for figure in found.figures}
+
+
+def judged(group: Any = None) -> str:
+    """Figures of an edit under an estimated flow, as JSON."""
+    edit = world_edit(40_500_000, "colour", 4)
+    prompts = edit.source.caption, edit.exact.caption
+    found = evaluate(*videos(edit), *prompts, flow="dis", clip=WorldJudge(), group=group)
+    return json.dumps({name: value for name, value in values(found).items() if value is not None})
+
+
+SHARED = """
+from stem.distributed import Ranks
+from stem.metrics import UnmeasuredError
+print(judged(dist.group.WORLD))
+ranks = Ranks(dist.group.WORLD)
+print(list(ranks.share(70, 32)), ranks.from_each(lambda: rank))
+def fail():
+    if rank == 1:
+        raise UnmeasuredError("rank 1 has no weights", "get them")
+try:
+    ranks.from_each(fail)
+except UnmeasuredError as error:
+    print(error.remedy)
+"""
+
+
+def test_processes_share_an_evaluation(tmp_path: Path) -> None:
+    processes = start(__name__, tmp_path, 3, SHARED)
+    alone = json.loads(judged())
+    for process, share in zip(processes, (range(32), range(32, 64), range(64, 70)), strict=True):
+        assert process.ended() == 0, process.errors.read_text()[-2000:]
+        figures, *rest = process.lines()
+        assert json.loads(figures) == pytest.approx(alone, rel=1e-6)
+        assert rest == [f"{list(share)} [0, 1, 2]", "get them"]
 
 
 def test_an_edit_of_the_world_under_its_exact_flow(world: WorldEdit, no_torchvision: None) -> None:
