@@ -4,8 +4,10 @@ from .checks import METHODS, check_edit, edit_options
 from .fatezero_options import FateZeroOptions
 from .flowedit import FlowEditOptions, flow_edit, run_flow_edit
 from .fusion import FusionOptions
+from .job import Edit
+from .pasting import edited_parts
 from .pnp import PnPOptions
-from .run import Edit, edit, edit_latents, run_edit
+from .run import edit, edit_latents, run_edit
 from .sdedit import SDEditOptions
 from .tokenflow import TokenFlowOptions
 
@@ -22,6 +24,7 @@ __all__ = [
     "edit",
     "edit_latents",
     "edit_options",
+    "edited_parts",
     "flow_edit",
     "run_edit",
     "run_flow_edit",

@@ -19,8 +19,7 @@ from ..inversion.runs import check_same_weights, check_startable, earlier_run, r
 from ..names import FLOW_EDIT_METHODS, FLOW_METHODS, FLOW_SOURCE
 from ..progress import steps as counted
 from .checks import check_numbers, check_texts, edit_settings, options_of
-from .job import Options, check_count, generator_of
-from .run import Edit
+from .job import Edit, Options, check_count, generator_of
 
 if TYPE_CHECKING:
     from ..flow import VelocityModel

@@ -56,6 +56,8 @@ class FusionOptions(Options):
             above the first share and up to the second.
         mask_threshold: Threshold of the difference, which is scaled so that its 99 % quantile is 1.
         dilation: Number of latent cells that the mask is dilated by.
+        paste: Whether frames take the source's pixels outside the mask, which the VAE's decoder
+            would tint.
         consensus: Whether the predicted pictures are averaged along the object's motion, inside the
             mask, so that a new shape has one outline in all frames. The motion is one path that is
             quadratic over the frames, so this is for clips of one object that moves smoothly.
@@ -80,6 +82,7 @@ class FusionOptions(Options):
     mask_levels: tuple[float, float] = (0.4, 1.0)
     mask_threshold: float = 0.3
     dilation: int = 1
+    paste: bool = True
     consensus: bool | None = None
     consensus_until: float = 0.3
 
@@ -88,7 +91,7 @@ class FusionOptions(Options):
         self.fill({**_OTHERWISE, **_PRESETS[self.preset]})
         for name in ("cross_maps", "self_maps", "guided_until", "consensus_until"):
             check_share(name, getattr(self, name))
-        for name in ("self_outside", "mask", "consensus"):
+        for name in ("self_outside", "mask", "consensus", "paste"):
             check_flag(name, getattr(self, name))
         check_choice("mapping", self.mapping, ("auto", "replace", "refine"))
         levels = self.mask_levels
@@ -134,6 +137,7 @@ class Fusion(Method):
 
     def __init__(self, job: Job, options: FusionOptions) -> None:
         super().__init__(job, options)
+        self.pasted = bool(options.mask) and options.paste
         self.scheduler = sampling_scheduler(job.pipeline, job.num_steps)
         source, target = (
             prompt_tokens(job.pipeline, text) for text in (job.source_prompt, job.prompt)

@@ -140,6 +140,28 @@ class Job:
         return found.chunk(len(rows))
 
 
+@dataclass(frozen=True)
+class Edit:
+    """An edited video, with the masks or pivots that the method used.
+
+    Args:
+        latents: Latents [N, c, h, w], or [1, C, F, h, w] through a video transformer, float32.
+        masks: Masks of the places that may change, bool [N, h, w] in latent cells; None: all may.
+        cores: Masks before they were dilated, bool [N, h, w], where a method has them, or None.
+        pivots: Frames that TokenFlow drew, int64 [steps, chunks]; None: another method.
+        settings: Settings that shaped the latents, as JSON types.
+        pasted: Whether frames of the edit take the source's pixels outside the masks, see
+            `stem.editing.pasting`.
+    """
+
+    latents: torch.Tensor
+    masks: torch.Tensor | None
+    cores: torch.Tensor | None
+    pivots: torch.Tensor | None
+    settings: dict[str, Any]
+    pasted: bool = False
+
+
 class Method(ABC):
     """One editing method at work on one job.
 
@@ -152,7 +174,10 @@ class Method(ABC):
         hooks: Hooks that are called in it.
         first_step: Number of the first editing step that the method does.
         kept: Tensors that `state` returns.
+        pasted: Whether frames of the edit take the source's pixels outside the masks.
     """
+
+    pasted: bool = False
 
     def __init__(self, job: Job, options: Any) -> None:
         self.job = job

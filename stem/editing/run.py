@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..diffusion.control import Shown, checked_controls
 from ..diffusion.environment import numeric_environment
 from ..diffusion.loop import denoise
 from ..diffusion.motion import check_frames
-from ..diffusion.pipeline import decode_latents, encode_prompt, execution_device
+from ..diffusion.pipeline import encode_prompt, execution_device
 from ..diffusion.schedule import sampling_scheduler
 from ..distributed import Ranks
 from ..inversion import InversionFolder
@@ -28,7 +27,8 @@ from ..names import EDIT_METHODS
 from .checks import DEFAULT_METHOD, check_edit, edit_options, edit_settings
 from .fatezero import FateZero
 from .fusion import Fusion
-from .job import Job, Method, Options
+from .job import Edit, Job, Method, Options
+from .pasting import edited_frames
 from .pnp import PnP
 from .sdedit import SDEdit
 from .tokenflow import TokenFlow
@@ -38,25 +38,6 @@ logger = logging.getLogger("stem")
 _METHODS: dict[str, type[Method]] = dict(
     zip(EDIT_METHODS, (PnP, TokenFlow, SDEdit, FateZero, Fusion), strict=True)
 )
-
-
-@dataclass(frozen=True)
-class Edit:
-    """An edited video, with the masks or pivots that the method used.
-
-    Args:
-        latents: Latents [N, c, h, w], or [1, C, F, h, w] through a video transformer, float32.
-        masks: Masks of the places that may change, bool [N, h, w] in latent cells; None: all may.
-        cores: Masks before they were dilated, bool [N, h, w], where a method has them, or None.
-        pivots: Frames that TokenFlow drew, int64 [steps, chunks]; None: another method.
-        settings: Settings that shaped the latents, as JSON types.
-    """
-
-    latents: torch.Tensor
-    masks: torch.Tensor | None
-    cores: torch.Tensor | None
-    pivots: torch.Tensor | None
-    settings: dict[str, Any]
 
 
 def edit(
@@ -73,7 +54,7 @@ def edit(
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
-    """Edit a video by a prompt: `edit_latents`, decoded.
+    """Edit a video by a prompt: `run_edit`, as frames (`stem.editing.edited_parts`).
 
     Args:
         pipeline: Pipeline that the inversion was made with.
@@ -97,7 +78,7 @@ def edit(
     Raises:
         ValueError, InversionError, NonFiniteError: as `edit_latents`.
     """
-    latents = edit_latents(
+    found = run_edit(
         pipeline,
         inversion,
         prompt,
@@ -110,7 +91,7 @@ def edit(
         group=group,
         progress=progress,
     )
-    return decode_latents(pipeline, latents)
+    return edited_frames(pipeline, inversion, found)
 
 
 def edit_latents(
@@ -282,7 +263,14 @@ def run_edit(
                 progress=progress and ranks.main,
             )
     told = {name: tensor.cpu() for name, tensor in work.state().items()}
-    return Edit(latents, told.get("masks"), told.get("cores"), told.get("pivots"), settings)
+    return Edit(
+        latents,
+        told.get("masks"),
+        told.get("cores"),
+        told.get("pivots"),
+        settings,
+        work.pasted,
+    )
 
 
 def _check_shared(job: Job) -> None:

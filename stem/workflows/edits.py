@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from stem_kernels.info import provenance
 
-from ..diffusion.pipeline import VAE_FRAMES, decode_latents, decoded_parts, execution_device
+from ..diffusion.pipeline import VAE_FRAMES, decode_latents, execution_device
 from ..distributed import Ranks
-from ..editing import Edit, run_edit
+from ..editing import Edit, edited_parts, run_edit
+from ..editing.pasting import pasted
 from ..inversion import InversionFolder, reconstruct_latents
 from ..report.edit_files import EditFiles, EditsFiles, mask_pictures
 from ..report.files import psnr_by_frame
@@ -111,13 +112,13 @@ def write_edits(
 
     def write(result: EditResult, edit: Edit, clock: Clock) -> None:
         label = " ".join(f"{result.method}{suffix}: {result.prompt}".split())
-        lines[label] = decode_latents(pipeline, edit.latents[beside.numbers])
+        lines[label] = beside.shown(edit)
         if result.reused:
             return
         own = {**beside.lines, label: lines[label], **beside.masks(edit)}
         remove_stale(result.files.folder)
         result.files.write(
-            decoded_parts(pipeline, edit.latents),
+            beside.edited(edit),
             beside.fps,
             beside.videos(edit, result.method),
             own,
@@ -221,14 +222,29 @@ class _Beside:
                 f"exact is {exact.dtype} {list(exact.shape)}; it must be uint8 {[*shape, 3]}"
             )
 
+    def edited(self, edit: Edit) -> Iterator[torch.Tensor]:
+        """The frames of an edit in parts [n, H, W, 3], uint8."""
+        source = None if self._video is None else self._video.parts(VAE_FRAMES)
+        return edited_parts(self._pipeline, self._inversion, edit, source)
+
+    def shown(self, edit: Edit) -> torch.Tensor:
+        """The frames of an edit that its sheet shows, uint8 [k, H, W, 3]."""
+        frames = decode_latents(self._pipeline, edit.latents[self.numbers])
+        if not edit.pasted:
+            return frames
+        assert edit.masks is not None
+        return pasted(frames, self._source, edit.masks[self.numbers])
+
+    @functools.cached_property
+    def _source(self) -> torch.Tensor:
+        if self._video is not None:
+            return _picked(self._video.parts(VAE_FRAMES), self.numbers)
+        return decode_latents(self._pipeline, self._inversion.x0()[self.numbers])
+
     @functools.cached_property
     def lines(self) -> dict[str, torch.Tensor]:
         """Frames by label, uint8 [k, H, W, 3]."""
-        if self._video is not None:
-            lines = {"source": _picked(self._video.parts(VAE_FRAMES), self.numbers)}
-        else:
-            x0 = self._inversion.x0()[self.numbers]
-            lines = {THROUGH_VAE: decode_latents(self._pipeline, x0)}
+        lines = {THROUGH_VAE if self._video is None else "source": self._source}
         if self._exact is not None:
             lines[_EXACT] = self._exact[self.numbers].cpu()
         else:
@@ -246,7 +262,7 @@ class _Beside:
             videos[_EXACT] = self._exact.cpu()
         else:
             videos[BACK] = self._decoded(self.reconstruction)
-        videos[method] = self._decoded(edit.latents)
+        videos[method] = _frames(self.edited(edit))
         if edit.masks is not None:
             cores = edit.masks if edit.cores is None else edit.cores
             parts = zip(edit.masks.split(VAE_FRAMES), cores.split(VAE_FRAMES), strict=True)
@@ -270,9 +286,7 @@ class _Beside:
         if edit.masks is not None:
             found["share_by_frame"] = edit.masks.float().mean((1, 2)).tolist()
         if self._exact is not None:
-            by_frame = psnr_by_frame(
-                decode_latents(self._pipeline, edit.latents), self._exact.cpu()
-            )
+            by_frame = psnr_by_frame(torch.cat(list(self.edited(edit))), self._exact.cpu())
             found["psnr_to_exact"] = sum(by_frame) / len(by_frame)
             found["psnr_to_exact_by_frame"] = by_frame
         return found

@@ -10,11 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from stem.diffusion.fingerprint import fingerprint
-from stem.diffusion.pipeline import decode_latents
-from stem.editing import run_edit
+from stem.diffusion.pipeline import VAE_FRAMES
+from stem.editing import edited_parts, run_edit
 from stem.metrics import mean_interval
 from stem.world import world_edit
 from stem_kernels.info import provenance
@@ -60,7 +61,8 @@ def measure(seed: int, frames: int, root: Path, forms: list[str]) -> dict[str, R
             resume=False,
             progress=False,
         )
-        pictures = decode_latents(pipeline, found.latents)
+        parts = edited_parts(pipeline, folder, found, edit.source.frames.split(VAE_FRAMES))
+        pictures = torch.cat(list(parts))
         rows[form] = figures(edit, Edited(pictures, found.masks, found.cores))
     return rows
 

@@ -1,0 +1,70 @@
+"""Frames of an edit: decoded, with the source's pixels where the edit leaves the source alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import interpolate
+
+from ..diffusion.pipeline import VAE_FRAMES, decode_latents
+from ..inversion import InversionFolder
+from .job import Edit
+from .masks import dilated
+
+
+def edited_parts(
+    pipeline: Any,
+    inversion: InversionFolder,
+    edit: Edit,
+    source: Iterable[torch.Tensor] | None = None,
+) -> Iterator[torch.Tensor]:
+    """The frames of an edit, a few at a time; outside the masks of a pasted one the source's.
+
+    A VAE's decoder normalises over the whole picture: where an object changes, it tints what is
+    left as it was, too.
+
+    Args:
+        pipeline: Pipeline that the edit was made with.
+        inversion: Inversion that was edited.
+        edit: Edit.
+        source: Frames of the source, uint8 [n, H, W, 3] in parts of `VAE_FRAMES`; None: what the
+            VAE makes of the inversion's own latents.
+
+    Returns:
+        Parts [n, H, W, 3], uint8, on the CPU.
+    """
+    latents = edit.latents.split(VAE_FRAMES)
+    # Each part by itself: several videos take turns, and a VAE is of one dtype at a time.
+    decoded = (decode_latents(pipeline, part) for part in latents)
+    if not edit.pasted:
+        yield from decoded
+        return
+    assert edit.masks is not None
+    if source is None:
+        source = (decode_latents(pipeline, part) for part in inversion.x0().split(VAE_FRAMES))
+    for frames, of_source, masks in zip(decoded, source, edit.masks.split(VAE_FRAMES), strict=True):
+        yield pasted(frames, of_source, masks)
+
+
+def edited_frames(pipeline: Any, inversion: InversionFolder, edit: Edit) -> torch.Tensor:
+    """All frames of `edited_parts`, beside the VAE's of the source: uint8 [N, H, W, 3]."""
+    return torch.cat(list(edited_parts(pipeline, inversion, edit)))
+
+
+def pasted(frames: torch.Tensor, source: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Frames inside masks, the source's outside; one fades into the other over the cells between.
+
+    Args:
+        frames: Edited frames, uint8 [N, H, W, 3].
+        source: Frames of the source, likewise.
+        masks: Where the video may have changed, bool [N, h, w] in latent cells.
+
+    Returns:
+        uint8 [N, H, W, 3]: the edited frames' in the masks' own cells.
+    """
+    wide = dilated(masks, 1).float().unsqueeze(1)
+    share = interpolate(wide, frames.shape[1:3], mode="bilinear").permute(0, 2, 3, 1)
+    mixed = source + share * (frames.float() - source)
+    return mixed.round().to(torch.uint8)
