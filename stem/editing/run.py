@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..diffusion.environment import numeric_environment
 from ..diffusion.loop import denoise
 from ..diffusion.motion import check_frames
 from ..diffusion.pipeline import encode_prompt, execution_device
-from ..diffusion.schedule import sampling_scheduler
+from ..diffusion.schedule import clean_of, sampling_scheduler
 from ..distributed import Ranks
 from ..inversion import InversionFolder
 from ..inversion.folder import Progress
@@ -38,6 +39,20 @@ logger = logging.getLogger("stem")
 _METHODS: dict[str, type[Method]] = dict(
     zip(EDIT_METHODS, (PnP, TokenFlow, SDEdit, FateZero, Fusion), strict=True)
 )
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Who wants to see an edit while it runs: after a quarter, a half, three quarters of its steps.
+
+    Args:
+        frames: Numbers of the frames to see.
+        show: Function called on the first rank with the number of steps done and the clean latents
+            [frames, c, h, w] that are predicted then.
+    """
+
+    frames: Sequence[int]
+    show: Callable[[int, torch.Tensor], None]
 
 
 def edit(
@@ -166,6 +181,7 @@ def run_edit(
     resume: bool = True,
     progress: bool = True,
     on_step: Callable[[], None] | None = None,
+    preview: Preview | None = None,
 ) -> Edit:
     """Edit a video as `edit_latents` does; return its masks or pivots and its settings, too.
 
@@ -184,6 +200,7 @@ def run_edit(
             from those that an earlier call of equal arguments kept there.
         progress: Whether to show progress.
         on_step: Function called after each step that this call computes.
+        preview: Who wants to see the edit while it runs, or None.
 
     Raises:
         ValueError, InversionError, NonFiniteError: as `edit_latents`.
@@ -243,7 +260,16 @@ def run_edit(
             on_step()
         return latents
 
-    total = job.num_steps
+    total, scheduler = job.num_steps, sampling_scheduler(pipeline, job.num_steps)
+    shown_at = {quarter * total // 4 for quarter in (1, 2, 3)} if preview and ranks.main else set()
+
+    def predicted(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        prediction = work.predict(step, timestep, latents)
+        if step in shown_at and step > work.first_step and preview is not None:
+            here = list(preview.frames)
+            preview.show(step, clean_of(scheduler, prediction[here], timestep, latents[here]))
+        return prediction
+
     if found is not None:
         work.restore(found.state)
     if found is not None and found.steps_done == total:
@@ -255,8 +281,8 @@ def run_edit(
             first = work.first_step if found is None else found.steps_done
             latents = denoise(
                 latents,
-                sampling_scheduler(pipeline, total),
-                work.predict,
+                scheduler,
+                predicted,
                 steps=range(first, total),
                 after_step=keep,
                 name=f"edit {method}",

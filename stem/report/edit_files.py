@@ -43,6 +43,11 @@ class EditFiles:
         return self.folder / "sheet.png"
 
     @property
+    def preview(self) -> Path:
+        """Path of the sheet that is there while the edit runs."""
+        return self.folder / "preview.png"
+
+    @property
     def json(self) -> Path:
         """Path of the document with everything that shaped the edit."""
         return self.folder / "edit.json"
@@ -57,6 +62,11 @@ class EditFiles:
         """Paths of the files that the document tells of."""
         return self.video, self.beside, self.sheet
 
+    def write_preview(self, lines: Mapping[str, torch.Tensor], numbers: Sequence[int]) -> None:
+        """Write a sheet of the lines, as `write` does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_picture(self.preview, labelled_lines(lines, numbers))
+
     def write(
         self,
         frames: Iterable[torch.Tensor],
@@ -66,7 +76,7 @@ class EditFiles:
         numbers: Sequence[int],
         document: Mapping[str, Any],
     ) -> None:
-        """Write them, the document last.
+        """Write them, the document last, and remove the preview.
 
         Args:
             frames: Frames of the edit, a few at a time, uint8 [n, H, W, 3].
@@ -81,6 +91,7 @@ class EditFiles:
         write_video(self.beside, (frame[None] for frame in side_by_side(videos)), fps)
         write_picture(self.sheet, labelled_lines(lines, numbers))
         write_with_hashes(self.json, {**document, "beside": list(videos)}, self.documented)
+        self.preview.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

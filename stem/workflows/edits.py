@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ..diffusion.pipeline import VAE_FRAMES, decode_latents, execution_device
 from ..distributed import Ranks
 from ..editing import Edit, edited_parts, run_edit
 from ..editing.pasting import pasted
+from ..editing.run import Preview
 from ..inversion import InversionFolder, reconstruct_latents
 from ..report.edit_files import EditFiles, EditsFiles, mask_pictures
 from ..report.files import psnr_by_frame
@@ -29,6 +31,8 @@ from ..storage import remove_stale
 from ..video import Video, VideoFile
 from .comparison import result_name
 from .edit_plan import EditPlan
+
+logger = logging.getLogger("stem")
 
 THROUGH_VAE, BACK = "source, through the VAE", "reconstruction"
 """Labels of what sheets show beside the edits."""
@@ -126,6 +130,13 @@ def write_edits(
             {**edit_document(inversion, result, edit, clock, note), **beside.figures(edit)},
         )
 
+    def look(result: EditResult, steps: int, clean: torch.Tensor) -> None:
+        total = len(inversion.timesteps)
+        label = f"{result.method}, predicted after {steps} of {total} steps"
+        lines = {**beside.source, label: decode_latents(pipeline, clean)}
+        result.files.write_preview(lines, beside.numbers)
+        logger.info("%s: after %d of %d steps", result.files.preview, steps, total)
+
     for result in results:
         if result.reused and complete:
             continue
@@ -138,6 +149,7 @@ def write_edits(
             group=group,
             progress=progress,
             on_step=clock.step,
+            preview=Preview(beside.numbers, partial(look, result)),
         )
         clock.stop(execution_device(pipeline))
         if exact is None:
@@ -233,18 +245,21 @@ class _Beside:
         if not edit.pasted:
             return frames
         assert edit.masks is not None
-        return pasted(frames, self._source, edit.masks[self.numbers])
+        (source,) = self.source.values()
+        return pasted(frames, source, edit.masks[self.numbers])
 
     @functools.cached_property
-    def _source(self) -> torch.Tensor:
+    def source(self) -> dict[str, torch.Tensor]:
+        """Frames of the source by its label, uint8 [k, H, W, 3]."""
         if self._video is not None:
-            return _picked(self._video.parts(VAE_FRAMES), self.numbers)
-        return decode_latents(self._pipeline, self._inversion.x0()[self.numbers])
+            return {"source": _picked(self._video.parts(VAE_FRAMES), self.numbers)}
+        x0 = self._inversion.x0()[self.numbers]
+        return {THROUGH_VAE: decode_latents(self._pipeline, x0)}
 
     @functools.cached_property
     def lines(self) -> dict[str, torch.Tensor]:
         """Frames by label, uint8 [k, H, W, 3]."""
-        lines = {THROUGH_VAE if self._video is None else "source": self._source}
+        lines = dict(self.source)
         if self._exact is not None:
             lines[_EXACT] = self._exact[self.numbers].cpu()
         else:
