@@ -10,8 +10,9 @@ from torch.nn.functional import grid_sample
 from ..attention.parked import FRAMES_AT_ONCE, current_parking
 
 _TINY = 1e-6
-LATE_SHARE = 0.4
-"""Share of the way to the mean that late steps go: more is steadier, and fewer shapes are right."""
+LATE_SHARES = (0.3, 0.8)
+"""Shares of the way to the mean that the first and the last of the late steps go: where later ones
+go further, the video is steadier, and as many shapes are right."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,26 @@ def moved(
 
 
 def in_consensus(
-    clean: torch.Tensor, masks: torch.Tensor, motion: Motion, *, early: bool
+    clean: torch.Tensor, masks: torch.Tensor, motion: Motion, late: float | None = None
 ) -> torch.Tensor:
     """Clean latents, inside the masks nearer to their mean along the object's motion.
 
     Every frame is warped onto the middle one, where the mean is taken, weighted by the warped
     masks; it is warped back into every frame. Early steps decide the outline: they take the mean,
     by cubic interpolation, as the linear one blurs small shapes away. Later steps go a part
-    of the way, `LATE_SHARE`.
+    of the way, which rises from one of `LATE_SHARES` to the other.
 
     Args:
         clean: Predicted clean latents [N, c, h, w].
         masks: Where the object is, bool [N, h, w].
         motion: Motion of the source's object.
-        early: Whether the step is an early one.
+        late: Place of the step among the late ones, from 0 to 1; None: it is an early one.
     """
     parking, middle = current_parking(), motion.still()
-    mode, part_of_way = ("bicubic", 1.0) if early else ("bilinear", LATE_SHARE)
+    first, last = LATE_SHARES
+    mode, part_of_way = "bicubic", 1.0
+    if late is not None:
+        mode, part_of_way = "bilinear", first + late * (last - first)
     summed = total = torch.zeros(1, device=clean.device)
     along = (clean, masks, motion.centres, motion.radii)
     for part, mask, centres, radii in parking.parts(FRAMES_AT_ONCE, *along):

@@ -256,14 +256,14 @@ def test_consensus_along_a_motion() -> None:
     assert torch.allclose((motion.centres + 1) * side / 2 - 0.5, centres, atol=0.1)
     # Smooth things that move along are the same in every frame already.
     clean = torch.exp(-disc.square() / 50).unsqueeze(1)
-    for early in (True, False):
-        agreed = in_consensus(clean, masks, motion, early=early)
+    for late in (None, 0.0, 1.0):
+        agreed = in_consensus(clean, masks, motion, late)
         assert (agreed - clean).abs().max() < 0.05
     # What is in one frame alone is averaged away, later a part of it.
     noisy = clean + 0.5 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     inside = masks.unsqueeze(1)
-    for early, left in ((True, 0.6), (False, 0.75)):
-        agreed = in_consensus(noisy, masks, motion, early=early)
+    for late, left in ((None, 0.6), (0.0, 0.8), (1.0, 0.6)):
+        agreed = in_consensus(noisy, masks, motion, late)
         assert (agreed - clean)[inside].std() < left * (noisy - clean)[inside].std()
         assert torch.equal(agreed[~inside], noisy[~inside])
     # Cubic interpolation keeps more of what is as small as a cell.
@@ -292,10 +292,10 @@ def test_consensus_of_some_frames_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     clean = torch.randn(7, 3, 12, 12, generator=generator)
     masks = torch.rand(7, 12, 12, generator=generator) > 0.4
     motion = Motion.of(masks.float())
-    expected = in_consensus(clean, masks, motion, early=True)
+    expected = in_consensus(clean, masks, motion)
     for module in (consensus, parked):
         monkeypatch.setattr(module, "FRAMES_AT_ONCE", 3)
-    torch.testing.assert_close(in_consensus(clean, masks, motion, early=True), expected)
+    torch.testing.assert_close(in_consensus(clean, masks, motion), expected)
     assert not torch.equal(expected, clean)
 
 
