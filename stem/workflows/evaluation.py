@@ -102,6 +102,8 @@ def evaluate(
         device: Device of the networks; None: "cuda" if there is a GPU, else "cpu".
         against: Another edit, to which PSNR, SSIM and LPIPS are measured, too, such as the same
             edit under dense attention (`dense_edit`); the figures bear its name.
+        group: Process group whose ranks share flow and embeddings of the frames; all ranks make
+            this call, and each has all figures.
 
     Raises:
         ValueError: the videos differ in their number of frames or their size, the frames are
