@@ -106,7 +106,7 @@ def edit(
         group=group,
         progress=progress,
     )
-    return edited_frames(pipeline, inversion, found)
+    return Ranks(group).from_main(lambda: edited_frames(pipeline, inversion, found))
 
 
 def edit_latents(

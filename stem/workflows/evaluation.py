@@ -29,6 +29,7 @@ from ..metrics.clip import FRAMES_AT_ONCE
 from ..metrics.fidelity import SSIM_VARIANT
 from ..metrics.perceptual import LPIPS_VARIANT
 from ..models import check_device
+from ..names import FLOWS
 from ..video import Video
 from .figures import Figure, Sheet, attempt, given
 
@@ -123,7 +124,7 @@ def evaluate(
         lambda: flow if isinstance(flow, Flow) else _estimated(original, flow, where, ranks)
     )
     judge = attempt(lambda: Clip(clip, where) if isinstance(clip, str) else clip)
-    seen = attempt(lambda: _embedded(given(judge), frames, ranks))
+    seen = attempt(lambda: _embedded(judge, frames, ranks))
     target = attempt(lambda: given(judge).embed_texts([prompt])[0])
     before = attempt(lambda: given(judge).embed_texts([_known(source_prompt)])[0])
     by_clip = f"CLIP {clip}" if isinstance(clip, str) else clip.name
@@ -181,14 +182,22 @@ def _estimated(
         return estimate_flow(frames, model, device)
     own = ranks.share(len(frames) - 1)
     found = ranks.from_each(lambda: estimate_flow(frames[own.start : own.stop + 1], model, device))
+    names = sorted({part.name for part in found})
+    if len(names) > 1:
+        raise ValueError(
+            f"the processes estimate the flow by {' and '.join(names)}; name one of "
+            f"{', '.join(FLOWS)} (--flow)"
+        )
     return Flow.joined(found)
 
 
-def _embedded(judge: Embedder, frames: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+def _embedded(
+    judge: Embedder | UnmeasuredError, frames: torch.Tensor, ranks: Ranks
+) -> torch.Tensor:
     """The embeddings of frames, of which each rank takes some as one would take them."""
     own = ranks.share(len(frames), FRAMES_AT_ONCE)
     found = ranks.from_each(
-        lambda: judge.embed_frames(frames[own.start : own.stop]).cpu() if own else None
+        lambda: given(judge).embed_frames(frames[own.start : own.stop]).cpu() if own else None
     )
     return torch.cat([part for part in found if part is not None])
 

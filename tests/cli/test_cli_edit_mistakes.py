@@ -114,6 +114,7 @@ def test_mistakes_of_places_and_processes(
         assert run("edit", inversion, *prompt) == 2
     assert "needs 10,240 bytes, and 10,239 are free" in capfd.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run("evaluate", video, video, "--prompt", "a blue ball") == 2
-    assert "stem evaluate runs in one process, and WORLD_SIZE is 2" in capfd.readouterr().err
+    assert run("evaluate", str(tmp_path), str(tmp_path)) == 2
+    said = capfd.readouterr().err
+    assert "stem evaluate BENCHMARK runs in one process, and WORLD_SIZE is 2" in said
     assert loads == []

@@ -21,6 +21,7 @@ from stem.attention.parked import current_parking
 from stem.cli.edit_options import split_options, with_preset
 from stem.editing import METHODS, Edit, FateZeroOptions, edit_options
 from stem.editing.job import Options
+from stem.editing.run import Preview
 from stem.world import render, sample_scene
 
 OPTIONS = ("--inversion", "ddim", "--size", "32x32", "--steps", "2")
@@ -59,11 +60,13 @@ class Editing:
         group: None,
         progress: bool,
         on_step: Callable[[], None],
+        preview: Preview,
         **arguments: Any,
     ) -> Edit:
         self.asked.append({"prompt": prompt, **arguments})
         on_step()
         latents = inversion.x0().flip(0)
+        preview.show(1, latents[list(preview.frames)])
         cores = torch.zeros(latents.shape[0], *latents.shape[2:], dtype=torch.bool)
         cores[:, 2:4, 2:4] = True
         masks = cores.clone()
