@@ -266,6 +266,12 @@ def decoded_parts(pipeline: Any, latents: torch.Tensor) -> Iterator[torch.Tensor
         yield from _in_parts(decoded, latents)
 
 
+def decoded_in_turns(pipeline: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The frames of `decode_latents` in parts of `VAE_FRAMES`, each decoded by itself: several
+    videos may take turns, while a VAE is of one dtype at a time."""
+    return (decode_latents(pipeline, part) for part in latents.split(VAE_FRAMES))
+
+
 def _in_parts(
     work: Callable[[torch.Tensor], torch.Tensor], frames: torch.Tensor
 ) -> Iterator[torch.Tensor]:

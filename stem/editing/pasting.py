@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
-from ..diffusion.pipeline import VAE_FRAMES, decode_latents
+from ..diffusion.pipeline import VAE_FRAMES, decoded_in_turns
 from ..inversion import InversionFolder
 from .job import Edit
 from .masks import dilated
@@ -35,22 +35,23 @@ def edited_parts(
     Returns:
         Parts [n, H, W, 3], uint8, on the CPU.
     """
-    latents = edit.latents.split(VAE_FRAMES)
-    # Each part by itself: several videos take turns, and a VAE is of one dtype at a time.
-    decoded = (decode_latents(pipeline, part) for part in latents)
+    decoded = decoded_in_turns(pipeline, edit.latents)
     if not edit.pasted:
         yield from decoded
         return
     assert edit.masks is not None
     if source is None:
-        source = (decode_latents(pipeline, part) for part in inversion.x0().split(VAE_FRAMES))
+        source = decoded_in_turns(pipeline, inversion.x0())
     for frames, of_source, masks in zip(decoded, source, edit.masks.split(VAE_FRAMES), strict=True):
         yield pasted(frames, of_source, masks)
 
 
-def edited_frames(pipeline: Any, inversion: InversionFolder, edit: Edit) -> torch.Tensor:
-    """All frames of `edited_parts`, beside the VAE's of the source: uint8 [N, H, W, 3]."""
-    return torch.cat(list(edited_parts(pipeline, inversion, edit)))
+def edited_frames(
+    pipeline: Any, inversion: InversionFolder, edit: Edit, source: torch.Tensor | None = None
+) -> torch.Tensor:
+    """All frames of `edited_parts`, uint8 [N, H, W, 3]; those of the source are one tensor."""
+    parts = None if source is None else source.split(VAE_FRAMES)
+    return torch.cat(list(edited_parts(pipeline, inversion, edit, parts)))
 
 
 def pasted(frames: torch.Tensor, source: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

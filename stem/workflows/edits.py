@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,15 @@ import torch.distributed as dist
 
 from stem_kernels.info import provenance
 
-from ..diffusion.pipeline import VAE_FRAMES, decode_latents, execution_device
+from ..diffusion.pipeline import (
+    VAE_FRAMES,
+    decode_latents,
+    decoded_in_turns,
+    execution_device,
+)
 from ..distributed import Ranks
 from ..editing import Edit, edited_parts, run_edit
-from ..editing.pasting import pasted
+from ..editing.pasting import edited_frames
 from ..editing.run import Preview
 from ..inversion import InversionFolder, reconstruct_latents
 from ..report.edit_files import EditFiles, EditsFiles, mask_pictures
@@ -241,12 +246,10 @@ class _Beside:
 
     def shown(self, edit: Edit) -> torch.Tensor:
         """The frames of an edit that its sheet shows, uint8 [k, H, W, 3]."""
-        frames = decode_latents(self._pipeline, edit.latents[self.numbers])
-        if not edit.pasted:
-            return frames
-        assert edit.masks is not None
+        masks = None if edit.masks is None else edit.masks[self.numbers]
+        chosen = replace(edit, latents=edit.latents[self.numbers], masks=masks)
         (source,) = self.source.values()
-        return pasted(frames, source, edit.masks[self.numbers])
+        return edited_frames(self._pipeline, self._inversion, chosen, source)
 
     @functools.cached_property
     def source(self) -> dict[str, torch.Tensor]:
@@ -285,8 +288,7 @@ class _Beside:
         return videos
 
     def _decoded(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        # Each part by itself: several videos take turns, and a VAE is of one dtype at a time.
-        return _frames(decode_latents(self._pipeline, part) for part in latents.split(VAE_FRAMES))
+        return _frames(decoded_in_turns(self._pipeline, latents))
 
     @functools.cached_property
     def reconstruction(self) -> torch.Tensor:

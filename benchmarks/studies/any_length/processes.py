@@ -50,10 +50,9 @@ WAYS: dict[str, tuple[int, str]] = {
     "two processes": (2, "never"),
 }
 """Numbers of processes, and where chunks wait, by what the table calls it."""
-STEP = "a step of an inversion, "
 STEPS_OF: dict[str, tuple[int, str]] = {
-    f"{STEP}one process": (1, "never"),
-    f"{STEP}two processes": (2, "never"),
+    "a step of an inversion, one process": (1, "never"),
+    "a step of an inversion, two processes": (2, "never"),
 }
 """The same at Stable Diffusion 1.5's shape."""
 ALL_WAYS = {**WAYS, **STEPS_OF}
@@ -63,7 +62,7 @@ STEP_ROUNDS = 2
 
 def work_of(way: str, folder: Path) -> Callable[[Any], object]:
     """What is timed, as a function of a process group, its model loaded."""
-    if not way.startswith(STEP):
+    if way not in STEPS_OF:
         pipeline = stem.load_pipeline("embedded")
         (path,) = folder.glob("*/settings.json")
         inversion = InversionFolder.open(path.parent)

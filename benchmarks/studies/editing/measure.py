@@ -15,8 +15,9 @@ import torch
 from torch.nn.functional import max_pool2d
 
 from stem import Control, InversionFolder, Video, invert
-from stem.diffusion.pipeline import VAE_FRAMES, decode_latents, encode_frames
-from stem.editing import edit_options, edited_parts, run_edit
+from stem.diffusion.pipeline import decode_latents, encode_frames
+from stem.editing import edit_options, run_edit
+from stem.editing.pasting import edited_frames
 from stem.metrics import mask_overlap, pooled_psnr, warp_error
 from stem.world import Clip, WorldEdit, judge, world_edit
 from stem_kernels.measure import PeakMemory
@@ -123,8 +124,7 @@ def edited_by(
             progress=False,
         )
     seconds = time.perf_counter() - start
-    parts = edited_parts(pipeline, folder, found, edit.source.frames.split(VAE_FRAMES))
-    frames = torch.cat(list(parts))
+    frames = edited_frames(pipeline, folder, found, edit.source.frames)
     return Edited(frames, found.masks, found.cores, seconds, memory.extra_bytes)
 
 

@@ -10,12 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from stem.diffusion.fingerprint import fingerprint
-from stem.diffusion.pipeline import VAE_FRAMES
-from stem.editing import edited_parts, run_edit
+from stem.editing import run_edit
+from stem.editing.pasting import edited_frames
 from stem.metrics import mean_interval
 from stem.world import world_edit
 from stem_kernels.info import provenance
@@ -61,8 +60,7 @@ def measure(seed: int, frames: int, root: Path, forms: list[str]) -> dict[str, R
             resume=False,
             progress=False,
         )
-        parts = edited_parts(pipeline, folder, found, edit.source.frames.split(VAE_FRAMES))
-        pictures = torch.cat(list(parts))
+        pictures = edited_frames(pipeline, folder, found, edit.source.frames)
         rows[form] = figures(edit, Edited(pictures, found.masks, found.cores))
     return rows
 
