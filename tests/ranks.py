@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -71,6 +73,17 @@ class Rank:
         self.process.join(240)
         assert self.process.exitcode is not None, "it does not end"
         return self.process.exitcode
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """This process computes with one thread, as ranks do, so that its sums have their bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def start(module: str, root: Path, world: int, body: str) -> list[Rank]:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from commands import run
 from conftest import write_clip
 from controls import make_control_pipeline, pictures
 from inversions import clip
 from pipelines import make_pipeline
-from ranks import start
+from ranks import one_thread, start
 
 from stem import Control, invert, read_video
 from stem.editing import run_edit
@@ -135,12 +134,8 @@ edit(root / "begun" / {name!r}, {edits!r}, dist.group.WORLD, told)
     for process in processes:
         assert process.ended() != 0
     assert len(list(begun.glob("edit-*"))) == 1
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         assert edit(begun, edits) == edit(whole, edits)
-    finally:
-        torch.set_num_threads(threads)
     assert files(begun) == files(whole)
 
 
@@ -174,12 +169,8 @@ def test_the_command_edits_on_two_processes(tmp_path: Path) -> None:
         "edit", video, "--prompt", "a blue ball", "--steps", "2", "--size", "64", "--chunk", "1",
     )  # fmt: skip
     processes = start(__name__, tmp_path, 2, BY_COMMAND.format(arguments=arguments))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         assert run(*arguments, "--out", str(tmp_path / "one")) == 0
-    finally:
-        torch.set_num_threads(threads)
     for process in processes:
         assert process.ended() == 0, process.errors.read_text()[-2000:]
     one, two = (

@@ -11,7 +11,7 @@ import torch
 from controls import make_control_pipeline, pictures
 from inversions import clip
 from pipelines import make_pipeline
-from ranks import start
+from ranks import one_thread, start
 
 from stem import Control, invert
 from stem.attention.exchange import Lockstep
@@ -126,12 +126,8 @@ def test_begun_with_two_killed_and_finished_by_one(tmp_path: Path) -> None:
         assert process.ended() != 0  # the other rank ends by itself, with an error
     (path,) = (tmp_path / "inversions").iterdir()
     assert 2 <= InversionFolder.open(path).steps_done < 4
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         assert run(tmp_path, RUNS[:1], None, 4) == run(tmp_path / "whole", RUNS[:1], None, 4)
-    finally:
-        torch.set_num_threads(threads)
     assert files(tmp_path) == files(tmp_path / "whole")
 
 

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from inversions import clip
 from PIL import Image
 from pipelines import make_pipeline, make_unet
-from ranks import start
+from ranks import one_thread, start
 
 import stem
 from benchmarks.studies.features import run as features
@@ -291,12 +291,8 @@ def test_processes_find_what_one_finds(tmp_path: Path) -> None:
     processes = start(__name__, tmp_path, 2, body)
     for process in processes:
         assert process.ended() == 0, process.errors.read_text()[-2000:]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         alone = analysed(tmp_path / "one")
-    finally:
-        torch.set_num_threads(threads)
     assert [process.lines() for process in processes] == [[alone], [alone]]
     one, two = ({path.name: path for path in tmp_path.glob(f"{n}/*/*")} for n in ("one", "two"))
     assert set(one) == set(two) == {"analysis.json", "analysis.png", "analysis-plot.png"}
