@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..video import write_video
+from ..video import write_video, writing_video
 from .files import are_whole, write_picture, write_with_hashes
 from .pictures import labelled_lines, side_by_side
 
@@ -69,9 +69,9 @@ class EditFiles:
 
     def write(
         self,
-        frames: Iterable[torch.Tensor],
-        fps: Fraction,
+        edited: str,
         videos: Mapping[str, Iterable[torch.Tensor]],
+        fps: Fraction,
         lines: Mapping[str, torch.Tensor],
         numbers: Sequence[int],
         document: Mapping[str, Any],
@@ -79,16 +79,24 @@ class EditFiles:
         """Write them, the document last, and remove the preview.
 
         Args:
-            frames: Frames of the edit, a few at a time, uint8 [n, H, W, 3].
+            edited: Label of the edit among the videos.
+            videos: Frames of the videos to show at once, by label, as for `side_by_side`; they are
+                gone through once.
             fps: Frames per second.
-            videos: Frames of the videos to show at once, by label, as for `side_by_side`.
             lines: Lines of the sheet by label, uint8 [k, H, W, 3].
             numbers: Numbers of the k frames shown.
             document: Document, as JSON types; the videos' labels are added as "beside".
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_video(self.video, frames, fps)
-        write_video(self.beside, (frame[None] for frame in side_by_side(videos)), fps)
+        with writing_video(self.video, fps) as append:
+
+            def appended() -> Iterator[torch.Tensor]:
+                for frame in videos[edited]:
+                    append(frame[None])
+                    yield frame
+
+            both = side_by_side({**videos, edited: appended()})
+            write_video(self.beside, (frame[None] for frame in both), fps)
         write_picture(self.sheet, labelled_lines(lines, numbers))
         write_with_hashes(self.json, {**document, "beside": list(videos)}, self.documented)
         self.preview.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .folder import read_pictures
     from .frames import FrameRange, Video, VideoError
     from .reading import VideoFile, crop_to_multiple, open_video, read_video
-    from .writing import check_video_output, write_video
+    from .writing import check_video_output, write_video, writing_video
 
 __all__ = [
     "FrameRange",
@@ -25,6 +25,7 @@ __all__ = [
     "read_pictures",
     "read_video",
     "write_video",
+    "writing_video",
 ]
 
 # Where a clip lies is known without torch and PyAV.
@@ -33,7 +34,7 @@ _MODULES = {
     "folder": ("read_pictures",),
     "frames": ("FrameRange", "Video", "VideoError"),
     "reading": ("VideoFile", "crop_to_multiple", "open_video", "read_video"),
-    "writing": ("check_video_output", "write_video"),
+    "writing": ("check_video_output", "write_video", "writing_video"),
 }
 
 

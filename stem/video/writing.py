@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import av
 import numpy as np
 import torch
 from av.container import OutputContainer
+from av.video.stream import VideoStream
 
 from ..storage import check_output_file, replacing
 from .layout import SCALER
@@ -40,61 +42,91 @@ def write_video(
         ValueError: frames of another shape or dtype, no frames, or an unusable path or fps.
         OSError: the file cannot be written.
     """
+    if not isinstance(frames, Iterable):
+        raise TypeError(f"frames is a {type(frames).__name__}; pass tensors, such as video.frames")
+    with writing_video(path, fps) as append:
+        for part in [frames] if isinstance(frames, torch.Tensor) else frames:
+            append(part)
+
+
+@contextlib.contextmanager
+def writing_video(
+    path: str | os.PathLike[str], fps: Fraction | float
+) -> Iterator[Callable[[torch.Tensor], None]]:
+    """A function that appends a part of the frames, for a `with` block: `write_video` by parts.
+
+    Args:
+        path: File to write, as for `write_video`; it appears when the block ends.
+        fps: Frames per second, likewise.
+
+    Raises:
+        TypeError, ValueError, OSError: as `write_video`.
+    """
     path = Path(path)
     _check_name(path)
     check_output_file(path)
-    if not isinstance(frames, Iterable):
-        raise TypeError(f"frames is a {type(frames).__name__}; pass tensors, such as video.frames")
-    given = iter([frames] if isinstance(frames, torch.Tensor) else frames)
-    first = next(given, None)
-    if first is None:
-        raise ValueError("frames is empty; there must be at least one part with a frame")
-    _check_frames(first)
     if not isinstance(fps, Fraction | float | int):
         raise TypeError(f"fps is {fps!r}; pass a number, such as video.fps")
     if not 0.001 <= fps <= 10_000:
         raise ValueError(f"fps must be between 0.001 and 10000, got {fps}")
     rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
-
-    height, width = first.shape[1:3]
-    padding = ((0, height % 2), (0, width % 2), (0, 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, _mp4(partial) as container:
+        encoder = _Encoder(container, rate)
+        yield encoder.append
+        encoder.end()
+
+
+class _Encoder:
+    """Frames on their way into a container, the size of the first one."""
+
+    def __init__(self, container: OutputContainer, rate: Fraction) -> None:
+        self._container, self._rate = container, rate
+        self._stream: VideoStream | None = None
+        self._size: list[int] = []
+        self._count = 0
+
+    def append(self, frames: torch.Tensor) -> None:
+        """Encode uint8 [n, H, W, 3]."""
+        _check_frames(frames)
+        size = list(frames.shape[1:])
+        if self._stream is None:
+            self._stream, self._size = self._stream_of(size), size
+        if size != self._size:
+            raise ValueError(f"the frames change their size, from {self._size} to {size}")
+        padding = ((0, size[0] % 2), (0, size[1] % 2), (0, 0))
+        for picture in frames:
+            padded = np.pad(picture.cpu().numpy(), padding, mode="edge")
+            frame = av.VideoFrame.from_ndarray(padded, format="rgb24")
+            frame = frame.reformat(format="yuv420p", interpolation=SCALER)
+            frame.pts, frame.time_base = self._count, 1 / self._rate
+            self._container.mux(self._stream.encode(frame))
+            self._count += 1
+
+    def end(self) -> None:
+        """Encode what the encoder still holds."""
+        if self._stream is None:
+            raise ValueError("frames is empty; there must be at least one part with a frame")
+        self._container.mux(self._stream.encode())
+
+    def _stream_of(self, size: list[int]) -> VideoStream:
         # swscale puts chroma midway between luma samples; untagged, it is read as beside one.
         options = {"crf": "12", "chroma_sample_location": "center"}
         # x264's AVX-512 code for macroblock trees goes past the end of a row of macroblocks: with
         # them, equal frames give other files by what the memory held before.
         options["mbtree"] = "0"
-        stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.width, stream.height = width + width % 2, height + height % 2
+        stream = self._container.add_stream("libx264", rate=self._rate, options=options)
+        stream.height, stream.width = (side + side % 2 for side in size[:2])
         stream.pix_fmt = "yuv420p"
         # Players take large untagged video for BT.709, which would shift the colours.
         stream.codec_context.colorspace = _BT601
         stream.codec_context.color_range = _LIMITED_RANGE
-        for index, picture in enumerate(_pictures(first, given)):
-            padded = np.pad(picture.cpu().numpy(), padding, mode="edge")
-            frame = av.VideoFrame.from_ndarray(padded, format="rgb24")
-            frame = frame.reformat(format="yuv420p", interpolation=SCALER)
-            frame.pts, frame.time_base = index, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        return stream
 
 
 def _mp4(path: Path) -> OutputContainer:
     # Absolute, for FFmpeg takes what stands before a colon for a protocol.
     return av.open(str(path.absolute()), "w", format="mp4")
-
-
-def _pictures(first: torch.Tensor, rest: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    yield from first
-    for part in rest:
-        _check_frames(part)
-        if part.shape[1:] != first.shape[1:]:
-            raise ValueError(
-                f"the frames change their size, from {list(first.shape[1:])} to "
-                f"{list(part.shape[1:])}"
-            )
-        yield from part
 
 
 def _check_frames(frames: torch.Tensor) -> None:

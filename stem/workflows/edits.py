@@ -127,9 +127,9 @@ def write_edits(
         own = {**beside.lines, label: lines[label], **beside.masks(edit)}
         remove_stale(result.files.folder)
         result.files.write(
-            beside.edited(edit),
-            beside.fps,
+            result.method,
             beside.videos(edit, result.method),
+            beside.fps,
             own,
             beside.numbers,
             {**edit_document(inversion, result, edit, clock, note), **beside.figures(edit)},
@@ -239,11 +239,6 @@ class _Beside:
                 f"exact is {exact.dtype} {list(exact.shape)}; it must be uint8 {[*shape, 3]}"
             )
 
-    def edited(self, edit: Edit) -> Iterator[torch.Tensor]:
-        """The frames of an edit in parts [n, H, W, 3], uint8."""
-        source = None if self._video is None else self._video.parts(VAE_FRAMES)
-        return edited_parts(self._pipeline, self._inversion, edit, source)
-
     def shown(self, edit: Edit) -> torch.Tensor:
         """The frames of an edit that its sheet shows, uint8 [k, H, W, 3]."""
         masks = None if edit.masks is None else edit.masks[self.numbers]
@@ -271,24 +266,27 @@ class _Beside:
 
     def videos(self, edit: Edit, method: str) -> dict[str, Iterable[torch.Tensor]]:
         """All frames of what an edit's sheet shows some of, by label, uint8 [H, W, 3]."""
-        videos: dict[str, Iterable[torch.Tensor]] = {}
-        if self._video is not None:
-            videos["source"] = _frames(self._video.parts(VAE_FRAMES))
-        else:
-            videos[THROUGH_VAE] = self._decoded(self._inversion.x0())
+        source, below = self._source_parts(), None
+        if edit.pasted:
+            source, below = itertools.tee(source)
+        (label,) = self.source
+        videos: dict[str, Iterable[torch.Tensor]] = {label: _frames(source)}
         if self._exact is not None:
             videos[_EXACT] = self._exact.cpu()
         else:
-            videos[BACK] = self._decoded(self.reconstruction)
-        videos[method] = _frames(self.edited(edit))
+            videos[BACK] = _frames(decoded_in_turns(self._pipeline, self.reconstruction))
+        videos[method] = _frames(edited_parts(self._pipeline, self._inversion, edit, below))
         if edit.masks is not None:
             cores = edit.masks if edit.cores is None else edit.cores
             parts = zip(edit.masks.split(VAE_FRAMES), cores.split(VAE_FRAMES), strict=True)
             videos["mask"] = _frames(mask_pictures(*part, *self._size) for part in parts)
         return videos
 
-    def _decoded(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        return _frames(decoded_in_turns(self._pipeline, latents))
+    def _source_parts(self) -> Iterator[torch.Tensor]:
+        """The frames that `source` has some of, in parts [n, H, W, 3], uint8."""
+        if self._video is not None:
+            return iter(self._video.parts(VAE_FRAMES))
+        return decoded_in_turns(self._pipeline, self._inversion.x0())
 
     @functools.cached_property
     def reconstruction(self) -> torch.Tensor:
@@ -303,7 +301,8 @@ class _Beside:
         if edit.masks is not None:
             found["share_by_frame"] = edit.masks.float().mean((1, 2)).tolist()
         if self._exact is not None:
-            by_frame = psnr_by_frame(torch.cat(list(self.edited(edit))), self._exact.cpu())
+            parts = edited_parts(self._pipeline, self._inversion, edit, self._source_parts())
+            by_frame = psnr_by_frame(torch.cat(list(parts)), self._exact.cpu())
             found["psnr_to_exact"] = sum(by_frame) / len(by_frame)
             found["psnr_to_exact_by_frame"] = by_frame
         return found

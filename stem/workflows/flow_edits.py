@@ -169,9 +169,9 @@ def write_flow_edits(
             continue
         remove_stale(result.files.folder)
         result.files.write(
-            frames.split(VAE_FRAMES),
-            beside.fps,
+            METHOD,
             {**beside.videos, METHOD: frames},
+            beside.fps,
             {**beside.lines, label: lines[label]},
             beside.numbers,
             edit_document(source, result, edit, clock, ""),

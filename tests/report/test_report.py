@@ -90,9 +90,7 @@ def write_edit(folder: Path, prompt: str, *, exact: bool = True) -> Path:
         "provenance": {"cpu": "a CPU", "threads": 1, "gpu": None, "python": "3", "versions": {}},
         **figures,
     }
-    EditFiles(folder).write(
-        [grays(10)], Fraction(6), videos, {"source": grays()[:1]}, [0], document
-    )
+    EditFiles(folder).write("fusion", videos, Fraction(6), {"source": grays()[:1]}, [0], document)
     return folder
 
 
