@@ -11,7 +11,7 @@ from stem_kernels import basis_attention, em_statistics, em_update
 from stem_kernels.ops.soft_em import SoftEM
 from stem_kernels.shared.spread import spread_tokens
 
-from ..attention import Hook
+from ..attention import Hook, Hooks
 from ..attention.exchange import Tensors, in_order
 from ..attention.families import self_attentions, unet_of
 from ..attention.hooks import Site
@@ -62,7 +62,7 @@ class TokenRecording(Hook):
         return found
 
 
-def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> torch.Tensor | None:
+def difference_map(job: Job, hooks: Hooks, low: float, high: float) -> torch.Tensor:
     """How much the prompts differ at each cell, the same for the same thing in every frame.
 
     At levels j of the source, low T < j <= high T, D_j is the mean over channels of
@@ -71,18 +71,29 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
     by its mean. Their sum is divided by its 99 % quantile.
 
     Args:
-        job: Job, in whose UNet `hook` is called.
-        hook: Recording of the layers to pool with. The tokens of these layers are held for all
-            frames while a level is looked at, in a file where chunks park so.
+        job: Job.
+        hooks: Hooks of the attention that is on. The tokens of the layers to pool with are held
+            for all frames while a level is looked at, in a file where chunks park so.
         low: Share of the levels above which they count.
         high: Share of the levels up to which they count.
 
     Returns:
-        float32 [N, h, w]; None where the prompts make no difference beyond rounding.
+        float32 [N, h, w]; zeros where the prompts make no difference beyond rounding.
 
     Raises:
         NonFiniteError: predictions that are not finite.
     """
+    recording = TokenRecording(finest_layers(job), job.num_frames, job.ranks)
+    with hooks.added("tokens", recording):
+        summed = _summed_over_levels(job, recording, low, high)
+    if summed is None:
+        return torch.zeros_like(job.level(0)[:, 0])
+    return summed / quantile(summed, 0.99)
+
+
+def _summed_over_levels(
+    job: Job, recording: TokenRecording, low: float, high: float
+) -> torch.Tensor | None:
     total = job.num_steps
     levels = list(range(steps_of(low, total) + 1, steps_of(high, total) + 1))
     levels = levels[:: -(-len(levels) // _MOST_LEVELS)] if levels else [max(1, total // 2)]
@@ -94,16 +105,14 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
         expected, wanted = job.predict(
             [source, source], job.timestep(level), job.source, job.target
         )
-        difference = current_parking().by_frames(
-            lambda wanted, expected: (wanted - expected).abs_().mean(1), wanted, expected
-        )
+        difference = mean_difference(expected, wanted)
         if not bool(difference.isfinite().all()):
             raise NonFiniteError(
                 f"difference of the prompts at timestep {int(job.timestep(level))}: the "
                 "predictions are not finite. In half precision some models overflow; invert and "
                 "edit in float32"
             )
-        by_layer = hook.taken()
+        by_layer = recording.taken()
         size = current_parking().by_frames(
             lambda expected: expected.abs().mean((1, 2, 3)), expected
         )
@@ -122,7 +131,14 @@ def difference_map(job: Job, hook: TokenRecording, low: float, high: float) -> t
         )
         pooled = pooled / pooled.mean()
         summed = pooled if summed is None else summed + pooled
-    return None if summed is None else summed / _quantile(summed, 0.99)
+    return summed
+
+
+def mean_difference(expected: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The mean over channels of |wanted - expected|, both [N, c, h, w]: float32 [N, h, w]."""
+    return current_parking().by_frames(
+        lambda expected, wanted: (wanted - expected).abs_().mean(1), expected, wanted
+    )
 
 
 def pooled_on_bases(
@@ -237,7 +253,7 @@ def _absent(mass: torch.Tensor) -> torch.Tensor:
     return torch.where(mass > 0, 0.0, float("-inf")).unsqueeze(1)
 
 
-def _quantile(values: torch.Tensor, share: float) -> torch.Tensor:
+def quantile(values: torch.Tensor, share: float) -> torch.Tensor:
     """The smallest number that is at least as large as this share of all; of any number of them."""
     flat = values.flatten()
     return flat.kthvalue(max(1, round(share * flat.numel()))).values

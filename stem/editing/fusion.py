@@ -13,7 +13,7 @@ from ..diffusion.schedule import clean_of, prediction_of, sampling_scheduler
 from ..inversion import InversionFolder
 from ..names import PRESETS
 from .consensus import Motion, in_consensus
-from .difference_mask import TokenRecording, difference_map, finest_layers
+from .difference_mask import difference_map, mean_difference, quantile
 from .job import Job, Method, Options, check_choice, check_flag, check_share, steps_of
 from .map_fusion import MapFusion
 from .masks import dilated, warn_of_size
@@ -30,10 +30,21 @@ from .prompts import (
 _PRESETS: dict[str, dict[str, Any]] = {
     "colour": {"cross_maps": 1.0, "self_maps": 1.0},
     "texture": {"cross_maps": 0.5, "self_maps": 0.5},
-    "shape": {"cross_maps": 0.0, "self_maps": 1.0, "self_outside": True, "consensus": True},
+    "shape": {
+        "cross_maps": 0.0,
+        "self_maps": 1.0,
+        "self_outside": True,
+        "consensus": True,
+        "narrowing": True,
+    },
     "style": {"cross_maps": 0.8, "self_maps": 0.8, "mask": False},
 }
-_OTHERWISE: dict[str, Any] = {"self_outside": False, "consensus": False, "mask": True}
+_OTHERWISE: dict[str, Any] = {
+    "self_outside": False,
+    "consensus": False,
+    "mask": True,
+    "narrowing": False,
+}
 _GUIDANCE = {"colour": 3.0, "texture": 4.0, "shape": 7.5, "style": 7.5}
 
 
@@ -56,6 +67,8 @@ class FusionOptions(Options):
             above the first share and up to the second.
         mask_threshold: Threshold of the difference, which is scaled so that its 99 % quantile is 1.
         dilation: Number of latent cells that the mask is dilated by.
+        narrowing: Whether the mask narrows when guidance ends, to what it was before it was dilated
+            and to where the prompts differ on what has been edited so far.
         paste: Whether frames take the source's pixels outside the mask, which the VAE's decoder
             would tint.
         consensus: Whether the predicted pictures are averaged along the object's motion, inside the
@@ -82,6 +95,7 @@ class FusionOptions(Options):
     mask_levels: tuple[float, float] = (0.4, 1.0)
     mask_threshold: float = 0.3
     dilation: int = 1
+    narrowing: bool | None = None
     paste: bool = True
     consensus: bool | None = None
     consensus_until: float = 0.3
@@ -91,7 +105,7 @@ class FusionOptions(Options):
         self.fill({**_OTHERWISE, **_PRESETS[self.preset]})
         for name in ("cross_maps", "self_maps", "guided_until", "consensus_until"):
             check_share(name, getattr(self, name))
-        for name in ("self_outside", "mask", "consensus", "paste"):
+        for name in ("self_outside", "mask", "narrowing", "consensus", "paste"):
             check_flag(name, getattr(self, name))
         check_choice("mapping", self.mapping, ("auto", "replace", "refine"))
         levels = self.mask_levels
@@ -109,7 +123,7 @@ class FusionOptions(Options):
             raise ValueError(
                 f"dilation is {self.dilation!r}; it must be a whole number of at least 0"
             )
-        for name in ("self_outside", "consensus"):
+        for name in ("self_outside", "narrowing", "consensus"):
             if getattr(self, name) and not self.mask:
                 raise ValueError(f"{name} is True; it needs mask=True")
 
@@ -153,11 +167,7 @@ class Fusion(Method):
 
     def _find_masks(self) -> None:
         job, options = self.job, self.options
-        recording = TokenRecording(finest_layers(job), job.num_frames, job.ranks)
-        with self.hooks.added("tokens", recording):
-            found = difference_map(job, recording, *options.mask_levels)
-        if found is None:
-            found = torch.zeros_like(job.level(0)[:, 0])
+        found = difference_map(job, self.hooks, *options.mask_levels)
         cores = found > options.mask_threshold
         masks = dilated(cores, options.dilation)
         warn_of_size(masks)
@@ -168,6 +178,17 @@ class Fusion(Method):
             self.kept["centres"] = torch.cat([motion.centres for motion in motions])
             self.kept["radii"] = torch.cat([motion.radii for motion in motions])
 
+    def _narrow_masks(self, expected: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Keep of the masks their cores, and where predictions by the two prompts differ."""
+        cores, masks = self.kept["cores"], self.kept["masks"]
+        difference = mean_difference(expected, wanted)
+        if self.options.consensus:
+            everywhere = torch.ones_like(masks)
+            difference = self._in_consensus(difference.unsqueeze(1), everywhere, None).squeeze(1)
+        difference = difference * masks
+        new = difference > self.options.mask_threshold * quantile(difference, 0.99)
+        self.kept = {**self.kept, "masks": (new | cores) & masks}
+
     def predict(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         job, options = self.job, self.options
         total = job.num_steps
@@ -175,12 +196,17 @@ class Fusion(Method):
         self.fusion.self_on = step < steps_of(options.self_maps or 0.0, total)
         self.fusion.mask = self.kept["masks"] if options.self_outside else None
         source = job.level(total - step - 1)
-        guided = job.guidance != 1.0 and step < steps_of(options.guided_until, total)
-        if guided:
+        guided_steps = steps_of(options.guided_until, total)
+        if job.guidance != 1.0 and step < guided_steps:
             _, without, prompted = job.predict(
                 [source, latents, latents], timestep, job.source, job.negative, job.target
             )
             prediction = with_guidance(without, prompted, job.guidance)
+        elif options.narrowing and step == guided_steps > 0:
+            _, expected, prediction = job.predict(
+                [source, latents, latents], timestep, job.source, job.source, job.target
+            )
+            self._narrow_masks(expected, prediction)
         else:
             _, prediction = job.predict([source, latents], timestep, job.source, job.target)
         if options.consensus:
@@ -206,16 +232,22 @@ class Fusion(Method):
             prediction,
             latents,
         )
+        return parking.by_frames(
+            lambda clean, latents: prediction_of(self.scheduler, clean, timestep, latents),
+            self._in_consensus(clean, self.kept["masks"], late),
+            latents,
+        )
+
+    def _in_consensus(
+        self, values: torch.Tensor, masks: torch.Tensor, late: float | None
+    ) -> torch.Tensor:
+        """Each scene's values [N, c, h, w] in consensus."""
         agreed = []
         for scene in self.job.scenes:
             here = slice(scene.start, scene.stop)
             motion = Motion(self.kept["centres"], self.kept["radii"])[here]
-            agreed.append(in_consensus(clean[here], self.kept["masks"][here], motion, late))
-        return parking.by_frames(
-            lambda clean, latents: prediction_of(self.scheduler, clean, timestep, latents),
-            agreed[0] if len(agreed) == 1 else parking.joined(agreed),
-            latents,
-        )
+            agreed.append(in_consensus(values[here], masks[here], motion, late))
+        return agreed[0] if len(agreed) == 1 else current_parking().joined(agreed)
 
     def after_step(self, step: int, latents: torch.Tensor) -> torch.Tensor | None:
         if not self.options.mask:

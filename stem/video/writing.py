@@ -59,6 +59,9 @@ def writing_video(
         path: File to write, as for `write_video`; it appears when the block ends.
         fps: Frames per second, likewise.
 
+    Returns:
+        A context manager of the function, which takes uint8 [n, H, W, 3].
+
     Raises:
         TypeError, ValueError, OSError: as `write_video`.
     """

@@ -160,6 +160,22 @@ def test_outside_the_masks_the_source_stays(folder: InversionFolder) -> None:
     assert inside.abs().mean() > 1e-3
 
 
+def test_masks_narrow_when_guidance_ends(folder: InversionFolder) -> None:
+    options = {"preset": "shape", "mask_threshold": 0.8, "dilation": 2}
+    found = edited(folder, "a swan", options=options)
+    assert found.masks is not None
+    assert found.cores is not None
+    wide = dilated(found.cores, 2)
+    assert not (found.masks & ~wide).any()
+    assert not (found.cores & ~found.masks).any()
+    assert found.masks.sum() < wide.sum()
+    outside = ~found.masks.unsqueeze(1).expand_as(found.latents)
+    assert torch.equal(found.latents[outside], folder.x0()[outside])
+    for other in ({"narrowing": False}, {"guided_until": 1.0}, {"guided_until": 0.0}):
+        kept = edited(folder, "a swan", options={**options, **other})
+        assert torch.equal(kept.masks, wide)
+
+
 def test_half_precision(tmp_path: Path) -> None:
     pipeline = stem.random_pipeline(0).to(torch.bfloat16)
     video = Video(clip(2).frames, clip().fps)
