@@ -73,6 +73,21 @@ EditSeed = Annotated[
         "model."
     ),
 ]
+Zoom = Annotated[
+    bool,
+    typer.Option(
+        "--zoom",
+        help="fusion alone: edit what is small in a window that follows it, in which it is large. "
+        "The prompts describe what the window shows.",
+    ),
+]
+ZoomSource = Annotated[
+    str | None,
+    typer.Option(
+        help="Describes the source as the window shows it. Default: as the inversion's prompt.",
+        callback=lambda text: None if text is None else encodable_text(text),
+    ),
+]
 EditOptions = Annotated[
     list[str] | None,
     typer.Option(

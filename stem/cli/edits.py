@@ -25,6 +25,8 @@ from .edit_options import (
     Prompts,
     Source,
     SourcePrompt,
+    Zoom,
+    ZoomSource,
     chosen_edit_methods,
     refuse_of_inversions,
     split_options,
@@ -62,6 +64,8 @@ def edit_command(
     inversion: InversionMethod = "stem",
     cuts: Cuts = "auto",
     model: EditModel = None,
+    zoom: Zoom = False,
+    zoom_source: ZoomSource = None,
     edit_control: EditControls = None,
     edit_control_scale: EditControlScales = None,
     run: RunOptions = DEFAULTS,
@@ -73,12 +77,14 @@ def edit_command(
     """
     methods = chosen_edit_methods(method)
     is_folder = source.is_dir()
+    if zoom_source is not None and not zoom:
+        raise typer.BadParameter("it describes the window of --zoom", param_hint="--zoom-source")
     if set(methods) <= set(FLOW_EDIT_METHODS):
         options, of_attention = split_options(option, methods, None if is_folder else "stem")
         of_method = with_preset(options, methods, preset)[methods[0]]
-        asked = (prompt, of_method, negative_prompt, guidance, seed)
+        of_flow = (prompt, of_method, negative_prompt, guidance, seed)
         run = dataclasses.replace(run, option=of_attention, prompt=source_prompt)
-        _print(edit_through_video_model(context, source, asked, model, run))
+        _print(edit_through_video_model(context, source, of_flow, model, run))
         return
     options, of_inversion = split_options(option, methods, None if is_folder else inversion)
     options = with_preset(options, methods, preset)
@@ -87,7 +93,16 @@ def edit_command(
     from ..workflows.edit_plan import EditPlan
     from ..workflows.edits import write_edits
 
-    plan = EditPlan(prompt, methods, options, negative_prompt, guidance, seed)
+    plan = EditPlan(
+        prompt,
+        methods,
+        options,
+        negative_prompt,
+        guidance,
+        seed,
+        zoom=zoom,
+        zoom_source=zoom_source,
+    )
     shown = (edit_control, edit_control_scale)
     if is_folder:
         refuse_of_inversions(context)

@@ -36,6 +36,7 @@ _REFUSED = {
     **dict.fromkeys(_CONTROLS, "ControlNets are made for Stable Diffusion's UNets"),
     **dict.fromkeys(("chunk", "cuts", "park"), "all frames go through it at once"),
     **dict.fromkeys(("offload", "offload_folder"), "its weights all stay on the --device"),
+    **dict.fromkeys(("zoom", "zoom_source"), "it has no mask that a window could follow"),
     **dict.fromkeys(("keep_bases", "bases"), "its bases are of one call, and are not kept"),
 }
 """By parameter, why a video transformer does not go with it."""

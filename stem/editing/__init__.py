@@ -10,6 +10,7 @@ from .pnp import PnPOptions
 from .run import edit, edit_latents, run_edit
 from .sdedit import SDEditOptions
 from .tokenflow import TokenFlowOptions
+from .zoomed import run_zoomed_edit
 
 __all__ = [
     "METHODS",
@@ -28,4 +29,5 @@ __all__ = [
     "flow_edit",
     "run_edit",
     "run_flow_edit",
+    "run_zoomed_edit",
 ]

@@ -21,6 +21,7 @@ from ..diffusion.pipeline import Conditioning, predict, vae_factor
 from ..distributed import Ranks
 from ..inversion import InversionFolder
 from ..inversion.methods import attention_on, inversion_attention, inversion_scenes
+from .zoom import Zoom
 
 
 @dataclass
@@ -152,6 +153,8 @@ class Edit:
         settings: Settings that shaped the latents, as JSON types.
         pasted: Whether frames of the edit take the source's pixels outside the masks, see
             `stem.editing.pasting`.
+        zoom: Windows that the latents show in the place of whole frames, or None.
+        zoomed_masks: Masks in the windows' latent cells, bool [N, h, w], with a zoom.
     """
 
     latents: torch.Tensor
@@ -160,6 +163,17 @@ class Edit:
     pivots: torch.Tensor | None
     settings: dict[str, Any]
     pasted: bool = False
+    zoom: Zoom | None = None
+    zoomed_masks: torch.Tensor | None = None
+
+    def of_frames(self, numbers: Sequence[int]) -> Edit:
+        """The edit of some frames."""
+        chosen: dict[str, Any] = {
+            name: value[numbers]
+            for name in ("latents", "masks", "cores", "zoom", "zoomed_masks")
+            if (value := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **chosen)
 
 
 class Method(ABC):

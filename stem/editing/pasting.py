@@ -27,8 +27,8 @@ def edited_parts(
 
     Args:
         pipeline: Pipeline that the edit was made with.
-        inversion: Inversion that was edited.
-        edit: Edit.
+        inversion: Inversion that was edited, of the whole video.
+        edit: Edit; one in a window is put back into the frames.
         source: Frames of the source, uint8 [n, H, W, 3] in parts of `VAE_FRAMES`; None: what the
             VAE makes of the inversion's own latents.
 
@@ -39,11 +39,18 @@ def edited_parts(
     if not edit.pasted:
         yield from decoded
         return
-    assert edit.masks is not None
     if source is None:
         source = decoded_in_turns(pipeline, inversion.x0())
-    for frames, of_source, masks in zip(decoded, source, edit.masks.split(VAE_FRAMES), strict=True):
-        yield pasted(frames, of_source, masks)
+    first = 0
+    for frames, of_source in zip(decoded, source, strict=True):
+        here = slice(first, first + len(frames))
+        if edit.zoom is not None:
+            assert edit.zoomed_masks is not None
+            yield edit.zoom[here].pasted(frames, of_source, edit.zoomed_masks[here])
+        else:
+            assert edit.masks is not None
+            yield pasted(frames, of_source, edit.masks[here])
+        first = here.stop
 
 
 def edited_frames(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,18 +35,22 @@ from ..sources import ModelSource
 from ..storage import check_output, remove_stale
 from .folder import InversionFolder, MissingFileError
 from .methods import attention_config, attention_on, inversion_attention
-from .records import attention_record, backend_of, check_video, versions, video_record
+from .records import (
+    FramesInParts,
+    attention_record,
+    backend_of,
+    check_video,
+    versions,
+    video_record,
+)
 from .resuming import latents_before, mend_x0, runs_of, undone_steps
-
-if TYPE_CHECKING:
-    from ..video import Video, VideoFile
 
 logger = logging.getLogger("stem")
 
 
 def invert(
     pipeline: Any,
-    video: Video | VideoFile,
+    video: FramesInParts,
     prompt: str,
     root: str | Path,
     *,
@@ -254,7 +258,7 @@ def _mend_control(
     folder.save_control(pictures, environment)
 
 
-def _bytes_of_a_step(pipeline: Any, video: Video | VideoFile, state: StemState | None) -> int:
+def _bytes_of_a_step(pipeline: Any, video: FramesInParts, state: StemState | None) -> int:
     """The size of one step on disk, about: latents, bases and their payload, in float32."""
     factor, channels = vae_factor(pipeline), pipeline.vae.config.latent_channels
     numbers = video.num_frames * channels * (video.height // factor) * (video.width // factor)
@@ -268,7 +272,7 @@ def _bytes_of_a_step(pipeline: Any, video: Video | VideoFile, state: StemState |
 
 def _settings(
     pipeline: Any,
-    video: Video | VideoFile,
+    video: FramesInParts,
     prompt: str,
     method: str,
     config: AttentionConfig,

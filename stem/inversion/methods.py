@@ -111,6 +111,20 @@ def inversion_attention(inversion: InversionFolder, chunk: int | None = None) ->
     return attention_config(method, options, frames, chunk or begun, cuts)
 
 
+def arguments_of(inversion: InversionFolder) -> dict[str, Any]:
+    """The arguments of `invert` that say how an inversion was made, beside the prompt."""
+    options = dict(inversion.settings["attention"])
+    _, chunk, cuts = (options.pop(name) for name in _OF_THE_RUN)
+    return {
+        "method": inversion.settings["method"],
+        "options": options,
+        "num_steps": inversion.settings["num_steps"],
+        "chunk": chunk,
+        "cuts": cuts,
+        "model": inversion.model_source.record(),
+    }
+
+
 def inversion_scenes(inversion: InversionFolder) -> list[range]:
     """The frames of each scene of an inverted video."""
     frames: int = inversion.settings["video"]["num_frames"]

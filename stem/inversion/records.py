@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, Protocol
 
 import torch
 
@@ -13,8 +15,19 @@ from stem_kernels.backends import select
 from ..config import AttentionConfig, VideoConfig
 from ..diffusion.pipeline import VAE_FRAMES
 
-if TYPE_CHECKING:
-    from ..video import Video, VideoFile
+
+class FramesInParts(Protocol):
+    """What is read of a video: a `stem.Video`, a `stem.VideoFile`, or what acts like them."""
+
+    @property
+    def num_frames(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def fps(self) -> Fraction: ...
+    def parts(self, count: int) -> Iterator[torch.Tensor]: ...
 
 
 def check_video(video: Any, prompt: Any) -> None:
@@ -28,7 +41,7 @@ def check_video(video: Any, prompt: Any) -> None:
         )
 
 
-def video_record(video: Video | VideoFile) -> dict[str, Any]:
+def video_record(video: FramesInParts) -> dict[str, Any]:
     """What is written down of a video: a hash of its frames, its size and its rate."""
     return {
         "frames_sha256": frames_sha256(video),
@@ -39,7 +52,7 @@ def video_record(video: Video | VideoFile) -> dict[str, Any]:
     }
 
 
-def frames_sha256(video: Video | VideoFile) -> str:
+def frames_sha256(video: FramesInParts) -> str:
     """The hash of a video's frames by which an inversion records what it was made of."""
     digest = hashlib.sha256()
     for part in video.parts(VAE_FRAMES):

@@ -120,6 +120,11 @@ def dense_edit(
     """
     made = edit if isinstance(edit, RecordedEdit) else open_edit(edit)
     made.check_source(source)
+    if "zoom" in made.document["settings"]:
+        raise ValueError(
+            f"{made.files.folder} was edited in a window (zoom), which another attention would "
+            "place elsewhere; edit without a zoom to compare"
+        )
     check_same_pipeline(pipeline, made.inversion)
     of_source, settings = made.inversion.settings, made.document["settings"]
     out = made.files.folder.parent

@@ -15,6 +15,7 @@ import torch
 from ..control import Control
 from ..editing import check_edit, edit_options
 from ..editing.checks import check_numbers
+from ..editing.zoomed import check_zoom
 from ..inversion import InversionFolder
 from ..inversion.methods import check_options_used
 from ..storage import check_output, tensor_bytes
@@ -33,6 +34,10 @@ class EditPlan:
         guidance: Guidance scale; None: each method's own.
         seed: Seed of the methods' draws.
         control: What the pipeline's ControlNets are shown in the edits; None: as in the inversion.
+        zoom: Whether the edits are made in a window that follows what changes, see
+            `stem.editing.run_zoomed_edit`.
+        zoom_source: Prompt that describes the source as the window shows it; None: the
+            inversion's.
 
     Raises:
         TypeError: prompts or methods of another type.
@@ -47,6 +52,8 @@ class EditPlan:
     guidance: float | None = None
     seed: int = 0
     control: Sequence[Control] | None = None
+    zoom: bool = False
+    zoom_source: str | None = None
 
     def __post_init__(self) -> None:
         check_texts("prompts", self.prompts)
@@ -56,6 +63,10 @@ class EditPlan:
             edit_options(method, self.options.get(method))
         check_options_used(self.methods, self.options)
         check_numbers(self.guidance, self.seed)
+        if self.zoom_source is not None and not self.zoom:
+            raise ValueError("zoom_source describes a window, and zoom is False; set zoom=True")
+        if self.zoom:
+            check_zoom(self.methods, self.options, self.control)
 
     @property
     def count(self) -> int:
@@ -133,6 +144,7 @@ class EditPlan:
             "prompt": prompt,
             **self.arguments(method),
             **({} if self.control is None else {"control": [c.record() for c in self.control]}),
+            **({"zoom": self.zoom_source or ""} if self.zoom else {}),
             "options": asdict(edit_options(method, self.options.get(method))),
             "exact": answer,
             "versions": {

@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,11 @@ from ..diffusion.pipeline import (
     execution_device,
 )
 from ..distributed import Ranks
-from ..editing import Edit, edited_parts, run_edit
+from ..editing import Edit, edited_parts, run_edit, run_zoomed_edit
 from ..editing.pasting import edited_frames
 from ..editing.run import Preview
 from ..inversion import InversionFolder, reconstruct_latents
+from ..names import INVERSIONS
 from ..report.edit_files import EditFiles, EditsFiles, mask_pictures
 from ..report.files import psnr_by_frame
 from ..report.pictures import shown_frames
@@ -146,16 +147,26 @@ def write_edits(
         if result.reused and complete:
             continue
         clock = Clock()
-        edit = run_edit(
-            pipeline,
-            inversion,
-            result.prompt,
+        settings: dict[str, Any] = {
             **plan.arguments_with_control(result.method),
-            group=group,
-            progress=progress,
-            on_step=clock.step,
-            preview=Preview(beside.numbers, partial(look, result)),
-        )
+            "group": group,
+            "progress": progress,
+            "on_step": clock.step,
+            "preview": Preview(beside.numbers, partial(look, result)),
+        }
+        if plan.zoom:
+            settings.pop("method")
+            edit = run_zoomed_edit(
+                pipeline,
+                inversion,
+                result.prompt,
+                out / INVERSIONS,
+                video=video,
+                source_prompt=plan.zoom_source,
+                **settings,
+            )
+        else:
+            edit = run_edit(pipeline, inversion, result.prompt, **settings)
         clock.stop(execution_device(pipeline))
         if exact is None:
             # By all ranks, before the first one alone writes it.
@@ -241,9 +252,8 @@ class _Beside:
 
     def shown(self, edit: Edit) -> torch.Tensor:
         """The frames of an edit that its sheet shows, uint8 [k, H, W, 3]."""
-        masks = None if edit.masks is None else edit.masks[self.numbers]
-        chosen = replace(edit, latents=edit.latents[self.numbers], masks=masks)
         (source,) = self.source.values()
+        chosen = edit.of_frames(self.numbers)
         return edited_frames(self._pipeline, self._inversion, chosen, source)
 
     @functools.cached_property

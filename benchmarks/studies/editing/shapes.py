@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from stem import Video
 from stem.diffusion.fingerprint import fingerprint
-from stem.editing import run_edit
+from stem.editing import run_edit, run_zoomed_edit
 from stem.editing.pasting import edited_frames
 from stem.metrics import mean_interval
 from stem.world import world_edit
@@ -21,7 +22,7 @@ from stem_kernels.info import provenance
 
 from ... import records
 from ..quality import measure as quality_measure
-from .measure import FIRST_SEED, STEPS, Edited, Row, figures, inversions
+from .measure import FIRST_SEED, FPS, STEPS, Edited, Row, figures, inversions
 
 OUT = records.RESULTS / "editing-shapes.json"
 DEFAULT = "the preset"
@@ -32,8 +33,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "no consensus": {"consensus": False},
     "all steps take the mean": {"consensus_until": 1.0},
     "all steps go a part of the way": {"consensus_until": 0.0},
+    "the mask is not narrowed": {"narrowing": False},
+    "small things in a window": {"zoom": True},
 }
-"""Changes to the preset "shape" by what the table calls them; guidance is the edit's own."""
+"""Changes to the preset "shape" by what the table calls them; guidance and zoom are the edit's own.
+"""
 
 
 def measure(seed: int, frames: int, root: Path, forms: list[str]) -> dict[str, Row]:
@@ -51,18 +55,30 @@ def measure(seed: int, frames: int, root: Path, forms: list[str]) -> dict[str, R
     rows = {}
     for form in forms:
         options = {"preset": "shape", **FORMS[form]}
-        found = run_edit(
-            pipeline,
-            folder,
-            edit.exact.caption,
-            guidance=options.pop("guidance", None),
-            options=options,
-            resume=False,
-            progress=False,
-        )
+        settings: dict[str, Any] = {
+            "guidance": options.pop("guidance", None), "resume": False, "progress": False,
+        }  # fmt: skip
+        if options.pop("zoom", False):
+            found = run_zoomed_edit(
+                pipeline,
+                folder,
+                _as_seen(edit.exact.caption),
+                root,
+                video=Video(edit.source.frames, FPS),
+                source_prompt=_as_seen(edit.source.caption),
+                options=options,
+                **settings,
+            )
+        else:
+            found = run_edit(pipeline, folder, edit.exact.caption, options=options, **settings)
         pictures = edited_frames(pipeline, folder, found, edit.source.frames)
         rows[form] = figures(edit, Edited(pictures, found.masks, found.cores))
     return rows
+
+
+def _as_seen(caption: str) -> str:
+    """A caption of what a window shows: what is small in the video is large there."""
+    return caption.replace("small", "large")
 
 
 def report(results: dict[str, Any]) -> str:
@@ -80,7 +96,7 @@ def report(results: dict[str, Any]) -> str:
         "Judge: share of the frames in which it sees the new shape. PSNR in dB is to the exact "
         "answer, whose size and turn the prompt does not say; Warp-Err (x 1000) under the exact "
         "flow. ± and +: 95 % interval of the mean, of the differences from the preset scene by "
-        "scene.",
+        "scene. In a window: `run_zoomed_edit`, whose prompts say large for small.",
         "",
         "| | judge % | against it | dB | against it | Warp-Err | against it |",
         "|---|---|---|---|---|---|---|",

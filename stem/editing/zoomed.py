@@ -1,0 +1,203 @@
+"""Edits of small things: inverted and edited in a window that follows them, and put back."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..attention import Hooks
+from ..diffusion.pipeline import decoded_in_turns, encode_prompt, execution_device
+from ..distributed import Ranks
+from ..inversion import InversionFolder, invert
+from ..inversion.methods import arguments_of, attention_on, inversion_scenes
+from ..inversion.records import FramesInParts
+from ..inversion.runs import check_same_pipeline
+from .checks import check_edit, edit_options
+from .difference_mask import difference_map
+from .fusion import FusionOptions
+from .job import Edit, Job, Options
+from .run import Preview, run_edit
+from .zoom import MOST, Zoom, ZoomedVideo
+
+logger = logging.getLogger("stem")
+
+METHOD = "fusion"
+"""Name of the method whose edits are zoomed."""
+
+
+def run_zoomed_edit(
+    pipeline: Any,
+    inversion: InversionFolder,
+    prompt: str,
+    root: str | Path,
+    *,
+    video: FramesInParts | None = None,
+    source_prompt: str | None = None,
+    negative_prompt: str = "",
+    guidance: float | None = None,
+    seed: int = 0,
+    options: Options | Mapping[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    on_step: Callable[[], None] | None = None,
+    preview: Preview | None = None,
+) -> Edit:
+    """Edit by `fusion` what is small in a video, in a window in which it is large.
+
+    A model draws what has some cells of its latents badly, and its autoencoder keeps little of it.
+    The mask of the edit says where the thing is; a window that follows it is inverted as a video of
+    its own, with the inversion's settings, and edited; the frames of the edit take from the window
+    what lies inside the mask there.
+
+    Where a window would have more than 0.65 of a frame's side, this is `run_edit`.
+
+    Args:
+        pipeline: Pipeline that the inversion was made with.
+        inversion: Inversion of the whole video, complete.
+        prompt: Prompt that describes the edited video as the window shows it: what is small there
+            is large.
+        root: Folder below which the window's inversion gets one of its own, or is taken up.
+        video: Video that was inverted; None: what the VAE makes of the inversion's latents.
+        source_prompt: Prompt that describes the source as the window shows it; None: the
+            inversion's.
+        negative_prompt: Negative prompt.
+        guidance: Guidance scale, or None.
+        seed: Seed of the method's random numbers.
+        options: Options of `fusion`.
+        group: Process group whose ranks share the frames; all ranks make this call.
+        resume: Whether to keep the latents reached so far, and to go on from them.
+        progress: Whether to show progress.
+        on_step: Function called after each step of the edit.
+        preview: Who wants to see the edit while it runs, in the window.
+
+    Returns:
+        The edit in the window, with its zoom; masks and cores are those of whole frames.
+
+    Raises:
+        ValueError, InversionError, NonFiniteError: as `run_edit`; also an edit without a mask, or
+            an inversion with control.
+        OSError: `root` cannot be written.
+    """
+    chosen, ranks = edit_options(METHOD, options), Ranks(group)
+    assert isinstance(chosen, FusionOptions)
+    asked: dict[str, Any] = {
+        "method": METHOD,
+        "negative_prompt": negative_prompt,
+        "guidance": guidance,
+        "seed": seed,
+        "options": chosen,
+    }
+    ranks.from_main(partial(_check, inversion, prompt, asked))
+    check_same_pipeline(pipeline, inversion)
+    about = inversion.settings["video"]
+    seen = inversion.settings["prompt"] if source_prompt is None else source_prompt
+    cores = _cores(pipeline, inversion, seen, prompt, chosen, ranks)
+    zoom = Zoom.of(cores, inversion_scenes(inversion))
+    run: dict[str, Any] = {
+        "group": group,
+        "resume": resume,
+        "progress": progress,
+        "on_step": on_step,
+        "preview": preview,
+    }
+    if zoom is None:
+        logger.info("a window would have more than %s of a frame's side: no zoom", MOST)
+        return run_edit(pipeline, inversion, prompt, **asked, **run)
+    logger.info("zoom: windows of %.0f %% of a frame's side", 100 * float(zoom.shares.mean()))
+
+    def frames(count: int) -> Iterator[torch.Tensor]:
+        if video is not None:
+            return video.parts(count)
+        return decoded_in_turns(pipeline, inversion.x0())
+
+    shown = ZoomedVideo(
+        frames, zoom, about["num_frames"], about["height"], about["width"], Fraction(about["fps"])
+    )
+    how = arguments_of(inversion)
+    window = invert(pipeline, shown, seen, root, **how, group=group, progress=progress)
+    found = run_edit(pipeline, window, prompt, **asked, **run)
+    assert found.masks is not None
+    assert found.cores is not None
+    return dataclasses.replace(
+        found,
+        masks=zoom.masks_of_frames(found.masks),
+        cores=zoom.masks_of_frames(found.cores),
+        settings={
+            **found.settings,
+            "inversion": inversion.path.name,
+            "zoom": {
+                "inversion": window.path.name,
+                "source_prompt": seen,
+                "shares": [round(float(share), 4) for share in zoom.shares],
+            },
+        },
+        pasted=True,
+        zoom=zoom,
+        zoomed_masks=found.masks.cpu(),
+    )
+
+
+def check_zoom(
+    methods: Sequence[str],
+    options: Mapping[str, Options | Mapping[str, Any] | None],
+    control: object = None,
+) -> None:
+    """Raise ValueError where edits cannot be made in a window.
+
+    Args:
+        methods: Names of their methods.
+        options: Options by method.
+        control: What the pipeline's ControlNets are to be shown, or None.
+    """
+    others = [method for method in methods if method != METHOD]
+    if others:
+        raise ValueError(f"a zoom follows the mask of {METHOD}; {', '.join(others)} has none")
+    chosen = edit_options(METHOD, options.get(METHOD))
+    if not getattr(chosen, "mask", False):
+        raise ValueError(
+            f"a zoom follows the mask of {METHOD}, which these options turn off: {chosen}; take "
+            "another preset, or mask=True"
+        )
+    if control:
+        raise ValueError("a zoom has no control, whose pictures are of whole frames")
+
+
+def _check(inversion: InversionFolder, prompt: str, asked: dict[str, Any]) -> None:
+    check_edit(inversion, prompt, **asked)
+    check_zoom([METHOD], {METHOD: asked["options"]})
+    if inversion.settings.get("control"):
+        raise ValueError(
+            f"{inversion.path} was made with control, whose pictures have no window; edit without "
+            "a zoom"
+        )
+
+
+def _cores(
+    pipeline: Any,
+    inversion: InversionFolder,
+    source: str,
+    prompt: str,
+    options: FusionOptions,
+    ranks: Ranks,
+) -> torch.Tensor:
+    """Where two prompts differ in a video, bool [N, h, w]."""
+    size = inversion.settings["video"]
+    of_source, empty, of_target = (
+        encode_prompt(pipeline, text, size["height"], size["width"])
+        for text in (source, "", prompt)
+    )
+    device = execution_device(pipeline)
+    job = Job(pipeline, inversion, prompt, of_source, empty, of_target, 1.0, 0, device, ranks)
+    hooks = Hooks()
+    with attention_on(pipeline, job.attention, ranks.group, hooks=hooks), torch.no_grad():
+        found = difference_map(job, hooks, *options.mask_levels)
+    return found > options.mask_threshold

@@ -1,0 +1,199 @@
+"""Edits in a window that follows a small thing."""
+
+from __future__ import annotations
+
+import logging
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from controls import make_control_pipeline, pictures
+from inversions import clip, inverted
+from pipelines import make_pipeline
+
+from stem import Control, Video, invert
+from stem.editing import edited_parts, run_edit, run_zoomed_edit, zoomed
+from stem.editing.zoom import LEAST, MOST, Zoom, ZoomedVideo
+from stem.workflows.edit_plan import EditPlan
+
+FRAMES, HEIGHT, WIDTH = 4, 12, 16  # of the masks
+
+
+def squares(side: int = 3, frames: int = FRAMES) -> torch.Tensor:
+    """Masks of a square that moves to the right by two cells a frame."""
+    masks = torch.zeros(frames, HEIGHT, WIDTH, dtype=torch.bool)
+    for frame in range(frames):
+        masks[frame, 4 : 4 + side, 2 + 2 * frame : 2 + 2 * frame + side] = True
+    return masks
+
+
+def smooth(frames: int = FRAMES) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(frames, 3, 4, 5, generator=generator)
+    pictures = torch.nn.functional.interpolate(noise, size=(96, 128), mode="bicubic")
+    return (pictures.clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+
+
+def test_a_window_follows_and_holds_what_changes() -> None:
+    cores = squares()
+    zoom = Zoom.of(cores, [range(FRAMES)])
+    assert zoom is not None
+    assert LEAST <= float(zoom.shares[0]) <= MOST
+    assert (zoom.shares == zoom.shares[0]).all()
+    assert (zoom.centres[:, 0].diff() > 0.1).all()
+    assert (zoom.centres.abs() + zoom.shares[:, None] <= 1 + 1e-6).all()
+    white = cores.repeat_interleave(8, 1).repeat_interleave(8, 2)[..., None].expand(-1, -1, -1, 3)
+    seen = zoom.seen((white * 255).to(torch.uint8))
+    shares = (seen > 127)[..., 0].float().mean((1, 2))
+    assert (shares > 1.5 * cores.float().mean((1, 2))).all()
+    rim = torch.cat([seen[:, 0], seen[:, -1], seen[:, :, 0], seen[:, :, -1]], 1)
+    assert (rim < 127).all()
+
+
+def test_each_scene_has_a_window_of_its_own() -> None:
+    cores = torch.cat([squares(), squares(2).flip(2)])
+    both = Zoom.of(cores, [range(FRAMES), range(FRAMES, 2 * FRAMES)])
+    alone = Zoom.of(cores[FRAMES:], [range(FRAMES)])
+    assert both is not None
+    assert alone is not None
+    torch.testing.assert_close(both[FRAMES : 2 * FRAMES].centres, alone.centres)
+    torch.testing.assert_close(both[[4, 5, 6, 7]].shares, alone.shares)
+    assert both.shares[0] > both.shares[-1]
+
+
+@pytest.mark.parametrize("cores", [squares(8), torch.zeros_like(squares())])
+def test_what_is_large_or_nowhere_has_no_window(cores: torch.Tensor) -> None:
+    assert Zoom.of(cores, [range(FRAMES)]) is None
+
+
+def test_a_stray_cell_does_not_widen_the_window() -> None:
+    cores = squares(4)
+    before = Zoom.of(cores, [range(FRAMES)])
+    cores[1, 0, 0] = True
+    after = Zoom.of(cores, [range(FRAMES)])
+    assert before is not None
+    assert after is not None
+    assert abs(float(after.shares[0] - before.shares[0])) < 0.15
+
+
+def test_what_is_seen_comes_back_to_where_it_was() -> None:
+    source, zoom = smooth(), Zoom.of(squares(), [range(FRAMES)])
+    assert zoom is not None
+    seen = zoom.seen(source)
+    masks = torch.zeros(FRAMES, HEIGHT, WIDTH, dtype=torch.bool)
+    masks[:, 3:9, 4:12] = True
+    changed = zoom.masks_of_frames(masks)
+    same = zoom.pasted(seen, source, masks)
+    assert (same.int() - source.int()).abs().max() <= 6
+    assert (same.float() - source.float()).abs().mean() < 0.3
+    black = zoom.pasted(torch.zeros_like(seen), source, masks)
+    pixels = changed.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    # The fade is a cell of the window wide.
+    around = torch.nn.functional.max_pool2d(pixels.float()[:, None], 17, 1, 8)[:, 0] > 0
+    assert torch.equal(black[~around], source[~around])
+    within = -torch.nn.functional.max_pool2d(-pixels.float()[:, None], 17, 1, 8)[:, 0] > 0
+    assert within.any()
+    assert (black[within] == 0).all()
+
+
+def test_a_video_of_windows_is_that_of_its_frames() -> None:
+    source, zoom = smooth(), Zoom.of(squares(), [range(FRAMES)])
+    assert zoom is not None
+    video = ZoomedVideo(lambda count: iter(source.split(count)), zoom, FRAMES, 96, 128, Fraction(8))
+    for count in (1, 3, 8):
+        assert torch.equal(torch.cat(list(video.parts(count))), zoom.seen(source))
+
+
+SETTINGS: dict[str, Any] = {"resume": False, "progress": False}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """What random weights would find everywhere is found in a few cells."""
+    cores = torch.zeros(3, 8, 12, dtype=torch.bool)
+    cores[:, 3:5, 5:7] = True
+    monkeypatch.setattr(zoomed, "_cores", lambda *_: cores)
+    return cores
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_edit_in_a_window(given: bool, tmp_path: Path, small: torch.Tensor) -> None:
+    pipeline, folder = make_pipeline(), inverted(tmp_path)
+    options = {"mask_threshold": 0.9, "dilation": 0}
+    video = clip() if given else None
+
+    def made() -> Any:
+        return run_zoomed_edit(
+            pipeline, folder, "a goose", tmp_path / "windows", video=video, options=options,
+            source_prompt="a large duck", **SETTINGS,
+        )  # fmt: skip
+
+    found = made()
+    assert found.zoom is not None
+    assert found.zoomed_masks is not None
+    assert found.settings["inversion"] == folder.path.name
+    (window,) = (tmp_path / "windows").iterdir()
+    assert found.settings["zoom"]["inversion"] == window.name
+    assert found.settings["zoom"]["source_prompt"] == "a large duck"
+    source = None if video is None else [video.frames]
+    (frames,) = edited_parts(pipeline, folder, found, source)
+    expected = folder_frames(pipeline, folder) if video is None else video.frames
+    far = ~torch.nn.functional.max_pool2d(found.masks.float()[:, None], 5, 1, 2)[:, 0].bool()
+    factor = expected.shape[1] // found.masks.shape[1]
+    outside = far.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    assert outside.any()
+    assert torch.equal(frames[outside], expected[outside])
+    assert not torch.equal(frames, expected)
+    again = made()
+    assert torch.equal(again.latents, found.latents)
+    one = found.of_frames([1])
+    (frame,) = edited_parts(pipeline, folder, one, [expected[[1]]])
+    assert torch.equal(frame, frames[[1]])
+
+
+def folder_frames(pipeline: Any, folder: Any) -> torch.Tensor:
+    from stem.diffusion.pipeline import decode_latents
+
+    return decode_latents(pipeline, folder.x0())
+
+
+def test_what_is_large_is_edited_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, folder = make_pipeline(), inverted(tmp_path)
+    monkeypatch.setattr(zoomed, "_cores", lambda *_: torch.ones(3, 8, 12, dtype=torch.bool))
+    with caplog.at_level(logging.INFO):
+        found = run_zoomed_edit(pipeline, folder, "a goose", tmp_path / "windows", **SETTINGS)
+    assert "no zoom" in caplog.text
+    assert found.zoom is None
+    assert not (tmp_path / "windows").exists()
+    assert torch.equal(found.latents, run_edit(pipeline, folder, "a goose", **SETTINGS).latents)
+
+
+def test_where_the_prompts_differ_is_found(tmp_path: Path) -> None:
+    """By random weights everywhere, and by equal prompts nowhere: both have no window."""
+    pipeline, folder = make_pipeline(), inverted(tmp_path)
+    for prompt in ("a goose", "a duck"):
+        found = run_zoomed_edit(pipeline, folder, prompt, tmp_path, **SETTINGS)
+        assert found.zoom is None
+
+
+def test_what_has_no_window_is_refused(tmp_path: Path) -> None:
+    folder = inverted(tmp_path)
+    with pytest.raises(ValueError, match="which these options turn off"):
+        run_zoomed_edit(make_pipeline(), folder, "a goose", tmp_path, options={"preset": "style"})
+    video = Video(clip().frames, Fraction(8))
+    controlled = invert(
+        make_control_pipeline(), video, "a duck", tmp_path, num_steps=1, chunk=None,
+        control=Control(pictures(3)), progress=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="whose pictures have no window"):
+        run_zoomed_edit(make_control_pipeline(), controlled, "a goose", tmp_path)
+    with pytest.raises(ValueError, match="pnp has none"):
+        EditPlan(["a goose"], ["fusion", "pnp"], zoom=True)
+    with pytest.raises(ValueError, match="zoom is False"):
+        EditPlan(["a goose"], zoom_source="a duck")
+    with pytest.raises(ValueError, match="a zoom has no control"):
+        EditPlan(["a goose"], control=[Control(pictures(3))], zoom=True)
