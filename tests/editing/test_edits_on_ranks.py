@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 from commands import run
 from conftest import write_clip
 from controls import make_control_pipeline, pictures
@@ -16,7 +18,7 @@ from pipelines import make_pipeline
 from ranks import one_thread, start
 
 from stem import Control, invert, read_video
-from stem.editing import run_edit
+from stem.editing import run_edit, run_zoomed_edit, zoomed
 from stem.inversion import InversionFolder
 
 FRAMES = 5
@@ -35,6 +37,7 @@ STORED: list[tuple[str, dict[str, Any]]] = [
     ("fatezero", {"store": "memory", "blend_words": WORDS}),
 ]
 STEPS = 2
+WINDOW = "window"
 
 
 def edit(
@@ -44,6 +47,9 @@ def edit(
     inversion = InversionFolder.open(folder)
     found = []
     for method, options in edits:
+        if method == WINDOW:
+            found.append(edit_in_window(inversion, options, group))
+            continue
         controlled = "control" in inversion.settings
         edited = run_edit(
             make_control_pipeline() if controlled else make_pipeline(),
@@ -57,6 +63,24 @@ def edit(
         )
         found.append(edited.latents.double().sum(dim=(1, 2, 3)).tolist())
     return found
+
+
+def edit_in_window(inversion: InversionFolder, options: Any, group: Any) -> list[float]:
+    """As `edit`, in a window beside the inversion's folder."""
+    cores = torch.zeros(FRAMES, 8, 12, dtype=torch.bool)
+    cores[:, 3:5, 5:7] = True
+    with patch.object(zoomed, "_cores", lambda *_: cores):
+        edited = run_zoomed_edit(
+            make_pipeline(),
+            inversion,
+            "a swan",
+            inversion.path.parent / WINDOW,
+            options=options,
+            group=group,
+            progress=False,
+        )
+    assert edited.zoom is not None
+    return edited.latents.double().sum(dim=(1, 2, 3)).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +118,7 @@ def test_one_two_and_three_processes_give_the_same_bits(
     inverted: dict[str, Path], tmp_path: Path
 ) -> None:
     asked = {
-        "plain": EDITS,
+        "plain": [*EDITS, (WINDOW, {"preset": "shape"})],
         "controlled": EDITS[-1:],
         "scenes": [EDITS[1], EDITS[-1]],
         "dense": STORED,
@@ -112,8 +136,11 @@ def test_one_two_and_three_processes_give_the_same_bits(
     assert all(sums == found[0][1] for _, sums in found)
     for folder, made in edits.items():
         expected, *others = (files(tmp_path / ranks / folder.name) for ranks in "123")
-        assert len(expected) == len(files(folder)) + len(made)
+        assert len(expected) == len(files(folder)) + sum(name != WINDOW for name, _ in made)
         assert others == [expected, expected]
+    one, *others = (files(tmp_path / ranks / WINDOW) for ranks in "123")
+    assert len(one) > STEPS
+    assert others == [one, one]
 
 
 @pytest.mark.parametrize("number", [6])

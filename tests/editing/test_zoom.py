@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from fractions import Fraction
 from pathlib import Path
@@ -13,10 +14,13 @@ from controls import make_control_pipeline, pictures
 from inversions import clip, inverted
 from pipelines import make_pipeline
 
-from stem import Control, Video, invert
+from stem import Control, InversionFolder, Video, invert
+from stem.diffusion.pipeline import decode_latents
 from stem.editing import edited_parts, run_edit, run_zoomed_edit, zoomed
 from stem.editing.zoom import LEAST, MOST, Zoom, ZoomedVideo
+from stem.workflows.dense import dense_edit
 from stem.workflows.edit_plan import EditPlan
+from stem.workflows.edits import write_edits
 
 FRAMES, HEIGHT, WIDTH = 4, 12, 16  # of the masks
 
@@ -139,7 +143,7 @@ def test_an_edit_in_a_window(given: bool, tmp_path: Path, small: torch.Tensor) -
     assert found.settings["zoom"]["source_prompt"] == "a large duck"
     source = None if video is None else [video.frames]
     (frames,) = edited_parts(pipeline, folder, found, source)
-    expected = folder_frames(pipeline, folder) if video is None else video.frames
+    expected = decode_latents(pipeline, folder.x0()) if video is None else video.frames
     far = ~torch.nn.functional.max_pool2d(found.masks.float()[:, None], 5, 1, 2)[:, 0].bool()
     factor = expected.shape[1] // found.masks.shape[1]
     outside = far.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
@@ -153,10 +157,25 @@ def test_an_edit_in_a_window(given: bool, tmp_path: Path, small: torch.Tensor) -
     assert torch.equal(frame, frames[[1]])
 
 
-def folder_frames(pipeline: Any, folder: Any) -> torch.Tensor:
-    from stem.diffusion.pipeline import decode_latents
-
-    return decode_latents(pipeline, folder.x0())
+def test_files_of_an_edit_in_a_window(tmp_path: Path, small: torch.Tensor) -> None:
+    pipeline, folder = make_pipeline(), inverted(tmp_path / "inversions")
+    options = {"mask_threshold": 0.9, "dilation": 0}
+    plan = EditPlan(["a goose"], options={"fusion": options}, zoom=True, zoom_source="a large duck")
+    settings: dict[str, Any] = {"video": clip(), "progress": False}
+    (result,) = write_edits(pipeline, folder, plan, tmp_path, **settings).results
+    about = json.loads(result.files.json.read_text())
+    found = InversionFolder.open(tmp_path / "inversions" / about["settings"]["zoom"]["inversion"])
+    assert found.settings["prompt"] == "a large duck"
+    assert InversionFolder.open(about["inversion"]).path == folder.path
+    (again,) = write_edits(pipeline, folder, plan, tmp_path, **settings).results
+    assert again.reused
+    assert again.files == result.files
+    plain = EditPlan(["a goose"], options={"fusion": options})
+    (other,) = write_edits(pipeline, folder, plain, tmp_path, **settings).results
+    assert other.files != result.files
+    assert other.files.video.read_bytes() != result.files.video.read_bytes()
+    with pytest.raises(ValueError, match="was edited in a window"):
+        dense_edit(pipeline, result.files.folder, clip())
 
 
 def test_what_is_large_is_edited_as_it_is(
