@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 
 from stem.attention import Hooks
 from stem.attention.handle import make_processors
-from stem.attention.rows import RowLayout
+from stem.attention.layers.rows import RowLayout
 from stem.config import AttentionConfig, InflatedConfig, SparseCausalConfig, StemConfig
 from stem_kernels import attention_bias, initial_bases
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL

@@ -13,15 +13,15 @@ import torch.distributed as dist
 from stem_kernels.shared.memory import lacks_memory
 
 from ..config import scenes_of
-from .exchange import Lockstep
 from .families import Family
 from .families.family import Tensors
-from .hooks import Recording, Replay
+from .layers.exchange import Lockstep
+from .layers.hooks import Recording, Replay
+from .layers.rows import RowLayout
+from .layers.stem import StemState
 from .others import check_chunks
-from .parked import current_parking
-from .rows import RowLayout
-from .stem import StemState
-from .waiting import released_when_used
+from .released import released_when_used
+from .waiting.parked import current_parking
 
 logger = logging.getLogger("stem")
 

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from ..config import AttentionConfig, PerFrameConfig, SparseCausalConfig, StemConfig, VideoConfig
 from .chunks import ChunkedForward
 from .families import family_of, model_of, self_attentions, text_attentions
-from .frames import InflatedProcessor, SparseCausalProcessor
-from .hooks import Hooks
 from .installed import Installed, handle_in
+from .layers.frames import InflatedProcessor, SparseCausalProcessor
+from .layers.hooks import Hooks
+from .layers.processor import PerFrameProcessor, TextAttentionProcessor, VideoAttentionProcessor
+from .layers.rows import FrameAxisLayout, RowLayout, layout_of
+from .layers.stem import StemProcessor, StemState, bases_shape
 from .owners import check_owner, lock, owned
-from .processor import PerFrameProcessor, TextAttentionProcessor, VideoAttentionProcessor
-from .rows import FrameAxisLayout, RowLayout, layout_of
-from .stem import StemProcessor, StemState, bases_shape
 from .video import transformer_of
 from .video_handle import VideoHandle
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .controlled import uncontrolled
-from .processor import TextAttentionProcessor, VideoAttentionProcessor
+from .layers.processor import TextAttentionProcessor, VideoAttentionProcessor
 
 _LIBRARIES = ("diffusers", "torch", "peft")
 """Packages whose modules keep nothing of what goes through them."""

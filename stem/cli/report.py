@@ -30,8 +30,8 @@ def report_command(
 
     It needs no other file and no network; nothing is computed again.
     """
-    from ..report.contents import read_report
-    from ..report.page import write_report
+    from ..report.pages.contents import read_report
+    from ..report.pages.page import write_report
 
     folder, *others = folders
     path = out or (folder.parent if folder.is_file() else folder) / "report.html"

@@ -107,7 +107,7 @@ class RunOptions:
         """
         if self.park == "auto":
             return contextlib.nullcontext()
-        from ..attention.parked import parking
+        from ..attention.waiting.parked import parking
 
         folder.mkdir(parents=True, exist_ok=True)
         return parking(self.park, folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..attention.parked import current_parking
+from ..attention.waiting.parked import current_parking
 from ..profiling import nvtx_range
 from ..progress import steps as counted
 from .pipeline import Conditioning, predict

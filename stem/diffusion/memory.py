@@ -11,7 +11,7 @@ from stem_kernels.measure import PeakMemory
 
 from ..attention.families import unet_of
 from ..attention.handle import plain
-from ..attention.memory import free_bytes
+from ..attention.waiting.memory import free_bytes
 from ..control import Control
 from .control import Shown, controlled, controlnets_of
 from .motion import in_one_call

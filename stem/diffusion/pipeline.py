@@ -13,7 +13,7 @@ import torch
 from stem_kernels.shared.memory import lacks_memory
 
 from ..attention.families import family_of_unet
-from ..attention.parked import current_parking
+from ..attention.waiting.parked import current_parking
 from .control import Shown, rows_shown
 from .weights import keeps_copies
 

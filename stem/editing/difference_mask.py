@@ -12,10 +12,10 @@ from stem_kernels.ops.soft_em import SoftEM
 from stem_kernels.shared.spread import spread_tokens
 
 from ..attention import Hook, Hooks
-from ..attention.exchange import Tensors, in_order
 from ..attention.families import self_attentions, unet_of
-from ..attention.hooks import Site
-from ..attention.parked import current_parking
+from ..attention.layers.exchange import Tensors, in_order
+from ..attention.layers.hooks import Site
+from ..attention.waiting.parked import current_parking
 from ..config import StemConfig
 from ..diffusion.loop import NonFiniteError
 from ..distributed import Ranks

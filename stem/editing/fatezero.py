@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..attention.families import unet_of
-from ..attention.parked import current_parking
+from ..attention.waiting.parked import current_parking
 from ..config import StemConfig
 from ..diffusion.loop import with_guidance
 from .fatezero_options import FateZeroOptions

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..attention.parked import current_parking
+from ..attention.waiting.parked import current_parking
 from ..diffusion.loop import with_guidance
 from ..diffusion.schedule import clean_of, prediction_of, sampling_scheduler
 from ..inversion import InversionFolder

@@ -10,7 +10,7 @@ import torch
 
 from ..attention import Hook
 from ..attention.families import self_attentions, unet_of
-from ..attention.hooks import Operands, Site
+from ..attention.layers.hooks import Operands, Site
 
 
 class AttentionInjection(Hook):

@@ -15,7 +15,7 @@ import torch
 
 from ..attention import Hooks
 from ..attention.families import family_of_unet
-from ..attention.parked import current_parking
+from ..attention.waiting.parked import current_parking
 from ..config import AttentionConfig, StemConfig
 from ..diffusion.pipeline import Conditioning, predict, vae_factor
 from ..distributed import Ranks

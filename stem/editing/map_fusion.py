@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from stem_kernels import blended_attention
 
 from ..attention import Hook
-from ..attention.hooks import Attend, Operands, Site
+from ..attention.layers.hooks import Attend, Operands, Site
 from .masks import layer_size
 from .prompts import ColumnMap
 

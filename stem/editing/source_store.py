@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..attention import Hook
-from ..attention.hooks import Attend, Operands, Site
+from ..attention.layers.hooks import Attend, Operands, Site
 from ..storage import partial_name
 from .map_fusion import MapFusion
 

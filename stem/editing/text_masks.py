@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate, max_pool2d
 
 from ..attention import Hook
 from ..attention.families import text_attentions
-from ..attention.hooks import Site
+from ..attention.layers.hooks import Site
 from ..distributed import Ranks
 from .map_fusion import Size
 from .masks import halvings, layer_size

@@ -30,7 +30,7 @@ from ..storage import DamagedFileError, load_tensors, save_tensors, write_atomic
 if TYPE_CHECKING:
     import torch
 
-    from ..attention.hooks import LayerBases
+    from ..attention.layers.hooks import LayerBases
     from ..control import Control
 
 SETTINGS = "settings.json"
@@ -266,7 +266,7 @@ class InversionFolder:
 
     def bases(self, step: int) -> dict[int, LayerBases]:
         """The bases of every layer at `step`."""
-        from ..attention.hooks import LayerBases
+        from ..attention.layers.hooks import LayerBases
 
         by_layer: dict[int, dict[str, torch.Tensor]] = {}
         tensors, _ = self._load(self._step_file("bases", step))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..attention import Recording
-from ..attention.stem import StemState
+from ..attention.layers.stem import StemState
 from ..config import AttentionConfig, StemConfig, scenes_of
 from ..control import Control
 from ..diffusion.checks import check_pipeline

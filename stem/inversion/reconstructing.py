@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..attention import Replay
-from ..attention.hooks import LayerBases
+from ..attention.layers.hooks import LayerBases
 from ..config import AttentionConfig, StemConfig
 from ..diffusion.control import Shown
 from ..diffusion.environment import numeric_environment

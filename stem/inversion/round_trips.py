@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..attention import Recording
-from ..attention.hooks import LayerBases
+from ..attention.layers.hooks import LayerBases
 from ..config import AttentionConfig, PerFrameConfig, StemConfig
 from ..control import Control
 from ..diffusion.control import Shown, checked_controls

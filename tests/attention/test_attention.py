@@ -10,8 +10,9 @@ from pipelines import ONE_LEVEL, SMALL, call, make_pipeline, make_unet, unet_inp
 
 import stem
 from stem import InflatedConfig, StemConfig
-from stem.attention import Recording, Replay, processor
+from stem.attention import Recording, Replay
 from stem.attention.families import self_attentions
+from stem.attention.layers import processor
 from stem_kernels import basis_attention
 from stem_kernels.shared.spread import spread_tokens
 from stem_kernels.testing import max_error

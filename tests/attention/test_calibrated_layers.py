@@ -13,12 +13,12 @@ from inversions import clip
 from pipelines import call, make_pipeline, make_unet
 from test_hooks import Watching
 
-import stem.attention.calibrated
+import stem.attention.layers.calibrated
 from stem import InflatedConfig, StemConfig
 from stem.attention import Hook, Hooks, Recording, Replay
 from stem.attention.handle import make_processors
-from stem.attention.hooks import LayerBases
-from stem.attention.rows import RowLayout
+from stem.attention.layers.hooks import LayerBases
+from stem.attention.layers.rows import RowLayout
 from stem.editing.injection import AttentionInjection
 from stem.editing.map_fusion import MapFusion
 from stem.editing.source_store import SourceStore
@@ -100,7 +100,7 @@ def test_calibration_runs_on_the_backend_of_the_layer(monkeypatch: pytest.Monkey
         asked.append(backend)
         return partial_attention(*operands, backend=backend)
 
-    monkeypatch.setattr(stem.attention.calibrated, "partial_attention", noted)
+    monkeypatch.setattr(stem.attention.layers.calibrated, "partial_attention", noted)
     config = StemConfig(num_bases=8, backend="torch", calibration="joint", num_frames=FRAMES)
     attended(*smooth_layer(), config)
     assert asked == ["torch"]
@@ -113,7 +113,7 @@ def test_moments_run_on_the_backend_of_the_layer(monkeypatch: pytest.MonkeyPatch
         asked.append(backend)
         return moments(*operands, backend=backend, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stem.attention.calibrated, "moments", noted)
+    monkeypatch.setattr(stem.attention.layers.calibrated, "moments", noted)
     config = StemConfig(num_bases=8, backend="torch", calibration="moments", num_frames=FRAMES)
     attended(*smooth_layer(), config)
     assert asked == ["torch"]
@@ -128,8 +128,8 @@ def test_moments_are_not_of_the_tokens_that_em_starts_from(monkeypatch: pytest.M
         read.append(operands[1])
         return moments(*operands, **settings)
 
-    monkeypatch.setattr(stem.attention.calibrated, "moments", noted)
-    monkeypatch.setattr(stem.attention.calibrated, "MOMENTS_TOKENS", 16)
+    monkeypatch.setattr(stem.attention.layers.calibrated, "moments", noted)
+    monkeypatch.setattr(stem.attention.layers.calibrated, "MOMENTS_TOKENS", 16)
     layer, tokens = smooth_layer()
     config = StemConfig(
         num_bases=16, sample_per_base=None, calibration="moments", num_frames=FRAMES

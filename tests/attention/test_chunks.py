@@ -14,11 +14,12 @@ from pipelines import SHAPES, call, make_pipeline, make_unet, unet_inputs
 
 import stem
 from stem import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
-from stem.attention import Recording, Replay, shared_em
-from stem.attention import stem as stem_module
+from stem.attention import Recording, Replay
 from stem.attention.chunks import spread_frames
-from stem.attention.exchange import Lockstep
 from stem.attention.families import self_attentions
+from stem.attention.layers import shared_em
+from stem.attention.layers import stem as stem_module
+from stem.attention.layers.exchange import Lockstep
 
 pytestmark = pytest.mark.thinned
 
@@ -295,7 +296,7 @@ def layers_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(exchange.number)
         return original(exchange, *args)
 
-    monkeypatch.setattr("stem.attention.stem.shared_em", counting)
+    monkeypatch.setattr("stem.attention.layers.stem.shared_em", counting)
     return seen
 
 

@@ -29,7 +29,7 @@ import stem
 from stem import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
 from stem.attention import Hook, Hooks
 from stem.attention.families import FAMILIES, self_attentions
-from stem.attention.hooks import Site
+from stem.attention.layers.hooks import Site
 
 pytestmark = pytest.mark.thinned
 

@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import stem
 from stem import InflatedConfig, SparseCausalConfig
-from stem.attention import frames
 from stem.attention.families import self_attentions
-from stem.attention.frames import seen_frames
+from stem.attention.layers import frames
+from stem.attention.layers.frames import seen_frames
 from stem_kernels.testing import max_error
 
 FRAMES = 5

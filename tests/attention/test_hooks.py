@@ -12,7 +12,7 @@ from pipelines import call, make_unet, unet_inputs
 import stem
 from stem import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
 from stem.attention import Hook, Hooks, Recording
-from stem.attention.hooks import Attend, Operands, Site
+from stem.attention.layers.hooks import Attend, Operands, Site
 
 CONFIGS = [
     PerFrameConfig(num_frames=2),

@@ -15,10 +15,10 @@ from pipelines import ONE_LEVEL, call, make_unet
 
 import stem
 from stem import InflatedConfig, StemConfig
-from stem.attention import frames
-from stem.attention import parked as module
-from stem.attention.exchange import Lockstep
-from stem.attention.parked import Parking, current_parking, parking
+from stem.attention.layers import frames
+from stem.attention.layers.exchange import Lockstep
+from stem.attention.waiting import parked as module
+from stem.attention.waiting.parked import Parking, current_parking, parking
 
 CHUNKS = StemConfig(num_bases=4, sample_per_base=4, num_frames=4, chunk=1)
 
@@ -196,7 +196,7 @@ def test_tensors_of_another_device_come_back_before_their_chunk_goes_on(
             self._away.setdefault(chunk, []).append((device, tensors))
 
     away = Elsewhere("cpu")
-    monkeypatch.setattr("stem.attention.exchange.current_parking", lambda: away)
+    monkeypatch.setattr("stem.attention.layers.exchange.current_parking", lambda: away)
     unet = make_unet(**ONE_LEVEL)
     with stem.enabled(unet, CHUNKS), torch.no_grad():
         found = call(unet)

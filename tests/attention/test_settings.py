@@ -12,8 +12,8 @@ import torch
 from pipelines import SMALL, call, make_unet, unet_inputs
 
 import stem
-from stem.attention.exchange import Lockstep
-from stem.attention.settings import Settings
+from stem.attention.layers.exchange import Lockstep
+from stem.attention.layers.settings import Settings
 
 
 @contextlib.contextmanager

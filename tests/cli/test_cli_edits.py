@@ -17,7 +17,7 @@ from PIL import Image
 from typer import BadParameter
 
 from stem import InversionFolder, read_video, write_video
-from stem.attention.parked import current_parking
+from stem.attention.waiting.parked import current_parking
 from stem.cli.edit_options import split_options, with_preset
 from stem.editing import METHODS, Edit, FateZeroOptions, edit_options
 from stem.editing.job import Options

@@ -16,7 +16,7 @@ from pipelines import SHAPES, make_pipeline
 
 import stem
 from stem import Video, invert
-from stem.attention import parked
+from stem.attention.waiting import parked
 from stem.editing import (
     METHODS,
     FusionOptions,

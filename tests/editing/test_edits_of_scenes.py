@@ -11,7 +11,7 @@ import torch
 from pipelines import make_pipeline
 
 from stem import Video, invert, parking
-from stem.attention import parked
+from stem.attention.waiting import parked
 from stem.editing import consensus, run_edit
 from stem.inversion import InversionFolder
 

@@ -9,8 +9,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from pipelines import tokens_of
 
-from stem.attention.hooks import Operands, Site
-from stem.attention.processor import attend_densely
+from stem.attention.layers.hooks import Operands, Site
+from stem.attention.layers.processor import attend_densely
 from stem.editing.map_fusion import MapFusion
 from stem.editing.masks import layer_size
 from stem.editing.prompts import refined_columns

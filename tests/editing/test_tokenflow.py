@@ -14,8 +14,8 @@ from pipelines import make_pipeline
 
 from stem import Video, invert
 from stem.attention import Hook
-from stem.attention.hooks import Operands, Site
-from stem.attention.processor import attend_densely
+from stem.attention.layers.hooks import Operands, Site
+from stem.attention.layers.processor import attend_densely
 from stem.config import InflatedConfig
 from stem.distributed import Ranks
 from stem.editing import METHODS, Edit, PnPOptions, SDEditOptions, TokenFlowOptions, run, run_edit

@@ -14,7 +14,7 @@ from pipelines import make_pipeline
 from ranks import one_thread, start
 
 from stem import Control, invert
-from stem.attention.exchange import Lockstep
+from stem.attention.layers.exchange import Lockstep
 from stem.inversion import InversionFolder, reconstruct_latents
 from stem.names import INVERSION_METHODS
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pipelines import SCHEDULE, make_pipeline
 
-from stem.attention import parked
+from stem.attention.waiting import parked
 from stem.diffusion.loop import NonFiniteError, denoise, guided
 from stem.diffusion.pipeline import encode_prompt, predict
 from stem.diffusion.schedule import (

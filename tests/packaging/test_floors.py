@@ -16,24 +16,29 @@ KERNELS = "stem_kernels"
 FLOORS: dict[str, dict[str, str]] = {
     "stem": {
         "stem.__main__": "cli",
-        "stem.cli": "app workflows report metrics inversion flow models diffusion control "
-        "attention world video distributed sources storage names",
+        "stem.cli": "app workflows report.pages report metrics inversion flow models diffusion "
+        "control attention.waiting world video distributed sources storage names",
         "stem.app": "inversion world video storage progress names",
         "stem.workflows": "report metrics editing inversion flow models diffusion control "
         "attention attention.families world video config distributed storage progress names",
         "stem.world.training": "report metrics inversion flow models diffusion control world video",
+        "stem.report.pages": "report metrics video storage",
         "stem.report": "metrics video storage names",
         "stem.metrics": "world names",
-        "stem.editing": "inversion flow diffusion control attention attention.families config "
-        "distributed storage progress names",
-        "stem.inversion": "flow diffusion control attention attention.families attention.video "
-        "video config distributed sources storage progress names exports",
+        "stem.editing": "inversion flow diffusion control attention attention.layers "
+        "attention.waiting attention.families config distributed storage progress names",
+        "stem.inversion": "flow diffusion control attention attention.layers attention.families "
+        "attention.video video config distributed sources storage progress names exports",
         "stem.flow": "models diffusion attention.video sources names exports",
         "stem.models": "loading diffusion sources names",
         "stem.loading": "sources storage names",
-        "stem.diffusion": "control attention attention.families storage profiling progress",
+        "stem.diffusion": "control attention attention.waiting attention.families storage "
+        "profiling progress",
         "stem.control": "storage",
-        "stem.attention": "attention.families attention.video config distributed profiling names",
+        "stem.attention": "attention.layers attention.waiting attention.families attention.video "
+        "config distributed",
+        "stem.attention.layers": "attention.waiting attention.families config profiling",
+        "stem.attention.waiting": "names",
         "stem.attention.families": "",
         "stem.attention.video": "config",
         "stem.world": "",

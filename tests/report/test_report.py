@@ -13,13 +13,13 @@ import pytest
 import torch
 from commands import run
 
-from stem.report import panes
-from stem.report.contents import read_report
 from stem.report.curves import Curve
 from stem.report.documents import ReportError
 from stem.report.edit_files import EditFiles, EditsFiles
 from stem.report.files import write_comparison, write_json
-from stem.report.page import page
+from stem.report.pages import panes
+from stem.report.pages.contents import read_report
+from stem.report.pages.page import page
 from stem.report.rows import Measured, Row
 from stem.video import Video
 

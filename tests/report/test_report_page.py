@@ -13,8 +13,8 @@ from browser import CHROMIUM, Page, open_page
 from PIL import Image
 from test_report import FRAMES, HEIGHT, WIDTH, grays, write_compared, write_edit
 
-from stem.report.contents import read_report
-from stem.report.page import Picture, Report, Section, write_report
+from stem.report.pages.contents import read_report
+from stem.report.pages.page import Picture, Report, Section, write_report
 from stem.video import read_video
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")

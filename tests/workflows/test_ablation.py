@@ -18,8 +18,8 @@ from stem import StemConfig
 from stem.diffusion.pipeline import decode_latents, encode_frames
 from stem.inversion import round_trip
 from stem.metrics import psnr, ssim
-from stem.report.contents import read_report
 from stem.report.documents import ReportError
+from stem.report.pages.contents import read_report
 from stem.workflows import ablation
 from stem.workflows.ablation_plan import FORMS, OPTIONS, base_config, variants_of
 from stem.world import render, sample_scene

@@ -22,7 +22,7 @@ from stem.attention.features import LastFeatures, last_self_attention
 from stem.diffusion.pipeline import encode_frames
 from stem.metrics import Flow, estimate_flow, similarity_maps, warped_similarity, world_flow
 from stem.report.analysis_files import Shown, feature_picture, warped_former
-from stem.report.contents import read_report
+from stem.report.pages.contents import read_report
 from stem.report.projection import ColourProjection
 from stem.workflows.analysis import analyse, feature_curve
 from stem.world import render, sample_scene

@@ -27,8 +27,8 @@ import stem
 from stem.attention import Hooks, Recording, Replay
 from stem.attention.chunks import spread_frames
 from stem.attention.families import self_attentions
-from stem.attention.rows import RowLayout
-from stem.attention.stem import StemProcessor, StemState, bases_shape
+from stem.attention.layers.rows import RowLayout
+from stem.attention.layers.stem import StemProcessor, StemState, bases_shape
 from stem.config import AttentionConfig, InflatedConfig, PerFrameConfig, StemConfig
 from stem.diffusion.loop import denoise, guided
 from stem.diffusion.pipeline import decode_latents, encode_frames, encode_prompt, predict

@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 from stem import PerFrameConfig, SparseCausalConfig, StemConfig
-from stem.attention import calibrated
+from stem.attention.layers import calibrated
 from stem.config import AttentionConfig
 from stem_kernels.ops.calibration import MOMENTS_SHARE, Calibration, moments
 

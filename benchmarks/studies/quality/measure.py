@@ -16,8 +16,8 @@ from stem import load_pipeline, read_video
 from stem.attention import Hooks
 from stem.attention.families import self_attentions
 from stem.attention.features import LastFeatures
-from stem.attention.frames import InflatedProcessor
-from stem.attention.rows import RowLayout
+from stem.attention.layers.frames import InflatedProcessor
+from stem.attention.layers.rows import RowLayout
 from stem.diffusion.pipeline import decode_latents, encode_frames
 from stem.inversion import round_trip
 from stem.metrics import psnr, ssim, warped_similarity

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .ablation_files import ablation_files
-from .cells import ABLATION_HEADINGS, ablation_cells
+from ..ablation_files import ablation_files
+from ..cells import ABLATION_HEADINGS, ablation_cells
+from ..documents import Document
+from ..rows import read_ablation
 from .details import provenance_of, settings_of
-from .documents import Document
 from .page import Picture, Report, Section, Table
-from .rows import read_ablation
 
 
 def ablation_report(document: Document) -> Report:

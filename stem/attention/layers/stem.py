@@ -15,7 +15,7 @@ from stem_kernels import basis_attention, initial_bases, standard_normals
 from stem_kernels.ops.calibration import CALIBRATIONS, Calibration
 from stem_kernels.ops.soft_em import EARLY_STRIDE, AttendedBases, SoftEM, attended_bases
 
-from ..config import StemConfig
+from ...config import StemConfig
 from .calibrated import calibration_of, moments_of
 from .exchange import Lockstep
 from .frames import all_frame_operands

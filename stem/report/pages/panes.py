@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..video import open_video
-from .pictures import Grid
+from ...video import open_video
+from ..pictures import Grid
 
 MOST_PIXELS = 64 * 2**20
 """Pixels of all frames of a player; of a longer video every second, third, ... frame is shown."""

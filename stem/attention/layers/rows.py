@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..families import Family
 from .exchange import Lockstep
-from .families import Family
 from .hooks import Site
 
 if TYPE_CHECKING:

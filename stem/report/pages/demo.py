@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..metrics import Interval
-from .comparison_page import comparison_note, comparison_row, comparison_section
+from ...metrics import Interval
+from ..documents import Document, number, read_document
+from ..files import shown_name
+from .comparison import comparison_note, comparison_row, comparison_section
 from .details import provenance_of
-from .documents import Document, number, read_document
-from .edits_page import edits_section
-from .files import shown_name
+from .edits import edits_section
 from .page import Report, Section, Table
 
 _WORLD_FIGURES = (("psnr", 2), ("ssim", 3))  # and their decimals

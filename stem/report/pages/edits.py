@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from ..documents import EDITS, Document, ReportError, number, read_document
+from ..edit_files import EditFiles
 from .details import method_settings, provenance_of, rate, run_settings, settings_of
-from .documents import EDITS, Document, ReportError, number, read_document
-from .edit_files import EditFiles
 from .evaluations import evaluation_beside, evaluation_table
 from .page import Pane, Player, Report, Section, Table, curve_of
 from .panes import read_panes

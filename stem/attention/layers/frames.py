@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..config import SparseCausalConfig
+from ...config import SparseCausalConfig
+from ..waiting.memory import free_bytes
+from ..waiting.parked import current_parking
 from .exchange import Lockstep
 from .hooks import Hooks, Operands
-from .memory import free_bytes
-from .parked import current_parking
 from .processor import (
     VideoAttentionProcessor,
     project_keys_and_values,

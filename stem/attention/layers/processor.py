@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..profiling import nvtx_range
+from ...profiling import nvtx_range
 from .hooks import Hooks, Operands
 from .rows import RowLayout
 

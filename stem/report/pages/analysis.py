@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .analysis_files import analysis_files
-from .cells import SIMILARITY_HEADINGS, similarity_cells
+from ..analysis_files import analysis_files
+from ..cells import SIMILARITY_HEADINGS, similarity_cells
+from ..documents import Document
 from .details import provenance_of, settings_of
-from .documents import Document
 from .page import Picture, Report, Section, Table
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from .documents import Document, ReportError, number
+from ..documents import Document, ReportError, number
 from .page import Table
 
 EVALUATION = "evaluation.json"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jinja2
 
-from .. import __version__
-from ..storage import write_atomically
-from .curves import Curve
+from ... import __version__
+from ...storage import write_atomically
+from ..curves import Curve
 
 _WIDTH, _GAP = 1200, 8  # CSS pixels of the page's content beside a scrollbar, and between panes
 _LEAST, _LARGE, _MOST = 176, 320, 400  # CSS pixels of a pane's width; large frames have _LARGE

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from .cells import COMPARISON_HEADINGS, comparison_cells
+from ..cells import COMPARISON_HEADINGS, comparison_cells
+from ..documents import Document, number
+from ..files import comparison_files, shown_name
+from ..rows import Row
 from .details import method_settings, provenance_of, rate, run_settings
-from .documents import Document, number
-from .files import comparison_files, shown_name
 from .page import Pane, Player, Report, Section, Table, curve_of
 from .panes import read_panes
-from .rows import Row
 
 
 def comparison_report(document: Document) -> Report:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from greenlet import greenlet
 
-from ..names import PARKING
+from ...names import PARKING
 from .memory import free_bytes
 
 logger = logging.getLogger("stem")

@@ -14,7 +14,7 @@ from stem_kernels.ops.soft_em import SoftEM
 from stem_kernels.shared.bases import num_candidates
 from stem_kernels.shared.spread import spread_tokens
 
-from ..config import StemConfig
+from ...config import StemConfig
 from .exchange import Lockstep, Tensors, in_order
 
 Found = TypeVar("Found")

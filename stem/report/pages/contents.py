@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .ablation_page import ablation_report
-from .analysis_page import analysis_report
-from .comparison_page import comparison_report
-from .demo_page import demo_report
-from .documents import (
+from ..documents import (
     ABLATION,
     ANALYSIS,
     COMPARISON,
@@ -21,7 +17,11 @@ from .documents import (
     find_document,
     read_document,
 )
-from .edits_page import edits_report
+from .ablation import ablation_report
+from .analysis import analysis_report
+from .comparison import comparison_report
+from .demo import demo_report
+from .edits import edits_report
 from .page import Report
 
 _REPORTS: dict[str, Callable[[Document], Report]] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .exchange import Lockstep
+from .layers.exchange import Lockstep
 from .others import nobody_looks_in
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from .parked import current_parking
+from ..waiting.parked import current_parking
 from .settings import Settings
 
 Merged = TypeVar("Merged")

@@ -1,0 +1,1 @@
+"""Where what waits is kept, and the memory that there is."""

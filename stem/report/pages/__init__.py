@@ -1,0 +1,1 @@
+"""report.html, a page of each kind of folder."""
