@@ -26,6 +26,7 @@ from .measure import FIRST_SEED, FPS, STEPS, Edited, Row, figures, inversions
 
 OUT = records.RESULTS / "editing-shapes.json"
 DEFAULT = "the preset"
+NOT_NARROWED, IN_A_WINDOW = "the mask is not narrowed", "small things in a window"
 FORMS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "guidance 5": {"guidance": 5.0},
@@ -33,8 +34,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "no consensus": {"consensus": False},
     "all steps take the mean": {"consensus_until": 1.0},
     "all steps go a part of the way": {"consensus_until": 0.0},
-    "the mask is not narrowed": {"narrowing": False},
-    "small things in a window": {"zoom": True},
+    NOT_NARROWED: {"narrowing": False},
+    IN_A_WINDOW: {"zoom": True},
 }
 """Changes to the preset "shape" by what the table calls them; guidance and zoom are the edit's own.
 """
@@ -83,12 +84,11 @@ def _as_seen(caption: str) -> str:
 
 def report(results: dict[str, Any]) -> str:
     """The results in Markdown."""
-    where, rows = results["provenance"], results["rows"]
-    scenes = list(rows[DEFAULT])
+    where, scenes = results["provenance"], len(results["rows"][DEFAULT])
     lines = [
         "# Edits of shapes",
         "",
-        f"`fusion` with the preset `shape` on {len(scenes)} world videos that no training saw, "
+        f"`fusion` with the preset `shape` on {scenes} world videos that no training saw, "
         f"{results['frames']} frames of {results['pixels']}x{results['pixels']} pixels, "
         f"{results['steps']} steps there and back, the embedded model. {where['cpu']}, torch "
         f"{where['versions']['torch']}, one thread, commit `{where['commit']}`.",
@@ -98,24 +98,33 @@ def report(results: dict[str, Any]) -> str:
         "flow. ± and +: 95 % interval of the mean, of the differences from the preset scene by "
         "scene. In a window: `run_zoomed_edit`, whose prompts say large for small.",
         "",
+        *table(results["rows"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: dict[str, dict[str, Row]]) -> list[str]:
+    """The lines of a table of forms, each beside `DEFAULT`."""
+    lines = [
         "| | judge % | against it | dB | against it | Warp-Err | against it |",
         "|---|---|---|---|---|---|---|",
     ]
-    for form in results["forms"]:
+    for form, found in rows.items():
         cells = [form]
         for figure, factor, digits in (
             ("shape", 100, ".0f"),
             ("all", 1, ".2f"),
             ("warp", 1, ".2f"),
         ):
-            found, before = (
-                [factor * rows[name][scene][figure] for scene in scenes] for name in (form, DEFAULT)
+            here, before = (
+                [factor * (row[figure] or 0.0) for row in each.values()]
+                for each in (found, rows[DEFAULT])
             )
-            apart = [one - other for one, other in zip(found, before, strict=True)]
-            cells.append(f"{mean_interval(found):{digits}}")
+            apart = [one - other for one, other in zip(here, before, strict=True)]
+            cells.append(f"{mean_interval(here):{digits}}")
             cells.append("" if form == DEFAULT else f"{mean_interval(apart):+{digits}}")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main(
