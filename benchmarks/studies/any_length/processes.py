@@ -3,6 +3,7 @@
 A world video is inverted once, and edited by fusion in chunks: by one process whose chunks wait in
 memory, where `auto` puts them, or in files, and by two that share the chunks over gloo; one thread
 each, in turns. So is a step of an inversion at Stable Diffusion 1.5's shape with random weights.
+Two processes that each do the whole work by themselves, at once, show what the machine allows.
 Time is that of the edit or step alone, on the first process, without loading. Writes
 benchmarks/results/any-length-processes.json and .md. Nothing else should run meanwhile.
 """
@@ -48,14 +49,18 @@ WAYS: dict[str, tuple[int, str]] = {
     "one process, parking where needed": (1, "auto"),
     "one process, chunks wait in files": (1, "disk"),
     "two processes": (2, "never"),
+    "two at once, each its own": (2, "never"),
 }
 """Numbers of processes, and where chunks wait, by what the table calls it."""
 STEPS_OF: dict[str, tuple[int, str]] = {
     "a step of an inversion, one process": (1, "never"),
     "a step of an inversion, two processes": (2, "never"),
+    "two steps at once, each its own": (2, "never"),
 }
 """The same at Stable Diffusion 1.5's shape."""
 ALL_WAYS = {**WAYS, **STEPS_OF}
+APART = ("two at once, each its own", "two steps at once, each its own")
+"""Ways whose processes share nothing; each does all the work."""
 STEP_PIXELS = 256
 STEP_ROUNDS = 2
 
@@ -97,7 +102,7 @@ def timed(rank: int, world: int, way: str, folder: str, found: Queue[float]) -> 
         if world > 1:
             dist.barrier()
         begin = time.perf_counter()
-        work(group)
+        work(None if way in APART else group)
         if world > 1:
             dist.barrier()
         seconds = time.perf_counter() - begin
@@ -150,7 +155,8 @@ def table(results: dict[str, Any]) -> str:
         first = next(iter(STEPS_OF if way in STEPS_OF else WAYS))
         alone, median = (statistics.median(rows[name]) for name in (first, way))
         spread = f"{min(rows[way]):.1f}-{max(rows[way]):.1f}"
-        lines.append(f"| {way} | {median:.1f} ({spread}) | {alone / median:.2f} |")
+        times = alone / median * (ALL_WAYS[way][0] if way in APART else 1)
+        lines.append(f"| {way} | {median:.1f} ({spread}) | {times:.2f} |")
     return "\n".join(lines) + "\n"
 
 

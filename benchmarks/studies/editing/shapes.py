@@ -103,7 +103,7 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(rows: dict[str, dict[str, Row]]) -> list[str]:
+def table(rows: dict[str, dict[str, Any]]) -> list[str]:
     """The lines of a table of forms, each beside `DEFAULT`."""
     lines = [
         "| | judge % | against it | dB | against it | Warp-Err | against it |",
@@ -117,8 +117,7 @@ def table(rows: dict[str, dict[str, Row]]) -> list[str]:
             ("warp", 1, ".2f"),
         ):
             here, before = (
-                [factor * (row[figure] or 0.0) for row in each.values()]
-                for each in (found, rows[DEFAULT])
+                [factor * row[figure] for row in each.values()] for each in (found, rows[DEFAULT])
             )
             apart = [one - other for one, other in zip(here, before, strict=True)]
             cells.append(f"{mean_interval(here):{digits}}")
