@@ -140,6 +140,7 @@ class Actions:
         negative: str,
         seed: float | None,
         options: str,
+        zoom: bool,
     ) -> Any:
         if not key:
             raise AskedError("no inversion is chosen; make one in step 2")
@@ -154,6 +155,7 @@ class Actions:
                 negative_prompt=" ".join(negative.split()),
                 seed=int(seed or 0),
                 options=tuple(_lines(options)),
+                zoom=zoom,
             )
         except KeyError as error:
             raise AskedError("this inversion is no longer there; choose another") from error

@@ -118,6 +118,7 @@ class Edits:
         seed: Seed of the methods' draws.
         options: METHOD.FIELD=VALUE texts.
         out: Folder of everything written.
+        zoom: Whether what is small is edited in a window that follows it.
     """
 
     source: Inversion | str
@@ -129,6 +130,7 @@ class Edits:
     seed: int
     options: Sequence[str]
     out: str
+    zoom: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -148,6 +150,8 @@ class Edits:
             )
         if self.guidance is not None and not 0 <= self.guidance <= 100:
             raise AskedError(f"guidance is {self.guidance}; it must be between 0 and 100")
+        if self.zoom and list(self.methods) != ["fusion"]:
+            raise AskedError(f"a window is for fusion alone, not for {', '.join(self.methods)}")
         _whole("seed", self.seed, 0, 2**31)
         for option in self.options:
             _check_text("option", option)
@@ -175,6 +179,7 @@ class Edits:
             *([f"--negative-prompt={self.negative_prompt}"] if self.negative_prompt else []),
             *([f"--seed={self.seed}"] if self.seed else []),
             *(f"--option={option}" for option in self.options),
+            *(["--zoom"] if self.zoom else []),
         ]
 
     @property

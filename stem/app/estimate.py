@@ -234,7 +234,7 @@ def estimate(
     a_frame = branches * unet.held_bytes(height, width) if waits else 0
     memory = fixed + a_frame * inversion.frames
     latents = 4 * unet.latent_channels * (height // unet.factor) * (width // unet.factor)
-    disk = (inversion.steps + 1) * latents * inversion.frames
+    disk = (inversion.steps + 1) * latents * inversion.frames * (1 + _windows(asked))
     advice = ""
     if memory > free:
         advice = _memory_advice(free, fixed, a_frame, width, height, inversion.frames)
@@ -270,12 +270,18 @@ def _seconds(
     back = f"reconstruct {inversion.method}"
     if isinstance(asked, Edits):
         parts = [f"edit {method}" for method in asked.methods for _ in asked.prompts] + [back]
+        parts += [f"invert {inversion.method}"] * _windows(asked)
     else:
         parts = [f"invert {inversion.method}"]
     if any(part not in rates for part in parts):
         return None
     operations = unet.operations(inversion.frames, shape[1], shape[0], inversion.method)
     return sum(rates[part] for part in parts) * operations * inversion.steps
+
+
+def _windows(asked: Inversion | Edits) -> int:
+    """The most inversions in windows that are made for edits."""
+    return len(asked.prompts) if isinstance(asked, Edits) and asked.zoom else 0
 
 
 def timed_rates(

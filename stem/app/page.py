@@ -103,6 +103,11 @@ class _Page:
                 label="Preset",
                 info="Of fusion and fatezero.",
             )
+            self.zoom = gr.Checkbox(
+                False,
+                label="In a window",
+                info="What is small is edited large; fusion alone. Prompts say what is seen there.",
+            )
             with gr.Accordion("More options", open=False):
                 self.guidance = gr.Number(
                     None, label="Guidance scale", info="Empty: each method's own."
@@ -156,7 +161,7 @@ class _Page:
         asked = [*video, self.size, self.model, self.method, self.prompt, self.steps, self.chunk]
         edit = [
             self.inversion, self.prompts, self.methods, self.preset, self.guidance, self.negative,
-            self.seed, self.options,
+            self.seed, self.options, self.zoom,
         ]  # fmt: skip
         shape = [self.first, self.last, self.strip, self.prompt, self.expected]
         tick = [

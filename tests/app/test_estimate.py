@@ -10,7 +10,7 @@ import pytest
 
 from stem import load_pipeline
 from stem.app import estimate as estimating
-from stem.app.commands import Edits, Inversion
+from stem.app.commands import AskedError, Edits, Inversion
 from stem.app.estimate import Estimate, estimate, shape_of, unet_of
 from stem.app.jobs import Job
 from stem.diffusion.memory import _probe
@@ -72,6 +72,16 @@ def test_time_is_that_of_earlier_steps_and_grows_with_frames(
     second = timed(tmp_path / "2", edits.record(), edit_pnp=5.0, reconstruct_stem=1.0)
     # Two edits and a reconstruction, each of four steps.
     assert expected(edits, inversion, first, second).seconds == pytest.approx(2 * 10 + 2)
+    # In a window each is inverted once more.
+    zoomed = dataclasses.replace(edits, methods=["fusion"], zoom=True)
+    assert zoomed.arguments()[-1] == "--zoom"
+    assert "--zoom" not in edits.arguments()
+    third = timed(tmp_path / "3", zoomed.record(), edit_fusion=5.0)
+    found = expected(zoomed, inversion, first, second, third)
+    assert found.seconds == pytest.approx(2 * 10 + 2 + 2 * 6)
+    assert found.disk == 3 * expected(inversion, inversion).disk
+    with pytest.raises(AskedError, match="a window is for fusion alone, not for pnp"):
+        dataclasses.replace(edits, zoom=True)
 
 
 def test_what_does_not_fit_is_said_with_what_does(
