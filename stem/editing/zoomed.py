@@ -96,7 +96,7 @@ def run_zoomed_edit(
         "seed": seed,
         "options": chosen,
     }
-    ranks.from_main(partial(_check, inversion, prompt, asked))
+    ranks.from_main(partial(_check, inversion, prompt, video, asked))
     check_same_pipeline(pipeline, inversion)
     about = inversion.settings["video"]
     seen = inversion.settings["prompt"] if source_prompt is None else source_prompt
@@ -171,13 +171,23 @@ def check_zoom(
         raise ValueError("a zoom has no control, whose pictures are of whole frames")
 
 
-def _check(inversion: InversionFolder, prompt: str, asked: dict[str, Any]) -> None:
+def _check(
+    inversion: InversionFolder, prompt: str, video: FramesInParts | None, asked: dict[str, Any]
+) -> None:
     check_edit(inversion, prompt, **asked)
     check_zoom([METHOD], {METHOD: asked["options"]})
     if inversion.settings.get("control"):
         raise ValueError(
             f"{inversion.path} was made with control, whose pictures have no window; edit without "
             "a zoom"
+        )
+    about = inversion.settings["video"]
+    expected = about["num_frames"], about["height"], about["width"]
+    if video is not None and (video.num_frames, video.height, video.width) != expected:
+        found = (video.num_frames, video.height, video.width)
+        raise ValueError(
+            f"video has (frames, height, width) {found}, and the inversion {expected}; pass the one "
+            "that was inverted"
         )
 
 

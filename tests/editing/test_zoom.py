@@ -210,6 +210,8 @@ def test_what_has_no_window_is_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="whose pictures have no window"):
         run_zoomed_edit(make_control_pipeline(), controlled, "a goose", tmp_path)
+    with pytest.raises(ValueError, match="pass the one that was inverted"):
+        run_zoomed_edit(make_pipeline(), folder, "a goose", tmp_path, video=clip(2))
     with pytest.raises(ValueError, match="pnp has none"):
         EditPlan(["a goose"], ["fusion", "pnp"], zoom=True)
     with pytest.raises(ValueError, match="zoom is False"):
