@@ -186,8 +186,8 @@ def _check(
     if video is not None and (video.num_frames, video.height, video.width) != expected:
         found = (video.num_frames, video.height, video.width)
         raise ValueError(
-            f"video has (frames, height, width) {found}, and the inversion {expected}; pass the one "
-            "that was inverted"
+            f"video has (frames, height, width) {found}, and the inversion {expected}; pass the "
+            "one that was inverted"
         )
 
 
