@@ -36,6 +36,10 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
+class UnwrittenError(OSError):
+    """A file that could not be written; the message names it and what to do."""
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to; at the end of the `with` block that file takes the place of `path`.
@@ -44,7 +48,8 @@ def replacing(path: Path) -> Iterator[Path]:
     file. After an exception nothing of it is left.
 
     Raises:
-        OSError: it cannot be written; the message names the file and what to do.
+        UnwrittenError: it cannot be written; that of another file, from inside the block, is left
+            as it is.
     """
     partial = partial_name(path)
     try:
@@ -53,12 +58,12 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} cannot be written: {_cause(error)}") from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        if not isinstance(error, OSError) or isinstance(error, UnwrittenError):
+            raise
+        message = f"{path} cannot be written: {_cause(error)}"
+        raise UnwrittenError(error.errno, message) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

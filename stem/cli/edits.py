@@ -79,6 +79,10 @@ def edit_command(
     is_folder = source.is_dir()
     if zoom_source is not None and not zoom:
         raise typer.BadParameter("it describes the window of --zoom", param_hint="--zoom-source")
+    if zoom and (run.control or edit_control or edit_control_scale):
+        raise typer.BadParameter(
+            "a window has no control, whose pictures are of whole frames", param_hint="--zoom"
+        )
     if set(methods) <= set(FLOW_EDIT_METHODS):
         options, of_attention = split_options(option, methods, None if is_folder else "stem")
         of_method = with_preset(options, methods, preset)[methods[0]]

@@ -29,9 +29,15 @@ class Motion:
 
     @classmethod
     def of(cls, weights: torch.Tensor) -> Motion:
-        """The motion of what has weight, float32 [N, h, w] >= 0, quadratic over the frames."""
+        """The motion of what has weight, float32 [N, h, w] >= 0, quadratic over the frames.
+
+        Frames in which nothing has weight say nothing of it.
+        """
+        known = weights.flatten(1).sum(1) > 0
+        known = known | ~known.any()
         centres, area = _centres(weights + _TINY)
-        return cls(_quadratic(centres), _quadratic(area.sqrt().unsqueeze(1)).squeeze(1))
+        radii = _quadratic(area.sqrt().unsqueeze(1), known).squeeze(1)
+        return cls(_quadratic(centres, known), radii)
 
     def __getitem__(self, frames: slice) -> Motion:
         """The motion in some of the frames."""
@@ -123,12 +129,12 @@ def _centres(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return centre / total.unsqueeze(1), total
 
 
-def _quadratic(values: torch.Tensor) -> torch.Tensor:
-    """The quadratic over the frames nearest to values [N, m]."""
-    count = values.shape[0]
-    time = torch.linspace(-1, 1, count, dtype=torch.float64)
-    powers = torch.stack([time**power for power in range(min(3, count))], 1)
+def _quadratic(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """The quadratic over the frames nearest to the values [N, m] of those that are known."""
+    known = known.cpu()
+    time = torch.linspace(-1, 1, len(values), dtype=torch.float64)
+    powers = torch.stack([time**power for power in range(min(3, int(known.sum())))], 1)
     # A CPU's default driver, gelsy, reads memory that nothing has written: other bits each time.
-    found = torch.linalg.lstsq(powers, values.cpu().double(), driver="gels")
+    found = torch.linalg.lstsq(powers[known], values.cpu().double()[known], driver="gels")
     fitted = powers @ found.solution
     return fitted.to(values.device, values.dtype)

@@ -68,7 +68,9 @@ class FusionOptions(Options):
         mask_threshold: Threshold of the difference, which is scaled so that its 99 % quantile is 1.
         dilation: Number of latent cells that the mask is dilated by.
         narrowing: Whether the mask narrows when guidance ends, to what it was before it was dilated
-            and to where the prompts differ on what has been edited so far.
+            and to where the prompts differ on what has been edited so far, beyond
+            `mask_threshold` of the 99 % quantile over all cells; a mask of less than 1 % of them
+            stays.
         paste: Whether frames take the source's pixels outside the mask, which the VAE's decoder
             would tint.
         consensus: Whether the predicted pictures are averaged along the object's motion, inside the

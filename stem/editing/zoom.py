@@ -18,6 +18,7 @@ FILL = 0.75
 LEAST, MOST = 0.25, 0.65
 """Shares of a frame's side that a window has: below the first a few pixels are blown up to a frame;
 above the second the thing is large already, and a window makes edits of shapes worse."""
+_EDGE = 1e-6
 _OF_CELLS = 0.98  # of a thing's cells lie in its window; a stray one need not
 
 
@@ -42,19 +43,19 @@ class Zoom:
             scenes: Frames of each scene.
 
         Returns:
-            None where a window would have more than `MOST` of a frame.
+            Windows, which are whole frames in scenes where they would have more than `MOST` of
+            them; None where all would.
         """
         centres, shares = [], []
         for scene in scenes:
             here = cores[scene.start : scene.stop].cpu()
             path = Motion.of(here.float()).centres
-            share = _reach(here, path) / FILL
-            if share > MOST:
-                return None
-            share = max(share, LEAST)
+            share = max(_reach(here, path) / FILL, LEAST)
+            share = 1.0 if share > MOST else share
             centres.append(path.clamp(share - 1, 1 - share))
             shares.append(torch.full((len(scene),), share))
-        return cls(torch.cat(centres), torch.cat(shares))
+        found = cls(torch.cat(centres), torch.cat(shares))
+        return found if bool((found.shares < 1).any()) else None
 
     def __getitem__(self, frames: slice | Sequence[int]) -> Zoom:
         """The windows of some frames."""
@@ -80,7 +81,8 @@ class Zoom:
     def pasted(
         self, shown: torch.Tensor, source: torch.Tensor, masks: torch.Tensor
     ) -> torch.Tensor:
-        """The source's frames, with what windows show inside masks; one fades into the other.
+        """The source's frames, with what windows show inside masks; one fades into the other, at
+        the edges of a window, too.
 
         Args:
             shown: What the windows show, uint8 [N, H, W, 3].
@@ -90,37 +92,57 @@ class Zoom:
         Returns:
             uint8 [N, H, W, 3].
         """
-        size = shown.shape[1:3]
-        share = interpolate(dilated(masks, 1).float().unsqueeze(1), size, mode="bilinear")
-        pictures = torch.cat([shown.permute(0, 3, 1, 2).float(), share.cpu()], 1)
-        mixed = []
-        for index, (picture, under) in enumerate(zip(pictures, source, strict=True)):
-            finer = math.ceil(1 / float(self.shares[index]))
-            found = avg_pool2d(self[index : index + 1]._placed(picture[None], size, finer), finer)
+        height, width = shown.shape[1:3]
+        weights = dilated(masks, 1).float().cpu() * self._fades(*masks.shape[1:])
+        weights = interpolate(weights.unsqueeze(1), (height, width), mode="bilinear")
+        pictures = torch.cat([shown.permute(0, 3, 1, 2).float(), weights], 1)
+        mixed = source.float()
+        for index, picture in enumerate(pictures):
+            window = self[index : index + 1]
+            finer = math.ceil(1 / float(window.shares))
+            rows, columns = (window._pixels(side, axis) for axis, side in ((1, height), (0, width)))
+            grid = _grid((height, width), finer, rows, columns)
+            found = avg_pool2d(window._placed(picture.unsqueeze(0), grid), finer)
             colours, weight = (part.permute(1, 2, 0) for part in found[0].split((3, 1)))
+            under = mixed[index, rows.start : rows.stop, columns.start : columns.stop]
             # Colours are averaged with the part of a pixel that the window covers.
-            mixed.append(under * (1 - weight) + colours)
-        return torch.stack(mixed).round().clamp(0, 255).to(torch.uint8)
+            under.mul_(1 - weight).add_(colours)
+        return mixed.round().clamp(0, 255).to(torch.uint8)
 
     def masks_of_frames(self, masks: torch.Tensor) -> torch.Tensor:
         """The cells of the frames that masks [N, h, w] of the windows touch, bool [N, h, w]."""
         finer = math.ceil(1 / LEAST)
-        placed = self._placed(masks.float().cpu().unsqueeze(1), masks.shape[1:], finer, "nearest")
-        return max_pool2d(placed, finer).squeeze(1) > 0
+        grid = _grid(masks.shape[1:], finer)
+        found = []
+        for index, mask in enumerate(masks):
+            values = mask.float().cpu()[None, None]
+            placed = self[index : index + 1]._placed(values, grid, "nearest")
+            found.append(max_pool2d(placed, finer)[0, 0] > 0)
+        return torch.stack(found)
+
+    def _pixels(self, side: int, axis: int) -> range:
+        """The pixels, along an axis of so many, that the first frame's window touches."""
+        centre, share = float(self.centres[0, axis]), float(self.shares[0])
+        first, end = ((centre + sign * share + 1) / 2 * side for sign in (-1, 1))
+        return range(max(0, math.floor(first)), min(side, math.ceil(end)))
+
+    def _fades(self, height: int, width: int) -> torch.Tensor:
+        """Weights [N, h, w] of the windows' cells: 0 beside the rest of the frame, else 1."""
+        fades = torch.ones(len(self.shares), height, width)
+        begins = self.centres - self.shares[:, None] > _EDGE - 1
+        ends = self.centres + self.shares[:, None] < 1 - _EDGE
+        fades[begins[:, 0], :, 0] = fades[ends[:, 0], :, -1] = 0
+        fades[begins[:, 1], 0] = fades[ends[:, 1], -1] = 0
+        return fades
 
     def _placed(
-        self,
-        values: torch.Tensor,
-        size: Sequence[int],
-        finer: int,
-        mode: str = "bilinear",
+        self, values: torch.Tensor, grid: torch.Tensor, mode: str = "bilinear"
     ) -> torch.Tensor:
-        """Windows' values [N, c, h, w] in frames of a size, `finer` times as fine; 0 around them.
+        """Windows' values [N, c, h, w] at places of the frames; 0 around the windows.
 
         The last channel weighs the others.
         """
-        grid = _grid([finer * side for side in size]) - self.centres[:, None, None]
-        grid = grid / self.shares[:, None, None, None]
+        grid = (grid - self.centres[:, None, None]) / self.shares[:, None, None, None]
         inside = (grid.abs().amax(-1) < 1).unsqueeze(1)
         found = grid_sample(values, grid, mode=mode, padding_mode="border", align_corners=False)
         weight = found[:, -1:] * inside
@@ -168,8 +190,25 @@ def _reach(cores: torch.Tensor, centres: torch.Tensor) -> float:
     return float(reach[math.ceil(_OF_CELLS * len(reach)) - 1])
 
 
-def _grid(size: Sequence[int]) -> torch.Tensor:
-    """The centres (x, y) of pixels in the coordinates of `grid_sample`, float32 [1, H, W, 2]."""
-    height, width = ((2 * torch.arange(side) + 1) / side - 1 for side in size)
-    y, x = torch.meshgrid(height, width, indexing="ij")
+def _grid(
+    size: Sequence[int], finer: int = 1, rows: range | None = None, columns: range | None = None
+) -> torch.Tensor:
+    """The centres (x, y) of parts of pixels in the coordinates of `grid_sample`.
+
+    Args:
+        size: Height and width in pixels.
+        finer: Number of parts of a pixel, along a side.
+        rows: Rows of pixels; None: all.
+        columns: Columns likewise.
+
+    Returns:
+        float32 [1, finer * rows, finer * columns, 2].
+    """
+
+    def places(side: int, chosen: range | None) -> torch.Tensor:
+        chosen = range(side) if chosen is None else chosen
+        parts = torch.arange(finer * chosen.start, finer * chosen.stop)
+        return (2 * parts + 1) / (finer * side) - 1
+
+    y, x = torch.meshgrid(places(size[0], rows), places(size[1], columns), indexing="ij")
     return torch.stack([x, y], -1).unsqueeze(0)

@@ -58,7 +58,8 @@ def run_zoomed_edit(
     its own, with the inversion's settings, and edited; the frames of the edit take from the window
     what lies inside the mask there.
 
-    Where a window would have more than 0.65 of a frame's side, this is `run_edit`.
+    Scenes in which a window would have more than 0.65 of a frame's side are edited as they are;
+    where all are so, this is `run_edit`.
 
     Args:
         pipeline: Pipeline that the inversion was made with.
@@ -66,7 +67,8 @@ def run_zoomed_edit(
         prompt: Prompt that describes the edited video as the window shows it: what is small there
             is large.
         root: Folder below which the window's inversion gets one of its own, or is taken up.
-        video: Video that was inverted; None: what the VAE makes of the inversion's latents.
+        video: Video that was inverted; None: what the VAE makes of the inversion's latents, of
+            which a window shows little more than of whole frames.
         source_prompt: Prompt that describes the source as the window shows it; None: the
             inversion's.
         negative_prompt: Negative prompt.
@@ -76,7 +78,7 @@ def run_zoomed_edit(
         group: Process group whose ranks share the frames; all ranks make this call.
         resume: Whether to keep the latents reached so far, and to go on from them.
         progress: Whether to show progress.
-        on_step: Function called after each step of the edit.
+        on_step: Function called after each step of the window's inversion and of the edit.
         preview: Who wants to see the edit while it runs, in the window.
 
     Returns:
@@ -99,8 +101,8 @@ def run_zoomed_edit(
     ranks.from_main(partial(_check, inversion, prompt, video, asked))
     check_same_pipeline(pipeline, inversion)
     about = inversion.settings["video"]
-    seen = inversion.settings["prompt"] if source_prompt is None else source_prompt
-    cores = _cores(pipeline, inversion, seen, prompt, chosen, ranks)
+    described = inversion.settings["prompt"] if source_prompt is None else source_prompt
+    cores = _cores(pipeline, inversion, described, prompt, chosen, ranks)
     zoom = Zoom.of(cores, inversion_scenes(inversion))
     run: dict[str, Any] = {
         "group": group,
@@ -110,7 +112,10 @@ def run_zoomed_edit(
         "preview": preview,
     }
     if zoom is None:
-        logger.info("a window would have more than %s of a frame's side: no zoom", MOST)
+        if cores.any():
+            logger.info("a window would have more than %s of a frame's side: no zoom", MOST)
+        else:
+            logger.info("the prompts differ nowhere in the video: no zoom")
         return run_edit(pipeline, inversion, prompt, **asked, **run)
     logger.info("zoom: windows of %.0f %% of a frame's side", 100 * float(zoom.shares.mean()))
 
@@ -123,7 +128,9 @@ def run_zoomed_edit(
         frames, zoom, about["num_frames"], about["height"], about["width"], Fraction(about["fps"])
     )
     how = arguments_of(inversion)
-    window = invert(pipeline, shown, seen, root, **how, group=group, progress=progress)
+    window = invert(
+        pipeline, shown, described, root, **how, group=group, progress=progress, on_step=on_step
+    )
     found = run_edit(pipeline, window, prompt, **asked, **run)
     assert found.masks is not None
     assert found.cores is not None
@@ -136,7 +143,7 @@ def run_zoomed_edit(
             "inversion": inversion.path.name,
             "zoom": {
                 "inversion": window.path.name,
-                "source_prompt": seen,
+                "source_prompt": described,
                 "shares": [round(float(share), 4) for share in zoom.shares],
             },
         },
@@ -167,6 +174,8 @@ def check_zoom(
             f"a zoom follows the mask of {METHOD}, which these options turn off: {chosen}; take "
             "another preset, or mask=True"
         )
+    if not getattr(chosen, "paste", False):
+        raise ValueError("a zoom is pasted into the source's frames, and paste is False; leave it")
     if control:
         raise ValueError("a zoom has no control, whose pictures are of whole frames")
 

@@ -115,6 +115,8 @@ class EditPlan:
         for prompt in self.prompts:
             for method in self.methods:
                 check_edit(inversion, prompt, **self.arguments(method))
+        if self.zoom:
+            check_zoom(self.methods, self.options, inversion.settings.get("control"))
         video = inversion.settings["video"]
         size = (video["num_frames"], video["height"], video["width"])
         for each in self.control or ():
@@ -127,6 +129,8 @@ class EditPlan:
         prompt: str,
         method: str,
         exact: torch.Tensor | None = None,
+        *,
+        has_video: bool = False,
     ) -> str:
         """Everything that shapes an edit's files; of the inversion its name, which holds the rest.
 
@@ -135,6 +139,7 @@ class EditPlan:
             prompt: Prompt of the edit.
             method: Name of its method.
             exact: Exact answer that is shown beside it, uint8 [N, H, W, 3], or None.
+            has_video: Whether the video is at hand, which a window is cut from.
         """
         answer = None
         if exact is not None:
@@ -144,7 +149,7 @@ class EditPlan:
             "prompt": prompt,
             **self.arguments(method),
             **({} if self.control is None else {"control": [c.record() for c in self.control]}),
-            **({"zoom": self.zoom_source or ""} if self.zoom else {}),
+            **({"zoom": [self.zoom_source, has_video]} if self.zoom else {}),
             "options": asdict(edit_options(method, self.options.get(method))),
             "exact": answer,
             "versions": {

@@ -29,7 +29,7 @@ from ..editing import Edit, edited_parts, run_edit, run_zoomed_edit
 from ..editing.pasting import edited_frames
 from ..editing.run import Preview
 from ..inversion import InversionFolder, reconstruct_latents
-from ..names import INVERSIONS
+from ..names import WINDOWS
 from ..report.edit_files import EditFiles, EditsFiles, mask_pictures
 from ..report.files import psnr_by_frame
 from ..report.pictures import shown_frames
@@ -114,7 +114,7 @@ def write_edits(
     """
     out, ranks = Path(out), Ranks(group)
     results, together, complete = ranks.from_main(
-        partial(_planned, pipeline, inversion, plan, out, exact)
+        partial(_planned, pipeline, inversion, plan, out, exact, has_video=video is not None)
     )
     beside = _Beside(pipeline, inversion, video, exact, group, progress)
     suffix = ", random weights" if note else ""
@@ -160,7 +160,7 @@ def write_edits(
                 pipeline,
                 inversion,
                 result.prompt,
-                out / INVERSIONS,
+                out / WINDOWS,
                 video=video,
                 source_prompt=plan.zoom_source,
                 **settings,
@@ -188,12 +188,14 @@ def _planned(
     plan: EditPlan,
     out: Path,
     exact: torch.Tensor | None,
+    *,
+    has_video: bool,
 ) -> tuple[list[EditResult], EditsFiles | None, bool]:
     """Every edit, the files of all together, and whether these are whole or not wanted."""
     plan.check(inversion, out)
     plan.check_pipeline(pipeline)
     shaped = {
-        (prompt, method): plan.shaped_by(inversion, prompt, method, exact)
+        (prompt, method): plan.shaped_by(inversion, prompt, method, exact, has_video=has_video)
         for prompt in plan.prompts
         for method in plan.methods
     }

@@ -36,6 +36,7 @@ def loads(inversion: str, loads: list[str]) -> list[str]:
         ),
         (["--prompt", "a", "--zoom", "--method", "pnp"], "the mask of fusion; pnp has none"),
         (["--prompt", "a", "--zoom", "--preset", "style"], "which these options turn off"),
+        (["--prompt", "a", "--zoom", "--edit-control", "b"], "a window has no control"),
         (["--prompt", "a", "--zoom-source", "b"], "it describes the window of --zoom"),
         (["--prompt", "a", "--device", "abacus"], "device is 'abacus'; write cpu, cuda"),
         (["--prompt", "a", "--out", "FILE/below"], "is a file, not a folder"),

@@ -82,6 +82,45 @@ def test_a_stray_cell_does_not_widen_the_window() -> None:
     assert abs(float(after.shares[0] - before.shares[0])) < 0.15
 
 
+def test_a_frame_in_which_nothing_is_seen_does_not_move_the_window() -> None:
+    cores = torch.zeros(8, HEIGHT, WIDTH, dtype=torch.bool)
+    cores[:, 4:7, 1:4] = True
+    whole = Zoom.of(cores, [range(8)])
+    cores[3:6] = False
+    hidden = Zoom.of(cores, [range(8)])
+    assert whole is not None
+    assert hidden is not None
+    torch.testing.assert_close(hidden.centres, whole.centres)
+    torch.testing.assert_close(hidden.shares, whole.shares)
+
+
+@pytest.mark.parametrize("other", [squares(8), torch.zeros_like(squares())])
+def test_a_scene_without_a_window_shows_whole_frames(other: torch.Tensor) -> None:
+    zoom = Zoom.of(torch.cat([squares(), other]), [range(FRAMES), range(FRAMES, 2 * FRAMES)])
+    assert zoom is not None
+    assert float(zoom.shares[0]) < MOST
+    assert (zoom.shares[FRAMES:] == 1).all()
+    whole, source = zoom[FRAMES : 2 * FRAMES], smooth()
+    assert torch.equal(whole.seen(source), source)
+    everywhere = torch.ones(FRAMES, HEIGHT, WIDTH, dtype=torch.bool)
+    assert torch.equal(whole.masks_of_frames(everywhere), everywhere)
+    black = torch.zeros_like(source)
+    assert torch.equal(whole.pasted(black, source, everywhere), black)
+
+
+def test_no_edge_of_a_window_shows() -> None:
+    """A window's sides fade, but for those on the frame's own edge."""
+    zoom = Zoom(torch.tensor([[-0.5, 0.0]]), torch.tensor([0.5]))
+    white = torch.full((1, 96, 128, 3), 255, dtype=torch.uint8)
+    everywhere = torch.ones(1, HEIGHT, WIDTH, dtype=torch.bool)
+    found = zoom.pasted(torch.zeros_like(white), white, everywhere)[0, ..., 0].int()
+    assert (found[48, :56] == 0).all()
+    assert (found[:, 64:] == 255).all()
+    for line in (found[48, 48:], found[24:48, 32].flip(0)):
+        assert line.diff().max() <= 80
+        assert line.max() > 200
+
+
 def test_what_is_seen_comes_back_to_where_it_was() -> None:
     source, zoom = smooth(), Zoom.of(squares(), [range(FRAMES)])
     assert zoom is not None
@@ -164,12 +203,23 @@ def test_files_of_an_edit_in_a_window(tmp_path: Path, small: torch.Tensor) -> No
     settings: dict[str, Any] = {"video": clip(), "progress": False}
     (result,) = write_edits(pipeline, folder, plan, tmp_path, **settings).results
     about = json.loads(result.files.json.read_text())
-    found = InversionFolder.open(tmp_path / "inversions" / about["settings"]["zoom"]["inversion"])
+    found = InversionFolder.open(tmp_path / "windows" / about["settings"]["zoom"]["inversion"])
     assert found.settings["prompt"] == "a large duck"
     assert InversionFolder.open(about["inversion"]).path == folder.path
     (again,) = write_edits(pipeline, folder, plan, tmp_path, **settings).results
     assert again.reused
     assert again.files == result.files
+    steps = len(folder.timesteps)
+    assert about["durations"]["steps_done_in_them"] == 2 * steps
+    # Without the video the window is another, and so is one that a text describes.
+    empty = EditPlan(["a goose"], options={"fusion": options}, zoom=True, zoom_source="")
+    described = EditPlan(["a goose"], options={"fusion": options}, zoom=True)
+    names = [
+        asked.shaped_by(folder, "a goose", "fusion", has_video=has_video)
+        for asked in (plan, empty, described)
+        for has_video in (True, False)
+    ]
+    assert len(set(names)) == len(names)
     plain = EditPlan(["a goose"], options={"fusion": options})
     (other,) = write_edits(pipeline, folder, plain, tmp_path, **settings).results
     assert other.files != result.files
@@ -212,6 +262,10 @@ def test_what_has_no_window_is_refused(tmp_path: Path) -> None:
         run_zoomed_edit(make_control_pipeline(), controlled, "a goose", tmp_path)
     with pytest.raises(ValueError, match="pass the one that was inverted"):
         run_zoomed_edit(make_pipeline(), folder, "a goose", tmp_path, video=clip(2))
+    with pytest.raises(ValueError, match="paste is False"):
+        run_zoomed_edit(make_pipeline(), folder, "a goose", tmp_path, options={"paste": False})
+    with pytest.raises(ValueError, match="a zoom has no control"):
+        EditPlan(["a goose"], zoom=True).check(controlled, tmp_path)
     with pytest.raises(ValueError, match="pnp has none"):
         EditPlan(["a goose"], ["fusion", "pnp"], zoom=True)
     with pytest.raises(ValueError, match="zoom is False"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from stem.report.pages import panes
 from stem.report.pages.contents import read_report
 from stem.report.pages.page import page
 from stem.report.rows import Measured, Row
+from stem.storage import replacing
 from stem.video import Video
 
 FRAMES, WIDTH, HEIGHT = 6, 24, 16
@@ -284,3 +287,20 @@ def test_a_folder_of_something_else_is_refused(
     assert "is none of compare.json" in said(folder / "compare.mp4")
     assert "is a folder; name a file in it" in said(folder, "--out", tmp_path)
     assert "is a file, not a folder" in said(folder, "--out", folder / "compare.json" / "a.html")
+
+
+def test_an_error_names_the_one_file_that_was_not_written(tmp_path: Path) -> None:
+    """beside.mp4 is written while edit.mp4 is; where it fails, it alone is said to."""
+    folder = tmp_path / "edit"
+    files = EditFiles(folder)
+
+    def full() -> Iterator[torch.Tensor]:
+        with replacing(files.beside):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        yield grays()[0]
+
+    with pytest.raises(OSError, match=r"beside\.mp4 cannot be written") as error:
+        files.write("fusion", {"fusion": full()}, Fraction(6), {}, [], {})
+    assert "edit.mp4" not in str(error.value)
+    assert str(error.value).count("free some space") == 1
+    assert list(folder.iterdir()) == []

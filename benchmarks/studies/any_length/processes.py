@@ -145,7 +145,8 @@ def table(results: dict[str, Any]) -> str:
         f"{STEPS} steps, the embedded model: seconds of the edit, without loading; median of "
         f"{ROUNDS} in turns (least to most). Then a step of {FRAMES} frames of "
         f"{STEP_PIXELS}x{STEP_PIXELS} pixels through a UNet of Stable Diffusion 1.5's shape, "
-        f"random weights, in chunks of {CHUNK}, {STEP_ROUNDS} in turns. One thread a process. "
+        f"random weights, in chunks of {CHUNK}, {STEP_ROUNDS} in turns. One thread a process. Two "
+        "that each do their own work do twice one's work: as much as the machine allows. "
         f"{where['cpu']}, torch {where['versions']['torch']}, commit `{where['commit']}`.",
         "",
         "| | seconds | times one process |",

@@ -71,6 +71,8 @@ def main(
     results = records.taken_up(out, results, ["rows"])
     for seed in small_scenes(scenes, frames):
         left = [form for form in FORMS if str(seed) not in results["rows"][form]]
+        if not left:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             for form, row in measure(seed, frames, Path(folder), left).items():
                 results["rows"][form][str(seed)] = row
