@@ -14,8 +14,9 @@ OFFLOADS = ("model", "sequential", "group")
 PARKING = ("auto", "cpu", "disk", "never")
 """Places of what the chunks of a video hold while they wait for each other."""
 INVERSIONS = "inversions"
-WINDOWS = "windows"
 """Folder of inversions, beside what is made of them."""
+WINDOWS = "windows"
+"""Folder of inversions of windows, likewise."""
 INVERSION_METHODS = ("ddim", "st-ddim", "inflated", "stem")
 FLOW_METHODS = ("midpoint", "euler")
 """Inversions through a video transformer, by their solver."""

@@ -18,7 +18,7 @@ from ..diffusion.pipeline import decoded_in_turns, encode_prompt, execution_devi
 from ..distributed import Ranks
 from ..inversion import InversionFolder, invert
 from ..inversion.methods import arguments_of, attention_on, inversion_scenes
-from ..inversion.records import FramesInParts
+from ..inversion.records import FramesInParts, check_same_size
 from ..inversion.runs import check_same_pipeline
 from .checks import check_edit, edit_options
 from .difference_mask import difference_map
@@ -163,7 +163,7 @@ def check_zoom(
     Args:
         methods: Names of their methods.
         options: Options by method.
-        control: What the pipeline's ControlNets are to be shown, or None.
+        control: What the pipeline's ControlNets were or are to be shown, or None.
     """
     others = [method for method in methods if method != METHOD]
     if others:
@@ -177,27 +177,18 @@ def check_zoom(
     if not getattr(chosen, "paste", False):
         raise ValueError("a zoom is pasted into the source's frames, and paste is False; leave it")
     if control:
-        raise ValueError("a zoom has no control, whose pictures are of whole frames")
+        raise ValueError(
+            "a zoom has no control, whose pictures have no window; edit without a zoom"
+        )
 
 
 def _check(
     inversion: InversionFolder, prompt: str, video: FramesInParts | None, asked: dict[str, Any]
 ) -> None:
     check_edit(inversion, prompt, **asked)
-    check_zoom([METHOD], {METHOD: asked["options"]})
-    if inversion.settings.get("control"):
-        raise ValueError(
-            f"{inversion.path} was made with control, whose pictures have no window; edit without "
-            "a zoom"
-        )
-    about = inversion.settings["video"]
-    expected = about["num_frames"], about["height"], about["width"]
-    if video is not None and (video.num_frames, video.height, video.width) != expected:
-        found = (video.num_frames, video.height, video.width)
-        raise ValueError(
-            f"video has (frames, height, width) {found}, and the inversion {expected}; pass the "
-            "one that was inverted"
-        )
+    check_zoom([METHOD], {METHOD: asked["options"]}, inversion.settings.get("control"))
+    if video is not None:
+        check_same_size(video, inversion.settings["video"])
 
 
 def _cores(

@@ -41,6 +41,26 @@ def check_video(video: Any, prompt: Any) -> None:
         )
 
 
+def check_same_size(
+    video: FramesInParts, about: dict[str, Any], name: str = "inversion", made: str = "inverted"
+) -> None:
+    """Raise ValueError where a video has not the frames and the size of the one that was taken.
+
+    Args:
+        video: Video.
+        about: What `video_record` told of that one.
+        name: Word for what was made of that one.
+        made: Word for what was done to it.
+    """
+    found = video.num_frames, video.height, video.width
+    expected = about["num_frames"], about["height"], about["width"]
+    if found != expected:
+        raise ValueError(
+            f"video has (frames, height, width) {found}, and the {name} {expected}; pass the one "
+            f"that was {made}"
+        )
+
+
 def video_record(video: FramesInParts) -> dict[str, Any]:
     """What is written down of a video: a hash of its frames, its size and its rate."""
     return {

@@ -29,6 +29,7 @@ from ..editing import Edit, edited_parts, run_edit, run_zoomed_edit
 from ..editing.pasting import edited_frames
 from ..editing.run import Preview
 from ..inversion import InversionFolder, reconstruct_latents
+from ..inversion.records import check_same_size
 from ..names import WINDOWS
 from ..report.edit_files import EditFiles, EditsFiles, mask_pictures
 from ..report.files import psnr_by_frame
@@ -241,12 +242,8 @@ class _Beside:
         self._pipeline, self._inversion, self._progress = pipeline, inversion, progress
         self._video, self._exact, self._group = video, exact, group
         shape = (about["num_frames"], *self._size)
-        if video is not None and (video.num_frames, video.height, video.width) != shape:
-            found = (video.num_frames, video.height, video.width)
-            raise ValueError(
-                f"video has (frames, height, width) {found}, and the inversion {shape}; pass the "
-                "one that was inverted"
-            )
+        if video is not None:
+            check_same_size(video, about)
         if exact is not None and (exact.dtype != torch.uint8 or exact.shape != (*shape, 3)):
             raise ValueError(
                 f"exact is {exact.dtype} {list(exact.shape)}; it must be uint8 {[*shape, 3]}"

@@ -18,7 +18,7 @@ from ..editing.checks import check_numbers
 from ..editing.flowedit import METHOD, check_flow_edit, flow_edit_options
 from ..flow import VelocityModel
 from ..inversion import InversionFolder, reconstruct_video
-from ..inversion.records import versions
+from ..inversion.records import check_same_size, versions
 from ..names import FLOW_SOURCE
 from ..report.pictures import shown_frames
 from ..storage import check_output, remove_stale
@@ -196,13 +196,8 @@ class _Beside:
         self.fps = Fraction(about["fps"])
         self.numbers = shown_frames(about["num_frames"])
         self._model, self._source, self._video, self._progress = model, source, video, progress
-        shape = about["num_frames"], about["height"], about["width"]
-        if video is not None and (video.num_frames, video.height, video.width) != shape:
-            found = (video.num_frames, video.height, video.width)
-            raise ValueError(
-                f"video has (frames, height, width) {found}, and the source {shape}; pass the one "
-                "that was encoded"
-            )
+        if video is not None:
+            check_same_size(video, about, "source", "encoded")
 
     @functools.cached_property
     def videos(self) -> dict[str, torch.Tensor]:

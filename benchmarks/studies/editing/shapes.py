@@ -7,6 +7,7 @@ time. Writes benchmarks/results/editing-shapes.json and .md.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,20 @@ def measure(seed: int, frames: int, root: Path, forms: list[str]) -> dict[str, R
     return rows
 
 
+def measure_all(results: dict[str, Any], seeds: Iterable[int], out: Path) -> None:
+    """Put the rows that `results` lacks into it, and write it to `out` after every scene."""
+    rows = results["rows"]
+    for seed in seeds:
+        left = [form for form in rows if str(seed) not in rows[form]]
+        if not left:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            for form, row in measure(seed, results["frames"], Path(folder), left).items():
+                rows[form][str(seed)] = row
+        records.write(results, out)
+        print(f"{seed}: {len(left)} edits", flush=True)
+
+
 def _as_seen(caption: str) -> str:
     """A caption of what a window shows: what is small in the video is large there."""
     return caption.replace("small", "large")
@@ -142,15 +157,7 @@ def main(
         "rows": {form: {} for form in FORMS},
     }
     results = records.taken_up(out, results, ["rows"])
-    for seed in range(FIRST_SEED, FIRST_SEED + scenes):
-        left = [form for form in FORMS if str(seed) not in results["rows"][form]]
-        if not left:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            for form, row in measure(seed, frames, Path(folder), left).items():
-                results["rows"][form][str(seed)] = row
-        records.write(results, out)
-        print(f"{seed}: {len(left)} edits", flush=True)
+    measure_all(results, range(FIRST_SEED, FIRST_SEED + scenes), out)
     out.with_suffix(".md").write_text(report(results))
     print(report(results))
 

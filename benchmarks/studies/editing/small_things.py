@@ -6,7 +6,6 @@ that no other study has. Writes benchmarks/results/editing-small-things.json and
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ from stem_kernels.info import provenance
 from ... import records
 from ..quality import measure as quality_measure
 from .measure import STEPS
-from .shapes import DEFAULT, IN_A_WINDOW, NOT_NARROWED, measure, table
+from .shapes import DEFAULT, IN_A_WINDOW, NOT_NARROWED, measure_all, table
 
 OUT = records.RESULTS / "editing-small-things.json"
 FIRST_SEED = 43_000_000
@@ -69,15 +68,7 @@ def main(
         "rows": {form: {} for form in FORMS},
     }
     results = records.taken_up(out, results, ["rows"])
-    for seed in small_scenes(scenes, frames):
-        left = [form for form in FORMS if str(seed) not in results["rows"][form]]
-        if not left:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            for form, row in measure(seed, frames, Path(folder), left).items():
-                results["rows"][form][str(seed)] = row
-        records.write(results, out)
-        print(f"{seed}: {len(left)} edits", flush=True)
+    measure_all(results, small_scenes(scenes, frames), out)
     out.with_suffix(".md").write_text(report(results))
     print(report(results))
 
