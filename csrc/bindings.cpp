@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(stem_kernels_ext, library) {
       "blended_attention(Tensor query_target, Tensor key_target, Tensor query_source, "
       "Tensor key_source, Tensor value, Tensor mask, Tensor? bias, float scale) -> Tensor");
   library.def(
+      "projected_attention(Tensor tokens, Tensor query_weight, Tensor? query_bias, Tensor key, "
+      "Tensor value, Tensor output_weight, Tensor? output_bias, Tensor? bias, Tensor? correction, "
+      "Tensor? query_mean, float scale) -> Tensor");
+  library.def(
       "partial_attention(Tensor query, Tensor key, Tensor value, float scale) -> (Tensor, Tensor)");
   library.def(
       "window_attention(Tensor query, Tensor key, Tensor value, int frames, int rows, int columns, "

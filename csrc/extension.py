@@ -122,7 +122,9 @@ def cpu_part(target: Path, scratch: Path) -> Part:
     torch, cxx = tools()
     includes = ["-I", CSRC / "include", "-isystem", Path(torch.folder, "include")]
     jobs: dict[str, tuple[str, list[str]]] = {"bindings": ("bindings.cpp", [])}
-    sources = ("dispatch", "tensors", "em", "attention", "partial", "window", "nearest")
+    sources = (
+        "dispatch", "tensors", "em", "attention", "projected", "partial", "window", "nearest",
+    )  # fmt: skip
     jobs |= {name: (f"cpu/{name}.cpp", []) for name in sources}
     for name, (lanes, flags) in INSTRUCTIONS.items():
         jobs[name] = ("cpu/kernels.cpp", [f"-DSTEM_ISA={name}", f"-DSTEM_LANES={lanes}", *flags])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import linear
 
 from .ops.calibration import MOMENTS_SHARE
 from .ops.em_statistics import EMStatistics
@@ -20,6 +21,7 @@ __all__ = [
     "eager_em_statistics",
     "eager_moments",
     "eager_nearest_token",
+    "eager_projected_attention",
     "eager_soft_em",
     "max_error",
     "parity_bound",
@@ -98,6 +100,29 @@ def eager_blended_attention(
     target = eager_basis_attention(query_target, key_target, value, scale=scale, bias=bias)
     source = eager_basis_attention(query_source, key_source, value, scale=scale, bias=bias)
     return share * target + (1 - share) * source
+
+
+def eager_projected_attention(
+    tokens: torch.Tensor,
+    query_weight: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output_weight: torch.Tensor,
+    *,
+    query_bias: torch.Tensor | None = None,
+    output_bias: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    correction: torch.Tensor | None = None,
+    query_mean: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`projected_attention` as one writes it first: its steps, everything in one dtype."""
+    query = linear(tokens, query_weight, query_bias).unflatten(-1, (key.shape[1], -1))
+    query = query.transpose(1, 2)
+    out = eager_basis_attention(query, key, value, bias=bias)
+    if correction is not None and query_mean is not None:
+        matrix, constant = correction[..., :-1, :], correction[..., -1:, :]
+        out = out + (query - query_mean.unsqueeze(-2)) @ matrix + constant
+    return linear(out.transpose(1, 2).flatten(2), output_weight, output_bias)
 
 
 def eager_nearest_token(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

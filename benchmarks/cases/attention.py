@@ -13,7 +13,13 @@ from stem_kernels.ops.basis_attention import ROUNDING_ATOL
 from stem_kernels.ops.calibration import MOMENTS_ATOL, MOMENTS_TOKENS, moments
 from stem_kernels.ops.partial_attention import ROUNDING_ATOL as PARTIAL_ATOL
 from stem_kernels.ops.partial_attention import partial_attention
-from stem_kernels.testing import clustered_tokens, eager_basis_attention, eager_moments
+from stem_kernels.ops.projected_attention import projected_attention
+from stem_kernels.testing import (
+    clustered_tokens,
+    eager_basis_attention,
+    eager_moments,
+    eager_projected_attention,
+)
 
 from .case import Call, Case, Check, Contender, Outputs, UnavailableError, ours, parity
 from .em import NUM_BASES
@@ -123,6 +129,59 @@ def eager_attention(inputs: ToBases, dtype: torch.dtype) -> torch.Tensor:
         return attended
     matrix, constant = correction.split([query.shape[-1], 1], dim=-2)
     return attended + (query - mean.unsqueeze(-2)) @ matrix + constant
+
+
+class Projected(NamedTuple):
+    """The arguments of `projected_attention` in their order."""
+
+    tokens: torch.Tensor
+    query_weight: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output_weight: torch.Tensor
+
+
+def projected_case(
+    heads: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Case[Projected]:
+    """A layer's tokens to bases, from its first projection to its last."""
+    channels = heads * width
+
+    def inputs() -> Projected:
+        shapes = (
+            (1, tokens, channels), (channels, channels), (1, heads, NUM_BASES, width),
+            (1, heads, NUM_BASES, width), (channels, channels),
+        )  # fmt: skip
+        found = [clustered_tokens(shape, seed=seed) for seed, shape in enumerate(shapes)]
+        for place in (1, 4):
+            found[place] /= channels**0.5
+        return Projected(*(part.to(device, dtype) for part in found))
+
+    def run(inputs: Projected, backend: str) -> Outputs:
+        return (projected_attention(*inputs, backend=backend),)
+
+    pairs = heads * tokens * NUM_BASES
+    flops = 4.0 * tokens * channels**2 + 4.0 * pairs * width
+    return Case(
+        f"projected attention d={width}",
+        f"n={tokens} C={channels} h={heads} d={width} K={NUM_BASES}",
+        dtype,
+        inputs,
+        ours(run),
+        projected_check,
+        Work(flops, pairs, 2 * tokens * channels * dtype.itemsize),
+    )
+
+
+def projected_check(inputs: Projected) -> Check:
+    """Against float64, for the first tokens."""
+    few = inputs._replace(tokens=inputs.tokens[:, :CHECKED])
+    exact, same = (
+        eager_projected_attention(*(part.to(dtype) for part in few))
+        for dtype in (torch.float64, inputs.tokens.dtype)
+    )
+    right = parity((exact,), (same,), ROUNDING_ATOL)
+    return lambda answer: right((answer[0][:, :CHECKED],))
 
 
 def sdpa(backend: SDPBackend) -> Contender[ToBases]:

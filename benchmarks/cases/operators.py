@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from .attention import attention_case
+from .attention import attention_case, projected_case
 from .case import AnyCase, dtype_name
 from .editing import blended_case, nearest_case
 from .em import COMPILED, EAGER, LEAN_EAGER, em_case, soft_em_case
@@ -64,6 +64,7 @@ def cpu_cases() -> Iterator[AnyCase]:
     for width in (40, 80, 160):
         yield attention_case(8, CPU_TOKENS, width, cpu, single)
         yield blended_case(8, CPU_TOKENS, width, cpu, single)
+        yield projected_case(8, CPU_TOKENS * 1600 // width**2, width, cpu, single)
     for tokens in (4096, 8192):
         yield nearest_case(tokens, 2048, 320, cpu, single)
     for dtype in HALVES:
@@ -78,6 +79,7 @@ def half_cases(dtype: torch.dtype) -> Iterator[AnyCase]:
         soft_em_case((1, CPU_TOKENS, 320), cpu, dtype),
         attention_case(8, CPU_TOKENS, 40, cpu, dtype),
         attention_case(8, CPU_TOKENS, 80, cpu, dtype),
+        projected_case(8, CPU_TOKENS, 40, cpu, dtype),
     ]
     for case in several:
         both = {name: case.contenders[name] for name in ("cuda", "torch")}

@@ -96,11 +96,7 @@ Tensor basis_attention(const Tensor& query, const Tensor& key, const Tensor& val
                                       int64_t shift_stride, int64_t first, int64_t last, void* out,
                                       int64_t out_stride, float* scratch) {
     Correction added{};
-    if (correction)
-      added = {static_cast<const float*>(rows_of(*correction, DType::kFloat, b, head).data),
-               correction->stride(2),
-               query_mean->const_data_ptr<float>() + b * query_mean->stride(0) +
-                   head * query_mean->stride(1)};
+    if (correction) added = correction_of(*correction, *query_mean, b, head);
     kernels().attention(call.sizes, call.map(query, key, b, head),
                         rows_of(value, call.dtype, b, head), shift, shift_stride, added,
                         static_cast<float>(scale), first, last, out, out_stride, scratch);

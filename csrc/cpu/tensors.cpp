@@ -59,6 +59,14 @@ Rows rows_of(const Tensor& tensor, DType dtype, int64_t batch, int64_t head) {
   return {static_cast<const char*>(tensor.const_data_ptr()) + offset * bytes, strides[2], dtype};
 }
 
+Correction correction_of(const Tensor& correction, const Tensor& query_mean, int64_t batch,
+                         int64_t head) {
+  return {static_cast<const float*>(rows_of(correction, DType::kFloat, batch, head).data),
+          correction.stride(2),
+          query_mean.const_data_ptr<float>() + batch * query_mean.stride(0) +
+              head * query_mean.stride(1)};
+}
+
 Tensor float_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, bool zero) {
   const IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
   return zero ? torch::stable::new_zeros(like, shape, ScalarType::Float)

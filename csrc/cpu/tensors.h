@@ -24,6 +24,10 @@ void check_floats(const Tensor& tensor, const char* name, std::initializer_list<
 // The rows of one head of a [B, h, n, width] tensor.
 Rows rows_of(const Tensor& tensor, DType dtype, int64_t batch, int64_t head);
 
+// One head's correction [B, h, d + 1, e] and mean query [B, h, d], checked before.
+Correction correction_of(const Tensor& correction, const Tensor& query_mean, int64_t batch,
+                         int64_t head);
+
 Tensor float_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, bool zero = false);
 
 // Uninitialised floats on a cache line's boundary.

@@ -15,7 +15,8 @@ from stem_kernels import nearest_token
 from ..attention import Hook, Hooks
 from ..attention.families import family_of_unet
 from ..attention.layers.hooks import Attend, Operands, Site
-from ..attention.layers.processor import attend_densely, project_keys_and_values
+from ..attention.layers.processor import attend_densely
+from ..attention.layers.projections import project_keys_and_values
 from ..attention.waiting.parked import current_parking
 from ..config import InflatedConfig, StemConfig
 from ..diffusion.loop import with_guidance

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent.parent
 BUILD_COMMAND = "pip install --no-deps ."
 OPERATORS = (
     "basis_attention", "blended_attention", "em_statistics", "nearest_token", "partial_attention",
-    "soft_em", "video_attention", "window_attention",
+    "projected_attention", "soft_em", "video_attention", "window_attention",
 )  # fmt: skip
 MIN_CAPABILITY = (8, 0)
 CONTIGUOUS = torch.contiguous_format

@@ -31,17 +31,18 @@ def basis_attention_cuda(
         contiguous_rows(key).expand(*lead, key.shape[-1]),
         contiguous_rows(value).expand(*lead, value.shape[-1]),
         None if bias is None else bias.float().expand(lead),
-        _expanded_floats(correction, query),
-        _expanded_floats(query_mean, query),
+        expanded_floats(correction, query.shape[0]),
+        expanded_floats(query_mean, query.shape[0]),
         scale,
     )
     return found
 
 
-def _expanded_floats(tensor: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+def expanded_floats(tensor: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    """`tensor` [B or 1, ...] as float32 [B, ...]."""
     if tensor is None:
         return None
-    return contiguous_rows(tensor.float()).expand(query.shape[0], *tensor.shape[1:])
+    return contiguous_rows(tensor.float()).expand(batch, *tensor.shape[1:])
 
 
 torch.library.register_fake("stem_kernels_ext::basis_attention")(attention_output)

@@ -67,7 +67,7 @@ def basis_attention(
     check_bases(OP, query, key, value)
     num_bases, dim = key.shape[-2:]
     bias = fitting_bias(OP, bias, query, num_bases)
-    _check_correction(query, value, correction, query_mean)
+    check_correction(OP, query.shape[0], key, value, correction, query_mean)
     tensors = {
         "query": query, "key": key, "value": value, "bias": bias,
         "correction": correction, "query_mean": query_mean,
@@ -78,11 +78,14 @@ def basis_attention(
     def check(out: torch.Tensor, _: str) -> list[Comparison] | None:
         return attention.basis_attention(out, *arguments, ROUNDING_ATOL)
 
-    out = run(OP, backend, tensors, num_bases, lambda chosen: _on(chosen, *arguments), check)
+    def on(chosen: str) -> torch.Tensor:
+        return on_backend(chosen, *arguments)
+
+    out = run(OP, backend, tensors, num_bases, on, check)
     return out.transpose(1, 2)
 
 
-def _on(
+def on_backend(
     chosen: str,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -108,19 +111,22 @@ def _on(
     return out
 
 
-def _check_correction(
-    query: torch.Tensor,
+def check_correction(
+    op: str,
+    batch: int,
+    key: torch.Tensor,
     value: torch.Tensor,
     correction: torch.Tensor | None,
     query_mean: torch.Tensor | None,
 ) -> None:
+    """Raise the error that a caller should see where these are no correction of the bases."""
     if correction is None and query_mean is None:
         return
     if correction is None or query_mean is None:
         lacking = "correction" if correction is None else "query_mean"
-        raise ValueError(f"{OP}: {lacking} is None; correction and query_mean go together")
-    check_floating(OP, query=query, correction=correction, query_mean=query_mean)
-    batch, heads, _, dim = query.shape
+        raise ValueError(f"{op}: {lacking} is None; correction and query_mean go together")
+    check_floating(op, key=key, correction=correction, query_mean=query_mean)
+    heads, dim = key.shape[1], key.shape[-1]
     shapes = {
         "correction": (correction, (heads, dim + 1, value.shape[-1])),
         "query_mean": (query_mean, (heads, dim)),
@@ -128,7 +134,7 @@ def _check_correction(
     for name, (tensor, shape) in shapes.items():
         if tuple(tensor.shape[1:]) != shape or tensor.shape[0] not in (1, batch):
             raise ValueError(
-                f"{OP}: {name} is {list(tensor.shape)}; it must be "
+                f"{op}: {name} is {list(tensor.shape)}; it must be "
                 f"[{batch} or 1, {', '.join(map(str, shape))}]"
             )
 
@@ -167,7 +173,7 @@ def check_bases(
 def fitting_bias(
     op: str, bias: torch.Tensor | None, query: torch.Tensor, num_bases: int
 ) -> torch.Tensor | None:
-    """The bias as [B or 1, h or 1, K]; an error where it does not fit the queries [B, h, n, d]."""
+    """The bias as [B or 1, h or 1, K]; an error where it does not fit queries [B, h, ...]."""
     if bias is None:
         return None
     batch, heads = query.shape[:2]

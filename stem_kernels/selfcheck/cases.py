@@ -15,6 +15,7 @@ from ..ops import (
     em_update,
     nearest_token,
     partial_attention,
+    projected_attention,
     soft_em,
 )
 from ..shared.bases import least_mass, m_step
@@ -26,6 +27,7 @@ from ..testing import (
     eager_em_statistics,
     eager_moments,
     eager_nearest_token,
+    eager_projected_attention,
     max_error,
     parity_bound,
 )
@@ -223,6 +225,24 @@ def _blended(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         yield Case(call, _judge((exact,), (plain,), basis_attention.ROUNDING_ATOL, dtype))
 
 
+def _projected(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    for width in HEAD_WIDTHS[::2]:
+        inner, root = HEADS * width, (HEADS * width) ** -0.5
+        features = _tokens(device, dtype, 2, TOKENS, inner)
+        weights = [_tokens(device, dtype, inner, inner, seed=seed) * root for seed in (1, 2)]
+        bases = [_tokens(device, dtype, 1, HEADS, 256, width, seed=seed) for seed in (3, 4)]
+        tensors = (features, weights[0], *bases, weights[1])
+        exact, plain = (
+            eager_projected_attention(*[tensor.to(of) for tensor in tensors])
+            for of in (torch.float64, dtype)
+        )
+
+        def call(backend: str, tensors: tuple[torch.Tensor, ...] = tensors) -> Outputs:
+            return (projected_attention.projected_attention(*tensors, backend=backend),)
+
+        yield Case(call, _judge((exact,), (plain,), basis_attention.ROUNDING_ATOL, dtype))
+
+
 def _partial(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     for width in HEAD_WIDTHS[::2]:
         query = _tokens(device, dtype, 2, HEADS, 100, width)
@@ -289,6 +309,7 @@ CASES: dict[str, Callable[[torch.device, torch.dtype], Iterator[Case]]] = {
     "em_update": _update,
     "basis_attention": _attention,
     "blended_attention": _blended,
+    "projected_attention": _projected,
     "partial_attention": _partial,
     "moments": _moments,
     "nearest_token": _nearest,

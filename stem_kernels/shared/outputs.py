@@ -34,6 +34,19 @@ def blended_output(
     return attention_output(query_target, key_target, value)
 
 
+def projected_output(
+    tokens: torch.Tensor,
+    query_weight: torch.Tensor,
+    query_bias: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output_weight: torch.Tensor,
+    *_: object,
+) -> torch.Tensor:
+    """[B, n, E] of tokens [B, n, C] and a weight [E, h e], of the tokens' dtype."""
+    return tokens.new_empty((*tokens.shape[:2], output_weight.shape[0]))
+
+
 def partial_output(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object
 ) -> tuple[torch.Tensor, torch.Tensor]:

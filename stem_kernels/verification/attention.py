@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch.nn.functional import linear
 
 from ..reference.basis_attention import add_correction, basis_attention_eager
 from ..reference.partial_attention import partial_attention_eager
@@ -83,6 +87,61 @@ def blended_attention(
         max(one, other),
     )  # fmt: skip
     return found and [found]
+
+
+def projected_attention(
+    out: torch.Tensor,
+    tokens: torch.Tensor,
+    query_weight: torch.Tensor,
+    query_bias: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output_weight: torch.Tensor,
+    output_bias: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    correction: torch.Tensor | None,
+    query_mean: torch.Tensor | None,
+    scale: float,
+    rounding: Rounding,
+) -> list[Comparison] | None:
+    """Arguments as for `ops.projected_attention`, `out` [B, n, E] a backend's."""
+    if out.numel() == 0:
+        return None
+    dtype = tokens.dtype
+    batches = places(len(tokens), BATCHES, tokens.device)
+    most = products(tokens.device) // (query_weight.numel() + output_weight.numel())
+    rows = places(tokens.shape[1], max(2, min(ROWS, most) // len(batches)), tokens.device)
+
+    def of_batch(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if len(tensor) == 1 else tensor[batches]
+
+    tokens, out = (part[batches].index_select(1, rows) for part in (tokens, out))
+    key, value = of_batch(key), of_batch(value)
+    bias, matrix, mean = (
+        None if part is None else of_batch(part) for part in (bias, correction, query_mean)
+    )
+    weights = (query_weight, query_bias, output_weight, output_bias)
+    if not finite(tokens, key, value, matrix, mean, *weights):
+        return None
+
+    def made(cast: Callable[[torch.Tensor], torch.Tensor], exactly: bool) -> tuple[Any, float]:
+        added = [None if part is None else cast(part) for part in (query_bias, output_bias)]
+        query = linear(cast(tokens), cast(query_weight), added[0])
+        query = query.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
+        if exactly:
+            found, largest = basis_attention_eager(query, cast(key), cast(value), bias, scale), 0.0
+        else:
+            query = query.to(dtype)
+            found, largest = _plain(query, key, value, bias, scale)
+        if matrix is not None and mean is not None:
+            add_correction(found, query, matrix, mean)
+        found = found if exactly else rounded(found, dtype)
+        return linear(found.flatten(2), cast(output_weight), added[1]), largest
+
+    exact, _ = made(torch.Tensor.double, True)
+    plain, largest = made(lambda part: rounded(part, dtype), False)
+    one = compared("output", out, exact, rounded(plain, dtype), dtype, rounding, largest)
+    return one and [one]
 
 
 def partial_attention(

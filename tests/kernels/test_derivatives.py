@@ -21,6 +21,7 @@ from stem_kernels import (
 )
 from stem_kernels.ops.calibration import moments
 from stem_kernels.ops.partial_attention import partial_attention
+from stem_kernels.ops.projected_attention import projected_attention
 from stem_kernels.testing import clustered_tokens
 
 pytestmark = pytest.mark.interpreter
@@ -30,6 +31,8 @@ K = clustered_tokens((1, 2, 6, 8), seed=1).double()
 V = clustered_tokens((1, 2, 6, 5), seed=2).double()
 MASK = torch.linspace(0, 1, 40).double().unsqueeze(0)
 CORRECTION, MEAN = torch.ones(1, 2, 9, 5).double(), torch.zeros(1, 2, 8).double()
+TO_QUERY = clustered_tokens((16, 8), seed=3).double()
+TO_OUTPUT = clustered_tokens((6, 10), seed=4).double()
 NUM = 40
 Function = Callable[[torch.Tensor, str], torch.Tensor]
 
@@ -56,6 +59,9 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "blended": lambda x, on: blended_attention(
         x, *typed(x, K, Q, K, V, MASK), backend=on
+    ),
+    "projected": lambda x, on: projected_attention(
+        x[0], *typed(x, TO_QUERY, K, V, TO_OUTPUT), backend=on
     ),
     "em_statistics": lambda x, on: em_statistics(
         x, *typed(x, K), temperature=1.0, payload=x, backend=on

@@ -56,8 +56,10 @@ def test_the_other_instructions(capability: str) -> None:
     if capability == torch.backends.cpu.get_cpu_capability().lower():
         pytest.skip(f"all other tests are with {capability} here")
     chosen = "cuda and (iterations or excluded or repeat or correction or (attention and 255) "
-    chosen += "or (partial and 100))"
-    files = ("tests/kernels/test_parity.py", "tests/kernels/test_calibration.py")
+    chosen += "or (partial and 100) or (projected and parity))"
+    files = tuple(
+        f"tests/kernels/test_{name}.py" for name in ("parity", "calibration", "projected_attention")
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", chosen, *files],
         cwd=ROOT,

@@ -14,6 +14,7 @@ from verified import (
     attend_in_tiles,
     attend_nearby,
     attend_partly,
+    attend_projected,
     attend_video,
     attend_without_bias,
     blend,
@@ -181,6 +182,7 @@ EXTENSION_MUTANTS: dict[str, tuple[Callable[[str], Outputs], str, Callable[[Any]
     "NaN": (attend, "basis_attention", poisoned),
     "zeros": (attend, "basis_attention", torch.zeros_like),
     "heads of two maps swapped": (blend, "blended_attention", swapped),
+    "projected tokens off by one": (attend_projected, "projected_attention", rolled),
     "half of the mass": (summed, "em_statistics", lambda found: (found[0], found[1] / 2, found[2])),
     "bases swapped": (summed, "em_statistics", first(lambda sums: sums.flip(-2))),
     "batch entries swapped": (summed, "em_statistics", first(lambda sums: sums.flip(1))),
@@ -225,6 +227,11 @@ ARGUMENT_MUTANTS = {
     "no moments": (attend_video, "video_attention", with_arguments((9, None))),
     "the window's tokens in the bases, too": (
         attend_video, "video_attention", lambda given: (*given[:5], given[5] * 1.3, *given[6:])
+    ),
+    "no bias of the outputs": (attend_projected, "projected_attention", with_arguments((6, None))),
+    "another head's keys": (
+        attend_projected, "projected_attention",
+        lambda given: (*given[:3], given[3].flip(1), *given[4:]),
     ),
     "a mask of ones": (blend, "blended_attention", with_arguments((5, torch.ones(1, 70)))),
 }  # fmt: skip

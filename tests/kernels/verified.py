@@ -22,6 +22,7 @@ from stem_kernels import (
 )
 from stem_kernels.ops.calibration import moments
 from stem_kernels.ops.partial_attention import partial_attention
+from stem_kernels.ops.projected_attention import projected_attention
 from stem_kernels.ops.soft_em import attended_bases
 from stem_kernels.shared import forms
 from stem_kernels.testing import clustered_tokens, max_error
@@ -84,6 +85,16 @@ def blend(backend: str) -> Outputs:
     return (
         blended_attention(queries[0], keys[0], queries[1], keys[1], value, mask, backend=backend),
     )
+
+
+def attend_projected(backend: str) -> Outputs:
+    features, to_query, to_output = drawn(2, 70, 48), drawn(80, 48, seed=1), drawn(24, 80, seed=2)
+    key, value = (drawn(1, 2, 20, 40, seed=seed) for seed in (3, 4))
+    found = projected_attention(
+        features, 0.2 * to_query, key, value, 0.2 * to_output, output_bias=to_output[:, 0],
+        bias=BIAS[:2, :20], backend=backend,
+    )  # fmt: skip
+    return (found,)
 
 
 def attend_partly(backend: str) -> Outputs:
@@ -172,9 +183,9 @@ def attend_video(backend: str) -> Outputs:
 
 
 CALLS: tuple[Callable[[str], Outputs], ...] = (
-    attend, attend_without_bias, attend_in_tiles, attend_corrected, blend, attend_partly,
-    find_nearest, summed, summed_wide, iterated, kept_empty, updated,
-    correct, attend_nearby,
+    attend, attend_without_bias, attend_in_tiles, attend_corrected, blend,
+    attend_projected, attend_partly, find_nearest, summed, summed_wide, iterated, kept_empty,
+    updated, correct, attend_nearby,
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from diffusers.models.attention_processor import Attention
 import stem
 from stem import read_video
 from stem.attention.families import self_attentions
-from stem.attention.layers.processor import join_heads, project_keys_and_values, project_queries
+from stem.attention.layers.projections import join_heads, project_keys_and_values, project_queries
 from stem.config import InflatedConfig
 from stem.diffusion.fingerprint import fingerprint
 from stem.diffusion.pipeline import encode_frames, encode_prompt, predict

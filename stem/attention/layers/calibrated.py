@@ -22,7 +22,7 @@ from stem_kernels.ops.soft_em import SoftEM
 
 from ...config import StemConfig
 from .exchange import Lockstep, Tensors
-from .processor import project_keys_and_values, project_queries
+from .projections import project_keys_and_values, project_queries
 from .shared_em import of_spread_tokens, spread_over
 
 if TYPE_CHECKING:

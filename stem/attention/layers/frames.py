@@ -12,11 +12,8 @@ from ..waiting.memory import free_bytes
 from ..waiting.parked import current_parking
 from .exchange import Lockstep
 from .hooks import Hooks, Operands
-from .processor import (
-    VideoAttentionProcessor,
-    project_keys_and_values,
-    project_queries,
-)
+from .processor import VideoAttentionProcessor
+from .projections import project_keys_and_values, project_queries
 from .rows import RowLayout
 
 if TYPE_CHECKING:

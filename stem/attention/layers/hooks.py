@@ -77,6 +77,28 @@ class Operands(NamedTuple):
             )
 
 
+class Seen(NamedTuple):
+    """What all queries of a video attend to: `Operands` but for the queries.
+
+    Args:
+        key: Keys [videos, 1, h, m, d].
+        value: Values [videos, 1, h, m, d].
+        bias: Bias [videos, 1, 1 or h, m], or None.
+        correction: Correction [videos, 1, h, d + 1, d], or None.
+        query_mean: Mean query [videos, 1, h, d] of the correction, or None.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None
+    correction: torch.Tensor | None
+    query_mean: torch.Tensor | None
+
+    def by(self, query: torch.Tensor) -> Operands:
+        """What queries [videos, 1, h, n, d] are attended with."""
+        return Operands(query, *self)
+
+
 class LayerBases(NamedTuple):
     """What a layer's attention to bases is made of, as it is recorded and replayed.
 

@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...profiling import nvtx_range
-from .hooks import Hooks, Operands
+from .hooks import Hooks, Operands, Seen
+from .projections import join_heads, project_keys_and_values, project_queries
 from .rows import RowLayout
 
 if TYPE_CHECKING:
@@ -114,8 +115,11 @@ class VideoAttentionProcessor(ABC):
             given = hook.before(site, tokens)
             if given is not None:
                 return given
-        attended = self.hooks.attend(site, self.operands(attn, tokens), self.attend)
-        output = self._projected(attn, attended, tokens.shape)
+        if self.hooks.having("operands") or self.hooks.having("attend"):
+            attended = self.hooks.attend(site, self.operands(attn, tokens), self.attend)
+            output = self._projected(attn, attended, tokens.shape)
+        else:
+            output = self.unwatched(attn, tokens)
         for hook in self.hooks.having("after"):
             hook.after(site, tokens, output)
         return output
@@ -125,9 +129,7 @@ class VideoAttentionProcessor(ABC):
         attended = self.attend(self.operands(attn, tokens))
         return self._projected(attn, attended, tokens.shape)
 
-    def in_parts(
-        self, attn: Attention, tokens: torch.Tensor, seeing: Callable[[torch.Tensor], Operands]
-    ) -> torch.Tensor:
+    def in_parts(self, attn: Attention, tokens: torch.Tensor, seen: Seen) -> torch.Tensor:
         """As `unwatched` where all frames see the same: on a CPU some of them at a time.
 
         Queries and outputs of few frames stay in the cache; those of all are fresh memory, whose
@@ -136,7 +138,7 @@ class VideoAttentionProcessor(ABC):
         Args:
             attn: Attention module, for its projections.
             tokens: Normalised input of the module, [videos, frames, S, C].
-            seeing: Function of queries [videos, 1, h, n, d] to what they are attended with.
+            seen: What all tokens attend to.
         """
         videos, frames, num_tokens, _ = tokens.shape
         whole = tokens.device.type != "cpu" or torch.is_grad_enabled()
@@ -144,7 +146,7 @@ class VideoAttentionProcessor(ABC):
         output: torch.Tensor | None = None
         for start in range(0, frames, at_once):
             part = tokens[:, start : start + at_once]
-            attended = self.attend(seeing(project_queries(attn, part).unsqueeze(1)))
+            attended = self.attend(seen.by(project_queries(attn, part).unsqueeze(1)))
             projected = self._projected(attn, attended, part.shape)
             if part.shape[1] == frames:
                 return projected
@@ -237,36 +239,3 @@ def attend_densely(operands: Operands) -> torch.Tensor:
     )
     attended = scaled_dot_product_attention(query, key, value)
     return attended.unflatten(0, operands.query.shape[:2])
-
-
-def join_heads(attended: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """[videos, groups, h, n, d] -> [videos, frames, S, h * d], for tokens of `shape`."""
-    videos, frames, num_tokens, _ = shape
-    return attended.transpose(2, 3).reshape(videos, frames, num_tokens, -1)
-
-
-def split_heads(attn: Attention, projected: torch.Tensor, videos: int) -> torch.Tensor:
-    """[rows, S, h * d] -> [videos, h, rows * S / videos, d], a view of the same memory."""
-    return projected.reshape(videos, -1, attn.heads, projected.shape[-1] // attn.heads).transpose(
-        1, 2
-    )
-
-
-def project_queries(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
-    """Queries [videos, h, frames * S, d] of tokens [videos, frames, S, C].
-
-    They are wanted after chunks have met: computed before, those of all frames would wait.
-    """
-    query = split_heads(attn, attn.to_q(tokens), tokens.shape[0])
-    return query if attn.norm_q is None else attn.norm_q(query)
-
-
-def project_keys_and_values(
-    attn: Attention, tokens: torch.Tensor, videos: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [videos, h, n, d] of tokens [..., C] (see `split_heads`)."""
-    key = split_heads(attn, attn.to_k(tokens), videos)
-    value = split_heads(attn, attn.to_v(tokens), videos)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key)
-    return key, value

@@ -19,13 +19,9 @@ from ...config import StemConfig
 from .calibrated import calibration_of, moments_of
 from .exchange import Lockstep
 from .frames import all_frame_operands
-from .hooks import Hooks, LayerBases, Operands
-from .processor import (
-    VideoAttentionProcessor,
-    attend_densely,
-    project_keys_and_values,
-    project_queries,
-)
+from .hooks import Hooks, LayerBases, Operands, Seen
+from .processor import VideoAttentionProcessor, attend_densely
+from .projections import attend_in_one, project_keys_and_values, project_queries
 from .rows import RowLayout
 from .shared_em import of_spread_tokens, shared_em
 
@@ -221,13 +217,14 @@ class StemProcessor(VideoAttentionProcessor):
     def operands(self, attn: Attention, tokens: torch.Tensor) -> Operands:
         if self._is_dense(tokens):
             return all_frame_operands(attn, tokens, self.layout.exchange)
-        seeing = self._seeing(attn, tokens)
-        return seeing(project_queries(attn, tokens).unsqueeze(1))
+        return self._seen(attn, tokens).by(project_queries(attn, tokens).unsqueeze(1))
 
     def unwatched(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
         if self._is_dense(tokens):
             return super().unwatched(attn, tokens)
-        return self.in_parts(attn, tokens, self._seeing(attn, tokens))
+        seen = self._seen(attn, tokens)
+        output = attend_in_one(attn, tokens, seen, self.state.config.backend)
+        return self.in_parts(attn, tokens, seen) if output is None else output
 
     def _num_tokens(self, tokens: torch.Tensor) -> int:
         """The number of tokens of the whole video."""
@@ -242,8 +239,8 @@ class StemProcessor(VideoAttentionProcessor):
             _log_dense_once(self.name, total)
         return True
 
-    def _seeing(self, attn: Attention, tokens: torch.Tensor) -> functools.partial[Operands]:
-        """What all tokens of a video attend to: `Operands` but for the queries."""
+    def _seen(self, attn: Attention, tokens: torch.Tensor) -> Seen:
+        """What all tokens of a video attend to."""
         config, exchange = self.state.config, self.layout.exchange
         total, features = self._num_tokens(tokens), tokens.flatten(1, 2)
         count = config.sampled(total)
@@ -273,14 +270,8 @@ class StemProcessor(VideoAttentionProcessor):
         bias, correction, mean = (
             None if part is None else part.unsqueeze(1) for part in (bias, correction, mean)
         )
-        return functools.partial(
-            Operands,
-            key=key.unsqueeze(1),
-            value=value.to(key.dtype).unsqueeze(1),
-            bias=bias,
-            correction=correction,
-            query_mean=mean,
-        )
+        value = value.to(key.dtype)
+        return Seen(key.unsqueeze(1), value.unsqueeze(1), bias, correction, mean)
 
     def _attended_bases(
         self,

@@ -12,6 +12,8 @@
 
 namespace stem::cpu::STEM_ISA {
 
+constexpr float kLog2E = 1.44269504f;
+
 typedef float Four __attribute__((vector_size(16)));
 typedef float LooseFour __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -79,6 +81,10 @@ struct AttentionScratch {
       logits[map] = take(bases * kPanel);
     }
   }
+
+  PackedBases bases(int map, bool with_bias) const {
+    return {packed_key[map], packed_value, with_bias ? shifts : nullptr};
+  }
 };
 
 static int64_t attention_scratch(const AttentionSizes& sizes, int maps) {
@@ -113,7 +119,7 @@ static void weigh_columns(int64_t bases, const float* bias, float* logits, float
 
 // Only -inf excludes a base: the lowest finite bias must not become it.
 STEM_INLINE float in_base_2(float bias) {
-  constexpr float kLog2E = 1.44269504f, kLargest = 0x1p127f;
+  constexpr float kLargest = 0x1p127f;
   const float scaled = bias * kLog2E;
   if (__builtin_isinf(bias)) return bias;
   return scaled > kLargest ? kLargest : scaled < -kLargest ? -kLargest : scaled;
@@ -131,58 +137,70 @@ static void pack_key(const AttentionSizes& sizes, const Rows& key, float factor,
   }
 }
 
-// Values and bias; the latter in base 2, where what is finite stays so.
+// Values, and where there is a bias, that in base 2 with what is finite kept so; rows [bases,
+// value_width] is scratch, shifts [bases] is written in any case.
 static void pack_value(const AttentionSizes& sizes, const Rows& value, const float* bias,
-                       int64_t bias_stride, const AttentionScratch& scratch) {
+                       int64_t bias_stride, float* rows, float* packed, float* shifts) {
   const int64_t bases = sizes.bases, width = sizes.value_width;
   for (int64_t base = 0; base < bases; ++base) {
-    load_row(value, base, width, scratch.rows + base * width);
-    scratch.shifts[base] = 1.0f;
+    load_row(value, base, width, rows + base * width);
+    shifts[base] = 1.0f;
   }
-  pack(width, bases, scratch.rows, width, scratch.shifts, scratch.packed_value);
+  pack(width, bases, rows, width, shifts, packed);
   if (bias)
-    for (int64_t base = 0; base < bases; ++base)
-      scratch.shifts[base] = in_base_2(bias[base * bias_stride]);
+    for (int64_t base = 0; base < bases; ++base) shifts[base] = in_base_2(bias[base * bias_stride]);
 }
 
-// Weights of `count` queries from `begin` on, by one map, undivided; inverse as weigh_columns.
-static void weigh_queries(const AttentionSizes& sizes, const Rows& query, int64_t begin,
-                          int64_t count, bool with_bias, int map, const AttentionScratch& scratch,
-                          float* inverse) {
-  const int64_t width = sizes.width;
-  for (int64_t i = 0; i < kPanel * width; ++i) scratch.by_channel[i] = 0.0f;
-  for (int64_t i = 0; i < count; ++i)
-    load_row(query, begin + i, width, scratch.by_token + i * width);
-  transpose(scratch.by_token, width, count, width, scratch.by_channel, kPanel);
-  multiply_packed(sizes.bases, width, scratch.packed_key[map], scratch.by_channel,
-                  scratch.logits[map], false);
-  weigh_columns(sizes.bases, with_bias ? scratch.shifts : nullptr, scratch.logits[map], inverse);
+// by_channel [width, kPanel] <- `count` queries from `begin` on, and zeros; by_token is scratch.
+static void load_queries(const Rows& query, int64_t begin, int64_t count, int64_t width,
+                         float* by_token, float* by_channel) {
+  for (int64_t i = 0; count < kPanel && i < kPanel * width; ++i) by_channel[i] = 0.0f;
+  for (int64_t i = 0; i < count; ++i) load_row(query, begin + i, width, by_token + i * width);
+  transpose(by_token, width, count, width, by_channel, kPanel);
 }
 
-// The first map's weights times the values, and each query's factor where the weights lack it.
-static void weigh_values(const AttentionSizes& sizes, const float* factors,
-                         const AttentionScratch& scratch) {
-  multiply_packed(sizes.value_width, sizes.bases, scratch.packed_value, scratch.logits[0],
-                  scratch.outputs, false);
+// logits [bases, kPanel] <- weights of queries [width, kPanel], undivided; inverse as
+// weigh_columns.
+static void weigh_queries(const AttentionSizes& sizes, const PackedBases& bases,
+                          const float* by_channel, float* logits, float* inverse) {
+  multiply_packed(sizes.bases, sizes.width, bases.key, by_channel, logits, false);
+  weigh_columns(sizes.bases, bases.shifts, logits, inverse);
+}
+
+// outputs [value_width, kPanel] <- weights times the values, and each query's factor where the
+// weights lack it.
+static void weigh_values(const AttentionSizes& sizes, const float* packed_value,
+                         const float* weights, const float* factors, float* outputs) {
+  multiply_packed(sizes.value_width, sizes.bases, packed_value, weights, outputs, false);
   for (int64_t channel = 0; factors && channel < sizes.value_width; ++channel)
     for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-      float* p = scratch.outputs + channel * kPanel + lane;
+      float* p = outputs + channel * kPanel + lane;
       store(p, load(p) * load(factors + lane));
     }
 }
 
-// What a correction adds to the outputs of the queries in by_channel, which lose their mean.
+// What a correction adds to the outputs of queries [width, kPanel], which lose their mean.
 static void correct_outputs(const AttentionSizes& sizes, const Correction& correction,
-                            const AttentionScratch& scratch) {
+                            float* by_channel, float* outputs) {
   const float* constant = correction.matrix + sizes.width * correction.stride;
   for (int64_t i = 0; i < sizes.width; ++i)
     for (int64_t lane = 0; lane < kPanel; ++lane)
-      scratch.by_channel[i * kPanel + lane] -= correction.mean[i];
+      by_channel[i * kPanel + lane] -= correction.mean[i];
   for (int64_t i = 0; i < sizes.value_width; ++i)
-    for (int64_t lane = 0; lane < kPanel; ++lane)
-      scratch.outputs[i * kPanel + lane] += constant[i];
+    for (int64_t lane = 0; lane < kPanel; ++lane) outputs[i * kPanel + lane] += constant[i];
   multiply_transposed(sizes.value_width, sizes.width, correction.matrix, correction.stride,
-                      scratch.by_channel, scratch.outputs, true);
+                      by_channel, outputs, true);
+}
+
+// outputs [value_width, kPanel] <- attention of queries [width, kPanel], which are not kept;
+// logits [bases, kPanel] is scratch.
+static void attend_panel(const AttentionSizes& sizes, const PackedBases& bases,
+                         const Correction& correction, float* logits, float* by_channel,
+                         float* outputs) {
+  float inverse[kPanel];
+  weigh_queries(sizes, bases, by_channel, logits, inverse);
+  weigh_values(sizes, bases.value, logits, inverse, outputs);
+  if (correction.matrix) correct_outputs(sizes, correction, by_channel, outputs);
 }
 
 static void store_outputs(const AttentionSizes& sizes, DType dtype, int64_t begin, int64_t count,
@@ -197,16 +215,15 @@ static void attention(const AttentionSizes& sizes, const AttentionMap& map, cons
                       const float* bias, int64_t bias_stride, const Correction& correction,
                       float scale, int64_t first, int64_t last, void* out, int64_t out_stride,
                       float* memory) {
-  constexpr float kLog2E = 1.44269504f;
   const AttentionScratch scratch(sizes, 1, memory);
   pack_key(sizes, map.key, scale * kLog2E, scratch.rows, scratch.packed_key[0]);
-  pack_value(sizes, value, bias, bias_stride, scratch);
+  pack_value(sizes, value, bias, bias_stride, scratch.rows, scratch.packed_value, scratch.shifts);
+  const PackedBases bases = scratch.bases(0, bias != nullptr);
   for (int64_t begin = first; begin < last; begin += kPanel) {
     const int64_t count = smaller(kPanel, last - begin);
-    float inverse[kPanel];
-    weigh_queries(sizes, map.query, begin, count, bias != nullptr, 0, scratch, inverse);
-    weigh_values(sizes, inverse, scratch);
-    if (correction.matrix) correct_outputs(sizes, correction, scratch);
+    load_queries(map.query, begin, count, sizes.width, scratch.by_token, scratch.by_channel);
+    attend_panel(sizes, bases, correction, scratch.logits[0], scratch.by_channel,
+                 scratch.outputs);
     store_outputs(sizes, map.query.dtype, begin, count, out, out_stride, scratch);
   }
 }
@@ -235,11 +252,10 @@ static void blended_attention(const AttentionSizes& sizes, const AttentionMap (&
                               const Rows& value, const float* mask, const float* bias,
                               int64_t bias_stride, float scale, int64_t first, int64_t last,
                               void* out, int64_t out_stride, float* memory) {
-  constexpr float kLog2E = 1.44269504f;
   const AttentionScratch scratch(sizes, 2, memory);
   for (int map = 0; map < 2; ++map)
     pack_key(sizes, maps[map].key, scale * kLog2E, scratch.rows, scratch.packed_key[map]);
-  pack_value(sizes, value, bias, bias_stride, scratch);
+  pack_value(sizes, value, bias, bias_stride, scratch.rows, scratch.packed_value, scratch.shifts);
   for (int64_t begin = first; begin < last; begin += kPanel) {
     const int64_t count = smaller(kPanel, last - begin);
     float share[kPanel] = {}, inverse[2][kPanel];
@@ -249,12 +265,15 @@ static void blended_attention(const AttentionSizes& sizes, const AttentionMap (&
       needed[0] |= share[i] != 0.0f;
       needed[1] |= share[i] != 1.0f;
     }
-    for (int map = 0; map < 2; ++map)
-      if (needed[map])
-        weigh_queries(sizes, maps[map].query, begin, count, bias != nullptr, map, scratch,
-                      inverse[map]);
+    for (int map = 0; map < 2; ++map) {
+      if (!needed[map]) continue;
+      load_queries(maps[map].query, begin, count, sizes.width, scratch.by_token,
+                   scratch.by_channel);
+      weigh_queries(sizes, scratch.bases(map, bias != nullptr), scratch.by_channel,
+                    scratch.logits[map], inverse[map]);
+    }
     blend_columns(sizes.bases, share, inverse, scratch.logits[0], scratch.logits[1]);
-    weigh_values(sizes, nullptr, scratch);
+    weigh_values(sizes, scratch.packed_value, scratch.logits[0], nullptr, scratch.outputs);
     store_outputs(sizes, maps[0].query.dtype, begin, count, out, out_stride, scratch);
   }
 }

@@ -41,6 +41,31 @@ struct Correction {
   const float* mean;  // [width]
 };
 
+// A head's bases as products take them: keys by blocks of bases, times the logits' factor in base 2,
+// and values by blocks of channels.
+struct PackedBases {
+  const float* key;     // [blocks, width, bases of the block]
+  const float* value;   // [blocks, bases, channels of the block]
+  const float* shifts;  // [bases]: the bias in base 2; or null
+};
+
+// Tokens that are projected to the queries of all heads, and what these attend to, projected again.
+struct ProjectedSizes {
+  AttentionSizes attention;
+  int64_t heads;
+  int64_t channels;
+  int64_t outputs;
+};
+
+struct ProjectedOperands {
+  const float* query_weight;   // [blocks, channels, rows of the block], of heads * width rows
+  const float* query_bias;     // [heads * width]; or null
+  const float* output_weight;  // [blocks, heads * value_width, rows of the block], of outputs rows
+  const float* output_bias;    // [outputs]; or null
+  const PackedBases* bases;    // [heads]
+  const Correction* corrections;  // [heads]
+};
+
 // A few queries of one head, in panels. A panel's state is [2 + value_width, panel]: each query's
 // largest logit in base 2, sum of weights, sums of weighted values.
 struct PartialSizes {
@@ -109,6 +134,22 @@ struct Kernels {
                             const Rows& value, const float* mask, const float* bias,
                             int64_t bias_stride, float scale, int64_t first, int64_t last,
                             void* out, int64_t out_stride, float* scratch);
+
+  // Blocks of `rows` rows of weights [rows, depth], and one of them packed; scratch [panel, depth].
+  int64_t (*weight_blocks)(int64_t rows);
+  void (*pack_weight)(const Rows& weight, int64_t rows, int64_t depth, int64_t block,
+                      float* packed, float* scratch);
+  // One head's bases packed; rows [bases, the wider of both widths] is scratch, shifts [bases] is
+  // written with a bias or not.
+  void (*pack_bases)(const AttentionSizes&, const Rows& key, const Rows& value, const float* bias,
+                     int64_t bias_stride, float scale, float* packed_key, float* packed_value,
+                     float* shifts, float* rows);
+  // Tokens that projected_attention takes at once, and floats of scratch memory that it needs.
+  int64_t (*projected_tokens)(const ProjectedSizes&);
+  int64_t (*projected_scratch)(const ProjectedSizes&);
+  // Tokens first ... last - 1 -> rows of out, `outputs` elements apart, of the tokens' dtype.
+  void (*projected_attention)(const ProjectedSizes&, const ProjectedOperands&, const Rows& tokens,
+                              int64_t first, int64_t last, void* out, float* scratch);
 
   // Floats of scratch memory that partial_attention needs.
   int64_t (*partial_scratch)(const PartialSizes&);
