@@ -21,6 +21,7 @@ COMPARED = (
     EM,
     *(f"soft_em d={width}" for width in (320, 640, 1280)),
     *(f"basis attention d={width}" for width in (40, 80, 160)),
+    *(f"projected attention d={width}" for width in (40, 80, 160)),
 )
 """The CPU's cases in which the C++ extension has a target."""
 PROFILED = (EM, "soft_em d=320", "basis attention d=40", "basis attention d=80")
