@@ -84,8 +84,8 @@ class StemConfig:
     # - 256 bases: 128 leave 2.2 % for a tenth less time, 512 leave 0.6 % for a third more.
     # - "reseed" finds nothing to do where bases start as tokens; key space is as near.
     # All of these with EM on all tokens and no correction. From benchmarks/results/calibration.md,
-    # with 128 tokens a base: 22 tokens a base and moments have 0.56 of the error of that, in 0.5 to
-    # 0.7 of a layer's time; 32 tokens a base have 0.54 of it, the sample without moments 1.02.
+    # with 128 tokens a base: 22 tokens a base and moments have 0.56 of the error of that, in 0.65
+    # to 0.8 of a layer's time; 32 tokens a base have 0.54 of it, the sample without moments 1.02.
     # Reconstruction does not tell them apart, but for "zero", which loses on natural clips.
     num_bases: int = 256
     num_iters: int = 2
