@@ -37,7 +37,7 @@ def projected_attention_cuda(
         contiguous_rows(value).expand(*lead, value.shape[-1]),
         contiguous_rows(output_weight),
         None if output_bias is None else output_bias.float().contiguous(),
-        None if bias is None else bias.float().expand(lead),
+        None if bias is None else contiguous_rows(bias.float()).expand(lead),
         expanded_floats(correction, lead[0]),
         expanded_floats(query_mean, lead[0]),
         scale,

@@ -89,8 +89,16 @@ def test_strides_and_no_tokens(backend: str) -> None:
     halves = torch.stack([x, x], 2)[:, :, 1]
     found = projected_attention(halves, to_query, key, value, to_output, **more, backend=backend)
     assert torch.equal(found, right)
+    strided = {**more, "bias": more["bias"].mT.contiguous().mT}
+    found = projected_attention(*given, **strided, backend=backend)
+    assert torch.equal(found, right)
     none = projected_attention(x[:, :0], to_query, key, value, to_output, backend=backend)
     assert none.shape == (2, 0, 37)
+    empty = (x, to_query, key, value[..., :0], to_output[:, :0])
+    assert not projected_attention(*empty, backend=backend).any()
+    added = more["output_bias"]
+    found = projected_attention(*empty, output_bias=added, backend=backend)
+    assert torch.equal(found, added.expand(2, 70, 37))
 
 
 @fused

@@ -65,7 +65,7 @@ static void pack_bases(const AttentionSizes& sizes, const Rows& key, const Rows&
 static void project(int64_t rows, int64_t depth, const float* packed, const float* bias,
                     int64_t panels, const float* from, int64_t from_rows, float* to,
                     int64_t to_rows) {
-  const int64_t chunks = (depth + kDepth - 1) / kDepth;
+  const int64_t chunks = larger_of(1, (depth + kDepth - 1) / kDepth);  // of no channels, zeros
   for (int64_t block = 0; block < num_blocks(rows); ++block) {
     const int64_t first = block_start(rows, block), count = block_start(rows, block + 1) - first;
     for (int64_t panel = 0; bias && panel < panels; ++panel)
