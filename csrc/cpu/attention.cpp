@@ -1,10 +1,6 @@
 // basis_attention and blended_attention on the CPU: checks, threads, launch.
 #include <torch/csrc/stable/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "tensors.h"
 
 namespace stem::cpu {
@@ -12,17 +8,6 @@ namespace {
 
 // Of one head, by one thread; enough that packing the bases is nothing beside it.
 constexpr int64_t kQueriesPerTask = 1024;
-
-// From 32 MiB on glibc maps every allocation anew, in pages of 4 KiB, and writing to them for the
-// first time took a quarter of attention at 80 channels. Advice that is not taken changes nothing.
-void advise_huge_pages(char* data, int64_t bytes) {
-#if defined(__linux__)
-  constexpr int64_t kMapped = int64_t{1} << 25, kPage = 4096;
-  if (bytes < kMapped) return;
-  const int64_t before = (kPage - reinterpret_cast<intptr_t>(data) % kPage) % kPage;
-  madvise(data + before, bytes - before, MADV_HUGEPAGE);
-#endif
-}
 
 // What both operators have in common, checked: the sizes, and where a head's numbers lie.
 struct Call {

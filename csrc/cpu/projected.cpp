@@ -1,6 +1,7 @@
 // projected_attention on the CPU: checks, threads, what all of them read.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "tensors.h"
@@ -68,6 +69,9 @@ Tensor projected_attention(const Tensor& tokens, const Tensor& query_weight,
   }
   const int64_t shape[] = {batch, num_tokens, sizes.outputs};
   const Tensor out = torch::stable::new_empty(tokens, {shape, 3});
+  const int64_t bytes = dtype == DType::kFloat ? 4 : 2;
+  char* out_data = static_cast<char*>(out.mutable_data_ptr());
+  advise_huge_pages(out_data, batch * num_tokens * sizes.outputs * bytes);
   const Packed packed_query(query_weight, dtype, inner, sizes.channels);
   const Packed packed_output(output_weight, dtype, sizes.outputs, attended);
   const int64_t of_head = attention.bases * (attention.width + attention.value_width + 1);
@@ -94,9 +98,12 @@ Tensor projected_attention(const Tensor& tokens, const Tensor& query_weight,
   });
   const float* first_bias = floats_or_null(query_bias, "query_bias", inner);
   const float* last_bias = floats_or_null(output_bias, "output_bias", sizes.outputs);
-  const int64_t bytes = dtype == DType::kFloat ? 4 : 2;
-  char* out_data = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t at_once = kernels().projected_tokens(sizes);
+  // As many tokens a task as leave work for every thread; results do not depend on it.
+  const int64_t panel = kernels().panel;
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t share = (batch * num_tokens / threads + panel - 1) / panel * panel;
+  const int64_t at_once =
+      std::clamp(share, panel, kernels().projected_tokens(sizes));
   const int64_t parts = (num_tokens + at_once - 1) / at_once;
   torch::stable::parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(kernels().projected_scratch(sizes));

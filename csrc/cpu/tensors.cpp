@@ -2,6 +2,10 @@
 
 #include <sstream>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace stem::cpu {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
@@ -57,6 +61,15 @@ Rows rows_of(const Tensor& tensor, DType dtype, int64_t batch, int64_t head) {
   const int64_t bytes = dtype == DType::kFloat ? 4 : 2;
   const int64_t offset = batch * strides[0] + head * strides[1];
   return {static_cast<const char*>(tensor.const_data_ptr()) + offset * bytes, strides[2], dtype};
+}
+
+void advise_huge_pages(char* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kMapped = int64_t{1} << 25, kPage = 4096;
+  if (bytes < kMapped) return;
+  const int64_t before = (kPage - reinterpret_cast<intptr_t>(data) % kPage) % kPage;
+  madvise(data + before, bytes - before, MADV_HUGEPAGE);
+#endif
 }
 
 Correction correction_of(const Tensor& correction, const Tensor& query_mean, int64_t batch,

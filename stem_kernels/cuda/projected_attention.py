@@ -26,7 +26,8 @@ def projected_attention_cuda(
 
     Returns contiguous [B, n, E] of the tokens' dtype.
     """
-    flags = (bias is None, correction is None, query_bias is None, output_bias is None)
+    widths = (key.size(-1), value.size(-1), output_weight.size(0))
+    flags = (bias is None, correction is None, query_bias is None, output_bias is None, *widths)
     enter("projected_attention", tokens, output_weight, key.size(-2), flags)
     lead = (tokens.shape[0], *key.shape[1:3])
     found: torch.Tensor = torch.ops.stem_kernels_ext.projected_attention(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from ..backends import Tensors, select
+from ..backends import BackendError, Tensors, select
+from ..shared import forms
 from ..verification import attention, run
 from ..verification.comparison import Comparison
 from .basis_attention import ROUNDING_ATOL, check_correction, fitting_bias, on_backend
@@ -102,20 +103,28 @@ def is_fused(
     value: torch.Tensor,
     output_weight: torch.Tensor,
     *,
+    query_bias: torch.Tensor | None = None,
+    output_bias: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    correction: torch.Tensor | None = None,
+    query_mean: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> bool:
     """Whether `projected_attention` of these is one kernel; arguments as there.
 
-    Raises:
-        BackendError: the backend asked for cannot run the call.
+    False, too, where the backend cannot run the call, or its kernel was found wrong.
     """
-    if tokens.device.type != "cpu":
+    if tokens.device.type != "cpu" or "cuda" in forms.passed_over(OP):
         return False
     given = {
         "tokens": tokens, "query_weight": query_weight, "key": key, "value": value,
-        "output_weight": output_weight,
+        "output_weight": output_weight, "query_bias": query_bias, "output_bias": output_bias,
     }  # fmt: skip
-    return select(OP, backend, _asked(given, None, None, None), key.shape[-2]) == "cuda"
+    try:
+        chosen = select(OP, backend, _asked(given, bias, correction, query_mean), key.shape[-2])
+    except BackendError:
+        return False
+    return chosen == "cuda"
 
 
 def _asked(
@@ -170,7 +179,7 @@ def _check_shapes(
             value.shape[1:3] == key.shape[1:3]
             and key.shape[0] in batches
             and value.shape[0] in batches
-            and min(num_bases, dim, tokens.shape[2], output_weight.shape[0]) >= 1
+            and min(heads, num_bases, dim, tokens.shape[2], output_weight.shape[0]) >= 1
             and query_weight.shape == (heads * dim, tokens.shape[2])
             and output_weight.shape[1] == heads * value.shape[-1]
             and (query_bias is None or query_bias.shape == query_weight.shape[:1])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pipelines import make_unet
+from torch.utils.flop_counter import FlopCounterMode
 
 import stem
 from stem import StemConfig
@@ -53,7 +54,6 @@ def test_one_kernel_gives_what_the_steps_give(attention: Any, calls: list[torch.
     attention.to_q.register_forward_hook(lambda *_: None)
     steps = attention(TOKENS)
     assert len(calls) == 1
-    assert not torch.equal(fused, TOKENS)
     assert max_error(fused, steps) <= 1e-6 * float(steps.abs().max())
 
 
@@ -83,9 +83,31 @@ def dropping(attention: Any) -> None:
     attention.to_out[1] = torch.nn.Dropout(0.5).train()
 
 
+def after_all(attention: Any) -> None:
+    attention.to_out[1].register_forward_hook(lambda *given: 2 * given[-1])
+
+
+def another_end(attention: Any) -> None:
+    attention.to_out[1] = torch.nn.Tanh()
+
+
+class Halved(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
+
+
+def parametrized(attention: Any) -> None:
+    torch.nn.utils.parametrize.register_parametrization(attention.to_out[0], "weight", Halved())
+
+
 @built
 @torch.no_grad()
-@pytest.mark.parametrize("change", [doubled, replaced, before_it, with_norm, dropping])
+@pytest.mark.parametrize(
+    "change",
+    [
+        doubled, replaced, before_it, with_norm, dropping, after_all, another_end, parametrized,
+    ],
+)  # fmt: skip
 def test_what_else_a_projection_does_is_done(
     change: Callable[[Any], None], attention: Any, calls: list[torch.Size]
 ) -> None:
@@ -94,6 +116,26 @@ def test_what_else_a_projection_does_is_done(
     torch.manual_seed(0)
     assert max_error(attention(TOKENS), before) > 1e-3
     assert len(calls) == 1
+
+
+@built
+@torch.no_grad()
+def test_hooks_of_all_modules_and_dispatch_modes_see_the_steps(
+    attention: Any, calls: list[torch.Size]
+) -> None:
+    seen: list[str] = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(type(module).__name__)
+    )
+    try:
+        attention(TOKENS)
+    finally:
+        hook.remove()
+    assert seen.count("Linear") > 2
+    with FlopCounterMode(display=False) as counter:
+        attention(TOKENS)
+    assert counter.get_total_flops() >= 2 * 2 * 120 * 32 * 32
+    assert calls == []
 
 
 @built

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 from stem_kernels import BackendError, cuda
 from stem_kernels.ops.basis_attention import ROUNDING_ATOL
 from stem_kernels.ops.projected_attention import is_fused, projected_attention
+from stem_kernels.shared import forms
 from stem_kernels.testing import eager_projected_attention, max_error, parity_bound
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -89,9 +90,11 @@ def test_strides_and_no_tokens(backend: str) -> None:
     halves = torch.stack([x, x], 2)[:, :, 1]
     found = projected_attention(halves, to_query, key, value, to_output, **more, backend=backend)
     assert torch.equal(found, right)
-    strided = {**more, "bias": more["bias"].mT.contiguous().mT}
-    found = projected_attention(*given, **strided, backend=backend)
-    assert torch.equal(found, right)
+    level = torch.full_like(more["bias"], 0.5)
+    for bias in (more["bias"].mT.contiguous().mT, level[:, :1].expand_as(level)):
+        strided, copied = ({**more, "bias": each} for each in (bias, bias.clone()))
+        found = projected_attention(*given, **strided, backend=backend)
+        assert torch.equal(found, projected_attention(*given, **copied, backend=backend))
     none = projected_attention(x[:, :0], to_query, key, value, to_output, backend=backend)
     assert none.shape == (2, 0, 37)
     empty = (x, to_query, key, value[..., :0], to_output[:, :0])
@@ -155,6 +158,12 @@ def test_it_says_where_it_is_one_kernel() -> None:
     assert not is_fused(*given, backend="torch")
     assert not is_fused(*(part.double() for part in given))
     assert not is_fused(*(part.to("meta") for part in given))
+    assert not is_fused(*given, output_bias=torch.zeros(37, requires_grad=True), backend="cuda")
+    forms.pass_over("projected_attention", "cuda")
+    try:
+        assert not is_fused(*given, backend="cuda")
+    finally:
+        forms.forget()
 
 
 X, W, KV = torch.zeros(2, 7, 6), torch.zeros(8, 6), torch.zeros(1, 2, 3, 4)

@@ -229,6 +229,10 @@ ARGUMENT_MUTANTS = {
         attend_video, "video_attention", lambda given: (*given[:5], given[5] * 1.3, *given[6:])
     ),
     "no bias of the outputs": (attend_projected, "projected_attention", with_arguments((6, None))),
+    "no bias of the queries": (attend_projected, "projected_attention", with_arguments((2, None))),
+    "no correction of projected tokens": (
+        attend_projected, "projected_attention", with_arguments((8, None), (9, None))
+    ),
     "another head's keys": (
         attend_projected, "projected_attention",
         lambda given: (*given[:3], given[3].flip(1), *given[4:]),

@@ -91,8 +91,10 @@ def attend_projected(backend: str) -> Outputs:
     features, to_query, to_output = drawn(2, 70, 48), drawn(80, 48, seed=1), drawn(24, 80, seed=2)
     key, value = (drawn(1, 2, 20, 40, seed=seed) for seed in (3, 4))
     found = projected_attention(
-        features, 0.2 * to_query, key, value, 0.2 * to_output, output_bias=to_output[:, 0],
-        bias=BIAS[:2, :20], backend=backend,
+        features, 0.2 * to_query, key, value, 0.2 * to_output, query_bias=to_query[:, 0],
+        output_bias=to_output[:, 0], bias=BIAS[:2, :20],
+        correction=0.1 * drawn(1, 2, 41, 40, seed=5), query_mean=drawn(2, 2, 40, seed=6),
+        backend=backend,
     )  # fmt: skip
     return (found,)
 

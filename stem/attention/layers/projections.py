@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from stem_kernels.ops.projected_attention import is_fused, projected_attention
 
@@ -31,20 +32,23 @@ def _plain_projections(attn: Attention) -> tuple[torch.nn.Linear, torch.nn.Linea
     """The projections to queries and to outputs, where their weights and biases alone make their
     results; None where there is more to them: LoRA, hooks, quantised weights, a norm, dropout."""
     project, dropout = attn.to_out
-    if attn.norm_q is not None or (dropout.training and dropout.p > 0):
-        return None
     both = attn.to_q, project
-    return both if all(map(_is_plain, both)) else None
-
-
-def _is_plain(module: torch.nn.Module) -> bool:
-    return (
-        type(module) is torch.nn.Linear
-        and type(module.weight) is torch.nn.Parameter
-        and "forward" not in vars(module)  # as accelerate's and diffusers' hooks replace it
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+    plain = (
+        attn.norm_q is None
+        and type(dropout) is torch.nn.Dropout
+        and not (dropout.training and dropout.p > 0)
+        and all(type(module) is torch.nn.Linear for module in both)
+        and all(type(part) is torch.nn.Parameter for module in both for part in module.parameters())
+        and all(map(_runs_as_written, (*both, dropout)))
+        and not torch.nn.modules.module._has_any_global_hook()
     )
+    return both if plain else None
+
+
+def _runs_as_written(module: torch.nn.Module) -> bool:
+    """Whether calling a module is its class's `forward`, and nothing else."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and "forward" not in vars(module)  # as accelerate's hooks replace it
 
 
 def project_queries(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
@@ -79,28 +83,30 @@ def attend_in_one(
         backend: Name of the backend.
 
     Returns:
-        [videos, frames, S, C]; None where no kernel serves these, or torch.compile makes a graph.
+        [videos, frames, S, C]; None where no kernel serves these, torch.compile makes a graph, or a
+        dispatch mode looks on, which would see one operator in place of the steps.
     """
     if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if _get_current_dispatch_mode() is not None:
         return None
     plain = _plain_projections(attn)
     if plain is None or torch.is_autocast_enabled("cpu"):
         return None
     to_query, to_output = plain
-    if {to_query.weight.dtype, to_output.weight.dtype} != {tokens.dtype}:
+    if any(module.weight.dtype != tokens.dtype for module in plain):
         return None
-    bias, correction, mean = (None if part is None else part.squeeze(1) for part in seen[2:])
-    bases = seen.key.squeeze(1), seen.value.squeeze(1)
-    given = (tokens.flatten(1, 2), to_query.weight, *bases, to_output.weight)
-    if not is_fused(*given, backend=backend):
-        return None
-    output = projected_attention(
-        *given,
-        query_bias=to_query.bias,
-        output_bias=to_output.bias,
-        bias=bias,
-        correction=correction,
-        query_mean=mean,
-        backend=backend,
+    key, value = seen.key.squeeze(1), seen.value.squeeze(1)
+    bias, correction, mean = (
+        None if part is None else part.squeeze(1)
+        for part in (seen.bias, seen.correction, seen.query_mean)
     )
+    given = (tokens.flatten(1, 2), to_query.weight, key, value, to_output.weight)
+    more: dict[str, Any] = {
+        "query_bias": to_query.bias, "output_bias": to_output.bias, "bias": bias,
+        "correction": correction, "query_mean": mean,
+    }  # fmt: skip
+    if not is_fused(*given, **more, backend=backend):
+        return None
+    output = projected_attention(*given, **more, backend=backend)
     return output.unflatten(1, tokens.shape[1:3])

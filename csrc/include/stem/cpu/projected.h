@@ -3,8 +3,8 @@
 //
 // Per token: 2 * (channels + outputs) * inner FLOPs for the projections, and those of attention.
 // Lanes are tokens from the first transpose to the last, so that each product's result is the next
-// one's operand as it lies: queries and attended values never leave the second-level cache, and
-// weights are read from the third once for all panels of a task.
+// one's operand as it lies: queries and attended values stay in the second-level cache (of 1 MiB, up
+// to some 1000 channels), and weights are read from the third once for all panels of a task.
 #pragma once
 
 #include "attention.h"
@@ -83,7 +83,7 @@ static void project(int64_t rows, int64_t depth, const float* packed, const floa
   }
 }
 
-// Tokens first ... last - 1, at most projected_panels of them in all, -> rows of out.
+// Tokens first ... last - 1, which are at most projected_panels panels, -> rows of out.
 static void projected_attention(const ProjectedSizes& sizes, const ProjectedOperands& given,
                                 const Rows& tokens, int64_t first, int64_t last, void* out,
                                 float* memory) {
