@@ -76,12 +76,18 @@ def eager_basis_attention(
     *,
     scale: float | None = None,
     bias: torch.Tensor | None = None,
+    correction: torch.Tensor | None = None,
+    query_mean: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`basis_attention` as one writes it first: weights [B, h, n, K] held whole."""
     logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
         logits = logits + bias.to(logits.dtype).unsqueeze(-2)
-    return torch.softmax(logits, dim=-1) @ value
+    out = torch.softmax(logits, dim=-1) @ value
+    if correction is None or query_mean is None:
+        return out
+    matrix, constant = correction.to(out.dtype).split([query.shape[-1], 1], dim=-2)
+    return out + (query - query_mean.to(out.dtype).unsqueeze(-2)) @ matrix + constant
 
 
 def eager_blended_attention(
@@ -118,10 +124,9 @@ def eager_projected_attention(
     """`projected_attention` as one writes it first: its steps, everything in one dtype."""
     query = linear(tokens, query_weight, query_bias).unflatten(-1, (key.shape[1], -1))
     query = query.transpose(1, 2)
-    out = eager_basis_attention(query, key, value, bias=bias)
-    if correction is not None and query_mean is not None:
-        matrix, constant = correction[..., :-1, :], correction[..., -1:, :]
-        out = out + (query - query_mean.unsqueeze(-2)) @ matrix + constant
+    out = eager_basis_attention(
+        query, key, value, bias=bias, correction=correction, query_mean=query_mean
+    )
     return linear(out.transpose(1, 2).flatten(2), output_weight, output_bias)
 
 

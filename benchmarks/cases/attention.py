@@ -124,11 +124,9 @@ def eager_attention(inputs: ToBases, dtype: torch.dtype) -> torch.Tensor:
     """All of it in one dtype."""
     query, key, value = (part.to(dtype) for part in inputs[:3])
     bias, correction, mean = (None if part is None else part.to(dtype) for part in inputs[3:])
-    attended = eager_basis_attention(query, key, value, bias=bias)
-    if correction is None or mean is None:
-        return attended
-    matrix, constant = correction.split([query.shape[-1], 1], dim=-2)
-    return attended + (query - mean.unsqueeze(-2)) @ matrix + constant
+    return eager_basis_attention(
+        query, key, value, bias=bias, correction=correction, query_mean=mean
+    )
 
 
 class Projected(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +65,7 @@ def moved(
         mode: Interpolation of `grid_sample`.
     """
     count, _, height, width = frames.shape
-    y, x = _grid(height, width, frames.device)
-    grid = torch.stack([x, y], -1).expand(count, -1, -1, -1)
+    grid = places((height, width), device=frames.device).expand(count, -1, -1, -1)
     scale = (before.radii / after.radii)[:, None, None, None]
     sampled = (grid - after.centres[:, None, None]) * scale + before.centres[:, None, None]
     return grid_sample(frames, sampled, mode=mode, padding_mode="reflection", align_corners=False)
@@ -111,19 +111,38 @@ def in_consensus(
     return parking.by_frames(agreed, *along)
 
 
-def _grid(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The centres of cells, y and x [h, w], in the coordinates of `grid_sample`."""
+def places(
+    size: Sequence[int],
+    finer: int = 1,
+    rows: range | None = None,
+    columns: range | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """The centres (x, y) of parts of pixels in the coordinates of `grid_sample`.
 
-    def side(length: int) -> torch.Tensor:
-        return (2 * torch.arange(length, device=device) + 1) / length - 1
+    Args:
+        size: Height and width in pixels.
+        finer: Number of parts of a pixel, along a side.
+        rows: Rows of pixels; None: all.
+        columns: Columns likewise.
+        device: Device of the result; None: the CPU.
 
-    y, x = torch.meshgrid(side(height), side(width), indexing="ij")
-    return y, x
+    Returns:
+        float32 [1, finer * rows, finer * columns, 2].
+    """
+
+    def along(side: int, chosen: range | None) -> torch.Tensor:
+        chosen = range(side) if chosen is None else chosen
+        parts = torch.arange(finer * chosen.start, finer * chosen.stop, device=device)
+        return (2 * parts + 1) / (finer * side) - 1
+
+    y, x = torch.meshgrid(along(size[0], rows), along(size[1], columns), indexing="ij")
+    return torch.stack([x, y], -1).unsqueeze(0)
 
 
 def _centres(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Centres of mass (x, y) [N, 2] of weights [N, h, w], and their sums [N]."""
-    y, x = _grid(weights.shape[1], weights.shape[2], weights.device)
+    x, y = places(weights.shape[1:], device=weights.device)[0].unbind(-1)
     total = weights.sum((1, 2))
     centre = torch.stack([(weights * x).sum((1, 2)), (weights * y).sum((1, 2))], -1)
     return centre / total.unsqueeze(1), total

@@ -10,7 +10,7 @@ from fractions import Fraction
 import torch
 from torch.nn.functional import avg_pool2d, grid_sample, interpolate, max_pool2d
 
-from .consensus import Motion
+from .consensus import Motion, places
 from .masks import dilated
 
 FILL = 0.75
@@ -71,7 +71,7 @@ class Zoom:
             uint8 [N, H, W, 3].
         """
         pictures = frames.permute(0, 3, 1, 2).float()
-        grid = _grid(frames.shape[1:3]) * self.shares[:, None, None, None]
+        grid = places(frames.shape[1:3]) * self.shares[:, None, None, None]
         grid = grid + self.centres[:, None, None]
         shown = grid_sample(
             pictures, grid, mode="bicubic", padding_mode="reflection", align_corners=False
@@ -101,7 +101,7 @@ class Zoom:
             window = self[index : index + 1]
             finer = math.ceil(1 / float(window.shares))
             rows, columns = (window._pixels(side, axis) for axis, side in ((1, height), (0, width)))
-            grid = _grid((height, width), finer, rows, columns)
+            grid = places((height, width), finer, rows, columns)
             found = avg_pool2d(window._placed(picture.unsqueeze(0), grid), finer)
             colours, weight = (part.permute(1, 2, 0) for part in found[0].split((3, 1)))
             under = mixed[index, rows.start : rows.stop, columns.start : columns.stop]
@@ -112,7 +112,7 @@ class Zoom:
     def masks_of_frames(self, masks: torch.Tensor) -> torch.Tensor:
         """The cells of the frames that masks [N, h, w] of the windows touch, bool [N, h, w]."""
         finer = math.ceil(1 / LEAST)
-        grid = _grid(masks.shape[1:], finer)
+        grid = places(masks.shape[1:], finer)
         found = []
         for index, mask in enumerate(masks):
             values = mask.float().cpu()[None, None]
@@ -184,31 +184,7 @@ def _reach(cores: torch.Tensor, centres: torch.Tensor) -> float:
     if not len(frame):
         return 1.0
     height, width = cores.shape[1:]
-    places = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], 1)
+    cells = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], 1)
     half_a_cell = torch.tensor([1 / width, 1 / height])
-    reach = ((places - centres[frame]).abs() + half_a_cell).amax(1).sort().values
+    reach = ((cells - centres[frame]).abs() + half_a_cell).amax(1).sort().values
     return float(reach[math.ceil(_OF_CELLS * len(reach)) - 1])
-
-
-def _grid(
-    size: Sequence[int], finer: int = 1, rows: range | None = None, columns: range | None = None
-) -> torch.Tensor:
-    """The centres (x, y) of parts of pixels in the coordinates of `grid_sample`.
-
-    Args:
-        size: Height and width in pixels.
-        finer: Number of parts of a pixel, along a side.
-        rows: Rows of pixels; None: all.
-        columns: Columns likewise.
-
-    Returns:
-        float32 [1, finer * rows, finer * columns, 2].
-    """
-
-    def places(side: int, chosen: range | None) -> torch.Tensor:
-        chosen = range(side) if chosen is None else chosen
-        parts = torch.arange(finer * chosen.start, finer * chosen.stop)
-        return (2 * parts + 1) / (finer * side) - 1
-
-    y, x = torch.meshgrid(places(size[0], rows), places(size[1], columns), indexing="ij")
-    return torch.stack([x, y], -1).unsqueeze(0)

@@ -72,7 +72,7 @@ def projected_attention(
     }  # fmt: skip
     check_floating(OP, **weights, bias=bias)
     check_same_dtype(OP, **{name: part for name, part in weights.items() if part is not None})
-    _check_shapes(tokens, query_weight, key, value, output_weight, query_bias, output_bias)
+    _check_shapes(weights)
     batch, num_bases = tokens.shape[0], key.shape[-2]
     bias = fitting_bias(OP, bias, key.expand(batch, -1, -1, -1), num_bases)
     check_correction(OP, batch, key, value, correction, query_mean)
@@ -161,15 +161,10 @@ def _in_steps(
         return linear(attended.flatten(2), output_weight, output_bias)
 
 
-def _check_shapes(
-    tokens: torch.Tensor,
-    query_weight: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output_weight: torch.Tensor,
-    query_bias: torch.Tensor | None,
-    output_bias: torch.Tensor | None,
-) -> None:
+def _check_shapes(given: Tensors) -> None:
+    present = {name: part for name, part in given.items() if part is not None}
+    names = ("tokens", "query_weight", "key", "value", "output_weight")
+    tokens, query_weight, key, value, output_weight = (present[name] for name in names)
     fits = tokens.ndim == 3 and key.ndim == value.ndim == 4
     fits = fits and query_weight.ndim == output_weight.ndim == 2
     if fits:
@@ -182,15 +177,14 @@ def _check_shapes(
             and min(heads, num_bases, dim, tokens.shape[2], output_weight.shape[0]) >= 1
             and query_weight.shape == (heads * dim, tokens.shape[2])
             and output_weight.shape[1] == heads * value.shape[-1]
-            and (query_bias is None or query_bias.shape == query_weight.shape[:1])
-            and (output_bias is None or output_bias.shape == output_weight.shape[:1])
+            and all(
+                present[f"{name}_bias"].shape == present[f"{name}_weight"].shape[:1]
+                for name in ("query", "output")
+                if f"{name}_bias" in present
+            )
         )
     if not fits:
-        named = {
-            "tokens": tokens, "query_weight": query_weight, "key": key, "value": value,
-            "output_weight": output_weight, "query_bias": query_bias, "output_bias": output_bias,
-        }  # fmt: skip
-        shapes = (f"{name} {list(part.shape)}" for name, part in named.items() if part is not None)
+        shapes = (f"{name} {list(part.shape)}" for name, part in present.items())
         raise ValueError(
             f"{OP}: tokens must be [B, n, C], query_weight [h d, C], key [B or 1, h, K, d], value "
             "[B or 1, h, K, e], output_weight [E, h e], query_bias [h d] and output_bias [E], all "

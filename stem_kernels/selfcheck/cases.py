@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -174,30 +174,21 @@ def _attention(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             bias = _tokens(device, torch.float32, HEADS, 256, 1, seed=3)[..., 0]
             correction = _tokens(device, torch.float32, 1, HEADS, width + 1, width, seed=4) * 0.05
             mean = query.float().mean((0, 2))[None]
+            more: dict[str, Any] = {"bias": bias}
+            if corrected:
+                more |= {"correction": correction, "query_mean": mean}
             exact, plain = (
-                eager_basis_attention(query.to(of), key.to(of), value.to(of), bias=bias)
+                eager_basis_attention(query.to(of), key.to(of), value.to(of), **more)
                 for of in (torch.float64, dtype)
             )
-            if corrected:
-                exact, plain = (
-                    out
-                    + (query.to(out.dtype) - mean.to(out.dtype).unsqueeze(-2))
-                    @ correction[..., :-1, :].to(out.dtype)
-                    + correction[..., -1:, :].to(out.dtype)
-                    for out in (exact, plain)
-                )
 
             def call(
                 backend: str,
-                tensors: tuple[torch.Tensor, ...] = (query, key, value, bias),
-                correction: torch.Tensor | None = correction if corrected else None,
-                mean: torch.Tensor | None = mean if corrected else None,
+                tensors: tuple[torch.Tensor, ...] = (query, key, value),
+                more: dict[str, Any] = more,
             ) -> Outputs:
-                query, key, value, bias = tensors
-                out = basis_attention.basis_attention(
-                    query, key, value, bias=bias, correction=correction, query_mean=mean,
-                    backend=backend,
-                )  # fmt: skip
+                query, key, value = tensors
+                out = basis_attention.basis_attention(query, key, value, **more, backend=backend)
                 return (out,)
 
             yield Case(call, _judge((exact,), (plain,), basis_attention.ROUNDING_ATOL, dtype))

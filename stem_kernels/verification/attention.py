@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -115,7 +114,7 @@ def projected_attention(
     def of_batch(tensor: torch.Tensor) -> torch.Tensor:
         return tensor if len(tensor) == 1 else tensor[batches]
 
-    tokens, out = (part[batches].index_select(1, rows) for part in (tokens, out))
+    tokens, out = (part[batches[:, None], rows] for part in (tokens, out))
     key, value = of_batch(key), of_batch(value)
     bias, matrix, mean = (
         None if part is None else of_batch(part) for part in (bias, correction, query_mean)
@@ -124,7 +123,9 @@ def projected_attention(
     if not finite(tokens, key, value, matrix, mean, *weights):
         return None
 
-    def made(cast: Callable[[torch.Tensor], torch.Tensor], exactly: bool) -> tuple[Any, float]:
+    def made(
+        cast: Callable[[torch.Tensor], torch.Tensor], exactly: bool
+    ) -> tuple[torch.Tensor, float]:
         added = [None if part is None else cast(part) for part in (query_bias, output_bias)]
         query = linear(cast(tokens), cast(query_weight), added[0])
         query = query.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
