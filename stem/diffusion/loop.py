@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ def denoise(
     scheduler: Any,
     prediction: Predictor,
     *,
-    steps: range | None = None,
+    steps: Sequence[int] | None = None,
+    done: int | None = None,
     before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
     name: str,
@@ -85,6 +86,8 @@ def denoise(
         scheduler: Scheduler of `inverse_scheduler` or `sampling_scheduler`.
         prediction: Prediction at one step.
         steps: Steps to do, as indices of the scheduler's timesteps; None: all.
+        done: Number of steps done before, where steps come again, for the progress shown; None:
+            as many as the first of `steps` says.
         before_step: Function called with each step before its prediction.
         after_step: Function called with each step and the latents after it; it may return others
             to go on with.
@@ -99,7 +102,9 @@ def denoise(
     """
     total = len(scheduler.timesteps)
     steps = range(total) if steps is None else steps
-    with counted(total, initial=steps.start, name=name, show=progress) as shown:
+    before = next(iter(steps), total) if done is None else done
+    in_all = total if done is None else done + len(steps)
+    with counted(in_all, initial=before, name=name, show=progress) as shown:
         for step in steps:
             timestep = scheduler.timesteps[step]
             if before_step is not None:

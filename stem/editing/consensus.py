@@ -11,7 +11,7 @@ from torch.nn.functional import grid_sample
 from ..attention.waiting.parked import FRAMES_AT_ONCE, current_parking
 
 _TINY = 1e-6
-LATE_SHARES = (0.3, 0.8)
+LATE_SHARES = (0.5, 0.9)
 """Shares of the way to the mean that the first and the last of the late steps go: where later ones
 go further, the video is steadier, and as many shapes are right."""
 
@@ -109,6 +109,27 @@ def in_consensus(
         return clean + part_of_way * masks.float().unsqueeze(1) * (back - clean)
 
     return parking.by_frames(agreed, *along)
+
+
+def carried(noise: torch.Tensor, motion: Motion) -> torch.Tensor:
+    """Noise of the middle frame in every frame, carried along with the object.
+
+    Every cell is one cell of the noise, as a mean of several would have less of it.
+
+    Args:
+        noise: Noise [1, c, h, w].
+        motion: Motion of the object.
+
+    Returns:
+        [N, c, h, w].
+    """
+    middle = motion.still()
+
+    def placed(centres: torch.Tensor, radii: torch.Tensor) -> torch.Tensor:
+        frames = noise.expand(len(radii), -1, -1, -1).contiguous()
+        return moved(frames, middle[: len(radii)], Motion(centres, radii), "nearest")
+
+    return current_parking().by_frames(placed, motion.centres, motion.radii)
 
 
 def places(

@@ -94,9 +94,10 @@ class FateZero(Method):
             return found[-1]
         return with_guidance(found[-2], found[-1], job.guidance)
 
-    def after_step(self, step: int, latents: torch.Tensor) -> torch.Tensor | None:
+    def after_step(self, place: int, latents: torch.Tensor) -> torch.Tensor | None:
         if not self.options.blend_latents:
             return None
+        step = self.visits[place]
         totals = self.maps.take("target")
         if step > 0:
             totals = self.kept["totals"] + totals

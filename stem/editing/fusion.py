@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,9 +13,9 @@ from ..diffusion.loop import with_guidance
 from ..diffusion.schedule import clean_of, prediction_of, sampling_scheduler
 from ..inversion import InversionFolder
 from ..names import PRESETS
-from .consensus import Motion, in_consensus
+from .consensus import Motion, carried, in_consensus
 from .difference_mask import difference_map, mean_difference, quantile
-from .job import Job, Method, Options, check_choice, check_flag, check_share, steps_of
+from .job import Job, Method, Options, check_choice, check_flag, check_share, generator_of, steps_of
 from .map_fusion import MapFusion
 from .masks import dilated, warn_of_size
 from .prompts import (
@@ -35,6 +36,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "self_maps": 1.0,
         "self_outside": True,
         "consensus": True,
+        "restarts": 2,
         "narrowing": True,
     },
     "style": {"cross_maps": 0.8, "self_maps": 0.8, "mask": False},
@@ -42,9 +44,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _OTHERWISE: dict[str, Any] = {
     "self_outside": False,
     "consensus": False,
+    "restarts": 0,
     "mask": True,
     "narrowing": False,
 }
+RESTART_FROM, RESTART_TO = 0.5, 0.8
+"""Shares of the noise levels: a restart begins at the first and goes back up to the second."""
 _GUIDANCE = {"colour": 3.0, "texture": 4.0, "shape": 7.5, "style": 7.5}
 
 
@@ -77,7 +82,11 @@ class FusionOptions(Options):
             mask, so that a new shape has one outline in all frames. The motion is one path that is
             quadratic over the frames, so this is for clips of one object that moves smoothly.
         consensus_until: Share of the steps in which frames take that average; in the later steps
-            they go a part of the way to it, which rises from 0.3 to 0.8.
+            they go a part of the way to it, which rises from 0.5 to 0.9.
+        restarts: Number of times that fresh noise takes what is inside the mask from 0.5 of the
+            noise levels back to 0.8, from where the steps in between are done again: they mend an
+            outline that the first time left between the old shape and the new. With consensus the
+            noise moves along with the object. Source: arXiv 2306.14878.
 
     Raises:
         ValueError: a value is out of range; the message names what is allowed.
@@ -101,6 +110,7 @@ class FusionOptions(Options):
     paste: bool = True
     consensus: bool | None = None
     consensus_until: float = 0.3
+    restarts: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, self.presets)
@@ -121,13 +131,13 @@ class FusionOptions(Options):
         threshold = self.mask_threshold
         if not isinstance(threshold, (int, float)) or not 0 < threshold < float("inf"):
             raise ValueError(f"mask_threshold is {threshold!r}; it must be a number above 0")
-        if type(self.dilation) is not int or self.dilation < 0:
-            raise ValueError(
-                f"dilation is {self.dilation!r}; it must be a whole number of at least 0"
-            )
-        for name in ("self_outside", "narrowing", "consensus"):
+        for name in ("dilation", "restarts"):
+            count = getattr(self, name)
+            if type(count) is not int or count < 0:
+                raise ValueError(f"{name} is {count!r}; it must be a whole number of at least 0")
+        for name in ("self_outside", "narrowing", "consensus", "restarts"):
             if getattr(self, name) and not self.mask:
-                raise ValueError(f"{name} is True; it needs mask=True")
+                raise ValueError(f"{name} is {getattr(self, name)}; it needs mask=True")
 
     @property
     def guidance(self) -> float:
@@ -154,6 +164,11 @@ class Fusion(Method):
     def __init__(self, job: Job, options: FusionOptions) -> None:
         super().__init__(job, options)
         self.pasted = bool(options.mask) and options.paste
+        first, end = (
+            job.num_steps - steps_of(share, job.num_steps) for share in (RESTART_TO, RESTART_FROM)
+        )
+        again = [*range(first, end)] * (options.restarts or 0)
+        self.visits = [*range(end), *again, *range(end, job.num_steps)]
         self.scheduler = sampling_scheduler(job.pipeline, job.num_steps)
         source, target = (
             prompt_tokens(job.pipeline, text) for text in (job.source_prompt, job.prompt)
@@ -244,19 +259,44 @@ class Fusion(Method):
         self, values: torch.Tensor, masks: torch.Tensor, late: float | None
     ) -> torch.Tensor:
         """Each scene's values [N, c, h, w] in consensus."""
-        agreed = []
-        for scene in self.job.scenes:
-            here = slice(scene.start, scene.stop)
-            motion = Motion(self.kept["centres"], self.kept["radii"])[here]
-            agreed.append(in_consensus(values[here], masks[here], motion, late))
-        return agreed[0] if len(agreed) == 1 else current_parking().joined(agreed)
+        return self._by_scene(
+            lambda here, motion: in_consensus(values[here], masks[here], motion, late)
+        )
 
-    def after_step(self, step: int, latents: torch.Tensor) -> torch.Tensor | None:
+    def _by_scene(self, made: Callable[[slice, Motion], torch.Tensor]) -> torch.Tensor:
+        """What is made of the frames of each scene and the object's motion in them, [N, ...]."""
+        motion = Motion(self.kept["centres"], self.kept["radii"])
+        places = [slice(scene.start, scene.stop) for scene in self.job.scenes]
+        found = [made(here, motion[here]) for here in places]
+        return found[0] if len(found) == 1 else current_parking().joined(found)
+
+    def after_step(self, place: int, latents: torch.Tensor) -> torch.Tensor | None:
         if not self.options.mask:
             return None
-        source = self.job.level(self.job.num_steps - step - 1)
+        step, total = self.visits[place], self.job.num_steps
+        following = self.visits[place + 1] if place + 1 < len(self.visits) else total
+        if following <= step:
+            latents = self._noised(latents, step + 1, following, f"restart {place}")
+        source = self.job.level(total - following)
         return current_parking().by_frames(
             torch.where, self.kept["masks"].unsqueeze(1), latents, source
+        )
+
+    def _noised(self, latents: torch.Tensor, step: int, earlier: int, name: str) -> torch.Tensor:
+        """Latents before a step, with as much fresh noise as they have before an earlier one."""
+        alphas = [
+            float(self.scheduler.alphas_cumprod[self.scheduler.timesteps[at]])
+            for at in (earlier, step)
+        ]
+        kept = alphas[0] / alphas[1]
+        noise = torch.randn(latents.shape[1:], generator=generator_of(self.job.seed, name))
+        noise = noise.to(latents.device).unsqueeze(0)
+        if self.options.consensus:
+            noise = self._by_scene(lambda here, motion: carried(noise, motion))
+        return current_parking().by_frames(
+            lambda latents, noise: kept**0.5 * latents + (1 - kept) ** 0.5 * noise,
+            latents,
+            noise.expand_as(latents),
         )
 
 

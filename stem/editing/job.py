@@ -186,7 +186,9 @@ class Method(ABC):
     Attributes:
         config: Configuration of the attention that is on while the method predicts.
         hooks: Hooks that are called in it.
-        first_step: Number of the first editing step that the method does.
+        visits: Numbers of the editing steps, in the order in which they are done; steps come again
+            where a method goes back.
+        first_step: Place in `visits` of the first step that the method does.
         kept: Tensors that `state` returns.
         pasted: Whether frames of the edit take the source's pixels outside the masks.
     """
@@ -198,6 +200,7 @@ class Method(ABC):
         self.options = options
         self.config: AttentionConfig = job.attention
         self.hooks = Hooks()
+        self.visits: Sequence[int] = range(job.num_steps)
         self.first_step = 0
         self.kept: dict[str, torch.Tensor] = {}
 
@@ -225,8 +228,8 @@ class Method(ABC):
             float32 [N, c, h, w], in the pipeline's own kind of prediction.
         """
 
-    def after_step(self, step: int, latents: torch.Tensor) -> torch.Tensor | None:
-        """Other latents to go on with after a step, or None."""
+    def after_step(self, place: int, latents: torch.Tensor) -> torch.Tensor | None:
+        """Other latents to go on with, or None, after the step at a place in `visits`."""
         return None
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -47,12 +47,12 @@ class Preview:
 
     Args:
         frames: Numbers of the frames to see.
-        show: Function called on the first rank with the number of steps done and the clean latents
-            [frames, c, h, w] that are predicted then.
+        show: Function called on the first rank with the numbers of steps done and of all, and the
+            clean latents [frames, c, h, w] that are predicted then.
     """
 
     frames: Sequence[int]
-    show: Callable[[int, torch.Tensor], None]
+    show: Callable[[int, int, torch.Tensor], None]
 
 
 def edit(
@@ -251,23 +251,29 @@ def run_edit(
     run, found = ranks.from_main(begun)
     work = _METHODS[method](job, chosen)
 
+    visits, scheduler = work.visits, sampling_scheduler(pipeline, job.num_steps)
+    total = len(visits)
+    place = work.first_step if found is None else found.steps_done
+
     def keep(step: int, latents: torch.Tensor) -> torch.Tensor | None:
-        replaced = work.after_step(step, latents)
+        nonlocal place
+        replaced = work.after_step(place, latents)
         latents = latents if replaced is None else replaced
+        place += 1
         if resume and ranks.main:
-            inversion.save_progress(run, Progress(step + 1, latents, environment, work.state()))
+            inversion.save_progress(run, Progress(place, latents, environment, work.state()))
         if on_step is not None:
             on_step()
         return latents
 
-    total, scheduler = job.num_steps, sampling_scheduler(pipeline, job.num_steps)
     shown_at = {quarter * total // 4 for quarter in (1, 2, 3)} if preview and ranks.main else set()
 
     def predicted(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         prediction = work.predict(step, timestep, latents)
-        if step in shown_at and step > work.first_step and preview is not None:
+        if place in shown_at and place > work.first_step and preview is not None:
             here = list(preview.frames)
-            preview.show(step, clean_of(scheduler, prediction[here], timestep, latents[here]))
+            clean = clean_of(scheduler, prediction[here], timestep, latents[here])
+            preview.show(place, total, clean)
         return prediction
 
     if found is not None:
@@ -278,12 +284,12 @@ def run_edit(
         logger.info("%s: editing %d frames in %d steps", method, job.num_frames, total)
         with work.running(), torch.no_grad():
             latents = work.begin() if found is None else found.latents.to(device)
-            first = work.first_step if found is None else found.steps_done
             latents = denoise(
                 latents,
                 scheduler,
                 predicted,
-                steps=range(first, total),
+                steps=visits[place:],
+                done=place,
                 after_step=keep,
                 name=f"edit {method}",
                 progress=progress and ranks.main,

@@ -137,12 +137,11 @@ def write_edits(
             {**edit_document(inversion, result, edit, clock, note), **beside.figures(edit)},
         )
 
-    def look(result: EditResult, steps: int, clean: torch.Tensor) -> None:
-        total = len(inversion.timesteps)
-        label = f"{result.method}, predicted after {steps} of {total} steps"
+    def look(result: EditResult, done: int, total: int, clean: torch.Tensor) -> None:
+        label = f"{result.method}, predicted after {done} of {total} steps"
         lines = {**beside.source, label: decode_latents(pipeline, clean)}
         result.files.write_preview(lines, beside.numbers)
-        logger.info("%s: after %d of %d steps", result.files.preview, steps, total)
+        logger.info("%s: after %d of %d steps", result.files.preview, done, total)
 
     for result in results:
         if result.reused and complete:

@@ -66,7 +66,7 @@ class Editing:
         self.asked.append({"prompt": prompt, **arguments})
         on_step()
         latents = inversion.x0().flip(0)
-        preview.show(1, latents[list(preview.frames)])
+        preview.show(1, 2, latents[list(preview.frames)])
         cores = torch.zeros(latents.shape[0], *latents.shape[2:], dtype=torch.bool)
         cores[:, 2:4, 2:4] = True
         masks = cores.clone()

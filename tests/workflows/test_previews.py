@@ -52,7 +52,11 @@ def test_what_is_shown_is_what_the_steps_lead_to(tmp_path: Path) -> None:
     shown: dict[int, torch.Tensor] = {}
     settings: dict[str, Any] = {"method": "pnp", "resume": False, "progress": False}
     found = run_edit(
-        make_pipeline(), folder, "a goose", preview=Preview([2, 0], shown.__setitem__), **settings
+        make_pipeline(),
+        folder,
+        "a goose",
+        preview=Preview([2, 0], lambda done, total, clean: shown.update({done: clean})),
+        **settings,
     )
     assert list(shown) == [1, 2, 3]
     off = [float((clean - found.latents[[2, 0]]).norm()) for clean in shown.values()]

@@ -28,15 +28,19 @@ from .measure import FIRST_SEED, FPS, STEPS, Edited, Row, figures, inversions
 OUT = records.RESULTS / "editing-shapes.json"
 DEFAULT = "the preset"
 NOT_NARROWED, IN_A_WINDOW = "the mask is not narrowed", "small things in a window"
+NO_RESTARTS = "no restarts"
 FORMS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "guidance 5": {"guidance": 5.0},
     "guidance 10": {"guidance": 10.0},
+    NO_RESTARTS: {"restarts": 0},
+    "four restarts": {"restarts": 4},
     "no consensus": {"consensus": False},
     "all steps take the mean": {"consensus_until": 1.0},
     "all steps go a part of the way": {"consensus_until": 0.0},
     NOT_NARROWED: {"narrowing": False},
     IN_A_WINDOW: {"zoom": True},
+    f"{IN_A_WINDOW}, {NO_RESTARTS}": {"zoom": True, "restarts": 0},
 }
 """Changes to the preset "shape" by what the table calls them; guidance and zoom are the edit's own.
 """

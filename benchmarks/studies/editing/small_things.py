@@ -19,11 +19,11 @@ from stem_kernels.info import provenance
 from ... import records
 from ..quality import measure as quality_measure
 from .measure import STEPS
-from .shapes import DEFAULT, IN_A_WINDOW, NOT_NARROWED, measure_all, table
+from .shapes import DEFAULT, IN_A_WINDOW, NO_RESTARTS, NOT_NARROWED, measure_all, table
 
 OUT = records.RESULTS / "editing-small-things.json"
 FIRST_SEED = 43_000_000
-FORMS = [DEFAULT, NOT_NARROWED, IN_A_WINDOW]
+FORMS = [DEFAULT, NO_RESTARTS, NOT_NARROWED, IN_A_WINDOW, f"{IN_A_WINDOW}, {NO_RESTARTS}"]
 
 
 def small_scenes(count: int, frames: int) -> Iterator[int]:
