@@ -247,6 +247,8 @@ def test_what_cannot_be_edited_is_said(folder: InversionFolder, tmp_path: Path) 
         ({"mask_levels": 0.5}, "must be two shares"),
         ({"mask_threshold": 0}, "mask_threshold is 0"),
         ({"dilation": -1}, "dilation is -1"),
+        ({"restarts": 1.5}, "restarts is 1.5; it must be a whole number"),
+        ({"restarts": 1, "mask": False}, "restarts is 1; it needs mask=True"),
         ({"consensus": True, "mask": False}, "consensus is True; it needs mask=True"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +24,7 @@ from stem.diffusion.schedule import (
     inverse_scheduler,
     sampling_scheduler,
 )
+from stem.progress import TOLD_FILE
 from stem_kernels.testing import max_error
 
 # diffusers' schedulers give torch's tensors to NumPy's functions.
@@ -210,6 +213,32 @@ def test_the_loop_goes_both_ways_with_guidance_and_callbacks() -> None:
         )
         assert not end.any()
         assert seen == [(when, step) for step in (1, 2, 3) for when in ("before", "after")]
+
+
+def test_steps_that_come_again_are_counted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, pipeline = tmp_path / "told", make_pipeline()
+    monkeypatch.setenv(TOLD_FILE, str(told))
+    seen: list[int] = []
+
+    def prediction(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        seen.append(step)
+        return torch.zeros_like(latents)
+
+    denoise(
+        torch.zeros(1, 4, 8, 8),
+        sampling_scheduler(pipeline, 5),
+        prediction,
+        steps=[1, 2, 1, 2, 3],
+        done=4,
+        name="x",
+        progress=True,
+    )
+    lines = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [line["done"] for line in lines] == [4, 5, 6, 7, 8, 9]
+    assert {line["total"] for line in lines} == {9}
+    assert seen == [1, 2, 1, 2, 3]
 
 
 def test_latents_that_are_not_finite_stop_the_run() -> None:
