@@ -48,7 +48,7 @@ _OTHERWISE: dict[str, Any] = {
     "mask": True,
     "narrowing": False,
 }
-RESTART_FROM, RESTART_TO = 0.5, 0.8
+_RESTART_FROM, _RESTART_TO = 0.5, 0.8
 """Shares of the noise levels: a restart begins at the first and goes back up to the second."""
 _GUIDANCE = {"colour": 3.0, "texture": 4.0, "shape": 7.5, "style": 7.5}
 
@@ -165,7 +165,7 @@ class Fusion(Method):
         super().__init__(job, options)
         self.pasted = bool(options.mask) and options.paste
         first, end = (
-            job.num_steps - steps_of(share, job.num_steps) for share in (RESTART_TO, RESTART_FROM)
+            job.num_steps - steps_of(share, job.num_steps) for share in (_RESTART_TO, _RESTART_FROM)
         )
         again = [*range(first, end)] * (options.restarts or 0)
         self.visits = [*range(end), *again, *range(end, job.num_steps)]
