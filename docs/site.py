@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "out" / "docs" / "pages"
 SITE = ROOT / "out" / "docs" / "site"
 STAGED = (
-    "docs/*.md", "docs/*.png", "benchmarks/results/*.*", "stem/world/model/README.md",
+    "docs/*.md", "docs/*.png", "benchmarks/results/*.*", "stem/world/*/README.md",
     "integrations/comfyui/*.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE",
     "examples/*.py",
 )  # fmt: skip
@@ -46,14 +46,18 @@ def reference(package: str, name: str) -> str:
     return f"::: {package}.{name}.{name}\n    options:\n      {heading}"
 
 
+def staged() -> list[Path]:
+    """The files of the tree that go into the site, beside README.md."""
+    return [path for pattern in STAGED for path in ROOT.glob(pattern)]
+
+
 def stage() -> None:
     """Lay out the pages that mkdocs reads, as they lie in the tree, so that their links hold."""
     shutil.rmtree(PAGES, ignore_errors=True)
-    for pattern in STAGED:
-        for path in ROOT.glob(pattern):
-            target = PAGES / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
+    for path in staged():
+        target = PAGES / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     shutil.copy(ROOT / "README.md", PAGES / "index.md")
     (PAGES / "api").mkdir()
     for package in PACKAGES:

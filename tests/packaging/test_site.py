@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 _spec = importlib.util.spec_from_file_location(
@@ -39,3 +40,15 @@ def test_a_public_name_is_not_taken_for_a_module_of_its_name() -> None:
         for name in site.public_names(package):
             path = site.reference(package, name).split()[1]
             assert not site.ROOT.joinpath(*path.split(".")).with_suffix(".py").exists(), path
+
+
+def test_what_pages_link_to_is_in_the_site() -> None:
+    staged = {path.resolve() for path in site.staged()} | {site.ROOT / "README.md"}
+    gone = []
+    for page in sorted(path for path in staged if path.suffix == ".md"):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
+            linked = (page.parent / target).resolve()
+            # A folder stands for the file that is in it.
+            if linked not in staged and not any(linked in path.parents for path in staged):
+                gone.append(f"{page.relative_to(site.ROOT)}: {target}")
+    assert not gone
