@@ -162,6 +162,29 @@ def prediction_of(
     return (signal * noisy - clean) / noise if kind == "v_prediction" else clean
 
 
+def noised(
+    scheduler: DDIMScheduler,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    noisier: torch.Tensor,
+    noise: torch.Tensor,
+) -> torch.Tensor:
+    """Latents of a timestep taken to a noisier one by fresh noise.
+
+    Args:
+        scheduler: Scheduler of the pipeline's noise schedule.
+        latents: Latents [N, c, h, w] at `timestep`.
+        timestep: Timestep, an integer tensor of one element.
+        noisier: Timestep to go to, likewise, not before the other.
+        noise: Standard normal noise [N, c, h, w].
+
+    Source: arXiv 2006.11239, equation 2, over several steps.
+    """
+    alphas = scheduler.alphas_cumprod
+    kept = float(alphas[int(noisier)]) / float(alphas[int(timestep)])
+    return kept**0.5 * latents + (1 - kept) ** 0.5 * noise
+
+
 def _signal_and_noise(scheduler: DDIMScheduler, timestep: torch.Tensor) -> tuple[float, float]:
     signal = float(scheduler.alphas_cumprod[int(timestep)])
     return signal**0.5, (1 - signal) ** 0.5

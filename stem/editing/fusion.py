@@ -10,7 +10,7 @@ import torch
 
 from ..attention.waiting.parked import current_parking
 from ..diffusion.loop import with_guidance
-from ..diffusion.schedule import clean_of, prediction_of, sampling_scheduler
+from ..diffusion.schedule import clean_of, noised, prediction_of, sampling_scheduler
 from ..inversion import InversionFolder
 from ..names import PRESETS
 from .consensus import Motion, carried, in_consensus
@@ -284,17 +284,13 @@ class Fusion(Method):
 
     def _noised(self, latents: torch.Tensor, step: int, earlier: int, name: str) -> torch.Tensor:
         """Latents before a step, with as much fresh noise as they have before an earlier one."""
-        alphas = [
-            float(self.scheduler.alphas_cumprod[self.scheduler.timesteps[at]])
-            for at in (earlier, step)
-        ]
-        kept = alphas[0] / alphas[1]
         noise = torch.randn(latents.shape[1:], generator=generator_of(self.job.seed, name))
         noise = noise.to(latents.device).unsqueeze(0)
         if self.options.consensus:
             noise = self._by_scene(lambda here, motion: carried(noise, motion))
+        timestep, noisier = (self.scheduler.timesteps[at] for at in (step, earlier))
         return current_parking().by_frames(
-            lambda latents, noise: kept**0.5 * latents + (1 - kept) ** 0.5 * noise,
+            lambda latents, noise: noised(self.scheduler, latents, timestep, noisier, noise),
             latents,
             noise.expand_as(latents),
         )

@@ -29,6 +29,7 @@ OUT = records.RESULTS / "editing-shapes.json"
 DEFAULT = "the preset"
 NOT_NARROWED, IN_A_WINDOW = "the mask is not narrowed", "small things in a window"
 NO_RESTARTS = "no restarts"
+WINDOW_NO_RESTARTS = f"{IN_A_WINDOW}, {NO_RESTARTS}"
 FORMS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "guidance 5": {"guidance": 5.0},
@@ -40,7 +41,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "all steps go a part of the way": {"consensus_until": 0.0},
     NOT_NARROWED: {"narrowing": False},
     IN_A_WINDOW: {"zoom": True},
-    f"{IN_A_WINDOW}, {NO_RESTARTS}": {"zoom": True, "restarts": 0},
+    WINDOW_NO_RESTARTS: {"zoom": True, "restarts": 0},
 }
 """Changes to the preset "shape" by what the table calls them; guidance and zoom are the edit's own.
 """

@@ -19,11 +19,19 @@ from stem_kernels.info import provenance
 from ... import records
 from ..quality import measure as quality_measure
 from .measure import STEPS
-from .shapes import DEFAULT, IN_A_WINDOW, NO_RESTARTS, NOT_NARROWED, measure_all, table
+from .shapes import (
+    DEFAULT,
+    IN_A_WINDOW,
+    NO_RESTARTS,
+    NOT_NARROWED,
+    WINDOW_NO_RESTARTS,
+    measure_all,
+    table,
+)
 
 OUT = records.RESULTS / "editing-small-things.json"
 FIRST_SEED = 43_000_000
-FORMS = [DEFAULT, NO_RESTARTS, NOT_NARROWED, IN_A_WINDOW, f"{IN_A_WINDOW}, {NO_RESTARTS}"]
+FORMS = [DEFAULT, NO_RESTARTS, NOT_NARROWED, IN_A_WINDOW, WINDOW_NO_RESTARTS]
 
 
 def small_scenes(count: int, frames: int) -> Iterator[int]:
