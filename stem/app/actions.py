@@ -141,6 +141,8 @@ class Actions:
         seed: float | None,
         options: str,
         zoom: bool,
+        zoom_prompts: str,
+        zoom_source: str,
     ) -> Any:
         if not key:
             raise AskedError("no inversion is chosen; make one in step 2")
@@ -156,6 +158,8 @@ class Actions:
                 seed=int(seed or 0),
                 options=tuple(_lines(options)),
                 zoom=zoom,
+                zoom_prompts=tuple(_lines(zoom_prompts)),
+                zoom_source=" ".join(zoom_source.split()),
             )
         except KeyError as error:
             raise AskedError("this inversion is no longer there; choose another") from error

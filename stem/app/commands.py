@@ -119,6 +119,9 @@ class Edits:
         options: METHOD.FIELD=VALUE texts.
         out: Folder of everything written.
         zoom: Whether what is small is edited in a window that follows it.
+        zoom_prompts: Descriptions of the edited video as the window shows it, one for each of the
+            prompts; or none, where these hold for it, too.
+        zoom_source: Description of the source likewise, or "".
     """
 
     source: Inversion | str
@@ -131,6 +134,8 @@ class Edits:
     options: Sequence[str]
     out: str
     zoom: bool = False
+    zoom_prompts: Sequence[str] = ()
+    zoom_source: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -152,6 +157,13 @@ class Edits:
             raise AskedError(f"guidance is {self.guidance}; it must be between 0 and 100")
         if self.zoom and list(self.methods) != ["fusion"]:
             raise AskedError(f"a window is for fusion alone, not for {', '.join(self.methods)}")
+        if self.zoom and len(self.zoom_prompts) not in (0, len(self.prompts)):
+            raise AskedError(
+                f"the window has {len(self.zoom_prompts)} prompts for {len(self.prompts)}; give "
+                "one for each, in their order, or none"
+            )
+        for text in (*self.zoom_prompts, self.zoom_source):
+            _check_text("prompt of the window", text)
         _whole("seed", self.seed, 0, 2**31)
         for option in self.options:
             _check_text("option", option)
@@ -179,8 +191,12 @@ class Edits:
             *([f"--negative-prompt={self.negative_prompt}"] if self.negative_prompt else []),
             *([f"--seed={self.seed}"] if self.seed else []),
             *(f"--option={option}" for option in self.options),
-            *(["--zoom"] if self.zoom else []),
+            *(self._window() if self.zoom else []),
         ]
+
+    def _window(self) -> list[str]:
+        described = [f"--zoom-source={self.zoom_source}"] if self.zoom_source else []
+        return ["--zoom", *(f"--zoom-prompt={text}" for text in self.zoom_prompts), *described]
 
     @property
     def title(self) -> str:

@@ -106,7 +106,7 @@ class _Page:
             self.zoom = gr.Checkbox(
                 False,
                 label="In a window",
-                info="What is small is edited large; fusion alone. Prompts say what is seen there.",
+                info="What is small is edited large; fusion alone.",
             )
             with gr.Accordion("More options", open=False):
                 self.guidance = gr.Number(
@@ -114,6 +114,17 @@ class _Page:
                 )
                 self.negative = gr.Textbox("", label="Negative prompt")
                 self.seed = gr.Number(0, label="Seed", precision=0)
+                self.zoom_prompts = gr.Textbox(
+                    "",
+                    label="Prompts of the window",
+                    info="What it shows, where what is small is large; one a line, for each prompt "
+                    "above. Empty: the prompts.",
+                )
+                self.zoom_source = gr.Textbox(
+                    "",
+                    label="Source in the window",
+                    info="Empty: the inversion's description.",
+                )
                 self.options = gr.Textbox(
                     "",
                     label="Options",
@@ -161,7 +172,7 @@ class _Page:
         asked = [*video, self.size, self.model, self.method, self.prompt, self.steps, self.chunk]
         edit = [
             self.inversion, self.prompts, self.methods, self.preset, self.guidance, self.negative,
-            self.seed, self.options, self.zoom,
+            self.seed, self.options, self.zoom, self.zoom_prompts, self.zoom_source,
         ]  # fmt: skip
         shape = [self.first, self.last, self.strip, self.prompt, self.expected]
         tick = [

@@ -28,8 +28,8 @@ OF_INVERSIONS = (
 """Parameters that shape an inversion, and say nothing where one is there already."""
 
 
-def _encodable_texts(values: list[str]) -> list[str]:
-    return [encodable_text(value) for value in values]
+def _encodable_texts(values: list[str] | None) -> list[str]:
+    return [encodable_text(value) for value in values or ()]
 
 
 Source = Annotated[
@@ -77,8 +77,16 @@ Zoom = Annotated[
     bool,
     typer.Option(
         "--zoom",
-        help="fusion alone: edit what is small in a window that follows it, in which it is large. "
-        "The prompts describe what the window shows.",
+        help="fusion alone: edit what is small in a window that follows it, in which it is large.",
+    ),
+]
+ZoomPrompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--zoom-prompt",
+        help="Describes the edited video as the window shows it, where what is small is large; "
+        "one for each --prompt, in their order. Default: the prompts.",
+        callback=_encodable_texts,
     ),
 ]
 ZoomSource = Annotated[

@@ -26,6 +26,7 @@ from .edit_options import (
     Source,
     SourcePrompt,
     Zoom,
+    ZoomPrompts,
     ZoomSource,
     chosen_edit_methods,
     refuse_of_inversions,
@@ -65,6 +66,7 @@ def edit_command(
     cuts: Cuts = "auto",
     model: EditModel = None,
     zoom: Zoom = False,
+    zoom_prompt: ZoomPrompts = None,
     zoom_source: ZoomSource = None,
     edit_control: EditControls = None,
     edit_control_scale: EditControlScales = None,
@@ -77,8 +79,9 @@ def edit_command(
     """
     methods = chosen_edit_methods(method)
     is_folder = source.is_dir()
-    if zoom_source is not None and not zoom:
-        raise typer.BadParameter("it describes the window of --zoom", param_hint="--zoom-source")
+    for name, given in (("--zoom-prompt", zoom_prompt or None), ("--zoom-source", zoom_source)):
+        if given is not None and not zoom:
+            raise typer.BadParameter("it describes the window of --zoom", param_hint=name)
     if zoom and (run.control or edit_control or edit_control_scale):
         raise typer.BadParameter(
             "a window has no control, whose pictures are of whole frames", param_hint="--zoom"
@@ -105,6 +108,7 @@ def edit_command(
         guidance,
         seed,
         zoom=zoom,
+        zoom_prompts=zoom_prompt or None,
         zoom_source=zoom_source,
     )
     shown = (edit_control, edit_control_scale)

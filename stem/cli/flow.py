@@ -31,12 +31,13 @@ Plan = tuple[list[str], dict[str, Any], str, float | None, int]
 
 _CONTROLS = ("controlnet", *OF_CONTROL, "edit_control", "edit_control_scale")
 _ADDED = ("model_config", "vae", "lora", "textual_inversion", *OF_MOTION)
+_OF_WINDOW = ("zoom", "zoom_prompt", "zoom_source")
 _REFUSED = {
     **dict.fromkeys(_ADDED, "what it names is made for Stable Diffusion's models"),
     **dict.fromkeys(_CONTROLS, "ControlNets are made for Stable Diffusion's UNets"),
     **dict.fromkeys(("chunk", "cuts", "park"), "all frames go through it at once"),
     **dict.fromkeys(("offload", "offload_folder"), "its weights all stay on the --device"),
-    **dict.fromkeys(("zoom", "zoom_source"), "it has no mask that a window could follow"),
+    **dict.fromkeys(_OF_WINDOW, "it has no mask that a window could follow"),
     **dict.fromkeys(("keep_bases", "bases"), "its bases are of one call, and are not kept"),
 }
 """By parameter, why a video transformer does not go with it."""

@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d, grid_sample, interpolate, max_pool2d
 from .consensus import Motion, places
 from .masks import dilated
 
-FILL = 0.75
+FILL = 0.7
 """Share of a window's side that the thing in it takes."""
 LEAST, MOST = 0.25, 0.65
 """Shares of a frame's side that a window has: below the first a few pixels are blown up to a frame;

@@ -24,6 +24,7 @@ from .checks import check_edit, edit_options
 from .difference_mask import difference_map
 from .fusion import FusionOptions
 from .job import Edit, Job, Options
+from .prompts import check_word_counts
 from .run import Preview, run_edit
 from .zoom import MOST, Zoom, ZoomedVideo
 
@@ -40,7 +41,8 @@ def run_zoomed_edit(
     root: str | Path,
     *,
     video: FramesInParts | None = None,
-    source_prompt: str | None = None,
+    zoom_prompt: str | None = None,
+    zoom_source: str | None = None,
     negative_prompt: str = "",
     guidance: float | None = None,
     seed: int = 0,
@@ -58,19 +60,19 @@ def run_zoomed_edit(
     its own, with the inversion's settings, and edited; the frames of the edit take from the window
     what lies inside the mask there.
 
-    Scenes in which a window would have more than 0.65 of a frame's side are edited as they are;
-    where all are so, this is `run_edit`.
+    Scenes in which a window would have more than 0.65 of a frame's side are whole frames in the
+    window's video; where all are so, this is `run_edit` with `prompt`.
 
     Args:
         pipeline: Pipeline that the inversion was made with.
         inversion: Inversion of the whole video, complete.
-        prompt: Prompt that describes the edited video as the window shows it: what is small there
-            is large.
+        prompt: Prompt that describes the edited video, whole frames of it.
         root: Folder below which the window's inversion gets one of its own, or is taken up.
         video: Video that was inverted; None: what the VAE makes of the inversion's latents, of
             which a window shows little more than of whole frames.
-        source_prompt: Prompt that describes the source as the window shows it; None: the
-            inversion's.
+        zoom_prompt: Prompt that describes the edited video as the window shows it, where what is
+            small is large; None: `prompt`.
+        zoom_source: Prompt that describes the source likewise; None: the inversion's.
         negative_prompt: Negative prompt.
         guidance: Guidance scale, or None.
         seed: Seed of the method's random numbers.
@@ -98,11 +100,12 @@ def run_zoomed_edit(
         "seed": seed,
         "options": chosen,
     }
-    ranks.from_main(partial(_check, inversion, prompt, video, asked))
+    described, wanted = ranks.from_main(
+        partial(_checked, inversion, prompt, (zoom_source, zoom_prompt), video, asked)
+    )
     check_same_pipeline(pipeline, inversion)
     about = inversion.settings["video"]
-    described = inversion.settings["prompt"] if source_prompt is None else source_prompt
-    cores = _cores(pipeline, inversion, described, prompt, chosen, ranks)
+    cores = _cores(pipeline, inversion, prompt, chosen, ranks)
     zoom = Zoom.of(cores, inversion_scenes(inversion))
     run: dict[str, Any] = {
         "group": group,
@@ -131,7 +134,7 @@ def run_zoomed_edit(
     window = invert(
         pipeline, shown, described, root, **how, group=group, progress=progress, on_step=on_step
     )
-    found = run_edit(pipeline, window, prompt, **asked, **run)
+    found = run_edit(pipeline, window, wanted, **asked, **run)
     assert found.masks is not None
     assert found.cores is not None
     return dataclasses.replace(
@@ -141,8 +144,10 @@ def run_zoomed_edit(
         settings={
             **found.settings,
             "inversion": inversion.path.name,
+            "prompt": prompt,
             "zoom": {
                 "inversion": window.path.name,
+                "prompt": wanted,
                 "source_prompt": described,
                 "shares": [round(float(share), 4) for share in zoom.shares],
             },
@@ -182,28 +187,68 @@ def check_zoom(
         )
 
 
-def _check(
-    inversion: InversionFolder, prompt: str, video: FramesInParts | None, asked: dict[str, Any]
-) -> None:
+def zoom_prompts(
+    inversion: InversionFolder,
+    prompt: str,
+    in_window: tuple[str | None, str | None],
+    options: FusionOptions,
+) -> tuple[str, str]:
+    """The prompts of the source and of the edited video as a window shows them, checked.
+
+    Args:
+        inversion: Inversion of the whole video.
+        prompt: Prompt that describes the edited video, whole frames of it.
+        in_window: The prompts that are given for the window; None: those of whole frames.
+        options: Options of `fusion`.
+
+    Raises:
+        TypeError: one is no text.
+        ValueError: the second is empty, or they cannot be mapped word to word as asked.
+    """
+    for name, text in zip(("zoom_source", "zoom_prompt"), in_window, strict=True):
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{name} is a {type(text).__name__}; it must be one text")
+    given, wanted = in_window
+    source = inversion.settings["prompt"] if given is None else given
+    if wanted is None:
+        wanted = prompt
+    elif not wanted.strip():
+        raise ValueError(
+            "the zoom_prompt is empty; describe the edited video as its window shows it, or leave "
+            "it out"
+        )
+    if options.mapping == "replace":
+        check_word_counts(source, wanted)
+    return source, wanted
+
+
+def _checked(
+    inversion: InversionFolder,
+    prompt: str,
+    in_window: tuple[str | None, str | None],
+    video: FramesInParts | None,
+    asked: dict[str, Any],
+) -> tuple[str, str]:
+    """The prompts of the window; raises where the edit cannot begin."""
     check_edit(inversion, prompt, **asked)
     check_zoom([METHOD], {METHOD: asked["options"]}, inversion.settings.get("control"))
     if video is not None:
         check_same_size(video, inversion.settings["video"])
+    return zoom_prompts(inversion, prompt, in_window, asked["options"])
 
 
 def _cores(
     pipeline: Any,
     inversion: InversionFolder,
-    source: str,
     prompt: str,
     options: FusionOptions,
     ranks: Ranks,
 ) -> torch.Tensor:
-    """Where two prompts differ in a video, bool [N, h, w]."""
+    """Where a prompt and the inversion's own differ in the video, bool [N, h, w]."""
     size = inversion.settings["video"]
     of_source, empty, of_target = (
         encode_prompt(pipeline, text, size["height"], size["width"])
-        for text in (source, "", prompt)
+        for text in (inversion.settings["prompt"], "", prompt)
     )
     device = execution_device(pipeline)
     job = Job(pipeline, inversion, prompt, of_source, empty, of_target, 1.0, 0, device, ranks)

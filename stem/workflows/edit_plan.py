@@ -15,7 +15,8 @@ import torch
 from ..control import Control
 from ..editing import check_edit, edit_options
 from ..editing.checks import check_numbers
-from ..editing.zoomed import check_zoom
+from ..editing.fusion import FusionOptions
+from ..editing.zoomed import METHOD, check_zoom, zoom_prompts
 from ..inversion import InversionFolder
 from ..inversion.methods import check_options_used
 from ..storage import check_output, tensor_bytes
@@ -36,13 +37,15 @@ class EditPlan:
         control: What the pipeline's ControlNets are shown in the edits; None: as in the inversion.
         zoom: Whether the edits are made in a window that follows what changes, see
             `stem.editing.run_zoomed_edit`.
+        zoom_prompts: Prompts that describe the edited video as the window shows it, one for each
+            of `prompts` in their order; None: `prompts`.
         zoom_source: Prompt that describes the source as the window shows it; None: the
             inversion's.
 
     Raises:
         TypeError: prompts or methods of another type.
-        ValueError: no prompt or an empty one, one that comes twice, an unknown method or option,
-            or a number that cannot be used.
+        ValueError: no prompt or an empty one, one that comes twice, another number of prompts for
+            the window, an unknown method or option, or a number that cannot be used.
     """
 
     prompts: Sequence[str]
@@ -53,25 +56,38 @@ class EditPlan:
     seed: int = 0
     control: Sequence[Control] | None = None
     zoom: bool = False
+    zoom_prompts: Sequence[str] | None = None
     zoom_source: str | None = None
 
     def __post_init__(self) -> None:
         check_texts("prompts", self.prompts)
         check_texts("methods", self.methods)
-        check_prompts(self.prompts)
+        check_prompts((*self.prompts, *(self.zoom_prompts or ())))
         for method in self.methods:
             edit_options(method, self.options.get(method))
         check_options_used(self.methods, self.options)
         check_numbers(self.guidance, self.seed)
-        if self.zoom_source is not None and not self.zoom:
-            raise ValueError("zoom_source describes a window, and zoom is False; set zoom=True")
+        for name in ("zoom_prompts", "zoom_source"):
+            if getattr(self, name) is not None and not self.zoom:
+                raise ValueError(f"{name} describes a window, and zoom is False; set zoom=True")
         if self.zoom:
             check_zoom(self.methods, self.options, self.control)
+        if self.zoom_prompts is not None and len(self.zoom_prompts) != len(self.prompts):
+            raise ValueError(
+                f"zoom_prompts are {len(self.zoom_prompts)} and prompts {len(self.prompts)}; give "
+                "one for each, in their order, or none"
+            )
 
     @property
     def count(self) -> int:
         """The number of edits."""
         return len(self.prompts) * len(self.methods)
+
+    def zoom_prompt(self, prompt: str) -> str | None:
+        """What describes the edit by `prompt` as the window shows it; None: the prompt itself."""
+        if self.zoom_prompts is None:
+            return None
+        return self.zoom_prompts[list(self.prompts).index(prompt)]
 
     def arguments(self, method: str) -> dict[str, Any]:
         """Arguments of `check_edit` beside the prompt."""
@@ -117,6 +133,11 @@ class EditPlan:
                 check_edit(inversion, prompt, **self.arguments(method))
         if self.zoom:
             check_zoom(self.methods, self.options, inversion.settings.get("control"))
+            options = edit_options(METHOD, self.options.get(METHOD))
+            assert isinstance(options, FusionOptions)
+            for prompt in self.prompts:
+                in_window = (self.zoom_source, self.zoom_prompt(prompt))
+                zoom_prompts(inversion, prompt, in_window, options)
         video = inversion.settings["video"]
         size = (video["num_frames"], video["height"], video["width"])
         for each in self.control or ():
@@ -149,7 +170,11 @@ class EditPlan:
             "prompt": prompt,
             **self.arguments(method),
             **({} if self.control is None else {"control": [c.record() for c in self.control]}),
-            **({"zoom": [self.zoom_source, has_video]} if self.zoom else {}),
+            **(
+                {"zoom": [self.zoom_prompt(prompt), self.zoom_source, has_video]}
+                if self.zoom
+                else {}
+            ),
             "options": asdict(edit_options(method, self.options.get(method))),
             "exact": answer,
             "versions": {

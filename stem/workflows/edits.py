@@ -162,7 +162,8 @@ def write_edits(
                 result.prompt,
                 out / WINDOWS,
                 video=video,
-                source_prompt=plan.zoom_source,
+                zoom_prompt=plan.zoom_prompt(result.prompt),
+                zoom_source=plan.zoom_source,
                 **settings,
             )
         else:

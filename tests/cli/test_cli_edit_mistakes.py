@@ -38,6 +38,12 @@ def loads(inversion: str, loads: list[str]) -> list[str]:
         (["--prompt", "a", "--zoom", "--preset", "style"], "which these options turn off"),
         (["--prompt", "a", "--zoom", "--edit-control", "b"], "a window has no control"),
         (["--prompt", "a", "--zoom-source", "b"], "it describes the window of --zoom"),
+        (["--prompt", "a", "--zoom-prompt", "b"], "it describes the window of --zoom"),
+        (
+            ["--prompt", "a", "--prompt", "b", "--zoom", "--zoom-prompt", "c"],
+            "zoom_prompts are 1 and prompts 2; give one for each",
+        ),
+        (["--prompt", "a", "--zoom", "--zoom-prompt", " "], "a prompt is ' '; describe the"),
         (["--prompt", "a", "--device", "abacus"], "device is 'abacus'; write cpu, cuda"),
         (["--prompt", "a", "--out", "FILE/below"], "is a file, not a folder"),
     ],

@@ -170,7 +170,7 @@ def test_an_edit_in_a_window(given: bool, tmp_path: Path, small: torch.Tensor) -
     def made() -> Any:
         return run_zoomed_edit(
             pipeline, folder, "a goose", tmp_path / "windows", video=video, options=options,
-            source_prompt="a large duck", **SETTINGS,
+            zoom_prompt="a large goose", zoom_source="a large duck", **SETTINGS,
         )  # fmt: skip
 
     found = made()
@@ -179,6 +179,8 @@ def test_an_edit_in_a_window(given: bool, tmp_path: Path, small: torch.Tensor) -
     assert found.settings["inversion"] == folder.path.name
     (window,) = (tmp_path / "windows").iterdir()
     assert found.settings["zoom"]["inversion"] == window.name
+    assert found.settings["prompt"] == "a goose"
+    assert found.settings["zoom"]["prompt"] == "a large goose"
     assert found.settings["zoom"]["source_prompt"] == "a large duck"
     source = None if video is None else [video.frames]
     (frames,) = edited_parts(pipeline, folder, found, source)
@@ -191,6 +193,9 @@ def test_an_edit_in_a_window(given: bool, tmp_path: Path, small: torch.Tensor) -
     assert not torch.equal(frames, expected)
     again = made()
     assert torch.equal(again.latents, found.latents)
+    alone = InversionFolder.open(window)
+    as_seen = run_edit(pipeline, alone, "a large goose", options=options, **SETTINGS)
+    assert torch.equal(as_seen.latents, found.latents)
     one = found.of_frames([1])
     (frame,) = edited_parts(pipeline, folder, one, [expected[[1]]])
     assert torch.equal(frame, frames[[1]])
@@ -199,7 +204,8 @@ def test_an_edit_in_a_window(given: bool, tmp_path: Path, small: torch.Tensor) -
 def test_files_of_an_edit_in_a_window(tmp_path: Path, small: torch.Tensor) -> None:
     pipeline, folder = make_pipeline(), inverted(tmp_path / "inversions")
     options = {"mask_threshold": 0.9, "dilation": 0}
-    plan = EditPlan(["a goose"], options={"fusion": options}, zoom=True, zoom_source="a large duck")
+    asked: dict[str, Any] = {"options": {"fusion": options}, "zoom": True}
+    plan = EditPlan(["a goose"], **asked, zoom_source="a large duck")
     settings: dict[str, Any] = {"video": clip(), "progress": False}
     (result,) = write_edits(pipeline, folder, plan, tmp_path, **settings).results
     about = json.loads(result.files.json.read_text())
@@ -212,11 +218,12 @@ def test_files_of_an_edit_in_a_window(tmp_path: Path, small: torch.Tensor) -> No
     steps = len(folder.timesteps)
     assert about["durations"]["steps_done_in_them"] == 2 * steps
     # Without the video the window is another, and so is one that a text describes.
-    empty = EditPlan(["a goose"], options={"fusion": options}, zoom=True, zoom_source="")
-    described = EditPlan(["a goose"], options={"fusion": options}, zoom=True)
+    empty = EditPlan(["a goose"], **asked, zoom_source="")
+    described = EditPlan(["a goose"], **asked)
+    large = EditPlan(["a goose"], **asked, zoom_prompts=["a large goose"])
     names = [
-        asked.shaped_by(folder, "a goose", "fusion", has_video=has_video)
-        for asked in (plan, empty, described)
+        each.shaped_by(folder, "a goose", "fusion", has_video=has_video)
+        for each in (plan, empty, described, large)
         for has_video in (True, False)
     ]
     assert len(set(names)) == len(names)
@@ -234,7 +241,10 @@ def test_what_is_large_is_edited_as_it_is(
     pipeline, folder = make_pipeline(), inverted(tmp_path)
     monkeypatch.setattr(zoomed, "_cores", lambda *_: torch.ones(3, 8, 12, dtype=torch.bool))
     with caplog.at_level(logging.INFO):
-        found = run_zoomed_edit(pipeline, folder, "a goose", tmp_path / "windows", **SETTINGS)
+        found = run_zoomed_edit(
+            pipeline, folder, "a goose", tmp_path / "windows", zoom_prompt="a large goose",
+            zoom_source="a large duck", **SETTINGS,
+        )  # fmt: skip
     assert "no zoom" in caplog.text
     assert found.zoom is None
     assert not (tmp_path / "windows").exists()
@@ -270,5 +280,21 @@ def test_what_has_no_window_is_refused(tmp_path: Path) -> None:
         EditPlan(["a goose"], ["fusion", "pnp"], zoom=True)
     with pytest.raises(ValueError, match="zoom is False"):
         EditPlan(["a goose"], zoom_source="a duck")
+    with pytest.raises(ValueError, match="zoom_prompts describes a window, and zoom is False"):
+        EditPlan(["a goose"], zoom_prompts=["a duck"])
+    with pytest.raises(ValueError, match="zoom_prompts are 2 and prompts 1"):
+        EditPlan(["a goose"], zoom=True, zoom_prompts=["a", "b"])
+    bad: list[tuple[type[Exception], str, Any]] = [
+        (ValueError, "the zoom_prompt is empty", {"zoom_prompt": " "}),
+        (TypeError, "zoom_source is a int; it must be one text", {"zoom_source": 1}),
+        (
+            ValueError,
+            "'a duck' has 2 words and 'a large goose' has 3",
+            {"zoom_prompt": "a large goose", "options": {"mapping": "replace"}},
+        ),
+    ]
+    for error, message, given in bad:
+        with pytest.raises(error, match=message):
+            run_zoomed_edit(make_pipeline(), folder, "a goose", tmp_path, **given)
     with pytest.raises(ValueError, match="a zoom has no control"):
         EditPlan(["a goose"], control=[Control(pictures(3))], zoom=True)

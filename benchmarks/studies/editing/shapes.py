@@ -69,10 +69,11 @@ def measure(seed: int, frames: int, root: Path, forms: list[str]) -> dict[str, R
             found = run_zoomed_edit(
                 pipeline,
                 folder,
-                _as_seen(edit.exact.caption),
+                edit.exact.caption,
                 root,
                 video=Video(edit.source.frames, FPS),
-                source_prompt=_as_seen(edit.source.caption),
+                zoom_prompt=_as_seen(edit.exact.caption),
+                zoom_source=_as_seen(edit.source.caption),
                 options=options,
                 **settings,
             )
@@ -116,7 +117,7 @@ def report(results: dict[str, Any]) -> str:
         "Judge: share of the frames in which it sees the new shape. PSNR in dB is to the exact "
         "answer, whose size and turn the prompt does not say; Warp-Err (x 1000) under the exact "
         "flow. ± and +: 95 % interval of the mean, of the differences from the preset scene by "
-        "scene. In a window: `run_zoomed_edit`, whose prompts say large for small.",
+        "scene. In a window: `run_zoomed_edit`; there the prompts say large for small.",
         "",
         *table(results["rows"]),
     ]
