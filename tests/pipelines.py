@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from stem import StemConfig, random_pipeline
-from stem.editing.prompts import PromptTokens
+from stem.editing.maps.prompts import PromptTokens
 
 SHAPES: dict[str, dict[str, Any]] = {
     "sd1": {"attention_head_dim": 2, "cross_attention_dim": 16},

@@ -1,15 +1,15 @@
 """Editing a video by a prompt, from its inversion; a module for each method."""
 
 from .checks import METHODS, check_edit, edit_options
-from .fatezero_options import FateZeroOptions
 from .flowedit import FlowEditOptions, flow_edit, run_flow_edit
-from .fusion import FusionOptions
 from .job import Edit
+from .methods.fatezero_options import FateZeroOptions
+from .methods.fusion import FusionOptions
+from .methods.pnp import PnPOptions
+from .methods.sdedit import SDEditOptions
+from .methods.tokenflow import TokenFlowOptions
 from .pasting import edited_parts
-from .pnp import PnPOptions
 from .run import edit, edit_latents, run_edit
-from .sdedit import SDEditOptions
-from .tokenflow import TokenFlowOptions
 from .zoomed import run_zoomed_edit
 
 __all__ = [

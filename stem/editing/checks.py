@@ -13,12 +13,12 @@ from ..control import Control
 from ..inversion import InversionFolder
 from ..inversion.runs import check_startable
 from ..names import EDIT_METHODS
-from .fatezero_options import FateZeroOptions
-from .fusion import FusionOptions
 from .job import Options
-from .pnp import PnPOptions
-from .sdedit import SDEditOptions
-from .tokenflow import TokenFlowOptions
+from .methods.fatezero_options import FateZeroOptions
+from .methods.fusion import FusionOptions
+from .methods.pnp import PnPOptions
+from .methods.sdedit import SDEditOptions
+from .methods.tokenflow import TokenFlowOptions
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 METHODS: dict[str, type[Options]] = dict(

@@ -21,7 +21,7 @@ from ..diffusion.pipeline import Conditioning, predict, vae_factor
 from ..distributed import Ranks
 from ..inversion import InversionFolder
 from ..inversion.methods import attention_on, inversion_attention, inversion_scenes
-from .zoom import Zoom
+from .regions.zoom import Zoom
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from ..diffusion.pipeline import VAE_FRAMES, decoded_in_turns
 from ..inversion import InversionFolder
 from .job import Edit
-from .masks import dilated
+from .regions.masks import dilated
 
 
 def edited_parts(

@@ -26,13 +26,13 @@ from ..inversion.folder import Progress
 from ..inversion.runs import check_same_pipeline, earlier_run, run_name
 from ..names import EDIT_METHODS
 from .checks import DEFAULT_METHOD, check_edit, edit_options, edit_settings
-from .fatezero import FateZero
-from .fusion import Fusion
 from .job import Edit, Job, Method, Options
+from .methods.fatezero import FateZero
+from .methods.fusion import Fusion
+from .methods.pnp import PnP
+from .methods.sdedit import SDEdit
+from .methods.tokenflow import TokenFlow
 from .pasting import edited_frames
-from .pnp import PnP
-from .sdedit import SDEdit
-from .tokenflow import TokenFlow
 
 logger = logging.getLogger("stem")
 

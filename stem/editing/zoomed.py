@@ -21,12 +21,12 @@ from ..inversion.methods import arguments_of, attention_on, inversion_scenes
 from ..inversion.records import FramesInParts, check_same_size
 from ..inversion.runs import check_same_pipeline
 from .checks import check_edit, edit_options
-from .difference_mask import difference_map
-from .fusion import FusionOptions
 from .job import Edit, Job, Options
-from .prompts import check_word_counts
+from .maps.prompts import check_word_counts
+from .methods.difference_mask import difference_map
+from .methods.fusion import FusionOptions
+from .regions.zoom import MOST, Zoom, ZoomedVideo
 from .run import Preview, run_edit
-from .zoom import MOST, Zoom, ZoomedVideo
 
 logger = logging.getLogger("stem")
 

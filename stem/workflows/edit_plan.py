@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from ..control import Control
-from ..editing import check_edit, edit_options
+from ..editing import FusionOptions, check_edit, edit_options
 from ..editing.checks import check_numbers
-from ..editing.fusion import FusionOptions
 from ..editing.zoomed import METHOD, check_zoom, zoom_prompts
 from ..inversion import InversionFolder
 from ..inversion.methods import check_options_used

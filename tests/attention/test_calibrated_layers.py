@@ -19,9 +19,9 @@ from stem.attention import Hook, Hooks, Recording, Replay
 from stem.attention.handle import make_processors
 from stem.attention.layers.hooks import LayerBases
 from stem.attention.layers.rows import RowLayout
-from stem.editing.injection import AttentionInjection
-from stem.editing.map_fusion import MapFusion
-from stem.editing.source_store import SourceStore
+from stem.editing.maps.injection import AttentionInjection
+from stem.editing.maps.map_fusion import MapFusion
+from stem.editing.maps.source_store import SourceStore
 from stem.inversion import reconstruct_latents, round_trip
 from stem.storage import load_tensors, save_tensors
 from stem_kernels import initial_bases

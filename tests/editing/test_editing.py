@@ -21,12 +21,12 @@ from stem.editing import (
     METHODS,
     FusionOptions,
     check_edit,
-    consensus,
     edit_options,
     run_edit,
 )
-from stem.editing.consensus import Motion, in_consensus, moved
-from stem.editing.masks import dilated, warn_of_size
+from stem.editing.regions import consensus
+from stem.editing.regions.consensus import Motion, in_consensus, moved
+from stem.editing.regions.masks import dilated, warn_of_size
 from stem.inversion import InversionError, InversionFolder, reconstruct_latents
 
 pytestmark = pytest.mark.thinned

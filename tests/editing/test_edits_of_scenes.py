@@ -12,7 +12,8 @@ from pipelines import make_pipeline
 
 from stem import Video, invert, parking
 from stem.attention.waiting import parked
-from stem.editing import consensus, run_edit
+from stem.editing import run_edit
+from stem.editing.regions import consensus
 from stem.inversion import InversionFolder
 
 FRAMES, STEPS = 4, 2

@@ -19,8 +19,8 @@ from stem.diffusion.loop import denoise
 from stem.diffusion.pipeline import encode_prompt
 from stem.diffusion.schedule import sampling_scheduler
 from stem.editing import Edit, FateZeroOptions, check_edit, edit_latents, run_edit
-from stem.editing.fatezero import FateZero
 from stem.editing.job import Job
+from stem.editing.methods.fatezero import FateZero
 from stem.inversion.methods import attention_on
 
 SOURCE, TARGET = "a duck", "a big swan"

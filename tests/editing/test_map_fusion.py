@@ -11,9 +11,9 @@ from pipelines import tokens_of
 
 from stem.attention.layers.hooks import Operands, Site
 from stem.attention.layers.processor import attend_densely
-from stem.editing.map_fusion import MapFusion
-from stem.editing.masks import layer_size
-from stem.editing.prompts import refined_columns
+from stem.editing.maps.map_fusion import MapFusion
+from stem.editing.maps.prompts import refined_columns
+from stem.editing.regions.masks import layer_size
 
 
 def layer(groups: int, tokens: int, keys: int, biased: bool) -> Operands:

@@ -12,8 +12,8 @@ from pipelines import make_pipeline
 
 from stem.diffusion.pipeline import decode_latents
 from stem.editing import edit, edited_parts, run_edit
-from stem.editing.masks import dilated
 from stem.editing.pasting import pasted
+from stem.editing.regions.masks import dilated
 
 
 def test_one_fades_into_the_other_over_the_cells_beside_the_mask() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pipelines import make_pipeline, tokens_of, with_textual_inversion
 
-from stem.editing.prompts import (
+from stem.editing.maps.prompts import (
     alignment,
     places_of,
     prompt_tokens,

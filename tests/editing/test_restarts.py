@@ -11,8 +11,8 @@ from inversions import inverted
 from pipelines import make_pipeline
 
 from stem.editing import FusionOptions, edit_options, run, run_edit
-from stem.editing.consensus import Motion, carried
-from stem.editing.fusion import Fusion
+from stem.editing.methods.fusion import Fusion
+from stem.editing.regions.consensus import Motion, carried
 from stem.editing.run import Preview
 from stem.inversion import InversionFolder
 

@@ -19,8 +19,8 @@ from stem.attention.layers.processor import attend_densely
 from stem.config import InflatedConfig
 from stem.distributed import Ranks
 from stem.editing import METHODS, Edit, PnPOptions, SDEditOptions, TokenFlowOptions, run, run_edit
-from stem.editing.pnp import PnP
-from stem.editing.tokenflow import PivotPass, Propagation, pivots_of_frames
+from stem.editing.methods.pnp import PnP
+from stem.editing.methods.tokenflow import PivotPass, Propagation, pivots_of_frames
 from stem.inversion import InversionFolder, reconstruct_latents
 
 FRAMES = 11

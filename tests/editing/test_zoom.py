@@ -17,7 +17,7 @@ from pipelines import make_pipeline
 from stem import Control, InversionFolder, Video, invert
 from stem.diffusion.pipeline import decode_latents
 from stem.editing import edited_parts, run_edit, run_zoomed_edit, zoomed
-from stem.editing.zoom import LEAST, MOST, Zoom, ZoomedVideo
+from stem.editing.regions.zoom import LEAST, MOST, Zoom, ZoomedVideo
 from stem.workflows.dense import dense_edit
 from stem.workflows.edit_plan import EditPlan
 from stem.workflows.edits import write_edits

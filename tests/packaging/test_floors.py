@@ -25,8 +25,15 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.report.pages": "report metrics video storage",
         "stem.report": "metrics video storage names",
         "stem.metrics": "world names",
-        "stem.editing": "inversion flow diffusion control attention attention.layers "
-        "attention.waiting attention.families config distributed storage progress names",
+        "stem.editing": "editing.methods editing.job editing.maps editing.regions inversion flow "
+        "diffusion control attention distributed progress names",
+        "stem.editing.methods": "editing.job editing.maps editing.regions inversion diffusion "
+        "attention attention.layers attention.waiting attention.families config distributed names",
+        "stem.editing.job": "editing.regions inversion diffusion attention attention.waiting "
+        "attention.families config distributed",
+        "stem.editing.maps": "editing.regions diffusion attention attention.layers "
+        "attention.families distributed storage",
+        "stem.editing.regions": "attention.waiting",
         "stem.inversion": "flow diffusion control attention attention.layers attention.families "
         "attention.video video config distributed sources storage progress names exports",
         "stem.flow": "models diffusion attention.video sources names exports",

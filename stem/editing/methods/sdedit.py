@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..diffusion.schedule import sampling_scheduler
-from ..inversion import InversionFolder
-from .job import Job, check_share, generator_of, steps_of
+from ...diffusion.schedule import sampling_scheduler
+from ...inversion import InversionFolder
+from ..job import Job, check_share, generator_of, steps_of
 from .tokenflow import PropagationOptions, TokenFlow, TokenFlowOptions
 
 

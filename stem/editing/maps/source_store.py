@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ..attention import Hook
-from ..attention.layers.hooks import Attend, Operands, Site
-from ..storage import partial_name
+from ...attention import Hook
+from ...attention.layers.hooks import Attend, Operands, Site
+from ...storage import partial_name
 from .map_fusion import MapFusion
 
 

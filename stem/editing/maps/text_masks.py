@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate, max_pool2d
 
-from ..attention import Hook
-from ..attention.families import text_attentions
-from ..attention.layers.hooks import Site
-from ..distributed import Ranks
+from ...attention import Hook
+from ...attention.families import text_attentions
+from ...attention.layers.hooks import Site
+from ...distributed import Ranks
+from ..regions.masks import halvings, layer_size
 from .map_fusion import Size
-from .masks import halvings, layer_size
 
 _COARSE = 2
 

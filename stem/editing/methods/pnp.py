@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention.families import unet_of
-from ..config import PerFrameConfig
-from ..diffusion.loop import with_guidance
-from .injection import AttentionInjection, FeatureInjection
-from .job import Job, Method, Options, check_share, steps_of
+from ...attention.families import unet_of
+from ...config import PerFrameConfig
+from ...diffusion.loop import with_guidance
+from ..job import Job, Method, Options, check_share, steps_of
+from ..maps.injection import AttentionInjection, FeatureInjection
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..inversion import InversionFolder
-from ..names import PRESETS
-from .job import Options, check_choice, check_flag, check_share
-from .prompts import check_word_counts, places_of
+from ...inversion import InversionFolder
+from ...names import PRESETS
+from ..job import Options, check_choice, check_flag, check_share
+from ..maps.prompts import check_word_counts, places_of
 
 MAPPINGS = ("refine", "replace")
 BACKGROUNDS = ("level", "late")

@@ -11,16 +11,16 @@ from stem_kernels import basis_attention, em_statistics, em_update
 from stem_kernels.ops.soft_em import SoftEM
 from stem_kernels.shared.spread import spread_tokens
 
-from ..attention import Hook, Hooks
-from ..attention.families import self_attentions, unet_of
-from ..attention.layers.exchange import Tensors, in_order
-from ..attention.layers.hooks import Site
-from ..attention.waiting.parked import current_parking
-from ..config import StemConfig
-from ..diffusion.loop import NonFiniteError
-from ..distributed import Ranks
-from .job import Job, steps_of
-from .masks import halvings, layer_size
+from ...attention import Hook, Hooks
+from ...attention.families import self_attentions, unet_of
+from ...attention.layers.exchange import Tensors, in_order
+from ...attention.layers.hooks import Site
+from ...attention.waiting.parked import current_parking
+from ...config import StemConfig
+from ...diffusion.loop import NonFiniteError
+from ...distributed import Ranks
+from ..job import Job, steps_of
+from ..regions.masks import halvings, layer_size
 
 _MOST_LEVELS = 6  # more add passes of the UNet and hardly change the mean
 _FRAMES = 8  # frames whose tokens are in hand at once

@@ -8,17 +8,23 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..attention.waiting.parked import current_parking
-from ..diffusion.loop import with_guidance
-from ..diffusion.schedule import clean_of, noised, prediction_of, sampling_scheduler
-from ..inversion import InversionFolder
-from ..names import PRESETS
-from .consensus import Motion, carried, in_consensus
-from .difference_mask import difference_map, mean_difference, quantile
-from .job import Job, Method, Options, check_choice, check_flag, check_share, generator_of, steps_of
-from .map_fusion import MapFusion
-from .masks import dilated, warn_of_size
-from .prompts import (
+from ...attention.waiting.parked import current_parking
+from ...diffusion.loop import with_guidance
+from ...diffusion.schedule import clean_of, noised, prediction_of, sampling_scheduler
+from ...inversion import InversionFolder
+from ...names import PRESETS
+from ..job import (
+    Job,
+    Method,
+    Options,
+    check_choice,
+    check_flag,
+    check_share,
+    generator_of,
+    steps_of,
+)
+from ..maps.map_fusion import MapFusion
+from ..maps.prompts import (
     ColumnMap,
     PromptTokens,
     check_word_counts,
@@ -27,6 +33,9 @@ from .prompts import (
     replaced_columns,
     words_of,
 )
+from ..regions.consensus import Motion, carried, in_consensus
+from ..regions.masks import dilated, warn_of_size
+from .difference_mask import difference_map, mean_difference, quantile
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "colour": {"cross_maps": 1.0, "self_maps": 1.0},

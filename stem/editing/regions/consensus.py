@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import grid_sample
 
-from ..attention.waiting.parked import FRAMES_AT_ONCE, current_parking
+from ...attention.waiting.parked import FRAMES_AT_ONCE, current_parking
 
 _TINY = 1e-6
 LATE_SHARES = (0.5, 0.9)

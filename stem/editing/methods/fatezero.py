@@ -8,23 +8,23 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..attention.families import unet_of
-from ..attention.waiting.parked import current_parking
-from ..config import StemConfig
-from ..diffusion.loop import with_guidance
-from .fatezero_options import FateZeroOptions
-from .job import Job, Method, steps_of
-from .map_fusion import MapFusion, Size
-from .masks import warn_of_size
-from .prompts import (
+from ...attention.families import unet_of
+from ...attention.waiting.parked import current_parking
+from ...config import StemConfig
+from ...diffusion.loop import with_guidance
+from ..job import Job, Method, steps_of
+from ..maps.map_fusion import MapFusion, Size
+from ..maps.prompts import (
     PromptTokens,
     places_of,
     prompt_tokens,
     refined_columns,
     replaced_columns,
 )
-from .source_store import SourceStore
-from .text_masks import TextMaps, mask_layers, word_mask
+from ..maps.source_store import SourceStore
+from ..maps.text_masks import TextMaps, mask_layers, word_mask
+from ..regions.masks import warn_of_size
+from .fatezero_options import FateZeroOptions
 
 _COLUMNS = {"refine": refined_columns, "replace": replaced_columns}
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..attention import Hook
-from ..attention.families import self_attentions, unet_of
-from ..attention.layers.hooks import Operands, Site
+from ...attention import Hook
+from ...attention.families import self_attentions, unet_of
+from ...attention.layers.hooks import Operands, Site
 
 
 class AttentionInjection(Hook):

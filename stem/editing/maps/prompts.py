@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..diffusion.pipeline import as_encoded, tokenizers_of
+from ...diffusion.pipeline import as_encoded, tokenizers_of
 
 
 def words_of(prompt: str) -> list[str]:

@@ -12,18 +12,18 @@ import torch
 
 from stem_kernels import nearest_token
 
-from ..attention import Hook, Hooks
-from ..attention.families import family_of_unet
-from ..attention.layers.hooks import Attend, Operands, Site
-from ..attention.layers.processor import attend_densely
-from ..attention.layers.projections import project_keys_and_values
-from ..attention.waiting.parked import current_parking
-from ..config import InflatedConfig, StemConfig
-from ..diffusion.loop import with_guidance
-from ..distributed import Ranks
-from ..inversion import InversionFolder
-from ..inversion.methods import attention_on, inversion_scenes
-from .job import Job, Options, check_choice, check_count, generator_of
+from ...attention import Hook, Hooks
+from ...attention.families import family_of_unet
+from ...attention.layers.hooks import Attend, Operands, Site
+from ...attention.layers.processor import attend_densely
+from ...attention.layers.projections import project_keys_and_values
+from ...attention.waiting.parked import current_parking
+from ...config import InflatedConfig, StemConfig
+from ...diffusion.loop import with_guidance
+from ...distributed import Ranks
+from ...inversion import InversionFolder
+from ...inversion.methods import attention_on, inversion_scenes
+from ..job import Job, Options, check_choice, check_count, generator_of
 from .pnp import PnP, PnPOptions
 
 BLENDS = ("released", "adjacent")

@@ -9,9 +9,9 @@ from torch.nn.functional import interpolate
 
 from stem_kernels import blended_attention
 
-from ..attention import Hook
-from ..attention.layers.hooks import Attend, Operands, Site
-from .masks import layer_size
+from ...attention import Hook
+from ...attention.layers.hooks import Attend, Operands, Site
+from ..regions.masks import layer_size
 from .prompts import ColumnMap
 
 Size = tuple[int, int]

@@ -1,0 +1,1 @@
+"""Where things are in a video: masks, an object's motion, windows that follow it."""
