@@ -158,11 +158,16 @@ class Actions:
                 seed=int(seed or 0),
                 options=tuple(_lines(options)),
                 zoom=zoom,
-                zoom_prompts=tuple(_lines(zoom_prompts)),
-                zoom_source=" ".join(zoom_source.split()),
+                zoom_prompts=tuple(_lines(zoom_prompts)) if zoom else (),
+                zoom_source=" ".join(zoom_source.split()) if zoom else "",
             )
         except KeyError as error:
             raise AskedError("this inversion is no longer there; choose another") from error
+
+    @staticmethod
+    def windowed(zoom: bool) -> Any:
+        """The window's fields, where there is a window."""
+        return gr.update(visible=zoom)
 
     def edit_expected(self, *asked: Any) -> str:
         try:
@@ -246,10 +251,17 @@ class Actions:
             paths = {str(kept.path): key for key, kept in clips.items()}
             clip = paths.get(inversion.video, clip)
             inverted = [inversion.prompt, inversion.steps, inversion.method]
-        edited: list[Any] = [gr.skip()] * 2
+        edited: list[Any] = [gr.skip()] * 5
         edits = [job.asked for job in jobs if job.asked.get("kind") == "edit"]
         if edits:
-            edited = ["\n".join(edits[-1]["prompts"]), list(edits[-1]["methods"])]
+            last_edit = edits[-1]
+            edited = [
+                "\n".join(last_edit["prompts"]),
+                list(last_edit["methods"]),
+                last_edit.get("zoom", False),
+                "\n".join(last_edit.get("zoom_prompts", ())),
+                last_edit.get("zoom_source", ""),
+            ]
         inversions = list(reversed(self._state.inversions().items()))
         newest = list(results)[-1:]
         for job in reversed(jobs):

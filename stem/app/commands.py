@@ -157,10 +157,12 @@ class Edits:
             raise AskedError(f"guidance is {self.guidance}; it must be between 0 and 100")
         if self.zoom and list(self.methods) != ["fusion"]:
             raise AskedError(f"a window is for fusion alone, not for {', '.join(self.methods)}")
-        if self.zoom and len(self.zoom_prompts) not in (0, len(self.prompts)):
+        if not self.zoom and (self.zoom_prompts or self.zoom_source):
+            raise AskedError("prompts of a window are given, and it is off; turn it on")
+        if len(self.zoom_prompts) not in (0, len(self.prompts)):
             raise AskedError(
-                f"the window has {len(self.zoom_prompts)} prompts for {len(self.prompts)}; give "
-                "one for each, in their order, or none"
+                f"the window has {len(self.zoom_prompts)} prompts, and whole frames have "
+                f"{len(self.prompts)}; give one for each, in their order, or none"
             )
         for text in (*self.zoom_prompts, self.zoom_source):
             _check_text("prompt of the window", text)
@@ -191,12 +193,10 @@ class Edits:
             *([f"--negative-prompt={self.negative_prompt}"] if self.negative_prompt else []),
             *([f"--seed={self.seed}"] if self.seed else []),
             *(f"--option={option}" for option in self.options),
-            *(self._window() if self.zoom else []),
+            *(["--zoom"] if self.zoom else []),
+            *(f"--zoom-prompt={text}" for text in self.zoom_prompts),
+            *([f"--zoom-source={self.zoom_source}"] if self.zoom_source else []),
         ]
-
-    def _window(self) -> list[str]:
-        described = [f"--zoom-source={self.zoom_source}"] if self.zoom_source else []
-        return ["--zoom", *(f"--zoom-prompt={text}" for text in self.zoom_prompts), *described]
 
     @property
     def title(self) -> str:

@@ -234,12 +234,13 @@ def estimate(
     a_frame = branches * unet.held_bytes(height, width) if waits else 0
     memory = fixed + a_frame * inversion.frames
     latents = 4 * unet.latent_channels * (height // unet.factor) * (width // unet.factor)
-    disk = (inversion.steps + 1) * latents * inversion.frames * (1 + _windows(asked))
+    disk_a_frame = (inversion.steps + 1) * latents * (1 + _windows(asked))
+    disk = disk_a_frame * inversion.frames
     advice = ""
     if memory > free:
         advice = _memory_advice(free, fixed, a_frame, width, height, inversion.frames)
     elif disk > free_disk:
-        fits = free_disk // ((inversion.steps + 1) * latents)
+        fits = free_disk // disk_a_frame
         advice = f"the disk takes {fits} frames" if fits else "free some space on the disk"
     seconds = _seconds(asked, inversion, unet, (width, height), video, device, jobs)
     return Estimate(width, height, memory, free, disk, free_disk, seconds, advice)

@@ -108,23 +108,25 @@ class _Page:
                 label="In a window",
                 info="What is small is edited large; fusion alone.",
             )
-            with gr.Accordion("More options", open=False):
-                self.guidance = gr.Number(
-                    None, label="Guidance scale", info="Empty: each method's own."
-                )
-                self.negative = gr.Textbox("", label="Negative prompt")
-                self.seed = gr.Number(0, label="Seed", precision=0)
+            with gr.Column(visible=False) as self.window:
                 self.zoom_prompts = gr.Textbox(
                     "",
                     label="Prompts of the window",
-                    info="What it shows, where what is small is large; one a line, for each prompt "
+                    info="What it shows, where what is small is large: one a line, for each prompt "
                     "above. Empty: the prompts.",
+                    lines=2,
                 )
                 self.zoom_source = gr.Textbox(
                     "",
                     label="Source in the window",
                     info="Empty: the inversion's description.",
                 )
+            with gr.Accordion("More options", open=False):
+                self.guidance = gr.Number(
+                    None, label="Guidance scale", info="Empty: each method's own."
+                )
+                self.negative = gr.Textbox("", label="Negative prompt")
+                self.seed = gr.Number(0, label="Seed", precision=0)
                 self.options = gr.Textbox(
                     "",
                     label="Options",
@@ -191,7 +193,11 @@ class _Page:
         self.invert.click(
             do.inverted, asked, [self.invert_notice, self.inversion, self.job], **_OWN
         )
-        for field in (self.inversion, self.prompts, self.methods):
+        self.zoom.change(do.windowed, self.zoom, self.window, **_QUIET)
+        for field in (
+            self.inversion, self.prompts, self.methods, self.zoom, self.zoom_prompts,
+            self.zoom_source,
+        ):  # fmt: skip
             field.change(do.edit_expected, edit, self.edit_expected, **_QUIET)
         self.edit.click(do.edited, edit, [self.edit_notice, self.job], **_OWN)
         self.cancel.click(do.cancelled, self.job, self.job_notice, **_OWN)
@@ -204,6 +210,9 @@ class _Page:
             api_visibility="private",
         )
         self.timer.tick(do.tick, [self.seen, self.job, self.results], tick, queue=False, **_QUIET)
-        begin = [*tick, self.prompt, self.steps, self.method, self.prompts, self.methods]
+        begin = [
+            *tick, self.prompt, self.steps, self.method, self.prompts, self.methods, self.zoom,
+            self.zoom_prompts, self.zoom_source,
+        ]  # fmt: skip
         loaded = self.blocks.load(do.loaded, None, begin, queue=False, **_QUIET)
         loaded.then(lambda: gr.Timer(active=True), None, self.timer, queue=False, **_QUIET)

@@ -28,8 +28,8 @@ OF_INVERSIONS = (
 """Parameters that shape an inversion, and say nothing where one is there already."""
 
 
-def _encodable_texts(values: list[str] | None) -> list[str]:
-    return [encodable_text(value) for value in values or ()]
+def _encodable_texts(values: list[str] | None) -> list[str] | None:
+    return None if values is None else [encodable_text(value) for value in values]
 
 
 Source = Annotated[

@@ -79,7 +79,7 @@ def edit_command(
     """
     methods = chosen_edit_methods(method)
     is_folder = source.is_dir()
-    for name, given in (("--zoom-prompt", zoom_prompt or None), ("--zoom-source", zoom_source)):
+    for name, given in (("--zoom-prompt", zoom_prompt), ("--zoom-source", zoom_source)):
         if given is not None and not zoom:
             raise typer.BadParameter("it describes the window of --zoom", param_hint=name)
     if zoom and (run.control or edit_control or edit_control_scale):
@@ -108,7 +108,7 @@ def edit_command(
         guidance,
         seed,
         zoom=zoom,
-        zoom_prompts=zoom_prompt or None,
+        zoom_prompts=zoom_prompt,
         zoom_source=zoom_source,
     )
     shown = (edit_control, edit_control_scale)

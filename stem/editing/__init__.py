@@ -1,4 +1,4 @@
-"""Editing a video by a prompt, from its inversion; a module for each method."""
+"""Editing a video by a prompt, from its inversion, or through a video transformer."""
 
 from .checks import METHODS, check_edit, edit_options
 from .flowedit import FlowEditOptions, flow_edit, run_flow_edit

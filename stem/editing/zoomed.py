@@ -22,7 +22,6 @@ from ..inversion.records import FramesInParts, check_same_size
 from ..inversion.runs import check_same_pipeline
 from .checks import check_edit, edit_options
 from .job import Edit, Job, Options
-from .maps.prompts import check_word_counts
 from .methods.difference_mask import difference_map
 from .methods.fusion import FusionOptions
 from .regions.zoom import MOST, Zoom, ZoomedVideo
@@ -60,8 +59,8 @@ def run_zoomed_edit(
     its own, with the inversion's settings, and edited; the frames of the edit take from the window
     what lies inside the mask there.
 
-    Scenes in which a window would have more than 0.65 of a frame's side are whole frames in the
-    window's video; where all are so, this is `run_edit` with `prompt`.
+    Scenes in which a window would have more than 0.65 of a frame's side, and those in which nothing
+    changes, are edited by `run_edit` with `prompt`.
 
     Args:
         pipeline: Pipeline that the inversion was made with.
@@ -87,8 +86,8 @@ def run_zoomed_edit(
         The edit in the window, with its zoom; masks and cores are those of whole frames.
 
     Raises:
-        ValueError, InversionError, NonFiniteError: as `run_edit`; also an edit without a mask, or
-            an inversion with control.
+        ValueError, TypeError, InversionError, NonFiniteError: as `run_edit`; also an edit without
+            a mask, an inversion with control, or a prompt of the window that cannot be used.
         OSError: `root` cannot be written.
     """
     chosen, ranks = edit_options(METHOD, options), Ranks(group)
@@ -101,12 +100,13 @@ def run_zoomed_edit(
         "options": chosen,
     }
     described, wanted = ranks.from_main(
-        partial(_checked, inversion, prompt, (zoom_source, zoom_prompt), video, asked)
+        partial(_checked, inversion, prompt, zoom_prompt, zoom_source, video, asked)
     )
     check_same_pipeline(pipeline, inversion)
     about = inversion.settings["video"]
     cores = _cores(pipeline, inversion, prompt, chosen, ranks)
-    zoom = Zoom.of(cores, inversion_scenes(inversion))
+    scenes = inversion_scenes(inversion)
+    zoom = Zoom.of(cores, scenes)
     run: dict[str, Any] = {
         "group": group,
         "resume": resume,
@@ -120,7 +120,16 @@ def run_zoomed_edit(
         else:
             logger.info("the prompts differ nowhere in the video: no zoom")
         return run_edit(pipeline, inversion, prompt, **asked, **run)
-    logger.info("zoom: windows of %.0f %% of a frame's side", 100 * float(zoom.shares.mean()))
+    windowed = zoom.shares < 1
+    logger.info(
+        "zoom: windows of %.0f %% of a frame's side, in %d of %d scenes",
+        100 * float(zoom.shares[windowed].mean()),
+        sum(bool(windowed[scene.start]) for scene in scenes),
+        len(scenes),
+    )
+    whole = None
+    if not windowed.all():
+        whole = run_edit(pipeline, inversion, prompt, **asked, **run)
 
     def frames(count: int) -> Iterator[torch.Tensor]:
         if video is not None:
@@ -135,6 +144,8 @@ def run_zoomed_edit(
         pipeline, shown, described, root, **how, group=group, progress=progress, on_step=on_step
     )
     found = run_edit(pipeline, window, wanted, **asked, **run)
+    if whole is not None:
+        found = _joined(windowed, found, whole)
     assert found.masks is not None
     assert found.cores is not None
     return dataclasses.replace(
@@ -158,12 +169,24 @@ def run_zoomed_edit(
     )
 
 
+def _joined(windowed: torch.Tensor, found: Edit, whole: Edit) -> Edit:
+    """An edit whose frames are one's where `windowed`, bool [N], and another's elsewhere."""
+
+    def joined(name: str) -> torch.Tensor:
+        one, other = getattr(found, name), getattr(whole, name)
+        return torch.where(windowed.to(one.device).view(-1, *[1] * (one.ndim - 1)), one, other)
+
+    return dataclasses.replace(
+        found, latents=joined("latents"), masks=joined("masks"), cores=joined("cores")
+    )
+
+
 def check_zoom(
     methods: Sequence[str],
     options: Mapping[str, Options | Mapping[str, Any] | None],
     control: object = None,
-) -> None:
-    """Raise ValueError where edits cannot be made in a window.
+) -> FusionOptions:
+    """The options of edits in a window; raises ValueError where they cannot be made.
 
     Args:
         methods: Names of their methods.
@@ -174,67 +197,78 @@ def check_zoom(
     if others:
         raise ValueError(f"a zoom follows the mask of {METHOD}; {', '.join(others)} has none")
     chosen = edit_options(METHOD, options.get(METHOD))
-    if not getattr(chosen, "mask", False):
+    assert isinstance(chosen, FusionOptions)
+    if not chosen.mask:
         raise ValueError(
             f"a zoom follows the mask of {METHOD}, which these options turn off: {chosen}; take "
             "another preset, or mask=True"
         )
-    if not getattr(chosen, "paste", False):
+    if not chosen.paste:
         raise ValueError("a zoom is pasted into the source's frames, and paste is False; leave it")
     if control:
         raise ValueError(
             "a zoom has no control, whose pictures have no window; edit without a zoom"
         )
+    return chosen
 
 
 def zoom_prompts(
     inversion: InversionFolder,
     prompt: str,
-    in_window: tuple[str | None, str | None],
     options: FusionOptions,
+    zoom_prompt: str | None,
+    zoom_source: str | None,
 ) -> tuple[str, str]:
     """The prompts of the source and of the edited video as a window shows them, checked.
 
     Args:
         inversion: Inversion of the whole video.
         prompt: Prompt that describes the edited video, whole frames of it.
-        in_window: The prompts that are given for the window; None: those of whole frames.
         options: Options of `fusion`.
+        zoom_prompt: Prompt of the edited video that is given for the window; None: `prompt`.
+        zoom_source: Prompt of the source likewise; None: the inversion's.
 
     Raises:
         TypeError: one is no text.
         ValueError: the second is empty, or they cannot be mapped word to word as asked.
     """
-    for name, text in zip(("zoom_source", "zoom_prompt"), in_window, strict=True):
+    for name, text in (("zoom_prompt", zoom_prompt), ("zoom_source", zoom_source)):
         if text is not None and not isinstance(text, str):
             raise TypeError(f"{name} is a {type(text).__name__}; it must be one text")
-    given, wanted = in_window
-    source = inversion.settings["prompt"] if given is None else given
-    if wanted is None:
-        wanted = prompt
-    elif not wanted.strip():
-        raise ValueError(
-            "the zoom_prompt is empty; describe the edited video as its window shows it, or leave "
-            "it out"
-        )
-    if options.mapping == "replace":
-        check_word_counts(source, wanted)
+    if zoom_prompt is not None:
+        check_zoom_prompt(zoom_prompt)
+    source = inversion.settings["prompt"] if zoom_source is None else zoom_source
+    wanted = prompt if zoom_prompt is None else zoom_prompt
+    try:
+        options.check_words(source, wanted)
+    except ValueError as error:
+        raise ValueError(f"in the window (zoom_source, zoom_prompt): {error}") from error
     return source, wanted
+
+
+def check_zoom_prompt(text: str) -> None:
+    """Raise ValueError where a prompt of the window is empty."""
+    if not text.strip():
+        raise ValueError(
+            f"a zoom_prompt is {text!r}; describe the edited video as its window shows it, or "
+            "leave it out"
+        )
 
 
 def _checked(
     inversion: InversionFolder,
     prompt: str,
-    in_window: tuple[str | None, str | None],
+    zoom_prompt: str | None,
+    zoom_source: str | None,
     video: FramesInParts | None,
     asked: dict[str, Any],
 ) -> tuple[str, str]:
     """The prompts of the window; raises where the edit cannot begin."""
     check_edit(inversion, prompt, **asked)
-    check_zoom([METHOD], {METHOD: asked["options"]}, inversion.settings.get("control"))
+    options = check_zoom([METHOD], {METHOD: asked["options"]}, inversion.settings.get("control"))
     if video is not None:
         check_same_size(video, inversion.settings["video"])
-    return zoom_prompts(inversion, prompt, in_window, asked["options"])
+    return zoom_prompts(inversion, prompt, options, zoom_prompt, zoom_source)
 
 
 def _cores(

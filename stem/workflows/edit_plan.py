@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..control import Control
-from ..editing import FusionOptions, check_edit, edit_options
+from ..editing import check_edit, edit_options
 from ..editing.checks import check_numbers
-from ..editing.zoomed import METHOD, check_zoom, zoom_prompts
+from ..editing.zoomed import check_zoom, check_zoom_prompt, zoom_prompts
 from ..inversion import InversionFolder
 from ..inversion.methods import check_options_used
 from ..storage import check_output, tensor_bytes
@@ -61,7 +61,7 @@ class EditPlan:
     def __post_init__(self) -> None:
         check_texts("prompts", self.prompts)
         check_texts("methods", self.methods)
-        check_prompts((*self.prompts, *(self.zoom_prompts or ())))
+        check_prompts(self.prompts)
         for method in self.methods:
             edit_options(method, self.options.get(method))
         check_options_used(self.methods, self.options)
@@ -71,11 +71,15 @@ class EditPlan:
                 raise ValueError(f"{name} describes a window, and zoom is False; set zoom=True")
         if self.zoom:
             check_zoom(self.methods, self.options, self.control)
-        if self.zoom_prompts is not None and len(self.zoom_prompts) != len(self.prompts):
-            raise ValueError(
-                f"zoom_prompts are {len(self.zoom_prompts)} and prompts {len(self.prompts)}; give "
-                "one for each, in their order, or none"
-            )
+        if self.zoom_prompts is not None:
+            check_type("zoom_prompts", self.zoom_prompts)
+            if len(self.zoom_prompts) != len(self.prompts):
+                raise ValueError(
+                    f"zoom_prompts are {len(self.zoom_prompts)} and prompts {len(self.prompts)}; "
+                    "give one for each, in their order, or none"
+                )
+            for text in self.zoom_prompts:
+                check_zoom_prompt(text)
 
     @property
     def count(self) -> int:
@@ -87,6 +91,11 @@ class EditPlan:
         if self.zoom_prompts is None:
             return None
         return self.zoom_prompts[list(self.prompts).index(prompt)]
+
+    def _in_window(self, inversion: InversionFolder, prompt: str) -> tuple[str, str]:
+        options = check_zoom(self.methods, self.options)
+        given = (self.zoom_prompt(prompt), self.zoom_source)
+        return zoom_prompts(inversion, prompt, options, *given)
 
     def arguments(self, method: str) -> dict[str, Any]:
         """Arguments of `check_edit` beside the prompt."""
@@ -132,11 +141,8 @@ class EditPlan:
                 check_edit(inversion, prompt, **self.arguments(method))
         if self.zoom:
             check_zoom(self.methods, self.options, inversion.settings.get("control"))
-            options = edit_options(METHOD, self.options.get(METHOD))
-            assert isinstance(options, FusionOptions)
             for prompt in self.prompts:
-                in_window = (self.zoom_source, self.zoom_prompt(prompt))
-                zoom_prompts(inversion, prompt, in_window, options)
+                self._in_window(inversion, prompt)
         video = inversion.settings["video"]
         size = (video["num_frames"], video["height"], video["width"])
         for each in self.control or ():
@@ -169,11 +175,7 @@ class EditPlan:
             "prompt": prompt,
             **self.arguments(method),
             **({} if self.control is None else {"control": [c.record() for c in self.control]}),
-            **(
-                {"zoom": [self.zoom_prompt(prompt), self.zoom_source, has_video]}
-                if self.zoom
-                else {}
-            ),
+            **({"zoom": [*self._in_window(inversion, prompt), has_video]} if self.zoom else {}),
             "options": asdict(edit_options(method, self.options.get(method))),
             "exact": answer,
             "versions": {
@@ -182,6 +184,12 @@ class EditPlan:
             },
         }
         return json.dumps(shaped, sort_keys=True, default=torch.Tensor.tolist)
+
+
+def check_type(name: str, values: Sequence[str]) -> None:
+    """Raise TypeError where an argument of this name is no list of texts."""
+    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{name} is {values!r}; pass a list of texts")
 
 
 def check_texts(name: str, values: Sequence[str]) -> None:
@@ -195,8 +203,7 @@ def check_texts(name: str, values: Sequence[str]) -> None:
         TypeError: it is no list of texts.
         ValueError: it is empty, or holds a text twice.
     """
-    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{name} is {values!r}; pass a list of texts")
+    check_type(name, values)
     if not values:
         raise ValueError(f"{name} is empty; give at least one")
     twice = [value for value in values if list(values).count(value) > 1]

@@ -56,6 +56,8 @@ window.choose = async (label, text) => {
   }
   return false;
 };
+window.tick = label => [...document.querySelectorAll('label')]
+  .find(found => found.textContent.trim() === label).querySelector('input').click();
 window.press = text => [...document.querySelectorAll('button')]
   .find(found => found.textContent.trim() === text).click();
 window.state = number => document.querySelector(`[data-job="${number}"]`)?.dataset.state;
@@ -183,8 +185,18 @@ def test_a_video_is_uploaded_inverted_edited_and_played(
         page.wait_for("field('Command line that does the same').value.startsWith('stem invert')")
         page.value(f"fill('Prompts', {json.dumps(PROMPT)})")
         page.wait_for("field('Inversion').value.includes('red cross')")
+        # The window's texts are there where there is a window, and go with it.
+        shown = "document.body.textContent.includes('Prompts of the window')"
+        assert not page.value(shown)
+        page.value("tick('In a window')")
+        page.wait_for(shown)
+        page.value("fill('Prompts of the window', 'a large dotted blue cross')")
+        picture(page, 1280, "window-1280")
+        page.value("tick('In a window')")
+        page.wait_for(f"!{shown}")
         page.value("press('Edit')")
         page.wait_for("state('000002')")
+        assert "--zoom" not in " ".join(job_on_disk(out, "000002").commands[0])
         picture(page, 1280, "jobs-1280")
 
         assert problems(page) == []

@@ -79,8 +79,10 @@ def test_time_is_that_of_earlier_steps_and_grows_with_frames(
     described = dataclasses.replace(zoomed, zoom_prompts=texts, zoom_source="a large duck")
     window = ["--zoom", *(f"--zoom-prompt={text}" for text in texts), "--zoom-source=a large duck"]
     assert described.arguments()[-len(window) :] == window
-    with pytest.raises(AskedError, match="the window has 1 prompts for 2"):
+    with pytest.raises(AskedError, match="the window has 1 prompts, and whole frames have 2"):
         dataclasses.replace(zoomed, zoom_prompts=texts[:1])
+    with pytest.raises(AskedError, match="it is off; turn it on"):
+        dataclasses.replace(described, zoom=False)
     assert "--zoom" not in edits.arguments()
     third = timed(tmp_path / "3", zoomed.record(), edit_fusion=5.0)
     found = expected(zoomed, inversion, first, second, third)

@@ -43,7 +43,10 @@ def loads(inversion: str, loads: list[str]) -> list[str]:
             ["--prompt", "a", "--prompt", "b", "--zoom", "--zoom-prompt", "c"],
             "zoom_prompts are 1 and prompts 2; give one for each",
         ),
-        (["--prompt", "a", "--zoom", "--zoom-prompt", " "], "a prompt is ' '; describe the"),
+        (
+            ["--prompt", "a", "--zoom", "--zoom-prompt", " "],
+            "a zoom_prompt is ' '; describe the edited video as its window",
+        ),
         (["--prompt", "a", "--device", "abacus"], "device is 'abacus'; write cpu, cuda"),
         (["--prompt", "a", "--out", "FILE/below"], "is a file, not a folder"),
     ],

@@ -251,12 +251,54 @@ def test_what_is_large_is_edited_as_it_is(
     assert torch.equal(found.latents, run_edit(pipeline, folder, "a goose", **SETTINGS).latents)
 
 
-def test_where_the_prompts_differ_is_found(tmp_path: Path) -> None:
+def test_scenes_without_a_window_are_edited_by_the_prompt_of_whole_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, video = make_pipeline(), clip(4)
+    folder = invert(
+        pipeline, video, "a duck", tmp_path, num_steps=2, chunk=2, cuts=(2,), progress=False,
+        options={"num_bases": 8},
+    )  # fmt: skip
+    cores = torch.zeros(4, 8, 12, dtype=torch.bool)
+    cores[:2, 3:5, 5:7] = True
+    cores[2:] = True
+    monkeypatch.setattr(zoomed, "_cores", lambda *_: cores)
+    windows = {"zoom_prompt": "a large goose", "zoom_source": "a large duck"}
+    found = run_zoomed_edit(
+        pipeline, folder, "a goose", tmp_path / "windows", video=video, **windows, **SETTINGS
+    )
+    whole = run_edit(pipeline, folder, "a goose", **SETTINGS)
+    (window,) = (tmp_path / "windows").iterdir()
+    seen = run_edit(pipeline, InversionFolder.open(window), "a large goose", **SETTINGS)
+    assert found.zoom is not None
+    assert (found.zoom.shares[:2] < 1).all()
+    for edit, here in ((seen, slice(2)), (whole, slice(2, 4))):
+        assert torch.equal(found.latents[here], edit.latents[here])
+        assert found.zoomed_masks is not None
+        assert edit.masks is not None
+        assert torch.equal(found.zoomed_masks[here], edit.masks[here])
+    assert not torch.equal(seen.latents[2:], whole.latents[2:])
+    assert found.masks is not None
+    assert whole.masks is not None
+    assert torch.equal(found.masks[2:], whole.masks[2:])
+
+
+def test_where_the_prompts_differ_is_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """By random weights everywhere, and by equal prompts nowhere: both have no window."""
     pipeline, folder = make_pipeline(), inverted(tmp_path)
     for prompt in ("a goose", "a duck"):
         found = run_zoomed_edit(pipeline, folder, prompt, tmp_path, **SETTINGS)
         assert found.zoom is None
+    # Those of the window do not find it.
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_zoomed_edit(
+            pipeline, folder, "a duck", tmp_path, zoom_prompt="a large goose",
+            zoom_source="a large duck", **SETTINGS,
+        )  # fmt: skip
+    assert "the prompts differ nowhere" in caplog.text
 
 
 def test_what_has_no_window_is_refused(tmp_path: Path) -> None:
@@ -284,12 +326,14 @@ def test_what_has_no_window_is_refused(tmp_path: Path) -> None:
         EditPlan(["a goose"], zoom_prompts=["a duck"])
     with pytest.raises(ValueError, match="zoom_prompts are 2 and prompts 1"):
         EditPlan(["a goose"], zoom=True, zoom_prompts=["a", "b"])
+    with pytest.raises(TypeError, match="zoom_prompts is 'b'; pass a list of texts"):
+        EditPlan(["a"], zoom=True, zoom_prompts="b")
     bad: list[tuple[type[Exception], str, Any]] = [
-        (ValueError, "the zoom_prompt is empty", {"zoom_prompt": " "}),
+        (ValueError, "a zoom_prompt is ' '", {"zoom_prompt": " "}),
         (TypeError, "zoom_source is a int; it must be one text", {"zoom_source": 1}),
         (
             ValueError,
-            "'a duck' has 2 words and 'a large goose' has 3",
+            r"in the window \(zoom_source, zoom_prompt\): 'a duck' has 2 words",
             {"zoom_prompt": "a large goose", "options": {"mapping": "replace"}},
         ),
     ]

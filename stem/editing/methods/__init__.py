@@ -1,1 +1,1 @@
-"""The methods of `run_edit`: a module for each, and what is theirs alone."""
+"""The methods of `run_edit`, a module for each, and the mask of `fusion`."""

@@ -153,8 +153,12 @@ class FusionOptions(Options):
         return _GUIDANCE[self.preset]
 
     def check(self, inversion: InversionFolder, prompt: str) -> None:
+        self.check_words(inversion.settings["prompt"], prompt)
+
+    def check_words(self, source: str, prompt: str) -> None:
+        """Raise ValueError where two prompts cannot be mapped as asked."""
         if self.mapping == "replace":
-            check_word_counts(inversion.settings["prompt"], prompt)
+            check_word_counts(source, prompt)
 
 
 class Fusion(Method):
