@@ -10,7 +10,14 @@ import torch.distributed as dist
 
 Value = TypeVar("Value")
 
+MESSAGE_BYTES = 64 * 2**20
+"""Bytes that a rank sends at once, so that messages take as much memory however long a video is."""
 _SHARED = (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+
+
+def fitting(size: int, count: int) -> int:
+    """How many of `count` things of so many bytes go into one message, at least 1."""
+    return max(1, min(count, MESSAGE_BYTES // max(1, size)))
 
 
 class Ranks:
@@ -68,15 +75,19 @@ class Ranks:
             return
         rows: list[Any] = [None] * self.group.size()
         dist.all_gather_object(rows, sorted(own), group=self.group)
-        mine = rows[self.number]
-        shape = (max(map(len, rows)), *whole.shape[1:])
+        most = max(map(len, rows))
+        at_once = fitting(whole.nbytes // max(1, len(whole)), most)
         on_cpu = dist.get_backend(self.group) != "nccl"
-        sent = whole.new_zeros(shape, device=whole.device if on_cpu else "cuda")
-        sent[: len(mine)] = whole[mine].to(sent.device)
+        device = whole.device if on_cpu else torch.device("cuda")
+        sent = whole.new_zeros((at_once, *whole.shape[1:]), device=device)
         received = [torch.empty_like(sent) for _ in rows]
-        dist.all_gather(received, sent, group=self.group)
-        for numbers, found in zip(rows, received, strict=True):
-            whole[numbers] = found[: len(numbers)].to(whole.device)
+        for first in range(0, most, at_once):
+            parts = [numbers[first : first + at_once] for numbers in rows]
+            mine = parts[self.number]
+            sent[: len(mine)] = whole[mine].to(device)
+            dist.all_gather(received, sent, group=self.group)
+            for numbers, found in zip(parts, received, strict=True):
+                whole[numbers] = found[: len(numbers)].to(whole.device)
 
     def from_each(self, make: Callable[[], Value]) -> list[Value]:
         """What `make` returns on every rank, in their order; tensors of a CPU among it. What it

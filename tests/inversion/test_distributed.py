@@ -139,6 +139,55 @@ def test_an_error_on_the_main_rank_is_every_rank_s(tmp_path: Path) -> None:
         assert "NotADirectoryError" in error[1]
 
 
+IN_PARTS = """
+from stem import distributed, parking
+
+distributed.MESSAGE_BYTES = 2 * WIDTH * 4
+sent, gather = [], dist.all_gather
+
+def watched(received, tensor, group):
+    sent.append(tensor.nbytes)
+    gather(received, tensor, group=group)
+
+dist.all_gather = watched
+ranks, every = distributed.Ranks(dist.group.WORLD), rows()
+for own in (range(rank, len(every), 2), range(rank * len(every))):
+    whole = torch.zeros_like(every)
+    whole[list(own)] = every[list(own)]
+    ranks.fill(whole, own)
+    assert torch.equal(whole, every)
+filled = len(sent)
+assert max(sent) == distributed.MESSAGE_BYTES
+lockstep = Lockstep(range(len(every)), 1, dist.group.WORLD)
+
+def brought(frames):
+    mine = every[frames]
+    merged = lockstep.meet((mine, mine.double()[:, :5]), lambda parts: [
+        torch.cat(column) for column in zip(*parts, strict=True)
+    ])
+    return (merged[0][frames] + merged[1].sum(),)
+
+with parking("disk", root):
+    (found,) = lockstep.run(brought)
+assert torch.equal(found, every + every.double()[:, :5].sum())
+assert max(sent[filled:]) <= distributed.MESSAGE_BYTES + 5 * 8
+print(len(sent) - filled, filled, flush=True)
+"""
+WIDTH = 20_000
+
+
+def rows() -> torch.Tensor:
+    return torch.arange(7 * WIDTH, dtype=torch.float32).view(7, WIDTH)
+
+
+def test_long_messages_go_in_parts(tmp_path: Path) -> None:
+    """Of seven frames a rank has four at most: two messages of two, or four of one."""
+    for process in start(__name__, tmp_path, 2, IN_PARTS):
+        assert process.ended() == 0, process.errors.read_text()[-2000:]
+        # What meets has a few more bytes a frame, so one frame goes at a time; results go by two.
+        assert process.lines() == ["6 6"]
+
+
 class ThreeRanks:
     def size(self) -> int:
         return 3

@@ -44,7 +44,8 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.control": "storage",
         "stem.attention": "attention.layers attention.waiting attention.families attention.video "
         "config distributed",
-        "stem.attention.layers": "attention.waiting attention.families config profiling",
+        "stem.attention.layers": "attention.waiting attention.families config distributed "
+        "profiling",
         "stem.attention.waiting": "names",
         "stem.attention.families": "",
         "stem.attention.video": "config",

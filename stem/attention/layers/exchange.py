@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from ...distributed import fitting
 from ..waiting.parked import current_parking
 from .settings import Settings
 
@@ -184,25 +185,44 @@ class Lockstep:
         return found
 
     def _collect(self, own: list[Tensors], counts: Sequence[int] | None, dim: int) -> list[Tensors]:
-        """The tensors of the chunks of all ranks, of those of this one, in one message a rank."""
+        """The tensors of the chunks of all ranks, of those of this one, some chunks a message."""
         if self._group is None:
             return own
         sizes = [None] * len(self.chunks) if counts is None else counts
-        layouts = [
-            _Layout(own[0], dim, [sizes[chunk] for chunk in chunks]) for chunks in self._of_rank
-        ]
-        most = max(layout.num_bytes for layout in layouts)
-        sent = own[0][0].new_zeros(most, dtype=torch.uint8)
-        for places, tensors in zip(layouts[self._group.rank()].places(sent), own, strict=True):
+        most = max(map(len, self._of_rank))
+        at_once = fitting(max(_Layout(own[0], dim, [size]).num_bytes for size in sizes), most)
+        found: dict[int, Tensors] = {}
+        for first in range(0, most, at_once):
+            found.update(self._collect_some(own, sizes, dim, slice(first, first + at_once)))
+        return [found[chunk] for chunk in sorted(found)]
+
+    def _collect_some(
+        self, own: list[Tensors], sizes: Sequence[int | None], dim: int, some: slice
+    ) -> dict[int, Tensors]:
+        """The tensors of some of each rank's chunks by their numbers, in one message a rank."""
+        assert self._group is not None
+        chosen = [chunks[some] for chunks in self._of_rank]
+        layouts = [_Layout(own[0], dim, [sizes[chunk] for chunk in chunks]) for chunks in chosen]
+        longest = max(layout.num_bytes for layout in layouts)
+        sent = own[0][0].new_zeros(longest, dtype=torch.uint8)
+        for places, tensors in zip(
+            layouts[self._group.rank()].places(sent), own[some], strict=True
+        ):
             for place, tensor in zip(places, tensors, strict=True):
                 place.copy_(tensor)
         received = [torch.empty_like(sent) for _ in layouts]
         dist.all_gather(received, sent, group=self._group)
-        return [
-            tensors
-            for layout, message in zip(layouts, received, strict=True)
-            for tensors in layout.places(message)
-        ]
+        found = {
+            chunk: tensors
+            for chunks, layout, message in zip(chosen, layouts, received, strict=True)
+            for chunk, tensors in zip(chunks, layout.places(message), strict=True)
+        }
+        if all(
+            len(chunks) <= len(part) for chunks, part in zip(self._of_rank, chosen, strict=True)
+        ):
+            return found
+        parking = current_parking()  # what comes in several messages waits where chunks do
+        return {chunk: parking.kept(tensors) for chunk, tensors in found.items()}
 
 
 class _Layout:
