@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..attention import Hooks
+from ..attention.waiting.parked import current_parking
 from ..diffusion.pipeline import decoded_in_turns, encode_prompt, execution_device
 from ..distributed import Ranks
 from ..inversion import InversionFolder, invert
@@ -172,9 +173,12 @@ def run_zoomed_edit(
 def _joined(windowed: torch.Tensor, found: Edit, whole: Edit) -> Edit:
     """An edit whose frames are one's where `windowed`, bool [N], and another's elsewhere."""
 
+    def chosen(here: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return torch.where(here.to(one.device).view(-1, *[1] * (one.ndim - 1)), one, other)
+
     def joined(name: str) -> torch.Tensor:
-        one, other = getattr(found, name), getattr(whole, name)
-        return torch.where(windowed.to(one.device).view(-1, *[1] * (one.ndim - 1)), one, other)
+        both = (getattr(edit, name) for edit in (found, whole))
+        return current_parking().by_frames(chosen, windowed, *both)
 
     return dataclasses.replace(
         found, latents=joined("latents"), masks=joined("masks"), cores=joined("cores")

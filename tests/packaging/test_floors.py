@@ -26,7 +26,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "stem.report": "metrics video storage names",
         "stem.metrics": "world names",
         "stem.editing": "editing.methods editing.job editing.regions inversion flow "
-        "diffusion control attention distributed progress names",
+        "diffusion control attention attention.waiting distributed progress names",
         "stem.editing.methods": "editing.job editing.maps editing.regions inversion diffusion "
         "attention attention.layers attention.waiting attention.families config distributed names",
         "stem.editing.job": "editing.regions inversion diffusion attention attention.waiting "

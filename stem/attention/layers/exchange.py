@@ -193,7 +193,11 @@ class Lockstep:
         at_once = fitting(max(_Layout(own[0], dim, [size]).num_bytes for size in sizes), most)
         found: dict[int, Tensors] = {}
         for first in range(0, most, at_once):
-            found.update(self._collect_some(own, sizes, dim, slice(first, first + at_once)))
+            some = self._collect_some(own, sizes, dim, slice(first, first + at_once))
+            if at_once < most:  # what comes in several messages waits where chunks do
+                parking = current_parking()
+                some = {chunk: parking.kept(tensors) for chunk, tensors in some.items()}
+            found.update(some)
         return [found[chunk] for chunk in sorted(found)]
 
     def _collect_some(
@@ -212,17 +216,11 @@ class Lockstep:
                 place.copy_(tensor)
         received = [torch.empty_like(sent) for _ in layouts]
         dist.all_gather(received, sent, group=self._group)
-        found = {
+        return {
             chunk: tensors
             for chunks, layout, message in zip(chosen, layouts, received, strict=True)
             for chunk, tensors in zip(chunks, layout.places(message), strict=True)
         }
-        if all(
-            len(chunks) <= len(part) for chunks, part in zip(self._of_rank, chosen, strict=True)
-        ):
-            return found
-        parking = current_parking()  # what comes in several messages waits where chunks do
-        return {chunk: parking.kept(tensors) for chunk, tensors in found.items()}
 
 
 class _Layout:
