@@ -84,7 +84,9 @@ def run_zoomed_edit(
         preview: Who wants to see the edit while it runs, in the window.
 
     Returns:
-        The edit in the window, with its zoom; masks and cores are those of whole frames.
+        The edit in the window, with its zoom; masks and cores are those of whole frames. The entry
+        "zoom" of its settings names the window's inversion, prompts and sizes, or is None where
+        there was no window.
 
     Raises:
         ValueError, TypeError, InversionError, NonFiniteError: as `run_edit`; also an edit without
@@ -120,7 +122,8 @@ def run_zoomed_edit(
             logger.info("a window would have more than %s of a frame's side: no zoom", MOST)
         else:
             logger.info("the prompts differ nowhere in the video: no zoom")
-        return run_edit(pipeline, inversion, prompt, **asked, **run)
+        found = run_edit(pipeline, inversion, prompt, **asked, **run)
+        return dataclasses.replace(found, settings={**found.settings, "zoom": None})
     windowed = zoom.shares < 1
     logger.info(
         "zoom: windows of %.0f %% of a frame's side, in %d of %d scenes",

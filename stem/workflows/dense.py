@@ -120,7 +120,7 @@ def dense_edit(
     """
     made = edit if isinstance(edit, RecordedEdit) else open_edit(edit)
     made.check_source(source)
-    if "zoom" in made.document["settings"]:
+    if made.document["settings"].get("zoom"):
         raise ValueError(
             f"{made.files.folder} was edited in a window (zoom), which another attention would "
             "place elsewhere; edit without a zoom to compare"

@@ -247,6 +247,7 @@ def test_what_is_large_is_edited_as_it_is(
         )  # fmt: skip
     assert "no zoom" in caplog.text
     assert found.zoom is None
+    assert found.settings["zoom"] is None
     assert not (tmp_path / "windows").exists()
     assert torch.equal(found.latents, run_edit(pipeline, folder, "a goose", **SETTINGS).latents)
 
