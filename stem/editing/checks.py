@@ -106,11 +106,16 @@ def check_edit(
     chosen.check(inversion, prompt)
 
 
+def check_text(name: str, text: str) -> None:
+    """Raise TypeError where an argument of this name is not one text."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is a {type(text).__name__}; it must be one text")
+
+
 def check_texts(prompt: str, negative_prompt: str) -> None:
     """Raise where an edit's prompts cannot be used: TypeError or, of an empty one, ValueError."""
-    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if not isinstance(text, str):
-            raise TypeError(f"{name} is a {type(text).__name__}; it must be one text")
+    check_text("prompt", prompt)
+    check_text("negative_prompt", negative_prompt)
     if not prompt.strip():
         raise ValueError("the prompt is empty; describe the video as it is to be")
 

@@ -21,7 +21,7 @@ from ..inversion import InversionFolder, invert
 from ..inversion.methods import arguments_of, attention_on, inversion_scenes
 from ..inversion.records import FramesInParts, check_same_size
 from ..inversion.runs import check_same_pipeline
-from .checks import check_edit, edit_options
+from .checks import check_edit, check_text, edit_options
 from .job import Edit, Job, Options
 from .methods.difference_mask import difference_map
 from .methods.fusion import FusionOptions
@@ -240,8 +240,8 @@ def zoom_prompts(
         ValueError: the second is empty, or they cannot be mapped word to word as asked.
     """
     for name, text in (("zoom_prompt", zoom_prompt), ("zoom_source", zoom_source)):
-        if text is not None and not isinstance(text, str):
-            raise TypeError(f"{name} is a {type(text).__name__}; it must be one text")
+        if text is not None:
+            check_text(name, text)
     if zoom_prompt is not None:
         check_zoom_prompt(zoom_prompt)
     source = inversion.settings["prompt"] if zoom_source is None else zoom_source

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,3 +106,16 @@ def test_what_does_not_fit_is_said_with_what_does(
     assert expected(fewer, fewer).advice == ""
     monkeypatch.setattr(estimating, "free_bytes", lambda device: fits.memory // 8)
     assert "take a s" in expected(inversion, inversion).advice  # a size, or a smaller model
+
+
+def test_windows_count_in_what_the_disk_takes(
+    inversion: Inversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = Edits(inversion, ["a", "b"], ["fusion"], "", None, "", 0, [], inversion.out, zoom=True)
+    for asked in (inversion, edits):
+        disk = expected(asked, inversion).disk
+        assert disk is not None
+        room = SimpleNamespace(free=disk - 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(estimating.shutil, "disk_usage", lambda path, room=room: room)
+            assert expected(asked, inversion).advice == "the disk takes 7 frames"
