@@ -68,7 +68,7 @@ lowest:
 # torch comes first, because the extension is built for the torch that is installed. Where there is
 # a compiler, a test run must not go on without it, nor without its CUDA part where nvcc is: for
 # the GPU that is there, or else for one architecture, as nothing will run it and
-# tests/kernels/test_cuda_compiles.py compiles the kernels for all.
+# tests/kernels/extension/test_cuda_compiles.py compiles the kernels for all.
 CONSTRAINTS := constraints.txt
 EDITABLE := -e
 COMPILER := $(shell command -v $${CXX:-c++})

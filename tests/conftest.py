@@ -116,7 +116,7 @@ def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The CUDA kernels, built for the emulator of tests/kernels once for all of xdist's workers."""
+    """The CUDA kernels, built for their emulator once for all of xdist's workers."""
     from cuda_emulator import Kernels
 
     base = tmp_path_factory.getbasetemp()

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from stem.config import StemConfig
 from stem_kernels.info import provenance
-from stem_kernels.triton import em_wide
+from stem_kernels.triton.em import wide
 from stem_kernels.triton.registration import functions
 
 from .. import records
@@ -143,7 +143,7 @@ def host_microseconds(config: StemConfig) -> float:
     set_attention(module, config)
     module.to_q = module.to_k = module.to_v = module.to_out[0] = _Projection()
     tokens = torch.randn(4, 64, CHANNELS).half()
-    chunk = mock.patch.object(em_wide, "LARGEST_CHUNK_BYTES", 128 * 2 * config.num_bases)
+    chunk = mock.patch.object(wide, "LARGEST_CHUNK_BYTES", 128 * 2 * config.num_bases)
     medians = []
     with torch.no_grad(), absent_gpu(ARCH, SilentDriver()), chunk:
         for _ in range(ROUNDS):

@@ -97,7 +97,7 @@ def on_backend(
 ) -> torch.Tensor:
     """[B, n, h, e] by one backend."""
     if chosen == "triton":
-        from ..triton.basis_attention import basis_attention_triton
+        from ..triton.attention.basis import basis_attention_triton
 
         return basis_attention_triton(query, key, value, bias, correction, query_mean, scale)
     if chosen == "cuda":

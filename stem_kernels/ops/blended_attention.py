@@ -84,7 +84,7 @@ def blended_attention(
 
     def on(chosen: str) -> torch.Tensor:
         if chosen == "triton":
-            from ..triton.blended_attention import blended_attention_triton
+            from ..triton.attention.blended import blended_attention_triton
 
             return blended_attention_triton(*arguments)
         if chosen == "cuda":

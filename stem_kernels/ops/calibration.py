@@ -203,7 +203,7 @@ def moments(
 
     def on(chosen: str) -> Calibration:
         if chosen == "triton":
-            from ..triton.moments import moments_triton, serves
+            from ..triton.em.moments import moments_triton, serves
 
             if serves(*tensors):
                 return Calibration(None, *moments_triton(*tensors, *numbers))

@@ -97,7 +97,7 @@ def _on(
 ) -> EMStatistics:
     """The result of one backend."""
     if chosen == "triton":
-        from ..triton.em_statistics import em_statistics_triton
+        from ..triton.em.statistics import em_statistics_triton
 
         found = em_statistics_triton(features, bases, payload, temperature, normalize)
         sums, mass, payload_sums = found

@@ -106,7 +106,7 @@ def em_update(
 
     def on(chosen: str) -> SoftEM:
         if chosen == "triton" and empty != "reseed" and sums.numel() > 0:
-            from ..triton.em_update import em_update_triton
+            from ..triton.em.update import em_update_triton
 
             found = em_update_triton(sums, mass, bases, payload_sums, num_tokens, empty == "mask")
         else:

@@ -63,7 +63,7 @@ def nearest_token(
 
     def on(chosen: str) -> torch.Tensor:
         if chosen == "triton":
-            from ..triton.nearest_token import nearest_token_triton
+            from ..triton.nearest.token import nearest_token_triton
 
             return nearest_token_triton(query, keys)
         if chosen == "cuda":

@@ -93,7 +93,7 @@ def partial_attention(
 
     def on(chosen: str) -> PartialAttention:
         if chosen == "triton":
-            from ..triton.partial_attention import partial_attention_triton
+            from ..triton.attention.partial import partial_attention_triton
 
             return PartialAttention(*partial_attention_triton(*arguments))
         if chosen == "cuda":

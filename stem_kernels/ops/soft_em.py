@@ -209,7 +209,7 @@ class _Call(NamedTuple):
 
     def on_triton(self, bias: str) -> AttendedBases:
         """The result, with the bias "none", "log" or "mask" (see `attention_bias`)."""
-        from ..triton.soft_em import soft_em_triton
+        from ..triton.em.soft_em import soft_em_triton
 
         features, bases, payload, *settings = self
         given = None if isinstance(bases, int) else bases

@@ -16,7 +16,8 @@ if torch.cuda.is_available():
     pytest.skip("a GPU needs no stand-in", allow_module_level=True)
 
 from stem_kernels import basis_attention
-from stem_kernels.triton import machine_reasons, program, resident_attention, tuning
+from stem_kernels.triton import machine_reasons, program, tuning
+from stem_kernels.triton.attention import resident
 
 if machine_reasons():
     pytest.skip(machine_reasons()[0], allow_module_level=True)
@@ -114,7 +115,7 @@ def test_more_programs_than_a_launch_has_are_refused() -> None:
     def launch(*grid: int) -> None:
         one = program.Program(torch.device("cpu"))
         buffer = one.input(program.Layout.of(torch.zeros(4)))
-        one.launch(resident_attention._resident_kernel, grid, [buffer], ())
+        one.launch(resident._resident_kernel, grid, [buffer], ())
 
     with pytest.raises(ValueError, match="would take 2800000000 programs, and a launch has 2147"):
         launch(70_000, 40_000)

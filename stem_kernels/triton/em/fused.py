@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .em_rows import _fused_rows_kernel
-from .em_update import Parts
-from .precision import dot_options, weight_unit
-from .program import Buffer, Program
-from .tiles import aligned, head_of, in_eights, load_rows, reciprocal, store_rows
-from .tuning import sum_ranges, tile_for, tiles, two_tiles
+from ..precision import dot_options, weight_unit
+from ..program import Buffer, Program
+from ..tiles import aligned, head_of, in_eights, load_rows, reciprocal, store_rows
+from ..tuning import sum_ranges, tile_for, tiles, two_tiles
+from .rows import _fused_rows_kernel
+from .update import Parts
 
 LARGEST_BASES = 256
 LARGEST_TOGETHER = 80  # tokens and payload summed in one program

@@ -12,7 +12,7 @@ import torch
 from stem_kernels.shared.cosine import inverse_norms
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[2] / "csrc"
+CSRC = HERE.parents[3] / "csrc"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # as driver.cpp numbers them
 NAN = float("nan")
 OPERATORS = (

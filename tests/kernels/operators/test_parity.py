@@ -209,12 +209,12 @@ def test_no_base_stays_empty_when_they_are_reseeded(backend: str) -> None:
 def test_tokens_in_several_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend != "triton":
         pytest.skip("only Triton's pass over wide tokens goes chunk by chunk")
-    from stem_kernels.triton import em_wide
+    from stem_kernels.triton.em import wide
     from stem_kernels.triton.program import forget_programs
 
     features, bases, payload = em_case(1000, 16, 320, torch.float16)
     whole = soft_em(features, bases, payload=payload, num_iters=1, backend=backend)
-    monkeypatch.setattr(em_wide, "LARGEST_CHUNK_BYTES", 300 * 16 * 2)
+    monkeypatch.setattr(wide, "LARGEST_CHUNK_BYTES", 300 * 16 * 2)
     forget_programs()
     parts = soft_em(features, bases, payload=payload, num_iters=1, backend=backend)
     forget_programs()

@@ -15,16 +15,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.bases import NORM_EPS
-from ..shared.outputs import moments_output
-from . import interpreted
-from .em_fused import LARGEST_BASES
-from .em_update import added_parts, block_of_parts, block_of_rows
-from .precision import dot_options
-from .program import Layout, Program, programs
-from .registration import operator
-from .tiles import aligned, head_of, in_eights, load_rows, reciprocal, store_rows
-from .tuning import tile_for, tiles
+from ...shared.bases import NORM_EPS
+from ...shared.outputs import moments_output
+from .. import interpreted
+from ..precision import dot_options
+from ..program import Layout, Program, programs
+from ..registration import operator
+from ..tiles import aligned, head_of, in_eights, load_rows, reciprocal, store_rows
+from ..tuning import tile_for, tiles
+from .fused import LARGEST_BASES
+from .update import added_parts, block_of_parts, block_of_rows
 
 LARGEST_HEAD = 160
 LARGEST_TILE = 256

@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .em_update import Parts
-from .precision import dot_options, weight_unit
-from .program import Buffer, Program
-from .tiles import aligned, head_of, in_eights
-from .tuning import sum_ranges, tile_for, tiles
+from ..precision import dot_options, weight_unit
+from ..program import Buffer, Program
+from ..tiles import aligned, head_of, in_eights
+from ..tuning import sum_ranges, tile_for, tiles
+from .update import Parts
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def general_pass(
     payload: Buffer | None,
     scale: float,
 ) -> Parts:
-    """Add a pass to a program, as `em_fused.fused_pass` does."""
+    """Add a pass to a program, as `fused.fused_pass` does."""
     tokens, num_bases = features.layout, directions.layout.shape[-2]
     batch, heads, n, dim = tokens.shape
     options = tiles("em_general", tokens.device)

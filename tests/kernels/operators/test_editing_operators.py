@@ -225,8 +225,8 @@ def test_opcheck(backend: str) -> None:
         import stem_kernels.reference.nearest_token
 
         if backend == "triton":
-            import stem_kernels.triton.blended_attention
-            import stem_kernels.triton.nearest_token  # noqa: F401
+            import stem_kernels.triton.attention.blended
+            import stem_kernels.triton.nearest.token  # noqa: F401
 
             bias = bias.unsqueeze(0)
         nearest = getattr(torch.ops.stem_kernels, f"nearest_token_{backend}")

@@ -2,7 +2,7 @@
 
 The first writes each token's log-sum-exp over all bases. In the second a program holds a tile of
 bases and their sums, makes the logits of its tokens again, and adds up their products. Unlike
-`em_general` both hold whole rows of channels, so that tiles of a single loop follow one another
+`general` both hold whole rows of channels, so that tiles of a single loop follow one another
 from memory while products run.
 
 Per (token, base): 6 D FLOPs and two exp2. Floor on an H100 at D = 128: the matrix units.
@@ -16,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .em_update import Parts
-from .precision import dot_options, weight_unit
-from .program import Buffer, Program
-from .tiles import aligned, head_of, in_eights, load_rows, row_max, row_sum
-from .tuning import sum_ranges, tile_for, tiles
+from ..precision import dot_options, weight_unit
+from ..program import Buffer, Program
+from ..tiles import aligned, head_of, in_eights, load_rows, row_max, row_sum
+from ..tuning import sum_ranges, tile_for, tiles
+from .update import Parts
 
 LARGEST_WIDTH = 128
 
@@ -114,7 +114,7 @@ def many_options(features: Buffer) -> dict[str, int]:
 def many_pass(
     program: Program, features: Buffer, directions: Buffer, scale: float, options: dict[str, int]
 ) -> Parts:
-    """Add a pass to a program, as `em_fused.fused_pass` does, without a payload.
+    """Add a pass to a program, as `fused.fused_pass` does, without a payload.
 
     Args:
         program: Program.

@@ -11,11 +11,11 @@ from operator import itemgetter
 
 import torch
 
-from ..shared.bases import candidates_of, least_mass, reseeded
-from .em_statistics import em_pass
-from .em_update import Bases, start, update
-from .program import Layout, Program, programs
-from .registration import operator
+from ...shared.bases import candidates_of, least_mass, reseeded
+from ..program import Layout, Program, programs
+from ..registration import operator
+from .statistics import em_pass
+from .update import Bases, start, update
 
 Outputs = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
 

@@ -1,6 +1,6 @@
 """`nearest_token` in Triton: tiles of keys pass by, and each query keeps the best so far; where
 queries are few, the keys come in ranges, whose best are compared afterwards. Narrow tokens in half
-precision take `nearest_narrow`.
+precision take `narrow`.
 
 Products are of the tensors as they are, and are scaled by one over the key's length afterwards:
 keys rounded to 16 bits again would be other keys.
@@ -14,13 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.cosine import inverse_norms
-from ..shared.outputs import nearest_output
-from .nearest_narrow import narrow_options, nearest_narrow
-from .precision import dot_options
-from .program import Layout, Program, programs
-from .registration import operator
-from .tuning import tile_for, tiles, token_ranges
+from ...shared.cosine import inverse_norms
+from ...shared.outputs import nearest_output
+from ..precision import dot_options
+from ..program import Layout, Program, programs
+from ..registration import operator
+from ..tuning import tile_for, tiles, token_ranges
+from .narrow import narrow_options, nearest_narrow
 
 MERGED_ROWS = 256  # of a block that compares ranges
 

@@ -18,10 +18,9 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from .correction import corrected
-from .precision import dot_options
-from .program import Buffer, Layout, Program
-from .tiles import (
+from ..precision import dot_options
+from ..program import Buffer, Layout, Program
+from ..tiles import (
     aligned,
     in_eights,
     load_rows,
@@ -31,7 +30,8 @@ from .tiles import (
     row_sum,
     store_rows,
 )
-from .tuning import tile_for, tiles, two_tiles
+from ..tuning import tile_for, tiles, two_tiles
+from .correction import corrected
 
 LARGEST_BASES = 256
 LOG2E = tl.constexpr(1.4426950408889634)

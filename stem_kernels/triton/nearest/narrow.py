@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .precision import dot_options
-from .program import Buffer, Layout, Program
-from .tiles import aligned, in_eights, load_rows
-from .tuning import tile_for, tiles
+from ..precision import dot_options
+from ..program import Buffer, Layout, Program
+from ..tiles import aligned, in_eights, load_rows
+from ..tuning import tile_for, tiles
 
 LARGEST_WIDTH = 128
 MOST_KEYS = 2**14

@@ -128,9 +128,9 @@ def test_opcheck(backend: str, op: str) -> None:
 
 def _registered(op: str, backend: str):  # type: ignore[no-untyped-def]
     if backend == "triton":
-        import stem_kernels.triton.basis_attention
-        import stem_kernels.triton.em_statistics
-        import stem_kernels.triton.soft_em
+        import stem_kernels.triton.attention.basis
+        import stem_kernels.triton.em.soft_em
+        import stem_kernels.triton.em.statistics
     if backend == "torch":
         import stem_kernels.reference.basis_attention
         import stem_kernels.reference.em_statistics  # noqa: F401

@@ -15,7 +15,7 @@ from stem_kernels import basis_attention, cuda, em_statistics, soft_em
 from stem_kernels.ops.partial_attention import partial_attention
 from stem_kernels.testing import clustered_tokens
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 built = pytest.mark.skipif(
     cuda.load_error("cpu") is not None, reason=f"no extension: {cuda.load_error('cpu')}"
@@ -58,7 +58,8 @@ def test_the_other_instructions(capability: str) -> None:
     chosen = "cuda and (iterations or excluded or repeat or correction or (attention and 255) "
     chosen += "or (partial and 100) or (projected and parity))"
     files = tuple(
-        f"tests/kernels/test_{name}.py" for name in ("parity", "calibration", "projected_attention")
+        f"tests/kernels/operators/test_{name}.py"
+        for name in ("parity", "calibration", "projected_attention")
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", chosen, *files],

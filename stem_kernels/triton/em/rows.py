@@ -1,11 +1,11 @@
 """One EM pass over narrow tokens whose last tile of channels has one to spare: tokens are rows.
 
-`em_fused` makes logits as [K, BLOCK_N], so that every warp has all tokens and a few bases, and its
+`fused` makes logits as [K, BLOCK_N], so that every warp has all tokens and a few bases, and its
 softmax goes through all warps. Here logits are [BLOCK_N, K]: a warp has all bases of its tokens, no
 maximum or sum leaves it, and the responsibilities go to the second product through shared memory
 instead. A spare channel holds ones: its sums are the masses, of the rounded responsibilities.
 
-Counted for an H100 at D = 40: half the instructions of `em_fused`, and 8 shuffles in place of 68.
+Counted for an H100 at D = 40: half the instructions of `fused`, and 8 shuffles in place of 68.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import head_of, in_eights, load_rows, reciprocal, row_max, row_sum, store_rows
+from ..tiles import head_of, in_eights, load_rows, reciprocal, row_max, row_sum, store_rows
 
 
 @triton.jit

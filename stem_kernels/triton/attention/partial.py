@@ -13,14 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.outputs import partial_output
-from .basis_attention import LARGEST_HEAD
-from .em_update import block_of_parts, block_of_rows
-from .precision import dot_options
-from .program import Layout, Program, programs
-from .registration import operator
-from .tiles import aligned, in_eights
-from .tuning import rows_for, sum_ranges, tile_for, tiles
+from ...shared.outputs import partial_output
+from ..em.update import block_of_parts, block_of_rows
+from ..precision import dot_options
+from ..program import Layout, Program, programs
+from ..registration import operator
+from ..tiles import aligned, in_eights
+from ..tuning import rows_for, sum_ranges, tile_for, tiles
+from .basis import LARGEST_HEAD
 
 
 @triton.jit

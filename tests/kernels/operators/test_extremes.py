@@ -134,7 +134,8 @@ def test_sums_over_many_tokens_stay_exact(backend: str, monkeypatch: pytest.Monk
 def test_no_sum_of_triton_is_of_more_tokens_than_is_allowed(
     width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stem_kernels.triton import em_wide, tuning
+    from stem_kernels.triton import tuning
+    from stem_kernels.triton.em import wide
     from stem_kernels.triton.program import forget_programs
 
     features, payload = (tokens(1, 1, 1500, size).to(dtype) for size in (width, 24))
@@ -150,9 +151,9 @@ def test_no_sum_of_triton_is_of_more_tokens_than_is_allowed(
     assert tuning.sum_ranges(10**8, 32, 264) == (6104, 2**14)
     assert tuning.sum_ranges(1500, 256, 3) == (3, 512)
     assert tuning.token_ranges(10**8, 32, 1) == (1, 10**8)  # of what is not summed up
-    for module in (em_wide, tuning):
+    for module in (wide, tuning):
         monkeypatch.setattr(module, "LARGEST_RANGE", 256)
-    monkeypatch.setattr(em_wide, "LARGEST_CHUNK_BYTES", 128 * 16 * 2)
+    monkeypatch.setattr(wide, "LARGEST_CHUNK_BYTES", 128 * 16 * 2)
     assert tuning.sum_ranges(1500, 256, 3) == (6, 256)
     for one, other in zip(whole, run(), strict=True):
         assert max_error(one, other) <= 1e-5 * float(one.abs().max())

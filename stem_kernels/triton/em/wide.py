@@ -15,12 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .em_fused import LARGEST_BASES
-from .em_update import Parts
-from .precision import dot_options, weight_unit
-from .program import Buffer, Program
-from .tiles import aligned, head_of, in_eights, load_rows, reciprocal, store_rows
-from .tuning import LARGEST_RANGE, sum_ranges, tile_for, tiles, two_tiles
+from ..precision import dot_options, weight_unit
+from ..program import Buffer, Program
+from ..tiles import aligned, head_of, in_eights, load_rows, reciprocal, store_rows
+from ..tuning import LARGEST_RANGE, sum_ranges, tile_for, tiles, two_tiles
+from .fused import LARGEST_BASES
+from .update import Parts
 
 LARGEST_CHUNK_BYTES = 2**25  # of responsibilities
 
@@ -124,7 +124,7 @@ def wide_pass(
     payload: Buffer | None,
     scale: float,
 ) -> Parts:
-    """Add a pass to a program, as `em_fused.fused_pass` does, in as many parts as suits each."""
+    """Add a pass to a program, as `fused.fused_pass` does, in as many parts as suits each."""
     tokens, num_bases = features.layout, directions.layout.shape[-2]
     batch, heads, n, dim = tokens.shape
     leads = batch * heads

@@ -14,14 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.bases import MASS_EPS, NORM_EPS, least_mass
-from ..shared.spread import GOLDEN
-from . import interpreted
-from .precision import weight_unit
-from .program import Buffer, Layout, Program, programs
-from .registration import operator
-from .tiles import in_eights
-from .tuning import tile_for
+from ...shared.bases import MASS_EPS, NORM_EPS, least_mass
+from ...shared.spread import GOLDEN
+from .. import interpreted
+from ..precision import weight_unit
+from ..program import Buffer, Layout, Program, programs
+from ..registration import operator
+from ..tiles import in_eights
+from ..tuning import tile_for
 
 PART_ELEMENTS = 8192  # of a tile of parts
 MASS_PARTS = 1024  # of a tile of parts of the mass: one wait for memory, not one for each

@@ -9,12 +9,12 @@ import math
 
 import torch
 
-from ..shared.outputs import statistics_output
-from . import em_fused, em_general, em_many, em_wide
-from .em_update import Bases, Parts, start, update
-from .program import Buffer, Layout, Program, programs
-from .registration import operator
-from .tiles import offsets_fit
+from ...shared.outputs import statistics_output
+from ..program import Buffer, Layout, Program, programs
+from ..registration import operator
+from ..tiles import offsets_fit
+from . import fused, general, many, wide
+from .update import Bases, Parts, start, update
 
 
 def em_pass(
@@ -24,7 +24,7 @@ def em_pass(
     payload: Buffer | None,
     temperature: float,
 ) -> Parts:
-    """Add a pass to a program; arguments as for `em_fused.fused_pass`, but for the temperature.
+    """Add a pass to a program; arguments as for `fused.fused_pass`, but for the temperature.
 
     How many parts it leaves depends on shapes and device, so equal calls give equal bits.
     """
@@ -32,14 +32,14 @@ def em_pass(
     layouts = [tokens.layout for tokens in (features, payload) if tokens is not None]
     half = all(layout.element_size() == 2 and offsets_fit(layout) for layout in layouts)
     arguments = (program, features, directions, payload, scale)
-    if half and directions.layout.shape[-2] <= em_fused.LARGEST_BASES:
-        if max(layout.shape[-1] for layout in layouts) <= em_fused.WIDTHS[-1]:
-            return em_fused.fused_pass(*arguments)
-        return em_wide.wide_pass(*arguments)
-    options = em_many.many_options(features) if half and payload is None else {}
+    if half and directions.layout.shape[-2] <= fused.LARGEST_BASES:
+        if max(layout.shape[-1] for layout in layouts) <= fused.WIDTHS[-1]:
+            return fused.fused_pass(*arguments)
+        return wide.wide_pass(*arguments)
+    options = many.many_options(features) if half and payload is None else {}
     if options:
-        return em_many.many_pass(program, features, directions, scale, options)
-    return em_general.general_pass(*arguments)
+        return many.many_pass(program, features, directions, scale, options)
+    return general.general_pass(*arguments)
 
 
 @programs

@@ -16,7 +16,7 @@ import torch
 
 from stem_kernels import cuda
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 LISTED = "compute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\n"
 """What an nvcc lists."""

@@ -1,6 +1,6 @@
 """`basis_attention` in Triton: queries against all bases; weights never leave the chip.
 
-Narrow heads in half precision take `resident_attention`. All others, and chips for which its
+Narrow heads in half precision take `resident`. All others, and chips for which its
 tables have no row, take the kernel here, which goes through any number of bases in parts.
 """
 
@@ -12,14 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.outputs import attention_output
+from ...shared.outputs import attention_output
+from ..precision import dot_options
+from ..program import Layout, Program, programs
+from ..registration import operator
+from ..tiles import aligned, in_eights, row_max, row_sum
+from ..tuning import rows_for, tile_for, tiles
 from .correction import corrected
-from .precision import dot_options
-from .program import Layout, Program, programs
-from .registration import operator
-from .resident_attention import LEAST_SCALE, LOG2E, options_of, resident_attention
-from .tiles import aligned, in_eights, row_max, row_sum
-from .tuning import rows_for, tile_for, tiles
+from .resident import LEAST_SCALE, LOG2E, options_of, resident_attention
 
 LARGEST_HEAD = 512
 

@@ -12,14 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.outputs import attention_output, blended_output
-from .basis_attention import LARGEST_HEAD, attend
-from .precision import dot_options
-from .program import Layout, Program, programs
-from .registration import operator
-from .resident_attention import LEAST_SCALE
-from .tiles import aligned, in_eights
-from .tuning import rows_for, tile_for, tiles
+from ...shared.outputs import attention_output, blended_output
+from ..precision import dot_options
+from ..program import Layout, Program, programs
+from ..registration import operator
+from ..tiles import aligned, in_eights
+from ..tuning import rows_for, tile_for, tiles
+from .basis import LARGEST_HEAD, attend
+from .resident import LEAST_SCALE
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Attention to bases in Triton."""

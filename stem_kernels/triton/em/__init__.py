@@ -1,0 +1,1 @@
+"""EM in Triton: passes over tokens, and the update of the bases."""

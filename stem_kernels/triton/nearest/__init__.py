@@ -1,0 +1,1 @@
+"""The nearest token of each query in Triton."""
