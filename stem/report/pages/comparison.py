@@ -12,7 +12,7 @@ from ..files import comparison_files, shown_name
 from ..rows import Row
 from .details import method_settings, provenance_of, rate, run_settings
 from .page import Pane, Player, Report, Section, Table, curve_of
-from .panes import read_panes
+from .panes import every_nth, read_panes
 
 
 def comparison_report(document: Document) -> Report:
@@ -39,8 +39,9 @@ def comparison_section(document: Document, title: str, note: str) -> Section:
     """
     video, rows = document["video"], [comparison_row(row) for row in document["rows"]]
     clip = comparison_files(document.path.parent)[2]
-    shape = (video["frames"], video["width"], video["height"])
-    frames, every = read_panes(clip, len(rows) + 1, *shape)
+    count, shape = len(rows) + 1, (video["frames"], video["width"], video["height"])
+    every = every_nth(count, *shape)
+    frames = read_panes(clip, count, *shape[1:], every)
     panes = [Pane("source", frames[0])]
     for row, taken in zip(rows, frames[1:], strict=True):
         figures = [number(value) for value in document["psnr_by_frame"][row.method]]

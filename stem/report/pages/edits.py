@@ -11,9 +11,10 @@ from ..edit_files import EditFiles
 from .details import method_settings, provenance_of, rate, run_settings, settings_of
 from .evaluations import evaluation_beside, evaluation_table
 from .page import Pane, Player, Report, Section, Table, curve_of
-from .panes import read_panes
+from .panes import every_nth, read_panes
 
 _MASK = "may change"
+_BY_FRAME = "psnr_to_exact_by_frame"
 
 
 def edits_report(*documents: Document) -> Report:
@@ -30,17 +31,16 @@ def edits_report(*documents: Document) -> Report:
     if other is not None:
         raise ReportError(
             f"{other.path} is an edit of another video than {edits[0].path}, or of other frames of "
-            "it; name edits of one inversion"
+            "it; name edits of one video"
         )
     note = next(filter(None, (document["note"] for document in documents)), "")
     prompts = list(dict.fromkeys(edit["prompt"] for edit in edits))
     title = prompts[0] if len(prompts) == 1 else f"{len(edits)} edits"
-    inverted = edits[0]["inversion_settings"]
-    video = inverted["video"]
+    video = _video_of(edits[0])
     facts = [
         f"{video['num_frames']} frames, {video['width']}×{video['height']}, {rate(video['fps'])}",
         ", ".join(dict.fromkeys(edit["method"] for edit in edits)),
-        f"model {inverted['model']['name'] or 'not named'}",
+        "model " + ", ".join(dict.fromkeys(map(_model_of, edits))),
     ]
     kind = "Edit" if len(edits) == 1 else "Edits"
     section = edits_section(edits, "Side by side", [evaluation_beside(edit) for edit in edits])
@@ -58,6 +58,10 @@ def _video_of(edit: Document) -> Mapping[str, Any]:
     return video
 
 
+def _model_of(edit: Document) -> str:
+    return edit["inversion_settings"]["model"]["name"] or "not named"
+
+
 def edits_section(
     edits: Sequence[Document], title: str, evaluations: Sequence[Mapping[str, Any] | None]
 ) -> Section:
@@ -69,56 +73,109 @@ def edits_section(
         evaluations: Evaluation of each edit, or None.
     """
     several = len(edits) > 1
-    lines = [("source", edits[0]["source_prompt"] or "no prompt")]
-    panes: list[Pane] = []
+    names = [
+        f"{edit['method']} {n + 1}" if several else edit["method"] for n, edit in enumerate(edits)
+    ]
+    lines = _grouped("source", names, [edit["source_prompt"] or "no prompt" for edit in edits])
     rows, judged, settings, provenance = [], [], {}, {}
-    for index, (edit, evaluation) in enumerate(zip(edits, evaluations, strict=True)):
-        inverted = edit["inversion_settings"]
-        video, labels = inverted["video"], edit["beside"]
-        shape = (video["num_frames"], video["width"], video["height"])
-        clip = EditFiles(edit.path.parent).beside
-        frames, every = read_panes(clip, len(labels), *shape, among=len(edits))
-        name = f"{edit['method']} {index + 1}" if several else edit["method"]
+    for name, edit, evaluation in zip(names, edits, evaluations, strict=True):
         lines.append((name if several else "edit", edit["prompt"]))
-        shown = [Pane(label, taken) for label, taken in zip(labels[:2], frames, strict=False)]
-        by_frame = edit.content.get("psnr_to_exact_by_frame")
-        figures = by_frame and [number(value) for value in by_frame[::every]]
-        number_of_mask = len(panes) + (3 if index == 0 else 1)
-        mask = number_of_mask if len(labels) > 3 else None
-        shown.append(Pane(name, frames[2], figures, "dB", mask=mask))
-        if mask is not None:
-            label = f"{_MASK}, {name}" if several else _MASK
-            shares = [100 * share for share in edit["share_by_frame"][::every]]
-            shown.append(Pane(label, frames[3], shares, "%", compared=False))
-        panes += shown if index == 0 else shown[2:]
         rows.append((name, *_edit_cells(edit)))
         if evaluation is not None:
             judged.append(evaluation_table(evaluation, f"{name}, judged"))
         settings[name] = settings_of(edit["settings"])
+        inverted = edit["inversion_settings"]
         provenance[name if several else ""] = provenance_of(edit["provenance"], inverted)
-    inversion = [("method", inverted["method"]), *run_settings(inverted, ())]
-    inversion += method_settings(inverted)
-    details = {"Settings": {**settings, "Inversion": inversion}, "Provenance": provenance}
-    curve = curve_of("PSNR to the exact answer by frame, dB", panes)
-    player = Player(
-        panes,
-        *shape[1:],
-        shape[0],
-        float(Fraction(video["fps"])) / every,
-        reference=1 if curve else 0,
-        every=every,
-        curve=curve,
-        wiped=0,
-    )
+    inversions = _grouped("Inversion", names, [edit["inversion_settings"] for edit in edits])
+    for whose, inverted in inversions:
+        run = [("method", inverted["method"]), *run_settings(inverted, ())]
+        settings[whose] = run + method_settings(inverted)
+    details = {"Settings": settings, "Provenance": provenance}
+    player = _player(names, edits, len(inversions) == 1)
     headings = ["edit", "PSNR to exact dB", "may change", "seconds", "steps in them"]
     note = (
         "May change: the share of the video within the edit's mask, white; gray is the rim by "
         "which it was widened."
     )
-    if curve is None:
+    if player.curve is None:
         note += " No exact answer is known, so there is no PSNR."
     tables = [Table("Figures", headings, rows, [note]), *judged]
     return Section(title, lines, player, tables=tables, details=details)
+
+
+def _grouped(what: str, names: Sequence[str], values: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Each value once, behind the names that have it, where not all of them have the same."""
+    whose: list[tuple[list[str], Any]] = []
+    for name, value in zip(names, values, strict=True):
+        known = next((owners for owners, other in whose if other == value), None)
+        if known is None:
+            whose.append(([name], value))
+        else:
+            known.append(name)
+    if len(whose) == 1:
+        return [(what, values[0])]
+    return [(f"{what} of {', '.join(owners)}", value) for owners, value in whose]
+
+
+def _player(names: Sequence[str], edits: Sequence[Document], of_one: bool) -> Player:
+    """The videos of edits in step.
+
+    Args:
+        names: Names of the edits.
+        edits: Documents edit.json.
+        of_one: Whether all of them are of one inversion.
+    """
+    several, video = len(edits) > 1, _video_of(edits[0])
+    size = (video["width"], video["height"])
+    second = _second_shown(edits)
+    count = 1 + sum(len(edit["beside"]) - 2 + own for edit, own in zip(edits, second, strict=True))
+    every = every_nth(count, video["num_frames"], *size)
+    panes: list[Pane] = []
+    reference = 0
+    for name, edit, own in zip(names, edits, second, strict=True):
+        labels = edit["beside"]
+        frames = read_panes(EditFiles(edit.path.parent).beside, len(labels), *size, every)
+        if not panes:
+            panes.append(Pane(labels[0], frames[0]))
+        if own:
+            reference = len(panes) if _is_exact(edit) else reference
+            label = labels[1] if of_one or _is_exact(edit) else f"{labels[1]}, {name}"
+            panes.append(Pane(label, frames[1]))
+        by_frame = edit.content.get(_BY_FRAME)
+        figures = by_frame and [number(value) for value in by_frame[::every]]
+        mask = len(panes) + 1 if len(labels) > 3 else None
+        panes.append(Pane(name, frames[2], figures, "dB", mask=mask))
+        if mask is not None:
+            label = f"{_MASK}, {name}" if several else _MASK
+            shares = [100 * share for share in edit["share_by_frame"][::every]]
+            panes.append(Pane(label, frames[3], shares, "%", compared=False))
+    return Player(
+        panes,
+        *size,
+        video["num_frames"],
+        float(Fraction(video["fps"])) / every,
+        reference=reference,
+        every=every,
+        curve=curve_of("PSNR to the exact answer by frame, dB", panes),
+        wiped=0,
+    )
+
+
+def _is_exact(edit: Document) -> bool:
+    """Whether the second of an edit's videos is the exact answer, not the reconstruction."""
+    return _BY_FRAME in edit.content
+
+
+def _second_shown(edits: Sequence[Document]) -> list[bool]:
+    """Whether the second video of each edit is shown: one exact answer, and one reconstruction of
+    each inversion."""
+    known: list[Any] = []
+    shown = []
+    for edit in edits:
+        kind = None if _is_exact(edit) else edit["inversion_settings"]
+        shown.append(kind not in known)
+        known.append(kind)
+    return shown
 
 
 def _edit_cells(edit: Document) -> list[str]:

@@ -21,26 +21,34 @@ MOST_PIXELS = 64 * 2**20
 _PART = 8  # frames held at once
 
 
-def read_panes(
-    path: Path, count: int, num_frames: int, width: int, height: int, *, among: int = 1
-) -> tuple[list[list[str]], int]:
+def every_nth(count: int, num_frames: int, width: int, height: int) -> int:
+    """Every how many frames a player takes.
+
+    Args:
+        count: Number of its panes.
+        num_frames: Number of frames of each.
+        width: Width of the frames in pixels.
+        height: Height of the frames in pixels.
+    """
+    return max(1, math.ceil(count * num_frames * width * height / MOST_PIXELS))
+
+
+def read_panes(path: Path, count: int, width: int, height: int, every: int) -> list[list[str]]:
     """The frames of each video of a file that `side_by_side` made.
 
     Args:
         path: File to read.
         count: Number of videos in it.
-        num_frames: Number of its frames.
         width: Width of one video's frames in pixels.
         height: Height of one video's frames in pixels.
-        among: Number of such files that share a player.
+        every: Every how many frames are taken.
 
     Returns:
-        Data URIs of the frames, video by video, and every how many frames they were taken.
+        Data URIs of the frames, video by video.
 
     Raises:
         VideoError: it is no such file.
     """
-    every = math.ceil(among * count * num_frames * width * height / MOST_PIXELS)
     grid = Grid(count, width, height)
     panes: list[list[str]] = [[] for _ in range(count)]
     number = 0
@@ -51,7 +59,7 @@ def read_panes(
                 for frames, picture in zip(panes, pictures, strict=True):
                     frames.append(_data_uri(picture))
             number += 1
-    return panes, every
+    return panes
 
 
 def _data_uri(picture: Image.Image) -> str:
