@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from .released import released_when_used
 from .waiting.parked import current_parking
 
 logger = logging.getLogger("stem")
+
+_INSIDE = "_old_forward"  # what accelerate's hooks call
+_PLACES = ("forward", _INSIDE)
 
 
 class ChunkedForward:
@@ -65,6 +69,8 @@ class ChunkedForward:
         self.unet = unet
         self.outputs = family.outputs
         self.forward = unet.forward
+        self._standing: Any = None
+        self._before: Any = None
         self.layout = layout
         self.chunk = chunk
         self.cuts = cuts
@@ -81,6 +87,53 @@ class ChunkedForward:
             setattr(copied, name, value if name == "group" else copy.deepcopy(value, memo))
         return copied
 
+    def put_on(self) -> None:
+        """Take the place of the UNet's `forward`, and cut.
+
+        Where accelerate has a hook there, it goes inside: pipelines take that hook off and put it
+        on again after each call, and what stood around it would go with it.
+        """
+        if self._standing is None:
+            held = vars(self.unet)
+            place = _INSIDE if _INSIDE in held else "forward"
+            self._before = held.get(place)
+            # Now, not when this was made: then another's chunks may have been on.
+            self.forward = getattr(self.unet, place)
+            # A method: export and others look for a function's code.
+            self._standing = self.__call__
+            setattr(self.unet, place, self._standing)
+        self.on = True
+
+    def take_off(self) -> None:
+        """Put the UNet's `forward` back, and cut no more."""
+        self.on = False
+        held = vars(self.unet)
+        place = next((place for place in _PLACES if held.get(place) is self._standing), None)
+        if self._standing is None or place is None:
+            return
+        if place == "forward" and self._before is None:
+            del self.unet.forward
+        else:
+            setattr(self.unet, place, self._before or self.forward)
+        self._standing = None
+
+    def check_in_place(self) -> None:
+        """Raise where somebody has put another `forward` in this one's place.
+
+        Raises:
+            RuntimeError: the UNet's calls would not be cut.
+        """
+        found = [vars(self.unet).get(place) for place in _PLACES]
+        if any(forward is self._standing for forward in found):
+            return
+        own = type(self.unet).forward
+        if found[0] is None or any(getattr(one, "__func__", None) is own for one in found):
+            raise RuntimeError(
+                f"the forward of the {type(self.unet).__name__} was put back since the attention "
+                "was enabled, so its frames would no longer go through in chunks, scenes or "
+                "shares; call stem.enable again after what did that (offloading, hooks)"
+            )
+
     @torch.compiler.disable(
         reason="chunks of a video take turns, which no graph can hold; "
         "run all frames at once (chunk=None)"
@@ -92,7 +145,8 @@ class ChunkedForward:
         return_dict = kwargs.pop("return_dict", True)
         while True:
             try:
-                found = self._in_chunks(sample, args, kwargs)
+                with _scaled_once(self.unet, kwargs) as given:
+                    found = self._in_chunks(sample, args, given)
                 break
             except (MemoryError, RuntimeError) as error:
                 if not lacks_memory(error) or self.chunk == 1 or self.group is not None:
@@ -191,6 +245,25 @@ class ChunkedForward:
     def _enough(self, frames: int) -> bool:
         """Whether so many frames are a chunk for each rank at least."""
         return self.group is not None and -(-frames // self.chunk) >= self.group.size()
+
+
+@contextlib.contextmanager
+def _scaled_once(unet: torch.nn.Module, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments without the scale of LoRA weights, which is on in the block: a UNet's `forward`
+    multiplies it in and out again, and those of all chunks are under way at once."""
+    from diffusers.utils import USE_PEFT_BACKEND
+    from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+
+    given = kwargs.get("cross_attention_kwargs") or {}
+    if "scale" not in given or not USE_PEFT_BACKEND:
+        yield kwargs
+        return
+    rest = {name: value for name, value in given.items() if name != "scale"}
+    scale_lora_layers(unet, given["scale"])
+    try:
+        yield {**kwargs, "cross_attention_kwargs": rest}
+    finally:
+        unscale_lora_layers(unet, given["scale"])
 
 
 def spread_frames(frames: range, count: int) -> list[int]:

@@ -56,9 +56,6 @@ class Handle(Installed):
         self.unet = unet
         self.config = config
         self.hooks = Hooks(of_bases_only=True) if hooks is None else hooks
-        self._forward_before: Any = None
-        # What stands in the UNet's forward, and stays where another has wrapped it.
-        self._in_chunks: Any = None
         family = family_of(unet)
         assert family is not None  # see `model_of`
         asked = {"chunk": config.chunk, "cuts": config.cuts or None}
@@ -72,9 +69,8 @@ class Handle(Installed):
         if hooks is not None:
             texts = text_attentions(unet)
             self._attentions = {**self._attentions, **texts}
-            for name, attention in texts.items():
-                own = attention.processor
-                self._processors[name] = TextAttentionProcessor(name, layout, hooks, own)
+            for name in texts:
+                self._processors[name] = TextAttentionProcessor(name, layout, hooks)
         self._chunked: ChunkedForward | None = None
         if config.chunk or config.cuts or self._fit_frames is not None or group is not None:
             assert config.num_frames is not None
@@ -100,29 +96,24 @@ class Handle(Installed):
 
     def _remove(self) -> None:
         if self._installed and self._chunked is not None:
-            self._chunked.on = False
-            if self.unet.__dict__.get("forward") is self._in_chunks:
-                del self.unet.forward
-                if self._forward_before is not None:
-                    self.unet.forward = self._forward_before
-                self._in_chunks = None
+            self._chunked.take_off()
         super()._remove()
 
     def _install(self) -> None:
+        for name, processor in self._processors.items():
+            if isinstance(processor, TextAttentionProcessor):
+                # Now, not when this handle was made: then another's may have been there.
+                processor.own = self._attentions[name].processor
         if self._chunked is not None:
-            if self._in_chunks is None:
-                self._forward_before = self.unet.__dict__.get("forward")
-                # Now, not when this handle was made: then another's chunks may have been on.
-                self._chunked.forward = self.unet.forward
-                # A method: export and others look for a function's code.
-                self._in_chunks = self.unet.forward = self._chunked.__call__
-            self._chunked.on = True
+            self._chunked.put_on()
         super()._install()
 
     def _begin(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._begin(model, args, kwargs)
         if not torch.compiler.is_compiling():
             self._check_checkpointing()
+            if self._chunked is not None:
+                self._chunked.check_in_place()
         sample = args[0] if args else kwargs["sample"]
         self._layout.begin(sample)
         if self.state is not None:

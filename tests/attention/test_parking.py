@@ -179,30 +179,72 @@ def test_what_the_caller_gave_stays_and_what_is_brought_waits_in_files(tmp_path:
     assert torch.equal(found[0], torch.ones(2, 3))
 
 
-@pytest.mark.usefixtures("small")
-def test_tensors_of_another_device_come_back_before_their_chunk_goes_on(
-    monkeypatch: pytest.MonkeyPatch, moved: list[int]
-) -> None:
-    # There is no other device here: memory "elsewhere" is the CPU's, and so is the device's.
-    class Elsewhere(Parking):
-        def park(self, chunk: Any, brought: Any) -> None:
-            held = module._held_by(chunk, brought)
-            for tensors in held.values():
-                self._move_away(chunk, tensors)
+class Elsewhere(Parking):
+    """There is no other device here: what is away has other content until it comes back."""
 
-        def _move_away(self, chunk: Any, tensors: list[torch.Tensor]) -> None:
-            device = tensors[0].device
-            module._move(tensors, torch.UntypedStorage(tensors[0].untyped_storage().nbytes()))
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.content: dict[int, torch.UntypedStorage] = {}
+
+    def park(self, chunk: Any, read: Any) -> None:
+        for tensors in module._held_by(chunk, tuple(read)).values():
+            storage, device = tensors[0].untyped_storage(), tensors[0].device
+            module._move(tensors, torch.UntypedStorage(storage.nbytes()))
+            self.content[id(tensors)] = tensors[0].untyped_storage().clone()
+            tensors[0].untyped_storage().fill_(255)  # nan
             self._away.setdefault(chunk, []).append((device, tensors))
 
-    away = Elsewhere("cpu")
+    def bring(self, chunk: Any) -> None:
+        for _, tensors in self._away.get(chunk, ()):
+            tensors[0].untyped_storage().copy_(self.content.pop(id(tensors)))
+        super().bring(chunk)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sample_per_base": None, "num_iters": 3},
+        {"sample_per_base": None, "empty": "reseed", "num_iters": 3},
+        {"calibration": "linear"},
+        {"calibration": "joint", "key_share": 0.5},
+    ],
+    ids=str,
+)
+def test_tensors_of_another_device_come_back_before_anybody_reads_them(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, moved: list[int]
+) -> None:
+    away = Elsewhere()
     monkeypatch.setattr("stem.attention.layers.exchange.current_parking", lambda: away)
     unet = make_unet(**ONE_LEVEL)
-    with stem.enabled(unet, CHUNKS), torch.no_grad():
+    with stem.enabled(unet, dataclasses.replace(CHUNKS, **changes)), torch.no_grad():
         found = call(unet)
         monkeypatch.undo()
         assert len(moved) > 20
         assert torch.equal(call(unet), found)
+    assert not away._away
+
+
+@pytest.mark.usefixtures("small")
+def test_nothing_is_kept_of_chunks_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = Elsewhere()
+    monkeypatch.setattr("stem.attention.layers.exchange.current_parking", lambda: away)
+    exchange = Lockstep([0, 1], 1)
+
+    def run(frames: list[int]) -> tuple[torch.Tensor]:
+        if frames == [1]:
+            assert away._away
+            raise MemoryError
+        return held_while_it_waits()
+
+    def held_while_it_waits() -> tuple[torch.Tensor]:
+        held = torch.ones(1000)
+        exchange.meet((torch.ones(1),), len)
+        return (held,)
+
+    with torch.no_grad(), pytest.raises(MemoryError):
+        exchange.run(run)
     assert not away._away
 
 

@@ -12,7 +12,8 @@ how many devices hold them.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -81,6 +82,7 @@ class Lockstep:
         self._own = self._of_rank[0 if group is None else group.rank()]
         self._running = 0
         self._outside = Settings.now()
+        self._shared: list[weakref.ref[torch.Tensor]] = []
 
     @property
     def running(self) -> list[int]:
@@ -137,7 +139,7 @@ class Lockstep:
                         if not alone:
                             if index == self._own[0]:
                                 parking.foresee(greenlets[index], len(greenlets))
-                            parking.park(greenlets[index], answer.tensors)
+                            parking.park(greenlets[index], self._staying(answer))
                     else:
                         results.append(answer if alone else parking.kept(answer))
                         parking.leave()  # chunks that never meet have read files, too
@@ -153,11 +155,12 @@ class Lockstep:
                     )
                 )
                 del meetings, answer
-                waiting = dict.fromkeys(waiting, merged)
+                waiting = dict.fromkeys(waiting, self.share(merged))
         finally:
             for running in greenlets.values():
                 if not running.dead:
                     running.throw(GreenletExit)
+                parking.forget(running)
             self._outside.set()
         counts = [len(frames) for frames in self.chunks]
         gathered = self._collect(results, counts, dim)
@@ -183,6 +186,25 @@ class Lockstep:
         with self._outside.on():
             found: Merged = getcurrent().parent.switch(_Meeting(tensors, merge, counts, dim))
         return found
+
+    def share(self, value: Merged) -> Merged:
+        """Have the tensors of a value stay where they are while chunks wait, as chunks that run
+        read them, too.
+
+        Args:
+            value: Tensors, alone or in tuples, lists and dicts; returned as it is.
+        """
+        alive = [each for each in self._shared if each() is not None]
+        self._shared = [*alive, *map(weakref.ref, _tensors_in(value))]
+        return value
+
+    def _staying(self, meeting: _Meeting) -> Iterator[torch.Tensor]:
+        """What is read while the chunk waits that has come to a meeting."""
+        yield from meeting.tensors
+        # One chunk's function is called for all, before that chunk goes on.
+        for cell in getattr(meeting.merge, "__closure__", None) or ():
+            yield from _tensors_in(cell.cell_contents)
+        yield from (tensor for each in self._shared if (tensor := each()) is not None)
 
     def _collect(self, own: list[Tensors], counts: Sequence[int] | None, dim: int) -> list[Tensors]:
         """The tensors of the chunks of all ranks, of those of this one, some chunks a message."""
@@ -258,6 +280,14 @@ class _Layout:
             )
             for chunk in self._chunks
         ]
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part)
 
 
 def in_order(statistics: list[Tensors]) -> Tensors:

@@ -184,16 +184,17 @@ class TextAttentionProcessor:
         name: Name of the attention in the UNet.
         layout: Layout of the rows of a batch.
         hooks: Hooks that are called.
-        own: Processor that this one stands in for.
+
+    Attributes:
+        own: Processor that this one stands in for, once it is put in.
     """
 
-    def __init__(
-        self, name: str, layout: RowLayout, hooks: Hooks, own: Callable[..., torch.Tensor]
-    ) -> None:
+    own: Callable[..., torch.Tensor]
+
+    def __init__(self, name: str, layout: RowLayout, hooks: Hooks) -> None:
         self.name = name
         self.layout = layout
         self.hooks = hooks
-        self.own = own
 
     def __call__(
         self,

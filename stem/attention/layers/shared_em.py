@@ -162,7 +162,7 @@ def of_spread_tokens(
         return made(features if whole else spread_over(features, count, None, other=other))
     total = features.shape[1] // len(exchange.running) * exchange.num_frames
     sample: _Sample[Found] = _gathered(exchange, features, min(total, count), other, _Sample)
-    return sample.find(made)
+    return exchange.share(sample.find(made))
 
 
 def spread_over(

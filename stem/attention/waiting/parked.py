@@ -83,12 +83,12 @@ class Parking:
         if self._place != "never":
             logger.info("%.1f GiB would wait on the device: park is %r", size / 2**30, self._place)
 
-    def park(self, chunk: greenlet, brought: Iterable[torch.Tensor]) -> None:
+    def park(self, chunk: greenlet, read: Iterable[torch.Tensor]) -> None:
         """Put away what a chunk holds that has begun to wait.
 
         Args:
             chunk: Chunk.
-            brought: Tensors that it brings to the others; those of another device than the CPU
+            read: Tensors that others read while it waits; those of another device than the CPU
                 stay.
 
         Raises:
@@ -98,7 +98,7 @@ class Parking:
         if self._place == "never" or torch.is_grad_enabled():
             return
         away = []
-        staying = [tensor for tensor in brought if tensor.device.type != "cpu"]
+        staying = [tensor for tensor in read if tensor.device.type != "cpu"]
         for tensors in _held_by(chunk, staying).values():
             storage, device = tensors[0].untyped_storage(), tensors[0].device
             if storage.filename is None:
@@ -131,6 +131,10 @@ class Parking:
         for device, tensors in self._away.pop(chunk, ()):
             size = tensors[0].untyped_storage().nbytes()
             _move(tensors, torch.UntypedStorage(size, device=device))
+
+    def forget(self, chunk: greenlet) -> None:
+        """Give up what was put away of a chunk that will not go on."""
+        self._away.pop(chunk, None)
 
     def empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """A tensor to be filled chunk by chunk, on the device or where it waits.

@@ -70,6 +70,23 @@ def test_hooks_that_only_look_change_nothing(config: Any) -> None:
     assert all(now is before for now, before in zip(processors(unet), own, strict=True))
 
 
+def test_hooks_that_were_replaced_are_called_no_more() -> None:
+    unet = make_unet()
+    own = processors(unet)
+    first, second = Watching(), Watching()
+    stem.enable(unet, InflatedConfig(num_frames=2), hooks=Hooks(watching=first))
+    stem.enable(unet, InflatedConfig(num_frames=2), hooks=Hooks(watching=second))
+    call(unet)
+    assert not first.seen
+    assert {at for at, _ in second.seen} == {"operands", "after", "text_maps"}
+    stem.enable(unet, InflatedConfig(num_frames=2), hooks=Hooks())
+    seen = len(second.seen)
+    call(unet)
+    assert len(second.seen) == seen
+    stem.disable(unet)
+    assert all(now is before for now, before in zip(processors(unet), own, strict=True))
+
+
 def test_chunks_show_hooks_every_frame_once() -> None:
     unet = make_unet()
 
