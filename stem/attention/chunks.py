@@ -210,6 +210,12 @@ class ChunkedForward:
         scenes = self._scenes(sample)
         if len(scenes) == 1:
             return _as_rows(self._of_scene(scenes[0], together))
+        state = self.state
+        if state is not None and (state.hooks.having("bases") or state.hooks.having("converged")):
+            raise ValueError(
+                f"bases are recorded and replayed of one scene, and cuts is {tuple(self.cuts)}; "
+                "enable without cuts"
+            )
         found = [self._of_scene(scene, together) for scene in scenes]
         parking = current_parking()
         return _as_rows([parking.joined(column, 1) for column in zip(*found, strict=True)])

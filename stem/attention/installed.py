@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -36,6 +37,19 @@ class Installed:
         self._saved: dict[str, Any] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._warned = False
+
+    def __getstate__(self) -> None:
+        raise TypeError(
+            f"an attention mechanism is on in this {type(self._model).__name__}, which cannot be "
+            "pickled so; call stem.disable(...) first, and stem.enable(...) where it is loaded"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            setattr(copied, name, copy.deepcopy(value, memo))
+        return copied
 
     @property
     def active(self) -> bool:

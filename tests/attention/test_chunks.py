@@ -454,3 +454,26 @@ def test_a_forward_that_was_put_back_is_not_taken_for_chunks() -> None:
             call(unet, "sd1", rows=2 * FRAMES)
         unet.forward = standing
         call(unet, "sd1", rows=2 * FRAMES)
+
+
+def test_bases_of_several_scenes_are_neither_recorded_nor_replayed() -> None:
+    unet = make_unet()
+    config = StemConfig(num_bases=8, num_frames=FRAMES, cuts=(3,))
+    with stem.enabled(unet, config) as handle:
+        handle.hooks.add("recording", Recording())
+        with pytest.raises(ValueError, match=r"of one scene, and cuts is \(3,\)"):
+            call(unet, rows=FRAMES)
+
+
+def test_replayed_bases_of_another_form_are_refused() -> None:
+    unet, recording = make_unet(), Recording()
+    config = StemConfig(num_bases=8, num_frames=FRAMES)
+    with stem.enabled(unet, config) as handle:
+        handle.hooks.add("recording", recording)
+        call(unet, rows=FRAMES)
+    for changes in ({"num_bases": 4}, {"space": "key"}):
+        other = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+        with stem.enabled(unet, other) as handle:
+            handle.hooks.add("replay", Replay(recording.found))
+            with pytest.raises(ValueError, match="with the num_bases and space that they were"):
+                call(unet, rows=FRAMES)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from pipelines import SMALL, call, make_pipeline, make_unet
+from transformers_of_video import make_transformer
 
 import stem
-from stem import InflatedConfig, StemConfig
+from stem import InflatedConfig, StemConfig, VideoConfig
 
 CHUNKS = dataclasses.replace(SMALL, chunk=2)
 
@@ -83,9 +84,13 @@ def test_a_deep_copy_shares_the_process_group() -> None:
 
 def test_a_pipeline_is_not_pickled_with_a_mechanism_on() -> None:
     pipeline = make_pipeline()
-    for target, config in ((pipeline, StemConfig(num_bases=8)), (pipeline.unet, CHUNKS)):
+    for target, config in (
+        (pipeline, StemConfig(num_bases=8)),
+        (pipeline.unet, CHUNKS),
+        (make_transformer("wan"), VideoConfig()),
+    ):
         with (
-            stem.enabled(target, config),
+            stem.enabled(target, config),  # type: ignore[call-overload]
             pytest.raises(TypeError, match=r"stem\.disable\(\.\.\.\) first"),
         ):
             pickle.dumps(target)

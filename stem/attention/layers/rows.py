@@ -94,12 +94,6 @@ class RowLayout:
         copied._scale_embedded = self._scale_embedded
         return copied
 
-    def __getstate__(self) -> None:
-        raise TypeError(
-            "an attention mechanism is on in this UNet, which cannot be pickled so; call "
-            "stem.disable(...) first, and stem.enable(...) where it is loaded"
-        )
-
     @contextlib.contextmanager
     def exchanging(self, exchange: Lockstep) -> Iterator[None]:
         """Rows are those of the exchange's running chunk for the length of a `with` block."""

@@ -83,8 +83,19 @@ class StemState:
         for hook in self.hooks.having("bases"):
             given = hook.bases(layer)
             if given is not None:
+                self._check_given(layer, given)
                 return given
         return None
+
+    def _check_given(self, layer: int, given: LayerBases) -> None:
+        shape, payload = tuple(given.bases.shape[1:]), given.payload is not None
+        expected = self.bases_shapes[layer]
+        if shape != expected or payload != (self.config.space == "key"):
+            raise ValueError(
+                f"the replayed bases of layer {layer} are {list(shape)}{' with values' * payload}, "
+                f"and the layer takes {list(expected)} of space={self.config.space!r}; replay them "
+                "with the num_bases and space that they were recorded with"
+            )
 
     def calibrate(
         self, layer: int, tokens: torch.Tensor, find: Callable[[], Calibration]
