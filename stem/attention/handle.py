@@ -69,7 +69,13 @@ class Handle(Installed):
         if hooks is not None:
             texts = text_attentions(unet)
             self._attentions = {**self._attentions, **texts}
-            for name in texts:
+            for name, attention in texts.items():
+                if isinstance(attention.processor, torch.nn.Module):
+                    raise ValueError(
+                        f"{name} has a {type(attention.processor).__name__} with weights of its "
+                        "own, whose place hooks would take; unload the IP-Adapter first, or "
+                        "enable without hooks"
+                    )
                 self._processors[name] = TextAttentionProcessor(name, layout, hooks)
         self._chunked: ChunkedForward | None = None
         if config.chunk or config.cuts or self._fit_frames is not None or group is not None:

@@ -74,18 +74,25 @@ def write_compared(folder: Path, note: str = "") -> Path:
     return folder
 
 
-def write_edit(folder: Path, prompt: str, *, exact: bool = True) -> Path:
-    masks = torch.zeros(FRAMES, HEIGHT, WIDTH, 3, dtype=torch.uint8)
+def write_edit(
+    folder: Path,
+    prompt: str,
+    *,
+    exact: bool = True,
+    masked: bool = True,
+    inversion: dict[str, Any] = INVERSION,
+) -> Path:
+    masks = {"mask": torch.zeros(FRAMES, HEIGHT, WIDTH, 3, dtype=torch.uint8)} if masked else {}
     second = "exact answer" if exact else "reconstruction"
-    videos = {"source": grays(), second: grays(20), "fusion": grays(10), "mask": masks}
+    videos = {"source": grays(), second: grays(20), "fusion": grays(10), **masks}
     figures = {"psnr_to_exact": 28.0, "psnr_to_exact_by_frame": [28.0] * FRAMES} if exact else {}
     document = {
         "note": "",
         "method": "fusion",
         "prompt": prompt,
         "inversion": "x/stem-0",
-        "source_prompt": PROMPT,
-        "inversion_settings": INVERSION,
+        "source_prompt": inversion["prompt"],
+        "inversion_settings": inversion,
         "settings": {"seed": 3, "options": {"preset": "colour", "mask_levels": [0.4, 1.0]}},
         "share_that_may_change": 0.25,
         "share_by_frame": [0.25] * FRAMES,
@@ -191,6 +198,20 @@ def test_several_edits_play_together_wherever_their_folders_have_gone(tmp_path: 
         read_report(moved / "edits-0")
 
 
+@pytest.mark.parametrize(("within", "named"), [("", "."), ("", "edits.json"), ("inner", "..")])
+def test_a_folder_may_be_named_from_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str, named: str
+) -> None:
+    name = write_edit(tmp_path / "fusion-0", "a goose")
+    document = {"note": "", "edits": [f"out/{name.name}/edit.json"]}  # as of a relative --out
+    folder = tmp_path / "edits-0"
+    EditsFiles(folder).write({"source": grays()[:1]}, [0], document)
+    (folder / within).mkdir(exist_ok=True)
+    monkeypatch.chdir(folder / within)
+    (section,) = read_report(Path(named)).sections
+    assert section.lines[1:] == [("edit", "a goose")]
+
+
 def test_edits_of_several_folders_share_a_page_if_they_are_of_one_video(tmp_path: Path) -> None:
     one, two = (write_edit(tmp_path / f"edit-{name}", name, exact=False) for name in ("a", "b"))
     (section,) = read_report(one, two).sections
@@ -223,6 +244,50 @@ def test_of_a_long_video_some_frames_are_shown_and_the_page_says_so(
     assert player.panes[2].figures is not None
     assert len(player.panes[2].figures) == 3
     assert "Every 2nd frame is shown" in page(report)
+
+
+@pytest.mark.parametrize("masked", [(True, False), (False, True)])
+def test_edits_with_and_without_masks_keep_in_step(
+    masked: tuple[bool, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = [write_edit(tmp_path / f"edit-{each}", "a", masked=each) for each in masked]
+    for parts, every in ((6, 1), (4, 2)):  # five panes: a source, an answer, two edits, a mask
+        monkeypatch.setattr(panes, "MOST_PIXELS", parts * FRAMES * WIDTH * HEIGHT)
+        (section,) = read_report(*edits).sections
+        player = section.player
+        assert player is not None
+        assert len(player.panes) == 5
+        assert player.every == every
+        assert {len(pane.frames) for pane in player.panes} == {FRAMES // every}
+
+
+def test_edits_of_several_inversions_say_whose_is_whose(tmp_path: Path) -> None:
+    other = {
+        **INVERSION,
+        "method": "ddim",
+        "num_steps": 3,
+        "prompt": "a swan",
+        "model": {**INVERSION["model"], "name": "another"},
+    }
+    edits = [
+        write_edit(tmp_path / f"edit-{n}", "a", exact=False, inversion=each)
+        for n, each in enumerate((INVERSION, other, INVERSION))
+    ]
+    report = read_report(*edits)
+    assert report.facts[-1] == "model embedded, another"
+    (section,) = report.sections
+    assert section.player is not None
+    assert section.lines[:2] == [
+        ("source of fusion 1, fusion 3", PROMPT), ("source of fusion 2", "a swan")
+    ]  # fmt: skip
+    labels = [pane.label for pane in section.player.panes]
+    assert [label for label in labels if label.startswith("recon")] == [
+        "reconstruction, fusion 1", "reconstruction, fusion 2"
+    ]  # fmt: skip
+    settings = section.details["Settings"]
+    assert ("method", "stem") in settings["Inversion of fusion 1, fusion 3"]
+    assert ("method", "ddim") in settings["Inversion of fusion 2"]
+    assert ("steps", "3") in settings["Inversion of fusion 2"]
 
 
 def test_a_curve_has_round_ticks_and_gaps_where_there_is_no_figure() -> None:

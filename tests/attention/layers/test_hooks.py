@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from pipelines import call, make_unet, unet_inputs
 
 import stem
@@ -85,6 +86,20 @@ def test_hooks_that_were_replaced_are_called_no_more() -> None:
     assert len(second.seen) == seen
     stem.disable(unet)
     assert all(now is before for now, before in zip(processors(unet), own, strict=True))
+
+
+def test_hooks_do_not_take_the_place_of_an_ip_adapter() -> None:
+    unet = make_unet()
+    (text,) = (
+        module for name, module in unet.named_modules()
+        if name == "mid_block.attentions.0.transformer_blocks.0.attn2"
+    )  # fmt: skip
+    text.set_processor(
+        IPAdapterAttnProcessor2_0(text.query_dim, text.cross_attention_dim, num_tokens=(4,))
+    )
+    with pytest.raises(ValueError, match=r"attn2 has a IPAdapterAttnProcessor2_0 .* unload"):
+        stem.enable(unet, PerFrameConfig(num_frames=2), hooks=Hooks())
+    stem.enable(unet, StemConfig(num_bases=8, num_frames=2)).disable()
 
 
 def test_chunks_show_hooks_every_frame_once() -> None:
