@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
 
@@ -12,6 +14,8 @@ Value = TypeVar("Value")
 
 MESSAGE_BYTES = 64 * 2**20
 """Bytes that a rank sends at once, so that messages take as much memory however long a video is."""
+_ALONE_BYTES = 2**16
+"""Bytes of a tensor that goes by itself, not with the object that it is in."""
 _SHARED = (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -50,19 +54,38 @@ class Ranks:
         everywhere, so that none waits for a rank that has gone."""
         if self.group is None:
             return make()
-        outcome: list[Any] = [None, None]
+        # What was made but for its large tensors, what they are like, or what was raised.
+        told: list[Any] = [None, [], None]
+        tensors: list[torch.Tensor] = []
+        value: Any = None
         if self.main:
             try:
-                outcome[0] = make()
+                value = make()
+                told[0], tensors = _without_tensors(value)
+                told[1] = [(tensor.shape, tensor.dtype) for tensor in tensors]
             except _SHARED as error:
-                outcome[1] = error
-        dist.broadcast_object_list(
-            outcome, src=dist.get_global_rank(self.group, 0), group=self.group
-        )
-        if outcome[1] is not None:
-            self._raise(outcome[1])
-        value: Value = outcome[0]
-        return value
+                told[2] = error
+        dist.broadcast_object_list(told, src=dist.get_global_rank(self.group, 0), group=self.group)
+        pickled, forms, raised = told
+        if raised is not None:
+            self._raise(raised)
+        if not self.main:
+            tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in forms]
+        for tensor in tensors:
+            self._send(tensor)
+        return value if self.main else _with_tensors(pickled, tensors)
+
+    def _send(self, tensor: torch.Tensor) -> None:
+        """Send the main rank's tensor of a CPU into that of every other, in messages."""
+        assert self.group is not None
+        on_cpu = dist.get_backend(self.group) != "nccl"
+        source = dist.get_global_rank(self.group, 0)
+        flat = tensor.reshape(-1).view(torch.uint8)
+        for part in flat.split(MESSAGE_BYTES):
+            message = part if on_cpu else part.to("cuda")
+            dist.broadcast(message, source, group=self.group)
+            if not on_cpu and not self.main:
+                part.copy_(message)
 
     def fill(self, whole: torch.Tensor, own: Iterable[int]) -> None:
         """Fill in, in place, the rows of a tensor that other ranks have.
@@ -136,3 +159,44 @@ class Ranks:
         # what was told, for which it needs Python. It has when this is done.
         dist.barrier(self.group)
         raise error
+
+
+class _Parting(pickle.Pickler):
+    """Pickles an object and keeps its large tensors out."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[torch.Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        if type(value) is not torch.Tensor or value.device.type != "cpu" or value.requires_grad:
+            return None
+        if value.layout is not torch.strided or value.nbytes < _ALONE_BYTES:
+            return None
+        known = (place for place, tensor in enumerate(self.tensors) if tensor is value)
+        place = next(known, len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(value)
+        return place
+
+
+class _Joining(pickle.Unpickler):
+    """Makes an object again that `_Parting` has pickled."""
+
+    def __init__(self, pickled: bytes, tensors: list[torch.Tensor]) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._tensors = tensors
+
+    def persistent_load(self, place: int) -> torch.Tensor:
+        return self._tensors[place]
+
+
+def _without_tensors(value: object) -> tuple[bytes, list[torch.Tensor]]:
+    file = io.BytesIO()
+    parting = _Parting(file)
+    parting.dump(value)
+    return file.getvalue(), parting.tensors
+
+
+def _with_tensors(pickled: bytes, tensors: list[torch.Tensor]) -> Any:
+    return _Joining(pickled, tensors).load()

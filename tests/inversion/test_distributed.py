@@ -188,6 +188,36 @@ def test_long_messages_go_in_parts(tmp_path: Path) -> None:
         assert process.lines() == ["6 6"]
 
 
+FROM_MAIN = """
+from stem import distributed
+
+distributed.MESSAGE_BYTES = 2 * WIDTH * 4
+sent, broadcast = [], dist.broadcast
+
+def watched(tensor, source, group):
+    sent.append(tensor.nbytes)
+    broadcast(tensor, source, group=group)
+
+dist.broadcast = watched
+ranks, every = distributed.Ranks(dist.group.WORLD), rows()
+made = {"all": every.bfloat16(), "few": torch.arange(3), "again": [every.mT, every.mT, "text"]}
+found = ranks.from_main(lambda: made if rank == 0 else 1 / 0)
+assert found["few"].tolist() == [0, 1, 2] and found["again"][2] == "text"
+assert found["all"].dtype == torch.bfloat16 and torch.equal(found["all"], made["all"])
+assert all(torch.equal(each, every.mT) for each in found["again"][:2])
+assert ranks.from_main(lambda: rank) == 0
+print(sent, flush=True)
+"""
+
+
+def test_what_the_main_rank_has_goes_in_parts(tmp_path: Path) -> None:
+    whole = 2 * WIDTH * 4
+    parts = [whole, whole - WIDTH * 2, *[whole, whole, whole, whole // 2] * 2]
+    for process in start(__name__, tmp_path, 2, FROM_MAIN):
+        assert process.ended() == 0, process.errors.read_text()[-2000:]
+        assert process.lines() == [str(parts)]
+
+
 class ThreeRanks:
     def size(self) -> int:
         return 3
