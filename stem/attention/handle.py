@@ -42,6 +42,9 @@ class Handle(Installed):
         state: State that STEM's layers share (see `StemState`); None for other mechanisms.
         hooks: Hooks that are called in the attention. If it was enabled without hooks, only hooks
             that give or see bases can be added.
+
+    Raises:
+        ValueError: hooks would take the place of an IP-Adapter.
     """
 
     def __init__(
@@ -237,8 +240,8 @@ def enable(
         TypeError: `target` has no model of these classes, or `config` is not the configuration of
             a mechanism for it.
         ValueError: a transformer is given `group` or `hooks`, its pipeline has two of them, or
-            `dense_blocks` names a block that it has not; the model has no self-attention, `group`
-            is given and `num_frames` is not, or `chunk`, `cuts`, `fit_frames` or `group` is given
+            `dense_blocks` names a block that it has not; hooks would take the place of an
+            IP-Adapter; the model has no self-attention, `group` is given and `num_frames` is not, or `chunk`, `cuts`, `fit_frames` or `group` is given
             and the model has temporal attentions. A call of the model raises it where `num_frames`
             does not fit the batch.
         RuntimeError: another thread has this UNet in a `with` block.
