@@ -89,11 +89,9 @@ class Actions:
         kept = self._state.video(key)
         if kept is None:
             raise AskedError("no video is chosen; upload one, or take one of the list")
-        if first is None or last is None or int(last) >= kept.frames:
-            raise AskedError(
-                f"the last frame is {last}; the video has {kept.frames}, from 0 to "
-                f"{kept.frames - 1}"
-            )
+        begin, end = _frame("first", first, kept), _frame("last", last, kept)
+        if end < begin:
+            raise AskedError(f"the last frame is {end}, before the first, which is {begin}")
         if model not in self._state.models:
             raise AskedError(f"the model {model!r} is not offered; start with --model={model}")
         asked = Inversion(
@@ -103,8 +101,8 @@ class Actions:
             " ".join(prompt.split()),
             int(steps),
             chunk,
-            int(first),
-            int(last) + 1,
+            begin,
+            end + 1,
             (size or "").strip().replace("×", "x"),
             str(self._state.out),
         )
@@ -269,7 +267,7 @@ class Actions:
                 newest = [name for name in self._state.results_of(job) if name in results]
                 break
         return (
-            seen,
+            {**seen, "shown": newest},
             listed,
             self._job_choices(last),
             gr.update(
@@ -303,6 +301,7 @@ class Actions:
             "finished": finished,
             "clips": list(self._state.videos.all()),
             "log": log,
+            "shown": seen.get("shown", []),  # the results that were last shown unasked
         }
         fresh = {name for name, value in now.items() if seen.get(name) != value}
         if not fresh:
@@ -311,9 +310,11 @@ class Actions:
         if fresh & {"results", "finished"}:
             results = gr.update(choices=self._result_choices())
             new = [job for job in done if job.number not in seen.get("finished", finished)]
-            if new:  # what has just been made is shown
-                names = self._state.results_of(new[-1])
-                results = gr.update(choices=self._result_choices(), value=names or chosen)
+            names = self._state.results_of(new[-1]) if new else []
+            # What has just been made is shown, but not in the place of what somebody chose.
+            if names and (not chosen or chosen == now["shown"]):
+                now["shown"] = names
+                results = gr.update(choices=self._result_choices(), value=names)
         inversions = [(label, key) for key, label in reversed(now["inversions"].items())]
         return (
             now,
@@ -324,6 +325,16 @@ class Actions:
             self._clips() if "clips" in fresh else gr.skip(),
             log if "log" in fresh else gr.skip(),
         )
+
+
+def _frame(name: str, number: float | None, kept: Kept) -> int:
+    if number is None or not 0 <= int(number) < kept.frames:
+        said = "empty" if number is None else int(number)
+        raise AskedError(
+            f"the {name} frame is {said}; the video has {kept.frames} frames, from 0 to "
+            f"{kept.frames - 1}"
+        )
+    return int(number)
 
 
 def _lines(text: str) -> list[str]:

@@ -147,11 +147,13 @@ class Edits:
         _check_text("negative prompt", self.negative_prompt)
         for method in self.methods:
             _one_of("method", method, EDIT_METHODS)
-        presets = {name for method in self.methods for name in PRESETS.get(method, ())}
-        if self.preset and self.preset not in presets:
-            known = f"; take {', '.join(sorted(presets))}" if presets else ", which has none"
+        with_presets = [method for method in self.methods if method in PRESETS]
+        lacking = [method for method in with_presets if self.preset not in PRESETS[method]]
+        if self.preset and (lacking or not with_presets):
+            known = "; ".join(f"{name} has {', '.join(names)}" for name, names in PRESETS.items())
             raise AskedError(
-                f"{self.preset!r} is no preset of {', '.join(self.methods)}{known}, or none"
+                f"{self.preset!r} is no preset of {', '.join(lacking or self.methods)}: {known}. "
+                "For one of several methods write METHOD.preset=... among the options"
             )
         if self.guidance is not None and not 0 <= self.guidance <= 100:
             raise AskedError(f"guidance is {self.guidance}; it must be between 0 and 100")
@@ -167,10 +169,15 @@ class Edits:
         for text in (*self.zoom_prompts, self.zoom_source):
             _check_text("prompt of the window", text)
         _whole("seed", self.seed, 0, 2**31)
+        inverted = [self.source.method] if isinstance(self.source, Inversion) else []
+        allowed = [*self.methods, *inverted]
         for option in self.options:
             _check_text("option", option)
-            if not re.match(r"[\w-]+\.\w+=", option):
-                raise AskedError(f"{option!r} is no option; write METHOD.FIELD=VALUE, one a line")
+            written = re.match(r"([\w-]+)\.\w+=", option)
+            if not written or written[1] not in allowed:
+                raise AskedError(
+                    f"{option!r}; write METHOD.FIELD=VALUE with a method of {', '.join(allowed)}"
+                )
 
     def arguments(self) -> list[str]:
         """Arguments of `stem edit`."""

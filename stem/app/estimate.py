@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from ..names import EMBEDDED_MODEL
+from ..names import EMBEDDED_MODEL, RANDOM_MODEL
 from .commands import Edits, Inversion
 from .jobs import Job
 
@@ -143,6 +143,11 @@ def _folder_of(model: str) -> Path | None:
     return Path(found).parents[1] if isinstance(found, str) else None
 
 
+def _is_here(model: str) -> bool:
+    """Whether a model is on this machine, be it without a configuration."""
+    return model == RANDOM_MODEL or Path(model).is_file() or _folder_of(model) is not None
+
+
 def free_bytes(device: str) -> int:
     """Free bytes of a device; of the default's, the first GPU's where there is one.
 
@@ -193,6 +198,7 @@ class Estimate:
         free_disk: Free bytes of the disk.
         seconds: Seconds; None where no step of its like has been timed.
         advice: What to change for it to fit; "" where it does.
+        here: Whether the model is on this machine.
     """
 
     width: int
@@ -203,6 +209,7 @@ class Estimate:
     free_disk: int
     seconds: float | None
     advice: str
+    here: bool = True
 
 
 def estimate(
@@ -227,7 +234,8 @@ def estimate(
     free = int(USED_SHARE * free_bytes(device))
     free_disk = shutil.disk_usage(Path(inversion.out)).free
     if unet is None or min(width, height) < unet.factor:
-        return Estimate(width, height, None, free, None, free_disk, None, "")
+        here = _is_here(inversion.model)
+        return Estimate(width, height, None, free, None, free_disk, None, "", here)
     branches = _BRANCHES if isinstance(asked, Edits) else 1
     waits = inversion.method != "ddim"
     fixed = unet.weights + branches * unet.peak_bytes(height, width)
@@ -238,7 +246,8 @@ def estimate(
     disk = disk_a_frame * inversion.frames
     advice = ""
     if memory > free:
-        advice = _memory_advice(free, fixed, a_frame, width, height, inversion.frames)
+        shorter = min(width, height)
+        advice = _memory_advice(free, unet.weights, fixed, a_frame, inversion.frames, shorter)
     elif disk > free_disk:
         fits = free_disk // disk_a_frame
         advice = f"the disk takes {fits} frames" if fits else "free some space on the disk"
@@ -247,15 +256,15 @@ def estimate(
 
 
 def _memory_advice(
-    free: int, fixed: int, a_frame: int, width: int, height: int, frames: int
+    free: int, weights: int, fixed: int, a_frame: int, frames: int, shorter: int
 ) -> str:
     fits = (free - fixed) // a_frame if a_frame else 0
     if fits >= 1:
         return f"take at most {fits} frames of this size"
-    # Both grow with the pixels alone.
-    scale = math.sqrt(free / (fixed + a_frame * frames))
-    shorter = int(min(width, height) * scale) // 64 * 64
-    return f"take a size of {shorter}" if shorter else "take a smaller model"
+    # All but the weights grows with the pixels.
+    scale = math.sqrt(max(0, free - weights) / (fixed - weights + a_frame * frames))
+    size = int(shorter * scale) // 64 * 64
+    return f"take a size of {size}" if size else "take a smaller model"
 
 
 def _seconds(

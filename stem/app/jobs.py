@@ -27,6 +27,7 @@ from ..storage import write_atomically
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 ENDED = (DONE, FAILED, CANCELLED)
 _LAST_BYTES = 4096  # of a log or of its progress
+_BORDER = "╭─╮│╰╯ \t"  # of the frame around an error, of a Typer that draws it anyway
 
 
 class InUseError(OSError):
@@ -120,8 +121,9 @@ class Job:
         return list(found.values())
 
     def last_line(self) -> str:
-        """The last line of the log; "" where it is empty."""
-        return next((line for line in reversed(_last(self.log).splitlines()) if line.strip()), "")
+        """The last line of the log that has a text, without a frame's border; "" without one."""
+        lines = (line.strip(_BORDER) for line in reversed(_last(self.log).splitlines()))
+        return next(filter(None, lines), "")
 
     def printed(self) -> list[str]:
         """The lines of the log."""
@@ -244,20 +246,25 @@ class Jobs:
 
         Raises:
             StopIteration: `stopped()` became true.
+            OSError: it cannot be written that the job runs; the job is as before.
         """
         with self._changed:
             while not stopped():
                 for state in (RUNNING, WAITING):
                     for job in self._jobs.values():
                         if job.state == state and may(job):
-                            now = time.time()
-                            return self._put(
-                                dataclasses.replace(
-                                    job, state=RUNNING, device=device, started=now, ended=None
-                                )
-                            )
+                            return self._taken(job, device)
                 self._changed.wait()
         raise StopIteration
+
+    def _taken(self, job: Job, device: str) -> Job:
+        now = time.time()
+        taken = dataclasses.replace(job, state=RUNNING, device=device, started=now, ended=None)
+        try:
+            return self._put(taken)
+        except OSError:
+            self._jobs[job.number] = job  # nobody runs it
+            raise
 
     def wake(self) -> None:
         """Let all who wait in `take` look again."""

@@ -21,6 +21,8 @@ logger = logging.getLogger("stem")
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 10.0  # from the request to end until a process is killed
+_RETRY_SECONDS = 10.0  # until a job is taken again that could not be, as where the disk is full
+_PLAIN = {"TYPER_USE_RICH": "0"}  # the environment in which an error is one line without a frame
 
 
 class Runner:
@@ -67,6 +69,10 @@ class Runner:
                 )
             except StopIteration:
                 return
+            except OSError as error:
+                logger.error("no job can begin: %s", error)
+                self._stopped.wait(_RETRY_SECONDS)
+                continue
             self._left.discard(job.number)
             try:
                 self._run(job)
@@ -105,6 +111,7 @@ class Runner:
         given = [*self._command, *command]
         if job.device and command[0] != "report":
             given.append(f"--device={job.device}")
+        told = {TOLD_FILE: str(job.progress), "PYTHONUNBUFFERED": "1"}
         with job.log.open("ab") as log:
             # A session of its own: an interruption of the server from a terminal is not its.
             process = subprocess.Popen(
@@ -112,12 +119,17 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, TOLD_FILE: str(job.progress), "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **_PLAIN, **told},
                 start_new_session=True,
             )
         started = psutil.Process(process.pid).create_time()
-        self._jobs.change(job.number, process=(process.pid, started))
-        return self._wait(job.number, process)
+        with contextlib.suppress(OSError):  # memory knows it: what runs is waited for in any case
+            self._jobs.change(job.number, process=(process.pid, started))
+        status = self._wait(job.number, process)
+        if status is not None and status < 0:
+            with job.log.open("ab") as log:
+                log.write(f"\n{_of_signal(-status)}\n".encode())
+        return status
 
     def _wait(self, number: str, process: subprocess.Popen[bytes] | _Left) -> int | None:
         ended_at = None
@@ -137,6 +149,14 @@ class Runner:
             time.sleep(_POLL_SECONDS / 4)
         self._jobs.change(number, process=None)
         return None if ended_at is not None else process.returncode
+
+
+def _of_signal(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # of those without a name of their own
+        name = f"signal {number}"
+    return f"ended by {name}{', as where memory runs out' if name == 'SIGKILL' else ''}"
 
 
 class _Left:
@@ -183,6 +203,7 @@ def run_now(arguments: Sequence[str]) -> str:
         capture_output=True,
         text=True,
         errors="replace",
+        env={**os.environ, **_PLAIN},
     )
     if done.returncode == 0:
         return ""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+import re
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ _POLICY = (
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
     "font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; frame-ancestors 'self'"
 )
+_LOOPBACKS = ("127.0.0.1", "localhost", "[::1]")
 _HEADERS = [
     (b"content-security-policy", _POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
+_HOST = re.compile(rb"(\[[^\]]*\]|[^:]*)(:\d*)?")  # of a request; a port may follow
 _FETCHES = ("file=http:", "file=https:", "/proxy=")  # addresses that Gradio fetches for a browser
 
 
@@ -72,11 +75,21 @@ class Address:
         except ValueError:
             return False
 
+    @property
+    def shown(self) -> str:
+        """The host as URLs have it."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def served(self) -> frozenset[str]:
+        """Hosts that requests are answered for; none: all, for a password is asked for."""
+        return frozenset() if self.auth else frozenset({*_LOOPBACKS, self.shown})
+
 
 class _Guard:
     """Middleware: the headers of every answer, and what is not answered."""
 
-    def __init__(self, app: Callable[..., Any], hosts: Sequence[str]) -> None:
+    def __init__(self, app: Callable[..., Any], hosts: Collection[str]) -> None:
         self._app, self._hosts = app, {host.encode() for host in hosts}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -87,8 +100,8 @@ class _Guard:
         if any(part in path for part in _FETCHES):
             await _refuse(send, 403, b"no other address is fetched from here")
             return
-        host = dict(scope["headers"]).get(b"host", b"").rpartition(b":")[0]
-        if self._hosts and host not in self._hosts:
+        host = _HOST.fullmatch(dict(scope["headers"]).get(b"host", b""))
+        if self._hosts and (host is None or host[1].lower() not in self._hosts):
             # A name that somebody else lets point to this machine, from a page of theirs.
             await _refuse(send, 400, b"unknown host")
             return
@@ -141,7 +154,6 @@ def serving(
     videos = Videos(own / "videos")
     state = State(out, jobs, videos, models)
     state.add_shipped()
-    hosts = ("127.0.0.1", "localhost", "[::1]") if address.is_loopback else ()
     blocks = build(state)
     folder = Path(__file__).parent / "assets"
     blocks.launch(
@@ -160,15 +172,14 @@ def serving(
         allowed_paths=[str(out)],
         blocked_paths=[str(own / "jobs")],
         max_file_size=LIMITS.megabytes * 2**20,
-        app_kwargs={"middleware": [Middleware(_Guard, hosts=hosts)]},
+        app_kwargs={"middleware": [Middleware(_Guard, hosts=address.served)]},
         theme=_theme(gradio),
         css=(folder / "page.css").read_text(),
         head=f"<script>{(folder / 'page.js').read_text()}</script>",
     )
     runner.start()
     try:
-        shown = f"[{address.host}]" if ":" in address.host else address.host
-        yield f"http://{shown}:{port}"
+        yield f"http://{address.shown}:{port}"
     finally:
         runner.stop()
         blocks.close(verbose=False)

@@ -72,9 +72,9 @@ def estimated(found: Estimate | None, what: str) -> str:
         return ""
     parts = [f"{found.width}×{found.height} pixels"]
     if found.memory is None:
+        why = "the model's" if found.here else "the model is not on this machine yet, so its"
         parts.append(
-            f"the model is not on this machine yet, so its memory is not known "
-            f"({shown_bytes(found.free)} may be used)"
+            f"{why} memory is not known before it is loaded ({shown_bytes(found.free)} may be used)"
         )
     else:
         parts.append(

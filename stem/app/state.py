@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..inversion import InversionError, InversionFolder
 from ..names import INVERSION_METHODS, INVERSIONS
 from .commands import Edits, Inversion, printed_paths
@@ -20,6 +21,7 @@ from .uploads import Kept, Videos
 
 _NEW_SCENE = 40_600_000  # of scenes that the embedded model never trained on
 _WORLD_FRAMES, _WORLD_SIZE, _WORLD_FPS = 8, 64, 8
+_EVALUATION = "evaluation.json"  # of `stem evaluate`, which a report shows
 _SHIPPED = {"carphone_pristine.mp4": "carphone", "bikes.mp4": "bikes"}
 
 
@@ -167,9 +169,8 @@ class State:
             names: Names of folders of `results`, at least one.
         """
         chosen = [self.results()[name] for name in names]
-        digest = hashlib.sha256(
-            json.dumps([[result.folder.name, result.written] for result in chosen]).encode()
-        )
+        shown = [[each.folder.name, each.written, _time_of_evaluation(each)] for each in chosen]
+        digest = hashlib.sha256(json.dumps([__version__, *shown]).encode())
         path = self.out / "app" / "pages" / f"{digest.hexdigest()[:12]}.html"
         if path.is_file():
             return path, ""
@@ -205,6 +206,12 @@ def edits_asked(state: State, key: str, **fields: Any) -> tuple[Edits, Inversion
     """
     source, inversion, size = state.source(key)
     return Edits(source, out=str(state.out), **fields), inversion, size
+
+
+def _time_of_evaluation(result: Result) -> int | None:
+    with contextlib.suppress(FileNotFoundError):
+        return (result.folder / _EVALUATION).stat().st_mtime_ns
+    return None
 
 
 @functools.lru_cache(maxsize=512)

@@ -221,6 +221,7 @@ def print_evaluation(found: Evaluation) -> None:
 
 def evaluation_table(found: Evaluation) -> Table:
     """A row for each metric, beside what it was measured by."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{found.num_frames} frames, {found.width}x{found.height}")
@@ -230,7 +231,8 @@ def evaluation_table(found: Evaluation) -> Table:
     for figure in found.figures:
         value = "missing" if figure.value is None else f"{figure.value:.4g}"
         arrow = "↑" if figure.higher_is_better else "↓"
-        table.add_row(f"{figure.metric} {arrow}", value, figure.measured_by)
+        # Names of files are in both; brackets in them are no markup.
+        table.add_row(escape(f"{figure.metric} {arrow}"), value, escape(figure.measured_by))
     return table
 
 

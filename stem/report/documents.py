@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,9 @@ def read_document(path: Path) -> Document:
             f"the files beside {path} are not those that it was written with; run the command "
             "again that wrote them"
         )
-    return Document(kind, path, folder if kind == DEMO else folder.parent, content)
+    # Absolute: "." and ".." have no parent by their names.
+    whole = Path(os.path.abspath(folder))
+    return Document(kind, path, whole if kind == DEMO else whole.parent, content)
 
 
 def number(value: Any) -> float:

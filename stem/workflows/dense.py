@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +64,12 @@ def open_edit(path: str | Path) -> RecordedEdit:
             bases.
         InversionError: its inversion is gone, or damaged.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if folder.name in ("", ".."):  # it has no parent by its name
+        path, folder = (Path(os.path.abspath(each)) for each in (path, folder))
     files = EditFiles(folder)
-    if not files.json.is_file() or Path(path) not in (folder, files.video):
+    if not files.json.is_file() or path not in (folder, files.video):
         raise ValueError(
             f"{path} is no edit.mp4 beside an edit.json; {_NEEDED}. Another video is compared by "
             "--against FILE"

@@ -14,6 +14,7 @@ from stem.app import estimate as estimating
 from stem.app.commands import AskedError, Edits, Inversion
 from stem.app.estimate import Estimate, estimate, shape_of, unet_of
 from stem.app.jobs import Job
+from stem.app.shown import estimated
 from stem.diffusion.memory import _probe
 from stem.diffusion.pipeline import encode_prompt
 
@@ -106,6 +107,39 @@ def test_what_does_not_fit_is_said_with_what_does(
     assert expected(fewer, fewer).advice == ""
     monkeypatch.setattr(estimating, "free_bytes", lambda device: fits.memory // 8)
     assert "take a s" in expected(inversion, inversion).advice  # a size, or a smaller model
+
+
+def test_a_smaller_size_makes_the_weights_no_smaller(
+    inversion: Inversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = dataclasses.replace(inversion, size="512")
+    embedded = unet_of("embedded", half=False)
+    assert embedded is not None
+    unet = dataclasses.replace(embedded, weights=2**34)
+    monkeypatch.setattr(estimating, "unet_of", lambda model, half: unet)
+    needed = expected(large, large).memory
+    assert needed is not None
+    free = unet.weights + (needed - unet.weights) // 9
+    monkeypatch.setattr(estimating, "free_bytes", lambda device: int(free / 0.7) + 1)
+    advice = expected(large, large).advice
+    assert advice == "take a size of 128"  # 9 times fewer pixels are 170 and more
+    smaller = dataclasses.replace(large, size="128")
+    assert expected(smaller, smaller).advice == ""
+    monkeypatch.setattr(estimating, "free_bytes", lambda device: unet.weights)
+    assert expected(large, large).advice == "take a smaller model"
+
+
+def test_only_of_a_model_that_is_not_here_the_page_says_so(
+    inversion: Inversion, tmp_path: Path
+) -> None:
+    file = tmp_path / "whole.safetensors"
+    file.touch()
+    said = "not on this machine yet, so its memory is not known"
+    for model, here in ((str(file), True), ("random", True), ("nobody/nothing", False)):
+        asked = dataclasses.replace(inversion, model=model)
+        text = estimated(expected(asked, asked), "inversion")
+        assert (said in text) != here
+        assert "memory is not known before it is loaded" in text
 
 
 def test_windows_count_in_what_the_disk_takes(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from stem.app import jobs as jobs_of_page
+from stem.app import runner as running
 from stem.app.jobs import CANCELLED, DONE, FAILED, RUNNING, WAITING, InUseError, Job, Jobs, Step
-from stem.app.runner import Runner
+from stem.app.runner import Runner, run_now
 
 # In place of `python -m stem`: says what it is called with, then what its first argument says.
 COMMAND = """
@@ -26,6 +30,9 @@ if what == "wait":
     time.sleep(600)
 if what == "fail":
     sys.exit("error: it cannot be")
+if what == "die":
+    print("half a line", end="", flush=True)
+    os.kill(os.getpid(), 9)
 """
 
 
@@ -168,3 +175,66 @@ def test_a_damaged_job_is_left_out_and_its_number_is_not_given_again(tmp_path: P
     assert again.all() == []
     assert again.add("second", [("say",)]).number == "000002"
     again.close()
+
+
+def test_a_full_disk_lets_jobs_wait_and_ends_no_device(
+    jobs: Jobs, start: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def fail(path: Path, data: bytes) -> None:
+        tries.append(path)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(running, "_RETRY_SECONDS", 0.5)
+    job = jobs.add("waits", [("say",)])
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs_of_page, "write_atomically", fail)
+        start("cpu")
+        wait(lambda: len(tries) == 1)
+        time.sleep(0.2)
+        assert len(tries) == 1  # it does not spin
+        assert jobs.get(job.number) == job
+    wait(lambda: states(jobs) == [DONE])
+
+
+def test_a_process_is_waited_for_though_the_disk_is_full(
+    jobs: Jobs, start: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = jobs_of_page.write_atomically
+
+    def fail(path: Path, data: bytes) -> None:
+        if json.loads(data)["process"] is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
+
+    monkeypatch.setattr(jobs_of_page, "write_atomically", fail)
+    job = jobs.add("says", [("say", "it")])
+    start("cpu")
+    wait(lambda: states(jobs) == [DONE])
+    assert job.printed() == ["it --device=cpu"]
+
+
+def test_a_process_that_was_killed_says_so_last(jobs: Jobs, start: Callable[..., Runner]) -> None:
+    job = jobs.add("dies", [("die",)])
+    start("cpu")
+    wait(lambda: states(jobs) == [FAILED])
+    said = "ended by SIGKILL, as where memory runs out"
+    assert job.last_line() == said
+    assert job.printed() == ["--device=cpu", "half a line", said]
+
+
+def test_what_a_command_refuses_is_its_last_line(jobs: Jobs) -> None:
+    job = jobs.add("refused", [("edit", "a.mp4")])
+    runner = Runner(jobs, ("cpu",))
+    runner.start()
+    wait(lambda: states(jobs) == [FAILED])
+    runner.stop()
+    assert job.last_line().endswith("Missing option '--prompt'.")
+    assert run_now(["edit", "a.mp4"]).endswith("Missing option '--prompt'.")
+
+
+def test_a_frame_around_an_error_is_left_out(jobs: Jobs) -> None:
+    job = jobs.add("refused", [])
+    job.log.write_text("╭─ Error ──╮\n│ It is no │\n│ preset.  │\n╰──────────╯\n\n")
+    assert job.last_line() == "preset."

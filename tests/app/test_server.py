@@ -92,6 +92,18 @@ def test_another_name_of_this_machine_is_not_answered(url: str) -> None:
     assert status(url, Host=f"localhost:{port}") == 200
     assert status(url, Host=f"page.example:{port}") == 400
     assert status(url, Host="page.example") == 400
+    assert status(url, Host="") == 400
+    # A port is left out where it is 80, or where a proxy stands before the page.
+    for name in ("127.0.0.1", "LOCALHOST", "[::1]", f"[::1]:{port}"):
+        assert status(url, Host=name) == 200
+    assert status(url, Host="[::1].page.example") == 400
+
+
+def test_every_loopback_address_is_served_by_its_own_name(tmp_path: Path) -> None:
+    with serving(tmp_path, Address("127.0.0.2", port=0), models=["embedded"]) as url:
+        assert url.startswith("http://127.0.0.2:")
+        assert status(url) == 200
+        assert status(url, Host="page.example") == 400
 
 
 def test_a_second_server_of_one_folder_is_refused(
@@ -112,7 +124,11 @@ def test_who_gives_no_password_sees_nothing(tmp_path: Path) -> None:
         assert status(f"{url}/config") == 401
         opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
         opener.open(f"{url}/login", b"username=me&password=word").read()
-        found = opener.open(f"{url}/gradio_api/file={tmp_path}/a.txt").read()
+        # A proxy with TLS keeps the name that it is reached by.
+        there = urllib.request.Request(
+            f"{url}/gradio_api/file={tmp_path}/a.txt", headers={"Host": "page.example"}
+        )
+        found = opener.open(there).read()
         assert found == b"a"
         with pytest.raises(urllib.error.HTTPError, match="400"):
             opener.open(f"{url}/login", b"username=me&password=other")

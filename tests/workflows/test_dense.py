@@ -165,6 +165,21 @@ def test_edits_that_cannot_be_made_again(tmp_path: Path) -> None:
         open_edit(moved / folder.name)
 
 
+@pytest.mark.parametrize(("within", "named"), [("", "."), ("", "edit.mp4"), ("inner", "..")])
+def test_an_edit_may_be_named_from_within(
+    within: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = edited(tmp_path / "ours")
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "ours", moved)
+    inner = moved / folder.name / within
+    inner.mkdir(exist_ok=True)
+    monkeypatch.chdir(inner)
+    made = open_edit(named)
+    assert made.files.folder == moved / folder.name
+    assert made.inversion.path.parent == moved / "inversions"
+
+
 def test_another_video_is_compared_by_its_name(
     tmp_path: Path, no_torchvision: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

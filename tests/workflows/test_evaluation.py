@@ -20,9 +20,10 @@ from torch.nn.functional import cosine_similarity
 
 import stem
 from stem import Video, evaluate, write_video
+from stem.cli.evaluate import print_evaluation
 from stem.metrics import WorldJudge, frame_accuracy, text_alignment, world_flow
 from stem.metrics.unmeasured import install_torchvision
-from stem.workflows.evaluation import Evaluation
+from stem.workflows.evaluation import Evaluation, Figure
 from stem.world import WorldEdit, world_edit
 
 METRICS = [
@@ -187,6 +188,14 @@ def test_videos_that_do_not_belong_together(world: WorldEdit) -> None:
     with pytest.raises(ValueError, match="prompt is empty"):
         evaluate(source, edit, "a", " ")
     assert stem.evaluate is evaluate
+
+
+def test_brackets_in_names_of_files_are_printed_as_they_are(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    figure = Figure("SSIM, to [red]a[/b].mp4", 1.0, "SSIM to [red]a[/b].mp4", True)
+    print_evaluation(Evaluation("a", "b", "", "c", 3, 8, 8, (figure,)))
+    assert capfd.readouterr().out.count("to [red]a[/b].mp4") == 2
 
 
 def test_the_command(
