@@ -241,9 +241,9 @@ def enable(
             a mechanism for it.
         ValueError: a transformer is given `group` or `hooks`, its pipeline has two of them, or
             `dense_blocks` names a block that it has not; hooks would take the place of an
-            IP-Adapter; the model has no self-attention, `group` is given and `num_frames` is not, or `chunk`, `cuts`, `fit_frames` or `group` is given
-            and the model has temporal attentions. A call of the model raises it where `num_frames`
-            does not fit the batch.
+            IP-Adapter; the model has no self-attention, `group` is given and `num_frames` is not,
+            or `chunk`, `cuts`, `fit_frames` or `group` is given and the model has temporal
+            attentions. A call of the model raises it where `num_frames` does not fit the batch.
         RuntimeError: another thread has this UNet in a `with` block.
     """
     return _enabled(target, config, group, hooks)

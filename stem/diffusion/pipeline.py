@@ -63,7 +63,9 @@ class Conditioning:
                 what is added, but not the embeddings.
         """
         of_frames = [row.expand(frames, *row.shape) for row in self.embeddings]
-        arguments: dict[str, Any] = {"encoder_hidden_states": current_parking().joined(of_frames)}
+        # Those of one branch are one row, however many frames there are.
+        whole = of_frames[0] if len(of_frames) == 1 else current_parking().joined(of_frames)
+        arguments: dict[str, Any] = {"encoder_hidden_states": whole}
         if self.added:
             repeated = 1 if frame_axis else frames
             arguments["added_cond_kwargs"] = {
