@@ -23,6 +23,8 @@ __all__ = [
     "eager_nearest_token",
     "eager_projected_attention",
     "eager_soft_em",
+    "eager_video_attention",
+    "eager_window_attention",
     "max_error",
     "parity_bound",
 ]
@@ -130,6 +132,46 @@ def eager_projected_attention(
     return linear(out.transpose(1, 2).flatten(2), output_weight, output_bias)
 
 
+def eager_window_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, near: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`window_attention` with all weights held; near, bool [n, n], says which tokens count."""
+    logits = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~near, float("-inf"))
+    return torch.softmax(logits, -1) @ value, logits.logsumexp(-1)
+
+
+def eager_video_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    near: torch.Tensor,
+    member: torch.Tensor,
+    text: tuple[torch.Tensor, torch.Tensor],
+    text_mask: torch.Tensor,
+) -> torch.Tensor:
+    """`video_attention` with the correction "moments", as its docstring says, all held.
+
+    near, bool [n, n], says which tokens are in a token's window; member, bool [n, K], which base a
+    token belongs to.
+    """
+    scale, whose, far = query.shape[-1] ** -0.5, member.to(query.dtype), (~near).to(query.dtype)
+    base_key, base_value = (whose.mT @ part / whose.sum(0).unsqueeze(-1) for part in (key, value))
+    rest = far @ whose  # [n, K]
+    of_rest = torch.einsum("nm,mk,bhme->bhnke", far, whose, value)
+    of_rest = of_rest / rest.clamp(min=1).unsqueeze(-1)
+    logits = [(query @ part.mT) * scale for part in (key, base_key, text[0])]
+    logits[0] = logits[0].masked_fill(~near, float("-inf"))
+    logits[1] = logits[1] + rest.log()
+    logits[2] = logits[2].masked_fill(~text_mask[:, None, None], float("-inf"))
+    sizes = [part.shape[-1] for part in logits]
+    exact, bases, texts = torch.softmax(torch.cat(logits, -1), -1).split(sizes, -1)
+    out = exact @ value + torch.einsum("bhnk,bhnke->bhne", bases, of_rest) + texts @ text[1]
+    of_keys, of_values = key - whose @ base_key, value - whose @ base_value
+    spread = (query @ of_keys.mT * scale).square().mean((-1, -2), keepdim=True)
+    matrix = of_keys.mT @ of_values * (scale / len(near)) / (1 + spread).sqrt()
+    return out + bases.sum(-1, keepdim=True) * (query @ matrix)
+
+
 def eager_nearest_token(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """`nearest_token` as one writes it first: all products [B, n, m] held whole; int64 [B, n]."""
     norms = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
@@ -203,9 +245,10 @@ def clustered_tokens(
 ) -> torch.Tensor:
     """float32 tokens [..., n, D] around `num_clusters` centres, as attention features are."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn((*shape[:-2], num_clusters, shape[-1]), generator=generator)
+    shape_of_centres = (*shape[:-2], num_clusters, shape[-1])
+    centres = torch.randn(shape_of_centres, generator=generator, dtype=torch.float32)
     which = torch.randint(num_clusters, (shape[-2],), generator=generator)
-    noise = torch.randn(shape, generator=generator)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     return centres.index_select(-2, which) + spread * noise
 
 

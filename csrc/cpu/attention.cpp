@@ -43,13 +43,13 @@ struct Call {
   // Calls run(b, head, bias, bias's stride, first query, last, out, out's stride, scratch).
   template <typename Run>
   Tensor each_part(const Tensor& query, int maps, const Run& run) const {
-    const int64_t shape[] = {batch, num_queries, heads, sizes.value_width};
-    const Tensor out = torch::stable::new_empty(query, {shape, 4});
+    const Tensor out =
+        empty(query, {batch, num_queries, heads, sizes.value_width}, query.scalar_type());
     const int64_t bytes = dtype == DType::kFloat ? 4 : 2, out_stride = heads * sizes.value_width;
     char* out_data = static_cast<char*>(out.mutable_data_ptr());
     advise_huge_pages(out_data, batch * num_queries * out_stride * bytes);
     const int64_t parts = (num_queries + kQueriesPerTask - 1) / kQueriesPerTask;
-    torch::stable::parallel_for(0, batch * heads * parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch * heads * parts, 1, [&](int64_t begin, int64_t end) {
       const Scratch scratch(kernels().attention_scratch(sizes, maps));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t part = task % parts, head = task / parts % heads, b = task / parts / heads;

@@ -62,7 +62,7 @@ class Em {
     EmSizes sizes = sizes_;
     if (!with_payload) sizes.payload_width = 0;
     current_ = sizes;
-    torch::stable::parallel_for(
+    parallel_for(
         0, batch_ * heads_ * parts_, 1, [&](int64_t begin, int64_t end) {
           const Scratch scratch(kernel_.em_scratch(sizes));
           for (int64_t task = begin; task < end; ++task) {
@@ -131,7 +131,7 @@ class Em {
 
   template <typename Work>
   void each_panel(const Work& work) const {
-    torch::stable::parallel_for(
+    parallel_for(
         0, batch_ * heads_ * panels_, 1, [&](int64_t begin, int64_t end) {
           for (int64_t task = begin; task < end; ++task) work(task / panels_, task % panels_);
         });

@@ -27,7 +27,7 @@ Tensor nearest_token(const Tensor& query, const Tensor& keys, const Tensor& inve
   const Tensor packed = float_tensor(query, {batch * heads, size});
   const float* factors = inverse_norms.const_data_ptr<float>();
   float* packed_data = packed.mutable_data_ptr<float>();
-  torch::stable::parallel_for(
+  parallel_for(
       0, batch * heads * panels, 1, [&](int64_t begin, int64_t end) {
         const Scratch scratch(width);
         for (int64_t task = begin; task < end; ++task) {
@@ -37,13 +37,12 @@ Tensor nearest_token(const Tensor& query, const Tensor& keys, const Tensor& inve
                            packed_data + task * kernel.panel * width, scratch.get());
         }
       });
-  const int64_t shape[] = {batch, heads, num_queries};
   const Tensor out =
-      torch::stable::new_empty(query, {shape, 3}, torch::headeronly::ScalarType::Int);
+      empty(query, {batch, heads, num_queries}, torch::headeronly::ScalarType::Int);
   int32_t* out_data = out.mutable_data_ptr<int32_t>();
   const int64_t at_once = kTilesPerTask * kernel.tile;
   const int64_t parts = (num_queries + at_once - 1) / at_once;
-  torch::stable::parallel_for(
+  parallel_for(
       0, batch * heads * parts, 1, [&](int64_t begin, int64_t end) {
         const Scratch scratch(kernel.nearest_scratch(width));
         for (int64_t task = begin; task < end; ++task) {

@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> partial_attention(const Tensor& query, const Tensor& 
   const Tensor outputs = float_tensor(query, {batch, heads, sizes.queries, sizes.value_width});
   const Tensor logsumexp = float_tensor(query, {batch, heads, sizes.queries});
   if (sizes.queries == 0) return {outputs, logsumexp};
-  torch::stable::parallel_for(0, leads * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, leads * parts, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(kernel.partial_scratch(sizes));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % parts, b = task / parts / heads, head = task / parts % heads;
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> partial_attention(const Tensor& query, const Tensor& 
   });
   float* outputs_data = outputs.mutable_data_ptr<float>();
   float* logsumexp_data = logsumexp.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, leads * panels, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, leads * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t lead = task / panels, panel = task % panels, first = panel * kernel.panel;
       const int64_t left = sizes.queries - first, query_row = lead * sizes.queries + first;

@@ -16,7 +16,7 @@ class Packed {
       : data_(rows * depth) {
     const Rows source{weight.const_data_ptr(), weight.stride(0), dtype};
     const int64_t blocks = kernels().weight_blocks(rows);
-    torch::stable::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
+    parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
       const Scratch scratch(kernels().panel * depth);
       for (int64_t block = begin; block < end; ++block)
         kernels().pack_weight(source, rows, depth, block, data_.get(), scratch.get());
@@ -67,8 +67,7 @@ Tensor projected_attention(const Tensor& tokens, const Tensor& query_weight,
                  {batch, heads, attention.width + 1, attention.value_width});
     check_floats(*query_mean, "query_mean", {batch, heads, attention.width});
   }
-  const int64_t shape[] = {batch, num_tokens, sizes.outputs};
-  const Tensor out = torch::stable::new_empty(tokens, {shape, 3});
+  const Tensor out = empty(tokens, {batch, num_tokens, sizes.outputs}, tokens.scalar_type());
   const int64_t bytes = dtype == DType::kFloat ? 4 : 2;
   char* out_data = static_cast<char*>(out.mutable_data_ptr());
   advise_huge_pages(out_data, batch * num_tokens * sizes.outputs * bytes);
@@ -78,7 +77,7 @@ Tensor projected_attention(const Tensor& tokens, const Tensor& query_weight,
   const Scratch packed(batch * heads * of_head);
   std::vector<PackedBases> bases(batch * heads);
   std::vector<Correction> corrections(batch * heads);
-  torch::stable::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
     const Scratch rows(attention.bases * (attention.width + attention.value_width));
     for (int64_t lead = begin; lead < end; ++lead) {
       const int64_t b = lead / heads, head = lead % heads;
@@ -105,7 +104,7 @@ Tensor projected_attention(const Tensor& tokens, const Tensor& query_weight,
   const int64_t at_once =
       std::clamp(share, panel, kernels().projected_tokens(sizes));
   const int64_t parts = (num_tokens + at_once - 1) / at_once;
-  torch::stable::parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(kernels().projected_scratch(sizes));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / parts, part = task % parts;

@@ -80,10 +80,22 @@ Correction correction_of(const Tensor& correction, const Tensor& query_mean, int
               head * query_mean.stride(1)};
 }
 
-Tensor float_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, bool zero) {
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype,
+             bool zero) {
   const IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
-  return zero ? torch::stable::new_zeros(like, shape, ScalarType::Float)
-              : torch::stable::new_empty(like, shape, ScalarType::Float);
+  try {
+    return zero ? torch::stable::new_zeros(like, shape, dtype)
+                : torch::stable::new_empty(like, shape, dtype);
+  } catch (const std::exception&) {
+    const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+    double bytes = half ? 2.0 : 4.0;
+    for (const int64_t size : sizes) bytes *= static_cast<double>(size);
+    STD_TORCH_CHECK(false, "out of memory: a tensor ", text_of(sizes), " needs ", bytes, " bytes");
+  }
+}
+
+Tensor float_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, bool zero) {
+  return empty(like, sizes, ScalarType::Float, zero);
 }
 
 }  // namespace stem::cpu

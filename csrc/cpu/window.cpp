@@ -51,7 +51,7 @@ struct Call {
       for (int64_t head = 0; head < heads; ++head) {
         const int64_t lead = (b * heads + head) * tokens;
         const Rows queries = rows_of(query, dtype, b, head);
-        torch::stable::parallel_for(
+        parallel_for(
             0, sizes.places(), kPlacesPerTask, [&](int64_t first, int64_t last) {
               kernel.place_tokens(sizes, rows_of(key, dtype, b, head),
                                   rows_of(value, dtype, b, head),
@@ -61,7 +61,7 @@ struct Call {
         WindowOperands operands = operands_of(b, head);
         operands.keys = keys.get(), operands.values = values.get();
         operands.numbers = numbers.data();
-        torch::stable::parallel_for(
+        parallel_for(
             0, sizes.places(), kPlacesPerTask, [&](int64_t first, int64_t last) {
               const Scratch scratch(kernel.window_scratch(sizes));
               kernel.window_attention(
@@ -135,8 +135,11 @@ Tensor video_attention(const Tensor& query, const Tensor& key, const Tensor& val
       floats_of(text_value, "text_value", {batch, heads, sizes.texts, value_columns});
   const float* bias = floats_of(text_bias, "text_bias", {batch, sizes.texts});
   const float* matrices = floats_of(matrix, "matrix", {batch, heads, width, sizes.value_width});
-  const int64_t shape[] = {batch, tokens, heads, sizes.value_width};
-  const Tensor out = torch::stable::new_empty(query, {shape, 4});
+  // The mean key of a base without tokens is 0: its logit must not count as the largest.
+  std::vector<float> base_bias(batch * heads * sizes.bases);
+  for (size_t base = 0; base < base_bias.size(); ++base)
+    base_bias[base] = sums[base * value_columns + sizes.value_width] == 0.0f ? -INFINITY : 0.0f;
+  const Tensor out = empty(query, {batch, tokens, heads, sizes.value_width}, query.scalar_type());
   call.each_head(
       query, key, value, &assignment,
       [&](int64_t b, int64_t head) {
@@ -144,6 +147,7 @@ Tensor video_attention(const Tensor& query, const Tensor& key, const Tensor& val
         WindowOperands found{};
         found.base_keys = base_keys + lead * sizes.bases * width;
         found.base_sums = sums + lead * sizes.bases * value_columns;
+        found.base_bias = base_bias.data() + lead * sizes.bases;
         if (sizes.texts > 0) {
           found.text_keys = text_keys + lead * sizes.texts * width;
           found.text_values = text_values + lead * sizes.texts * value_columns;

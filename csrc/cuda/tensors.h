@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
 #include <initializer_list>
 #include <limits>
 #include <sstream>
@@ -71,8 +72,21 @@ View<T> view_of(const char* name, const Tensor& tensor) {
               tensor.stride(2), static_cast<int>(tensor.size(1)), static_cast<int>(tensor.size(3)));
 }
 
+// Built for an older torch, its function keeps no text of what was thrown, by which
+// stem_kernels/shared/memory.py knows that memory is lacking.
 inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+  try {
+    return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+  } catch (const std::exception&) {
+    size_t left = 0, all = 0;
+    // After a kernel's error every call fails, and not for want of memory.
+    if (cudaMemGetInfo(&left, &all) != cudaSuccess) throw;
+    const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+    double bytes = dtype == ScalarType::Byte ? 1.0 : half ? 2.0 : 4.0;
+    for (const int64_t size : sizes) bytes *= static_cast<double>(size);
+    STD_TORCH_CHECK(false, "out of memory: a tensor ", text_of(sizes.data(), sizes.size()),
+                    " needs ", bytes, " bytes; the GPU has ", left, " free");
+  }
 }
 
 inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }

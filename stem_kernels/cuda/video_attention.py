@@ -69,10 +69,10 @@ def video_attention_cuda(
     text_key = text_value = bias = None
     if text is not None:
         text_key = text[0].float().contiguous()
-        weight = torch.tensor([1.0, 0.0]).expand(*text[1].shape[:-1], 2)
+        weight = mass.new_tensor([1.0, 0.0]).expand(*text[1].shape[:-1], 2)
         text_value = torch.cat([text[1].float(), weight], -1)
         if text[2] is not None:
-            bias = torch.zeros(text[2].shape).masked_fill_(~text[2], float("-inf"))
+            bias = mass.new_zeros(text[2].shape).masked_fill_(~text[2], float("-inf"))
     out: torch.Tensor = torch.ops.stem_kernels_ext.video_attention(
         *map(contiguous_rows, (query, key, value)),
         assignment.to(torch.int32).contiguous(),

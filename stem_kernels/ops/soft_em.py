@@ -287,8 +287,10 @@ def attention_bias(
         ValueError: the policy is unknown.
     """
     check_choice("attention_bias", "empty", empty, EMPTY_POLICIES)
-    if proportional:
-        return torch.log(mass)
-    if empty == "zero":
+    if empty == "zero" and not proportional:
         return None
-    return torch.where(mass == 0, float("-inf"), 0.0)
+    is_empty = mass == 0
+    if proportional:
+        # The logarithm of 0 has no derivative, and 0 times it is NaN.
+        return torch.where(is_empty, 1.0, mass).log().masked_fill(is_empty, float("-inf"))
+    return torch.zeros_like(mass).masked_fill(is_empty, float("-inf"))

@@ -7,6 +7,7 @@ import torch
 from ..shared.outputs import attention_output, compute_dtype
 from ..shared.tangents import forward_mode
 from .chunks import groups, token_chunks
+from .derivatives import differentiable_gradients
 
 
 def _chunk_attention(
@@ -46,7 +47,17 @@ def basis_attention_torch(
     """
     if not forward_mode():
         return _operator(query, key, value, bias, scale)
-    # Of torch's own operators, because tangents do not pass through the one below.
+    return _of_operators(query, key, value, bias, scale)
+
+
+def _of_operators(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """The same of torch's own operators, because tangents do not pass through the one below."""
     key, value, bias = _for_every_head(query, key, value, bias)
     with torch.autocast(query.device.type, enabled=False):
         parts = [
@@ -92,6 +103,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad_out):  # type: ignore[no-untyped-def]
     """Recomputes each chunk, so the backward pass holds no attention weights either."""
+    if torch.is_grad_enabled():  # the gradients are to be differentiated again
+        found = differentiable_gradients(
+            lambda *given: (_of_operators(*given, ctx.scale),), ctx.saved_tensors, (grad_out,)
+        )
+        return *found, None
     query, *given = ctx.saved_tensors
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().requires_grad_() for t in given]

@@ -21,7 +21,9 @@ CHUNKS_PER_RUN = 64
 def groups(tokens: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of the two leading sizes of `tokens`: a head a core on a CPU, else all at once."""
     if tokens.device.type == "cpu":
-        heads = torch.get_num_threads()
+        # A graph cannot ask for the number of threads.
+        tracing = torch.compiler.is_compiling()
+        heads = max(1, tokens.shape[1]) if tracing else torch.get_num_threads()
         for batch in range(tokens.shape[0]):
             for head in range(0, tokens.shape[1], heads):
                 yield slice(batch, batch + 1), slice(head, head + heads)

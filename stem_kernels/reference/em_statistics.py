@@ -10,6 +10,7 @@ from ..shared.bases import directions_of
 from ..shared.outputs import compute_dtype, statistics_output
 from ..shared.tangents import forward_mode
 from .chunks import groups, token_chunks, token_runs
+from .derivatives import differentiable_gradients
 
 # A weight of e^-80 counts for nothing beside the largest, which is at least 1 / K, but below e^-87
 # torch's vectorised exp leaves its fast path: with tau = 0.01 that doubles the softmax's time.
@@ -29,7 +30,17 @@ def em_statistics_torch(
     """
     if not forward_mode():
         return _operator(features, bases, payload, temperature, normalize)
-    # Of torch's own operators, because tangents do not pass through the one below.
+    return _of_operators(features, bases, payload, temperature, normalize)
+
+
+def _of_operators(
+    features: torch.Tensor,
+    bases: torch.Tensor,
+    payload: torch.Tensor | None,
+    temperature: float,
+    normalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of torch's own operators, because tangents do not pass through the one below."""
     values = features[..., :0] if payload is None else payload
     compute = compute_dtype(features)
     weights = directions_of(bases.to(compute), normalize).mT / temperature
@@ -133,6 +144,13 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad_sums, grad_mass, grad_payload_sums):  # type: ignore[no-untyped-def]
     """Recomputes each chunk, so the backward pass holds no responsibilities either."""
+    if torch.is_grad_enabled():  # the gradients are to be differentiated again
+        found = differentiable_gradients(
+            lambda *given: _of_operators(*given, ctx.temperature, ctx.normalize),
+            ctx.saved_tensors,
+            (grad_sums, grad_mass, grad_payload_sums),
+        )
+        return *found, None, None
     features, bases, payload = ctx.saved_tensors
     values = features[..., :0] if payload is None else payload
     compute = compute_dtype(features)

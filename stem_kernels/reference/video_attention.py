@@ -96,8 +96,8 @@ def _of_heads(
     values = torch.cat([base_value, text[1]], 1)
     bias = torch.cat([mass.log2(), text[2]], 1).unsqueeze(1)
     # [G, H, W, K + T, 2]: shares of their weights in all weights, and in those of the bases.
-    rest = (total.unsqueeze(1) - near) / total.unsqueeze(1).clamp(min=1)
-    rest = rest.to(query.dtype).unflatten(1, grid[1:])
+    rest = (total.unsqueeze(1) - near).to(query.dtype)  # exact; their shares are not, in float32
+    rest = (rest / mass.unsqueeze(1).clamp(min=1)).unflatten(1, grid[1:])
     of_text = rest.new_ones((*rest.shape[:3], text[0].shape[1]))
     counted = torch.stack(
         [torch.cat([rest, of_text], -1), torch.cat([rest, torch.zeros_like(of_text)], -1)], -1

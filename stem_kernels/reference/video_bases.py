@@ -28,7 +28,9 @@ def group_means(
     if assignment.device.type == "cpu":
         of_head = torch.arange(heads, device=assignment.device).unsqueeze(-1) * num_bases
         index = (of_head + assignment).flatten()
-        counts = torch.bincount(index, minlength=heads * num_bases).view(heads, num_bases, 1)
+        # Not bincount, whose size depends on values: graphs and fake tensors have none.
+        counts = index.new_zeros(heads * num_bases).scatter_add(0, index, torch.ones_like(index))
+        counts = counts.view(heads, num_bases, 1)
         sums = [
             tensor.new_zeros((heads * num_bases, tensor.shape[-1]))
             .index_add(0, index, tensor.flatten(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from ..ops import (
     partial_attention,
     projected_attention,
     soft_em,
+    video_attention,
+    window_attention,
 )
 from ..shared.bases import least_mass, m_step
 from ..testing import (
@@ -28,6 +31,8 @@ from ..testing import (
     eager_moments,
     eager_nearest_token,
     eager_projected_attention,
+    eager_video_attention,
+    eager_window_attention,
     max_error,
     parity_bound,
 )
@@ -37,6 +42,8 @@ PASSES = ((40, 256), (160, 256), (320, 256), (40, 300))
 """Widths of tokens and numbers of bases, one for each pass of EM."""
 TOKENS = 777
 HEADS = 3
+GRID, WINDOW, BASES, VIDEO_WIDTHS = (3, 9, 10), 1, 7, (40, 128)
+"""A video of three frames, and the widths of its heads: Triton serves up to 128."""
 
 Outputs = tuple[torch.Tensor, ...]
 
@@ -199,7 +206,8 @@ def _blended(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         queries = [_tokens(device, dtype, 2, HEADS, TOKENS, width, seed=seed) for seed in (0, 1)]
         keys = [_tokens(device, dtype, 1, HEADS, 256, width, seed=seed) for seed in (2, 3)]
         value = _tokens(device, dtype, 1, HEADS, 256, width, seed=4)
-        mask = torch.linspace(-0.2, 1.2, 2 * TOKENS, device=device).clamp(0, 1).view(2, TOKENS)
+        mask = torch.linspace(-0.2, 1.2, 2 * TOKENS, dtype=torch.float32, device=device)
+        mask = mask.clamp(0, 1).view(2, TOKENS)
         tensors = (queries[0], keys[0], queries[1], keys[1], value, mask)
         exact, plain = (
             eager_blended_attention(*[tensor.to(of) for tensor in tensors])
@@ -294,6 +302,75 @@ def _nearest(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         yield Case(call, judge)
 
 
+def _near(device: torch.device) -> torch.Tensor:
+    """[n, n]: whether a token is in the window of another."""
+    _, y, x = torch.unravel_index(torch.arange(math.prod(GRID), device=device), GRID)
+    return (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 <= WINDOW * (WINDOW + 1)
+
+
+def _of_video(
+    device: torch.device, dtype: torch.dtype, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, key, value = (
+        _tokens(device, dtype, 1, math.prod(GRID), HEADS, width, seed=seed).transpose(1, 2)
+        for seed in (0, 1, 2)
+    )
+    return query, key, value
+
+
+def _window(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    near = _near(device)
+    for width in VIDEO_WIDTHS:
+        query, key, value = tensors = _of_video(device, dtype, width)
+        exact, plain = (
+            eager_window_attention(query.to(of), key.to(of), value.to(of), near)
+            for of in (torch.float64, dtype)
+        )
+
+        def call(
+            backend: str, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = tensors
+        ) -> Outputs:
+            return tuple(
+                window_attention.window_attention(*tensors, GRID, window=WINDOW, backend=backend)
+            )
+
+        largest = float((query.double() @ key.double().mT).abs().max()) * width**-0.5
+        yield Case(call, _judge(exact, plain, partial_attention.ROUNDING_ATOL, dtype, largest))
+
+
+def _video(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    near, num_tokens = _near(device), math.prod(GRID)
+    # Keys of which each base's point its own way: no rounding changes what they belong to.
+    of_base = ((torch.arange(num_tokens, device=device) + 1) * BASES - 1) // num_tokens
+    member = torch.nn.functional.one_hot(of_base, BASES).bool()
+    text_mask = (torch.arange(20, device=device) % 3 != 1).unsqueeze(0)
+    for width in VIDEO_WIDTHS:
+        query, key, value = _of_video(device, dtype, width)
+        key = 0.3 * key
+        key[..., :BASES] += 3 * member.to(dtype)
+        text_key, text_value = (
+            _tokens(device, dtype, 1, HEADS, 20, width, seed=seed) for seed in (3, 4)
+        )
+        tensors = (query, key, value, text_key, text_value)
+        exact, plain = (
+            eager_video_attention(
+                query.to(of), key.to(of), value.to(of), near, member,
+                (text_key.to(of), text_value.to(of)), text_mask,
+            )
+            for of in (torch.float64, dtype)
+        )  # fmt: skip
+
+        def call(backend: str, tensors: tuple[torch.Tensor, ...] = tensors) -> Outputs:
+            query, key, value, *text = tensors
+            out = video_attention.video_attention(
+                query, key, value, GRID, num_bases=BASES, window=WINDOW, text=(text[0], text[1]),
+                text_mask=text_mask, num_iters=0, backend=backend,
+            )  # fmt: skip
+            return (out,)
+
+        yield Case(call, _judge((exact,), (plain,), basis_attention.ROUNDING_ATOL, dtype))
+
+
 CASES: dict[str, Callable[[torch.device, torch.dtype], Iterator[Case]]] = {
     "em_statistics": _statistics,
     "soft_em": _soft_em,
@@ -304,4 +381,6 @@ CASES: dict[str, Callable[[torch.device, torch.dtype], Iterator[Case]]] = {
     "partial_attention": _partial,
     "moments": _moments,
     "nearest_token": _nearest,
+    "window_attention": _window,
+    "video_attention": _video,
 }

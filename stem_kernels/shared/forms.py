@@ -12,7 +12,8 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 MOST_TRIES = 8
-"""Calls in which there may be nothing to compare before a form counts as settled all the same."""
+"""Calls in which there may be nothing to compare, or no memory for it, before a form counts as
+settled all the same."""
 
 
 class RefusedFormError(RuntimeError):
@@ -81,7 +82,7 @@ def refuse(forms: list[Hashable], reason: str) -> None:
 
 
 def put_off(forms: list[Hashable]) -> None:
-    """A call had nothing to compare; the next one may. Settled after `MOST_TRIES` such calls."""
+    """A call could not be compared; the next one may be. Settled after `MOST_TRIES` such calls."""
     for form in forms:
         _tries[form] = _tries.get(form, 0) + 1
         if _tries[form] >= MOST_TRIES:

@@ -131,9 +131,9 @@ def _wrong(
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             found = check()
     except (MemoryError, RuntimeError) as error:
-        if lacks_memory(error):
-            return None  # the part did not fit beside the call; the next one is compared
-        raise
+        if not lacks_memory(error):
+            raise
+        found = None  # the part did not fit beside the call; that of the next one may
     if not found:
         if when == "first":
             forms.put_off(fresh)

@@ -175,7 +175,7 @@ def video_attention_triton(
         matrix = _matrix(query, key, value, numbers, base_key, base_value, seen, scale)
     text = None
     if text_key is not None and text_value is not None:
-        bias = torch.zeros(text_key[:, 0, :, 0].shape, device=query.device)
+        bias = query.new_zeros(text_key[:, 0, :, 0].shape, dtype=torch.float32)
         if text_mask is not None:
             bias.masked_fill_(~text_mask, float("-inf"))
         text = (text_key, text_value, bias)

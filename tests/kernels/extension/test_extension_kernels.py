@@ -13,6 +13,7 @@ import torch
 
 from stem_kernels import basis_attention, cuda, em_statistics, soft_em
 from stem_kernels.ops.partial_attention import partial_attention
+from stem_kernels.shared.memory import lacks_memory
 from stem_kernels.testing import clustered_tokens
 
 ROOT = Path(__file__).parents[3]
@@ -209,3 +210,20 @@ def test_the_operators_check_what_they_are_given() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+@built
+def test_memory_that_is_lacking_is_said() -> None:
+    one, few = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 3, 1)
+    many = one.expand(1, 1, 2**46, 1)  # one number; more bytes of them than addresses
+    operators = torch.ops.stem_kernels_ext
+    for call in (
+        lambda: operators.nearest_token(many, few, torch.ones(1, 1, 3)),
+        lambda: operators.basis_attention(many, few, few, None, None, None, 1.0),
+        lambda: operators.basis_attention(few, many, many, None, None, None, 1.0),  # in a thread
+        lambda: operators.partial_attention(many, few, few, 1.0),
+        lambda: operators.window_attention(many, many, many, 2**46, 1, 1, 0, 1.0),
+    ):
+        with pytest.raises(RuntimeError, match=r"out of memory: a t\w+ .*needs \d") as raised:
+            call()
+        assert lacks_memory(raised.value)

@@ -11,6 +11,7 @@ from torch.func import jvp, vmap
 
 from stem_kernels import (
     BackendError,
+    attention_bias,
     basis_attention,
     blended_attention,
     em_statistics,
@@ -104,6 +105,21 @@ def test_derivatives_of_torch_are_right(name: str) -> None:
     both = torch.stack([along, 2 * along])
     many = vmap(lambda tangent: jvp(run, (Q,), (tangent,))[1])(both)
     assert float((many - torch.stack([expected, 2 * expected])).norm()) <= 1e-5 * size
+
+
+def test_derivatives_where_a_base_is_empty() -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        bases = torch.cat([x[:, :, :5], -x.detach()[:, :, :1]], -2)
+        found = soft_em(x, bases, num_iters=1, temperature=0.01, payload=x, backend="torch")
+        assert (found.mass[..., -1] == 0).all()
+        bias = attention_bias(found.mass, proportional=True)
+        return basis_attention(x, found.bases, found.payload, bias=bias, backend="torch")
+
+    features = 1 + Q.abs()  # none of them lies where the last base does
+    along = clustered_tokens(tuple(Q.shape), seed=9).double()
+    expected = (run(features + 1e-6 * along) - run(features - 1e-6 * along)) / 2e-6
+    _, found = jvp(run, (features,), (along,))
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
 def test_what_transforms_hide_is_not_lost() -> None:

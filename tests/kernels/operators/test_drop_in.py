@@ -81,6 +81,15 @@ def test_a_calibration_brings_it_nearer(backend: str, shared: bool) -> None:
     assert nothing.shape == query[:, :, :0].shape
 
 
+@pytest.mark.parametrize("calibration", ["none", "moments", "linear", "joint"])
+def test_no_queries_attend_to_nothing(calibration: str) -> None:
+    key, value = tokens(1, 2, 300, 8), tokens(1, 2, 300, 5)
+    found = stem_attention(
+        key[:, :, :0], key, value, num_bases=4, allow_exact=False, calibration=calibration
+    )
+    assert found.shape == (1, 2, 0, 5)
+
+
 def test_a_calibration_counts_where_it_is_asked_whether_to_be_exact() -> None:
     def exact(n: int, calibrating: int) -> bool:
         return exact_is_cheaper(

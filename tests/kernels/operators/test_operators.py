@@ -87,6 +87,29 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: basis_attention(q, k, v), (query, key, value))
 
 
+def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CPU_LOGITS_PER_HEAD", 16 * 3)  # 18 tokens are two chunks
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    torch.manual_seed(0)
+    features, bases, payload = leaf(1, 1, 18, 3), leaf(1, 1, 3, 3), leaf(1, 1, 18, 2)
+    assert torch.autograd.gradgradcheck(
+        lambda x, m, p: tuple(em_statistics(x, m, payload=p, temperature=0.5)),
+        (features, bases, payload),
+    )
+    # A tensor that is given twice, and one that needs no gradient.
+    assert torch.autograd.gradgradcheck(
+        lambda x: tuple(em_statistics(x, bases.detach(), payload=x)), (features,)
+    )
+    query, key, value, bias = leaf(2, 1, 18, 3), leaf(1, 1, 3, 3), leaf(1, 1, 3, 2), leaf(1, 3)
+    assert torch.autograd.gradgradcheck(
+        lambda q, k, v, b: basis_attention(q, k, v, bias=b), (query, key, value, bias)
+    )
+    assert torch.autograd.gradgradcheck(lambda q, k: basis_attention(q, k, k), (query, key))
+
+
 @pytest.mark.parametrize("op", ["em_statistics", "soft_em", "basis_attention"])
 @pytest.mark.interpreter
 def test_opcheck(backend: str, op: str) -> None:

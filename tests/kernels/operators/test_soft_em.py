@@ -139,6 +139,13 @@ def with_an_empty_base() -> tuple[torch.Tensor, torch.Tensor]:
     return features, bases
 
 
+def test_the_bias_has_the_dtype_of_the_masses() -> None:
+    for proportional in (False, True):
+        bias = attention_bias(torch.ones(2, 3).double(), proportional=proportional)
+        assert bias is not None
+        assert bias.dtype == torch.float64
+
+
 @pytest.mark.parametrize("empty", ["zero", "mask", "reseed"])
 def test_empty_bases(empty: str) -> None:
     features, bases = with_an_empty_base()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE, tokens
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from stem_kernels.measure import PeakMemory
@@ -318,6 +319,16 @@ def test_it_compiles_to_one_graph() -> None:
     compiled = torch.compile(video_attention, fullgraph=True, backend="aot_eager")
     found = compiled(*inputs, GRID, num_bases=6)
     assert torch.equal(found, video_attention(*inputs, GRID, num_bases=6))
+    torch._dynamo.reset()  # sizes that change would be symbols
+    compiled = torch.compile(video_attention, fullgraph=True, backend="eager")
+    grid = (2, 1, 2)
+    inputs = [part.requires_grad_() for part in operands(grid, batch=1)]
+    found = compiled(*inputs, grid, num_bases=2, window=0)
+    assert found.requires_grad
+    torch.testing.assert_close(found, video_attention(*inputs, grid, num_bases=2, window=0))
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(part) for part in inputs]
+        assert video_attention(*fake, grid, num_bases=2).shape == found.shape
 
 
 Q = torch.zeros(2, 3, 12, 4)

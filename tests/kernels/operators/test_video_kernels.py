@@ -157,6 +157,36 @@ def test_logits_far_apart_stay_within_reach_of_the_values() -> None:
         assert float(found.abs().max()) < 3 * float(value.abs().max())
 
 
+@in_each
+@pytest.mark.parametrize("default", [torch.float64, BRAIN], ids=str)
+def test_the_default_dtype_changes_nothing(default: torch.dtype, backend: str) -> None:
+    case = CASES[0]
+    query, key, value = case.operands()
+    text_key, text_value, mask = case.texts()
+
+    def attended() -> torch.Tensor:
+        return video_attention(
+            query, key, value, case.grid, num_bases=7, window=1, text=(text_key, text_value),
+            text_mask=mask, backend=backend,
+        )  # fmt: skip
+
+    expected = attended()
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(attended(), expected)
+    finally:
+        torch.set_default_dtype(SINGLE)
+
+
+@in_each
+def test_bases_without_tokens_do_not_count_as_the_largest(backend: str) -> None:
+    # Every logit is -128, but that of an empty base's mean key, 0, would be 0.
+    query, key = (torch.full((1, 1, 16, 64), of, device=DEVICE) for of in (-8.0, 2.0))
+    value = tokens(1, 1, 16, 8)
+    found = video_attention(query, key, value, (1, 4, 4), num_bases=4, window=0, backend=backend)
+    assert max_error(found, value.mean(-2, keepdim=True).expand(value.shape)) < 1e-5
+
+
 @in_triton
 def test_wide_heads_and_gradients_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     from stem_kernels.triton.video import attention

@@ -23,6 +23,7 @@ from verified import (
 )
 
 from stem_kernels import basis_attention
+from stem_kernels.shared.forms import MOST_TRIES
 from stem_kernels.verification import VERIFY_VARIABLE
 
 pytestmark = pytest.mark.usefixtures("nothing_known")
@@ -132,6 +133,33 @@ def test_what_has_nothing_to_compare_is_compared_later(monkeypatch: pytest.Monke
     assert len(compared) == 3
 
 
+@pytest.mark.interpreter
+@needs_kernels
+def test_a_comparison_that_memory_lacks_for_is_not_tried_forever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from stem_kernels.verification import attention
+
+    tries = []
+
+    def lacking(*arguments: object) -> None:
+        tries.append(arguments)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "basis_attention", lacking)
+        attend(BACKEND)
+        assert len(tries) == 1
+    compared = counted(monkeypatch)
+    attend(BACKEND)
+    assert compared == [True]
+    forget()
+    monkeypatch.setattr(attention, "basis_attention", lacking)
+    for _ in range(20):
+        attend(BACKEND)
+    assert len(tries) == 1 + MOST_TRIES
+
+
 @in_extension
 def test_tracing_and_modes_see_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -192,6 +220,16 @@ def test_the_table_and_its_exit_status(
     assert "FAILS: RuntimeError: no kernel image is available" in text
     assert info.main(["--chekc"]) == 2
     assert "--chekc: the only option is --check" in capsys.readouterr().err
+
+
+def test_the_table_has_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stem_kernels import cuda, selfcheck
+    from stem_kernels.selfcheck.cases import CASES
+
+    assert set(cuda.OPERATORS) <= set(CASES)
+    of_video = {name: CASES[name] for name in ("window_attention", "video_attention")}
+    monkeypatch.setattr(selfcheck, "CASES", of_video)
+    assert not [row for row in selfcheck.rows() if row.wrong]
 
 
 def raising(*arguments: object) -> None:

@@ -92,6 +92,7 @@ struct WindowOperands {
   const int32_t* numbers;    // [places, frames]: each token's base
   const float* base_keys;    // [bases, width]
   const float* base_sums;    // [bases, value_columns]: sums over a base's tokens
+  const float* base_bias;    // [bases]: 0, or -inf where a base has no tokens
   const float* text_keys;    // [texts, width]
   const float* text_values;  // [texts, value_columns]
   const float* text_bias;    // [texts], in base 2; or null

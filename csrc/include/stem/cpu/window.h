@@ -90,7 +90,7 @@ struct WindowPanel {
       attend<kLeft>(operands.keys + first * width, operands.values + first * columns, nullptr,
                     tokens);
     });
-    attend<kLeft>(operands.base_keys, base_sums, nullptr, sizes.bases);
+    attend<kLeft>(operands.base_keys, base_sums, operands.base_bias, sizes.bases);
     attend<kLeft>(operands.text_keys, operands.text_values, operands.text_bias, sizes.texts);
   }
 };
