@@ -15,11 +15,12 @@ from . import names
 from .diffusion.checks import check_pipeline
 from .loading.additions import add_loras, add_textual_inversions, load_vae
 from .loading.controlnets import with_controlnets
+from .loading.index import pipeline_index
 from .loading.motion import with_motion
 from .loading.offloading import check_offload, offload_weights
 from .loading.single_file import configuration_folder, load_single_file
 from .names import EMBEDDED_MODEL, RANDOM_MODEL
-from .sources import WEIGHTS, ModelError, ModelSource
+from .sources import WAN, WEIGHTS, ModelError, ModelSource
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
@@ -124,11 +125,7 @@ def load_pipeline(
     )
     source.check()
     if source.is_video_model:
-        raise ModelError(
-            f"{model!r} is a video transformer, which has no UNet; load it with "
-            "stem.flow.load_video_model, and see docs/video-transformers.md for what goes through "
-            "it"
-        )
+        raise _is_video_model(model)
     with torch.random.fork_rng(devices=[]):  # what is resized is first filled with random numbers
         pipeline = _loaded(source, dtype)
         pipeline = with_motion(pipeline, source.motion_adapter, source.motion_window)
@@ -139,15 +136,26 @@ def load_pipeline(
             for name in source.controlnets
         ]
         pipeline = with_controlnets(pipeline, nets, dtype)
-    try:
-        check_pipeline(pipeline)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{model!r}: {error}") from error
+    _check(model, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     if offload is None:
         return pipeline.to(device)
     offload_weights(pipeline, offload, offload_folder, device)
     return pipeline
+
+
+def _is_video_model(model: str) -> ModelError:
+    return ModelError(
+        f"{model!r} is a video transformer, which has no UNet; load it with "
+        "stem.flow.load_video_model, and see docs/video-transformers.md for what goes through it"
+    )
+
+
+def _check(model: str, pipeline: object) -> None:
+    try:
+        check_pipeline(pipeline)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{model!r}: {error}") from error
 
 
 def _loaded(source: ModelSource, dtype: torch.dtype) -> Any:
@@ -172,6 +180,12 @@ def _pretrained(source: ModelSource, dtype: torch.dtype) -> Any:
     import diffusers
 
     folder = _local_folder(source.name)
+    index = pipeline_index(folder or source.name)
+    kind = index.get("_class_name")
+    if kind == WAN:
+        raise _is_video_model(source.name)
+    if isinstance(kind, str) and "unet" not in index:
+        _check(source.name, type(kind, (), {})())  # which says what is missing
     try:
         return diffusers.DiffusionPipeline.from_pretrained(
             folder or source.name,

@@ -8,9 +8,11 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("stem")
 
-_PARTIAL = re.compile(r"\..+\.(\d+)\.part(ial)?")
+# Older versions' name no machine.
+_PARTIAL = re.compile(r"\..+\.(\d+)(?:@([0-9a-f]+))?\.part(?:ial)?")
+_DAY = 24 * 3600
 _METADATA = "stem"
 _DIGEST = "sha256"
 
@@ -32,8 +36,15 @@ class DamagedFileError(ValueError):
 
 
 def partial_name(path: Path) -> Path:
-    """The name under which `path` is written until it is complete; it holds the process's id."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """The name under which `path` is written until it is complete; it holds the process's id and
+    `host_id`."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{host_id()}.part")
+
+
+def host_id() -> str:
+    """Six digits of a hash of this machine's name, which as it is would leave long names of files
+    no room."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 
 
 class UnwrittenError(OSError):
@@ -240,16 +251,25 @@ def remove_stale(folder: Path) -> list[tuple[Path, int]]:
     """Remove what killed processes left half written below `folder`.
 
     Returns:
-        The files removed and their sizes in bytes. Files of processes that still run stay.
+        The files removed and their sizes in bytes. Files of processes that still run stay, and
+        so do those of other machines that changed within the last day.
     """
     removed = []
     for path in sorted(folder.rglob("*.part*")):
         match = _PARTIAL.fullmatch(path.name)
-        if match and not _runs(int(match[1])):
-            size = path.stat().st_size
+        if match is None:
+            continue
+        with contextlib.suppress(FileNotFoundError):  # its process may complete it now
+            stat = path.stat()
+            if match[2] in (None, host_id()):
+                at_work = _runs(int(match[1]))
+            else:
+                at_work = time.time() - stat.st_mtime <= _DAY
+            if at_work:
+                continue
             path.unlink()
             logger.info("%s: removed what a killed run left half written", path)
-            removed.append((path, size))
+            removed.append((path, stat.st_size))
     return removed
 
 

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from ..inversion import InversionError, InversionFolder
-from ..inversion.folder import MissingFileError
 from ..storage import remove_stale
 from .app import app, say
 
@@ -44,12 +43,15 @@ def list_command(root: Root = Path("out")) -> None:
 
 @app.command("verify")
 def verify_command(root: Root) -> None:
-    """Read every file of the inversions there against its checksum; exit with 1 if one is bad."""
+    """Read every file of the inversions there against its checksum; exit with 1 if one is bad.
+
+    Those of reconstructions and edits that start from an inversion are read, too.
+    """
     damaged = False
     for path in _folders(root):
         try:
             inversion = InversionFolder.open(path)
-            problems = _damage(inversion)
+            problems = inversion.verify(to_come=False)
         except InversionError as error:
             inversion, problems = None, [str(error)]
         damaged = damaged or bool(problems)
@@ -108,22 +110,6 @@ def _existing(root: Path) -> Path:
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is no folder; name an inversion's, or one above several")
     return root
-
-
-def _damage(inversion: InversionFolder) -> list[str]:
-    """What is wrong with the files that were written, a line for each; steps to come are not."""
-    steps = [inversion.step_problems(step) for step in range(len(inversion.timesteps))]
-    written = [
-        step
-        for step, problems in enumerate(steps)
-        if not all(isinstance(error, MissingFileError) for error in problems)
-    ]
-    written += [step for step, problems in enumerate(steps) if not problems]
-    last = max(written, default=-1)
-    found = [error for problems in steps[: last + 1] for error in problems]
-    if last >= 0 or inversion.complete:
-        found = inversion.x0_problems() + inversion.control_problems() + found
-    return [error.problem for error in found]
 
 
 def _size(path: Path) -> int:

@@ -28,10 +28,41 @@ _PROBED = 3  # frames of the second probe
 _WAITING_COPIES = 4  # residual, normalised input, queries and keys of the layer that waits
 
 
+def frames_shared(num_frames: int, fit_frames: int | None) -> int:
+    """The number of frames of the longest run of chunks that processes share.
+
+    Args:
+        num_frames: Number of frames of a scene.
+        fit_frames: Number of them that bases are found on first, by themselves; None: all.
+    """
+    first = min(fit_frames or num_frames, num_frames)
+    return max(first, num_frames - first)
+
+
+def largest_chunk(num_frames: int, ranks: int) -> int:
+    """Frames in an automatic chunk at most, a power of two, so that each rank has a chunk.
+
+    Args:
+        num_frames: Number of frames that the ranks share.
+        ranks: Number of ranks; of 1 the length of the video says nothing.
+    """
+    if ranks == 1:
+        return LARGEST_CHUNK
+    share: int = max(1, num_frames // ranks)
+    return min(LARGEST_CHUNK, 2 ** (share.bit_length() - 1))
+
+
 def chunk_that_fits(
-    pipeline: Any, num_frames: int, height: int, width: int, *, branches: int, meets: bool
+    pipeline: Any,
+    num_frames: int,
+    height: int,
+    width: int,
+    *,
+    branches: int,
+    meets: bool,
+    largest: int = LARGEST_CHUNK,
 ) -> int | None:
-    """The largest power of two of frames, up to LARGEST_CHUNK, whose UNet call fits into memory.
+    """The largest power of two of frames, up to a limit, whose UNet call fits into memory.
 
     Two calls of the UNet and its ControlNets, on 1 and on 3 frames, tell what a frame takes.
 
@@ -40,9 +71,10 @@ def chunk_that_fits(
         num_frames: Number N of frames of the video.
         height: Height of the frames in pixels.
         width: Width of the frames in pixels.
-        branches: Number of guidance branches.
+        branches: Number of guidance branches of the largest call in these chunks.
         meets: Whether chunks wait for each other, so that what is alive between layers is held
-            for all frames.
+            for all frames; of one branch, as what is more goes where chunks are parked.
+        largest: Limit, a power of two (see `largest_chunk`).
 
     Returns:
         Frames in a chunk; None where all go through the UNet at once, as they must where its
@@ -59,23 +91,24 @@ def chunk_that_fits(
     one, _ = _probe(pipeline, 1, height, width, conditioning)  # the first also paid for set-up
     more, _ = _probe(pipeline, _PROBED, height, width, conditioning)
     if one is None or more is None:
-        logger.info("memory cannot be measured here; chunks have %d frames at most", LARGEST_CHUNK)
-        return None if num_frames <= LARGEST_CHUNK else LARGEST_CHUNK
-    a_frame = branches * max(0, more - one) // (_PROBED - 1)
-    fixed = max(0, one - a_frame)
+        logger.info("memory cannot be measured here; chunks have %d frames at most", largest)
+        return None if num_frames <= largest else largest
+    of_branch = max(0, more - one) // (_PROBED - 1)
+    a_frame, fixed = branches * of_branch, max(0, one - of_branch)
     free = int(USED_SHARE * free_bytes(device))
-    if num_frames <= LARGEST_CHUNK and fixed + num_frames * a_frame <= free:
+    if num_frames <= largest and fixed + num_frames * a_frame <= free:
         return None
-    waiting = branches * held * num_frames if meets else 0
-    fits = (free - fixed - waiting) // max(1, a_frame)
-    if fits < 1:
+    waiting = held * num_frames if meets else 0
+    left = free - fixed - waiting
+    if left < max(1, of_branch):
         raise MemoryError(
-            f"{num_frames} frames of {width}x{height} need {fixed + waiting + a_frame:,} bytes on "
-            f"{device} even in chunks of one frame ({waiting:,} of them for what waits between "
+            f"{num_frames} frames of {width}x{height} need {fixed + waiting + of_branch:,} bytes "
+            f"on {device} even in chunks of one frame ({waiting:,} of them for what waits between "
             f"layers), and {free:,} may be used. Take fit_frames, smaller frames, half precision "
             "or fewer frames"
         )
-    chunk = min(2 ** (fits.bit_length() - 1), num_frames, LARGEST_CHUNK)
+    fits = max(1, left // max(1, a_frame))
+    chunk = min(2 ** (fits.bit_length() - 1), num_frames, largest)
     logger.info(
         "chunks of %d frames: about %d MiB at once and %d MiB that wait; %d MiB may be used",
         chunk,

@@ -23,6 +23,7 @@ from ..diffusion.schedule import clean_of, sampling_scheduler
 from ..distributed import Ranks
 from ..inversion import InversionFolder
 from ..inversion.folder import Progress
+from ..inversion.methods import running_chunk
 from ..inversion.runs import check_same_pipeline, earlier_run, run_name
 from ..names import EDIT_METHODS
 from .checks import DEFAULT_METHOD, check_edit, edit_options, edit_settings
@@ -242,7 +243,7 @@ def run_edit(
         inversion, prompt, **asked, control=None if control is None else controls
     )
     environment = numeric_environment(pipeline)
-    environment["chunk"] = str(job.attention.chunk)
+    environment["chunk"] = str(job.attention.chunk or job.num_frames)
 
     def begun() -> tuple[str, Progress | None]:
         run = run_name(inversion, "edit-", settings)
@@ -261,7 +262,8 @@ def run_edit(
         latents = latents if replaced is None else replaced
         place += 1
         if resume and ranks.main:
-            inversion.save_progress(run, Progress(place, latents, environment, work.state()))
+            conditions = {**environment, "chunk": str(running_chunk(pipeline, job.num_frames))}
+            inversion.save_progress(run, Progress(place, latents, conditions, work.state()))
         if on_step is not None:
             on_step()
         return latents

@@ -175,11 +175,21 @@ class InversionFolder:
                 return step
         return len(self.timesteps)
 
-    def verify(self) -> list[str]:
-        """A line for each file that is damaged or missing; empty if all files are whole."""
-        found = self.x0_problems() + self.control_problems()
-        for step in range(len(self.timesteps)):
-            found += self.step_problems(step)
+    def verify(self, *, to_come: bool = True) -> list[str]:
+        """A line for each file that is damaged or missing; empty if all files are whole.
+
+        Args:
+            to_come: Whether files that an unfinished run has yet to write are missing, too.
+        """
+        given = self.x0_problems() + self.control_problems()
+        steps = [self.step_problems(step) for step in range(len(self.timesteps))]
+        if not to_come:
+            # Whatever precedes a file that was written has been written once.
+            while steps and steps[-1] and not any(map(_there, steps[-1])):
+                steps.pop()
+            if not steps and not self.complete:
+                given = list(filter(_there, given))
+        found = [*given, *(error for problems in steps for error in problems)]
         for prefix in RUN_PREFIXES:
             found += self._problems(sorted(self.path.glob(f"{prefix}*.safetensors")))
         return [error.problem for error in found]
@@ -351,6 +361,10 @@ class InversionFolder:
     def _inner_name(self, file: Path) -> str:
         digest = _digest(self.settings, self.timesteps)
         return f"{digest}/{file.relative_to(self.path).with_suffix('')}"
+
+
+def _there(error: InversionError) -> bool:
+    return not isinstance(error, MissingFileError)
 
 
 def _digest(settings: Mapping[str, Any], timesteps: tuple[int, ...]) -> str:

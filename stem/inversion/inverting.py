@@ -20,7 +20,7 @@ from ..diffusion.control import Shown, checked_controls, control_records
 from ..diffusion.environment import numeric_environment
 from ..diffusion.fingerprint import fingerprint
 from ..diffusion.loop import denoise, guided
-from ..diffusion.memory import chunk_that_fits
+from ..diffusion.memory import chunk_that_fits, frames_shared, largest_chunk
 from ..diffusion.motion import check_frames
 from ..diffusion.pipeline import (
     VAE_FRAMES,
@@ -34,7 +34,7 @@ from ..distributed import Ranks
 from ..sources import ModelSource
 from ..storage import check_output, remove_stale
 from .folder import InversionFolder, MissingFileError
-from .methods import attention_config, attention_on, inversion_attention
+from .methods import attention_config, attention_on, inversion_attention, running_chunk
 from .records import (
     FramesInParts,
     attention_record,
@@ -46,6 +46,8 @@ from .records import (
 from .resuming import latents_before, mend_x0, runs_of, undone_steps
 
 logger = logging.getLogger("stem")
+
+_BRANCHES = 3  # of a guided edit, which runs in the inversion's chunks
 
 
 def invert(
@@ -90,9 +92,10 @@ def invert(
         options: Fields of the method's configuration, e.g. {"num_bases": 64}.
         num_steps: Number of steps; it must divide the training steps of the schedule.
         chunk: Number of frames that go through the UNet at once; "auto": as many as fit into free
-            memory, or the number that an inversion of these settings below `root` was begun with;
-            None: all. Chunks share their bases, so that only the last bits of the result depend on
-            this number. With AnimateDiff all frames go through at once.
+            memory and leave each rank a chunk, or the number that an inversion of these settings
+            below `root` was begun with, if it does; None: all. Chunks share their bases, so that
+            only the last bits of the result depend on this number. With AnimateDiff all frames go
+            through at once.
         cuts: Numbers of the frames that begin another scene, such as `stem.find_cuts` gives. Every
             scene has bases of its own, in the inversion and in edits of it.
         model: Name of the pipeline, for the record; or a mapping of `name` and the other arguments
@@ -153,9 +156,9 @@ def invert(
         if controlled_by:
             settings["control"] = controlled_by
         timesteps = tuple(int(timestep) for timestep in scheduler.timesteps)
-        size = _chunk(pipeline, settings, timesteps, Path(root), chunk)
+        size = _chunk(pipeline, settings, timesteps, Path(root), chunk, ranks.size)
         settings["attention"]["chunk"] = size
-        environment["chunk"] = str(size)
+        environment["chunk"] = str(size or video.num_frames)
         folder, wrong = InversionFolder.prepare(Path(root), settings, timesteps)
         if wrong:
             logger.warning("%s; the settings were written again", wrong)
@@ -183,7 +186,7 @@ def invert(
         ranks.from_main(lambda: check_output(folder.path, len(undone) * size))
 
         def keep(step: int, latents: torch.Tensor) -> None:
-            conditions = {**environment, "chunk": str(handle.chunk)}
+            conditions = {**environment, "chunk": str(running_chunk(pipeline, video.num_frames))}
             if ranks.main and state is not None:
                 # Before the latents: a step whose latents are there has its bases, too.
                 folder.save_bases(step, recording.found, conditions)
@@ -219,24 +222,30 @@ def _chunk(
     timesteps: tuple[int, ...],
     root: Path,
     asked: int | str | None,
+    ranks: int,
 ) -> int | None:
     """The chunk to run with; None where all frames go through the UNet at once."""
     frames = settings["video"]["num_frames"]
     if asked is None or isinstance(asked, int):
         return None if asked is None or asked >= frames else asked
+    attention = settings["attention"]
+    longest = max(map(len, scenes_of(frames, attention["cuts"])))
+    shared = frames_shared(longest, attention.get("fit_frames"))
     sizes = [None, *(2**power for power in range((frames - 1).bit_length()))]
     for size in sizes:
-        begun = {**settings, "attention": {**settings["attention"], "chunk": size}}
+        if -(-shared // (size or frames)) < min(ranks, shared):
+            continue  # a rank would have no chunk
+        begun = {**settings, "attention": {**attention, "chunk": size}}
         if InversionFolder.path_of(root, begun, timesteps).is_dir():
             return size
-    scenes = scenes_of(frames, settings["attention"]["cuts"])
     return chunk_that_fits(
         pipeline,
-        max(map(len, scenes)),
+        longest,
         settings["video"]["height"],
         settings["video"]["width"],
-        branches=1,
-        meets=meets(settings["method"], settings["attention"]),
+        branches=_BRANCHES,
+        meets=meets(settings["method"], attention),
+        largest=largest_chunk(shared, ranks),
     )
 
 

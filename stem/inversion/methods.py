@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ..attention import Handle, Hooks, enabled, plain
 from ..attention.families import unet_of
+from ..attention.installed import handle_in
 from ..config import (
     AttentionConfig,
     InflatedConfig,
@@ -129,6 +130,19 @@ def inversion_scenes(inversion: InversionFolder) -> list[range]:
     """The frames of each scene of an inverted video."""
     frames: int = inversion.settings["video"]["num_frames"]
     return scenes_of(frames, inversion_attention(inversion).cuts)
+
+
+def running_chunk(pipeline: Any, num_frames: int) -> int:
+    """The number of frames that go through a pipeline's UNet at once, as its attention is now.
+
+    It is less than what was asked for where memory ran out.
+
+    Args:
+        pipeline: Pipeline with the attention on.
+        num_frames: Number of frames of the video.
+    """
+    handle = handle_in(unet_of(pipeline))
+    return (handle.chunk if isinstance(handle, Handle) else None) or num_frames
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from ..distributed import Ranks
 from ..names import BASES
 from .folder import InversionError, InversionFolder, Progress
 from .inverting import check_chunk
-from .methods import attention_on, inversion_attention
+from .methods import attention_on, inversion_attention, running_chunk
 from .runs import check_same_pipeline, check_startable, earlier_run, run_name
 
 logger = logging.getLogger("stem")
@@ -82,7 +82,7 @@ def reconstruct_latents(
         negative = None if negative is None else negative.showing(shown)
     device = execution_device(pipeline)
     environment = numeric_environment(pipeline)
-    environment["chunk"] = str(config.chunk)
+    environment["chunk"] = str(config.chunk or size["num_frames"])
     shaped_by = [bases, guidance, negative_prompt if guidance != 1.0 else "", config.chunk]
 
     def begun() -> tuple[str, int, torch.Tensor]:
@@ -101,7 +101,8 @@ def reconstruct_latents(
 
     def keep(step: int, latents: torch.Tensor) -> None:
         if resume and ranks.main:
-            inversion.save_progress(run, Progress(step + 1, latents, environment))
+            conditions = {**environment, "chunk": str(running_chunk(pipeline, size["num_frames"]))}
+            inversion.save_progress(run, Progress(step + 1, latents, conditions))
         if on_step is not None:
             on_step()
 

@@ -14,7 +14,7 @@ from ..config import AttentionConfig, PerFrameConfig, StemConfig
 from ..control import Control
 from ..diffusion.control import Shown, checked_controls
 from ..diffusion.loop import denoise, guided
-from ..diffusion.memory import chunk_that_fits
+from ..diffusion.memory import chunk_that_fits, frames_shared, largest_chunk
 from ..diffusion.motion import check_frames
 from ..diffusion.pipeline import encode_prompt, vae_factor
 from ..diffusion.schedule import inverse_scheduler
@@ -96,7 +96,11 @@ def pixels(pipeline: Any, latents: torch.Tensor) -> tuple[int, int]:
 
 
 def chunked(
-    pipeline: Any, config: AttentionConfig, latents: torch.Tensor, chunk: int | str | None
+    pipeline: Any,
+    config: AttentionConfig,
+    latents: torch.Tensor,
+    chunk: int | str | None,
+    ranks: int = 1,
 ) -> AttentionConfig:
     """The configuration for one video, whose frames go through the UNet in chunks.
 
@@ -105,7 +109,8 @@ def chunked(
         config: Configuration of the attention.
         latents: Latents of the frames, [N, c, h, w].
         chunk: Number of frames that go through the UNet at once; "auto": as many as fit into free
-            memory; None: all.
+            memory and leave each rank a chunk; None: all.
+        ranks: Number of ranks that share the chunks.
 
     Raises:
         ValueError: another `chunk`.
@@ -114,13 +119,14 @@ def chunked(
     check_chunk(chunk)
     frames = latents.shape[0]
     if isinstance(chunk, str):
-        fits_frames = isinstance(config, StemConfig) and config.fit_frames is not None
+        fit_frames = config.fit_frames if isinstance(config, StemConfig) else None
         chunk = chunk_that_fits(
             pipeline,
             frames,
             *pixels(pipeline, latents),
             branches=1,
-            meets=not isinstance(config, PerFrameConfig) and not fits_frames,
+            meets=not isinstance(config, PerFrameConfig) and fit_frames is None,
+            largest=largest_chunk(frames_shared(frames, fit_frames), ranks),
         )
     whole = chunk is None or chunk >= frames
     return dataclasses.replace(config, num_frames=frames, chunk=None if whole else chunk)

@@ -17,6 +17,7 @@ from ..diffusion.fingerprint import fingerprint, fingerprint_of
 from ..names import FLOW_METHODS, FLOW_SOURCE, INVERSION_METHODS
 from ..storage import check_output, tensor_bytes
 from .folder import InversionError, InversionFolder, Progress
+from .records import versions
 
 logger = logging.getLogger("stem")
 
@@ -127,14 +128,15 @@ def _check_same_controlnets(pipeline: Any, inversion: InversionFolder) -> None:
 
 
 def run_name(inversion: InversionFolder, prefix: str, shaped_by: Any) -> str:
-    """The name of a run in the inversion's folder: a hash of what shapes it.
+    """The name of a run in the inversion's folder: a hash of what shapes it, versions included.
 
     Args:
         inversion: Inversion to start from.
         prefix: Prefix of the name, which says what kind of run it is.
         shaped_by: Settings of the run, as JSON types.
     """
-    digest = hashlib.sha256(json.dumps(shaped_by).encode())
+    # Those of this process: the inversion may have been made by others.
+    digest = hashlib.sha256(json.dumps([shaped_by, versions()]).encode())
     digest.update(tensor_bytes(start_of(inversion).contiguous()))
     return f"{prefix}{digest.hexdigest()[:12]}"
 

@@ -248,7 +248,7 @@ def feature_curve(
     """
     frames, _, height, width = latents.shape
     ranks, whole = Ranks(group), attention_config(method, options or {}, frames)
-    config = ranks.from_main(lambda: chunked(pipeline, whole, latents, chunk))
+    config = ranks.from_main(lambda: chunked(pipeline, whole, latents, chunk, ranks.size))
     scheduler = inverse_scheduler(pipeline, num_steps)
     conditioning = encode_prompt(pipeline, prompt, *pixels(pipeline, latents))
     conditioning = conditioning.showing(shown_in(scheduler, control))

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -218,7 +219,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on(
     monkeypatch.undo()
     (path,) = (tmp_path / "full").iterdir()
     assert InversionFolder.open(path).steps_done == 2
-    assert not list(path.rglob("*.partial"))
+    assert not list(path.rglob("*.part*"))
     assert torch.equal(all_latents(inverted(tmp_path / "full")), all_latents(whole))
 
 
@@ -322,15 +323,26 @@ def test_outputs_are_checked_before_any_work(tmp_path: Path) -> None:
 
 def test_only_dead_processes_partial_files_are_removed(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], **PIPED)
-    dead = [tmp_path / f".x.mp4.{int(ended.stdout)}.part", tmp_path / "a" / ".y.4194305.partial"]
+    gone, here, there = int(ended.stdout), storage.host_id(), "abc123"
+    dead = [
+        tmp_path / f".x.mp4.{gone}.part",
+        tmp_path / "a" / ".y.4194305.partial",
+        tmp_path / f".x.mp4.{gone}@{here}.part",
+        tmp_path / f".old.mp4.{os.getpid()}@{there}.part",
+    ]
     living = [
         tmp_path / f".x.{os.getpid()}.partial",
+        storage.partial_name(tmp_path / "x.mp4"),
+        tmp_path / f".x.mp4.{gone}@{there}.part",
         tmp_path / "x.4194305.part",
         tmp_path / ".1.partially",
     ]
     for file in (*dead, *living):
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"abc")
+    a_day_ago = time.time() - 25 * 3600
+    for file in (dead[-1], *living[:2]):
+        os.utime(file, (a_day_ago, a_day_ago))
     assert sorted(remove_stale(tmp_path)) == sorted((file, 3) for file in dead)
     assert all(file.exists() for file in living)
     assert not any(file.exists() for file in dead)

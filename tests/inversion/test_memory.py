@@ -13,8 +13,9 @@ from controls import make_control_pipeline, shown
 from inversions import all_latents, inverted
 from pipelines import make_pipeline
 
+import stem.distributed
 from stem.diffusion import memory
-from stem.diffusion.memory import chunk_that_fits
+from stem.diffusion.memory import LARGEST_CHUNK, chunk_that_fits, frames_shared, largest_chunk
 from stem.diffusion.pipeline import decode_latents, encode_prompt
 from stem.inversion import InversionFolder, reconstruct_latents
 
@@ -52,10 +53,79 @@ def test_the_chunk_fills_free_memory(
     assert found == chunk
 
 
+@pytest.mark.parametrize(("free", "chunk"), [(701, None), (611, 64), (200, 8), (117, 1), (113, 1)])
+def test_an_edit_of_three_branches_fits_into_the_chunk(
+    counted: dict[str, int], free: float, chunk: int | None
+) -> None:
+    # 10 + 6 a frame in hand, and 1 that waits a frame.
+    counted["free"] = int(free / 0.7 * MIB) + 1
+    frames = 60 if chunk is None else 100
+    assert chunk_that_fits(make_pipeline(), frames, 16, 16, branches=3, meets=True) == chunk
+
+
 def test_what_does_not_fit_at_all_says_how_much_it_needs(counted: dict[str, int]) -> None:
     counted["free"] = 100 * MIB
     with pytest.raises(MemoryError, match=r"100 frames of 16x24 need 117,440,512 bytes .* fit_fra"):
         chunk_that_fits(make_pipeline(), 100, 24, 16, branches=1, meets=True)
+
+
+@pytest.mark.parametrize(
+    ("frames", "fit_frames", "ranks", "largest"),
+    [
+        (240, None, 1, LARGEST_CHUNK),
+        (5, None, 1, LARGEST_CHUNK),
+        (240, None, 2, LARGEST_CHUNK),
+        (240, None, 8, 16),
+        (64, None, 2, 32),
+        (256, 32, 8, 16),  # 224 frames are left when bases are found
+        (256, 250, 8, 16),
+        (5, 9, 2, 2),
+        (3, None, 8, 1),  # some ranks have none
+    ],
+)
+def test_automatic_chunks_leave_one_for_each_rank(
+    counted: dict[str, int], frames: int, fit_frames: int | None, ranks: int, largest: int
+) -> None:
+    shared = frames_shared(frames, fit_frames)
+    assert largest_chunk(shared, ranks) == largest
+    assert -(-shared // largest) >= min(ranks, shared)
+    counted["free"] = 10_000 * MIB
+    size = {"branches": 1, "meets": True, "largest": largest}
+    found = chunk_that_fits(make_pipeline(), frames, 16, 16, **size)
+    assert found == (None if frames <= largest else largest)
+    counted["free"] = int((12.5 + frames) / 0.7 * MIB)
+    assert chunk_that_fits(make_pipeline(), frames, 16, 16, **size) == (1 if frames > 1 else None)
+
+
+class Ranks(stem.distributed.Ranks):
+    """Two ranks, of which this process is the first, as far as the folder is made."""
+
+    size = 2
+
+    def from_main(self, make: Any) -> Any:
+        folder, _ = make()
+        return folder, []
+
+
+def test_ranks_take_up_only_what_they_can_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["stem.inversion.inverting"]
+
+    def chunks(root: str, ranks: bool = True, **settings: Any) -> list[int | None]:
+        with monkeypatch.context() as patch:
+            if ranks:
+                patch.setattr(module, "Ranks", Ranks)
+            inverted(tmp_path / root, chunk="auto", num_steps=1, **settings)
+        found = [InversionFolder.open(path) for path in (tmp_path / root).iterdir()]
+        return [folder.settings["attention"]["chunk"] for folder in found]
+
+    assert chunks("begun", ranks=False) == [None]
+    assert sorted(map(str, chunks("begun"))) == ["1", "None"]
+    assert len(chunks("begun")) == 2
+    assert chunks("halves", cuts=(2,)) == [1]
+    inverted(tmp_path / "two", chunk=2, num_steps=1)
+    assert chunks("two") == [2]  # chunks of two frames and of one
 
 
 def test_a_probe_measures_a_call() -> None:
@@ -104,7 +174,7 @@ def test_an_inversion_in_chunks_is_one_in_a_batch(tmp_path: Path, method: str) -
     latents = []
     for chunk in (None, 2, 1):
         folder = inverted(tmp_path, method=method, options=options, chunk=chunk)
-        assert folder.environment(4)["chunk"] == str(chunk)
+        assert folder.environment(4)["chunk"] == str(chunk or 3)
         latents.append(all_latents(folder))
         latents.append(reconstruct_latents(pipeline, folder, progress=False)[None])
         again = reconstruct_latents(pipeline, folder, chunk=1, progress=False)[None]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from stem.diffusion.fingerprint import fingerprint
 from stem.diffusion.pipeline import vae_factor
@@ -42,6 +44,40 @@ def test_models_that_cannot_be_used(tmp_path, monkeypatch) -> None:  # type: ign
         load_pipeline(str(tmp_path))
     with pytest.raises(ModelError, match="can be loaded from the hub id 'no/such-model'"):
         load_pipeline("no/such-model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "WanPipeline",
+            "'some/model' is a video transformer, which has no UNet; load it with stem",
+        ),
+        ("FluxPipeline", "'some/model': the target is a FluxPipeline, not a UNet2DConditionModel"),
+    ],
+)
+def test_pipelines_of_other_kinds_are_refused_by_their_index(
+    kind: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = {"_class_name": kind, "transformer": ["diffusers", "Transformer"]}
+    asked: list[str] = []
+
+    def download(name: str, filename: str, **_: Any) -> str:
+        asked.append(f"{name}/{filename}")
+        return str(tmp_path / filename)
+
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _: None)
+    monkeypatch.setattr(
+        DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("it was downloaded")
+    )
+    with pytest.raises(ModelError, match=message):
+        load_pipeline("some/model")
+    assert asked == ["some/model/model_index.json"]
+    with pytest.raises(ModelError, match=message.replace("some/model", str(tmp_path))):
+        load_pipeline(str(tmp_path))
+    assert len(asked) == 1
 
 
 def test_loading_a_folder_of_half_precision_weights_only(tmp_path: Path) -> None:

@@ -88,13 +88,13 @@ class StemState:
         return None
 
     def _check_given(self, layer: int, given: LayerBases) -> None:
-        shape, payload = tuple(given.bases.shape[1:]), given.payload is not None
+        shape, space = tuple(given.bases.shape[1:]), self.config.space
         expected = self.bases_shapes[layer]
-        if shape != expected or payload != (self.config.space == "key"):
+        if shape != expected or (space == "key" and given.payload is None):
             raise ValueError(
-                f"the replayed bases of layer {layer} are {list(shape)}{' with values' * payload}, "
-                f"and the layer takes {list(expected)} of space={self.config.space!r}; replay them "
-                "with the num_bases and space that they were recorded with"
+                f"the replayed bases of layer {layer} are {list(shape)}, and in {space} space the "
+                f"layer takes {list(expected)}; replay them with the num_bases and space that they "
+                "were recorded with"
             )
 
     def calibrate(
