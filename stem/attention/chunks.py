@@ -90,12 +90,14 @@ class ChunkedForward:
     def put_on(self) -> None:
         """Take the place of the UNet's `forward`, and cut.
 
-        Where accelerate has a hook there, it goes inside: pipelines take that hook off and put it
-        on again after each call, and what stood around it would go with it.
+        Where accelerate's hook is outermost, it goes inside: pipelines take that hook off and put
+        it on again after each call, and what stood around it would go with it.
         """
         if self._standing is None:
             held = vars(self.unet)
-            place = _INSIDE if _INSIDE in held else "forward"
+            outermost = getattr(held.get("forward"), "func", None)
+            hooked = getattr(outermost, "__module__", None) == "accelerate.hooks"
+            place = _INSIDE if hooked and _INSIDE in held else "forward"
             self._before = held.get(place)
             # Now, not when this was made: then another's chunks may have been on.
             self.forward = getattr(self.unet, place)

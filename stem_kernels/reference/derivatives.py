@@ -29,9 +29,17 @@ def differentiable_gradients(
         for view in present:
             if not view.requires_grad:
                 view.requires_grad_()
+        made = [
+            (output, gradient)
+            for output, gradient in zip(function(*views), gradients, strict=True)
+            if output.requires_grad
+        ]
+        if not made:  # of no tokens
+            return [None if view is None else torch.zeros_like(view) for view in views]
+        outputs, of_outputs = zip(*made, strict=True)
         found = iter(
             torch.autograd.grad(
-                function(*views), present, gradients, create_graph=True, materialize_grads=True
+                outputs, present, of_outputs, create_graph=True, materialize_grads=True
             )
         )
     return [None if view is None else next(found) for view in views]

@@ -7,10 +7,8 @@ import gc
 import itertools
 from typing import Any
 
-import accelerate
 import pytest
 import torch
-from accelerate.hooks import remove_hook_from_module
 from greenlet import getcurrent, greenlet
 from pipelines import SHAPES, call, make_pipeline, make_unet, unet_inputs
 
@@ -399,81 +397,3 @@ def test_which_tokens_a_chunk_has_is_found_once(
 def test_configurations_that_do_not_fit(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_the_scale_of_a_lora_is_that_of_one_batch_in_every_chunk() -> None:
-    peft = pytest.importorskip("peft", reason="peft adds LoRA weights")
-    unet = make_unet()
-    unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    config = StemConfig(num_bases=16, temperature=0.1, num_frames=FRAMES)
-    for scale in (0.0, 0.5):
-        given = {"cross_attention_kwargs": {"scale": scale}}
-        expected = scaled(unet, config, given)
-        assert relative(scaled(unet, dataclasses.replace(config, chunk=2), given), expected) < 1e-5
-        assert given == {"cross_attention_kwargs": {"scale": scale}}
-    # Nothing of the scale is left in the weights.
-    without = output(unet, dataclasses.replace(config, chunk=2))
-    assert relative(without, output(unet, config)) < 1e-5
-    assert relative(without, expected) > 1e-3
-
-
-def scaled(unet: Any, config: StemConfig, given: dict[str, Any]) -> torch.Tensor:
-    arguments, keywords = unet_inputs("sd1", rows=2 * FRAMES)
-    with stem.enabled(unet, config), torch.no_grad():
-        found: torch.Tensor = unet(*arguments, **keywords, **given)[0]
-    return found
-
-
-@pytest.mark.parametrize("before", [True, False], ids=["offloaded first", "enabled first"])
-def test_chunks_stay_where_offloading_takes_its_hook_off_and_on(before: bool) -> None:
-    # As a pipeline does at the end of each of its calls, and with each LoRA that it loads.
-    unet, config = make_unet(), StemConfig(num_bases=16, num_frames=FRAMES, chunk=2)
-    own = unet.forward
-    expected = output(unet, config)
-    if before:
-        accelerate.cpu_offload_with_hook(unet, "cpu")
-    handle = stem.enable(unet, config)
-    if not before:
-        accelerate.cpu_offload_with_hook(unet, "cpu")
-    for _ in range(2):
-        assert torch.equal(call(unet, "sd1", rows=2 * FRAMES), expected)
-        remove_hook_from_module(unet, recurse=True)
-        assert torch.equal(call(unet, "sd1", rows=2 * FRAMES), expected)
-        accelerate.cpu_offload_with_hook(unet, "cpu")
-    handle.disable()
-    remove_hook_from_module(unet, recurse=True)
-    assert unet.forward == own
-
-
-def test_a_forward_that_was_put_back_is_not_taken_for_chunks() -> None:
-    unet = make_unet()
-    with stem.enabled(unet, StemConfig(num_bases=16, num_frames=FRAMES, chunk=2)):
-        standing = unet.forward
-        del unet.forward
-        with pytest.raises(RuntimeError, match=r"put back .* call stem.enable again"):
-            call(unet, "sd1", rows=2 * FRAMES)
-        unet.forward = standing
-        call(unet, "sd1", rows=2 * FRAMES)
-
-
-def test_bases_of_several_scenes_are_neither_recorded_nor_replayed() -> None:
-    unet = make_unet()
-    config = StemConfig(num_bases=8, num_frames=FRAMES, cuts=(3,))
-    with stem.enabled(unet, config) as handle:
-        handle.hooks.add("recording", Recording())
-        with pytest.raises(ValueError, match=r"of one scene, and cuts is \(3,\)"):
-            call(unet, rows=FRAMES)
-
-
-def test_replayed_bases_of_another_form_are_refused() -> None:
-    unet, recording = make_unet(), Recording()
-    config = StemConfig(num_bases=8, num_frames=FRAMES)
-    with stem.enabled(unet, config) as handle:
-        handle.hooks.add("recording", recording)
-        call(unet, rows=FRAMES)
-    for changes in ({"num_bases": 4}, {"space": "key"}):
-        other = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
-        with stem.enabled(unet, other) as handle:
-            handle.hooks.add("replay", Replay(recording.found))
-            with pytest.raises(ValueError, match="with the num_bases and space that they were"):
-                call(unet, rows=FRAMES)

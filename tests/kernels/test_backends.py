@@ -218,8 +218,12 @@ def test_imports_run_one_way() -> None:
     inner = ("reference", "triton", "cuda")
     for room in (*inner, "shared"):
         others = "|".join({*inner, "ops", "backends"} - {room})
-        for file in (rooms / room).glob("*.py"):
-            assert not re.search(rf"from \.\.({others})\b", file.read_text()), file
+        for file in (rooms / room).rglob("*.py"):
+            found = re.findall(rf"from \.{{2,}}(?:{others})\b.*", file.read_text())
+            # Moments of a video's groups have no kernel of Triton.
+            allowed = room == "triton" and file.parent.name == "video"
+            moments = ["from ...reference.video_bases import group_moments"]
+            assert found in ([], moments if allowed else []), file
 
 
 def test_importing_neither_loads_triton_nor_starts_cuda() -> None:

@@ -12,7 +12,7 @@ from pipelines import call, make_unet, unet_inputs
 
 import stem
 from stem import InflatedConfig, PerFrameConfig, SparseCausalConfig, StemConfig
-from stem.attention import Hook, Hooks, Recording
+from stem.attention import Hook, Hooks, Recording, Replay
 from stem.attention.layers.hooks import Attend, Operands, Site
 
 CONFIGS = [
@@ -199,3 +199,26 @@ def test_a_hook_that_nobody_would_call_is_refused() -> None:
     with stem.enabled(unet, dataclasses.replace(config, chunk=1), hooks=Hooks(bases=recording)):
         call(unet)
     assert recording.found
+
+
+def test_bases_of_several_scenes_are_neither_recorded_nor_replayed() -> None:
+    unet = make_unet()
+    config = StemConfig(num_bases=8, num_frames=4, cuts=(3,))
+    with stem.enabled(unet, config) as handle:
+        handle.hooks.add("recording", Recording())
+        with pytest.raises(ValueError, match=r"of one scene, and cuts is \(3,\)"):
+            call(unet, rows=4)
+
+
+def test_replayed_bases_of_another_form_are_refused() -> None:
+    unet, recording = make_unet(), Recording()
+    config = StemConfig(num_bases=8, num_frames=4)
+    with stem.enabled(unet, config) as handle:
+        handle.hooks.add("recording", recording)
+        call(unet, rows=4)
+    for changes in ({"num_bases": 4}, {"space": "key"}):
+        other = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+        with stem.enabled(unet, other) as handle:
+            handle.hooks.add("replay", Replay(recording.found))
+            with pytest.raises(ValueError, match="with the num_bases and space that they were"):
+                call(unet, rows=4)

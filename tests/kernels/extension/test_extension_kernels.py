@@ -213,17 +213,29 @@ def test_the_operators_check_what_they_are_given() -> None:
 
 
 @built
-def test_memory_that_is_lacking_is_said() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_that_is_lacking_is_said(threads: int) -> None:
+    def of_heads(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.expand(-1, 4, -1, -1)
+
     one, few = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 3, 1)
     many = one.expand(1, 1, 2**46, 1)  # one number; more bytes of them than addresses
     operators = torch.ops.stem_kernels_ext
     for call in (
         lambda: operators.nearest_token(many, few, torch.ones(1, 1, 3)),
         lambda: operators.basis_attention(many, few, few, None, None, None, 1.0),
-        lambda: operators.basis_attention(few, many, many, None, None, None, 1.0),  # in a thread
+        # Of four heads, each in a task of its own.
+        lambda: operators.basis_attention(
+            of_heads(few), of_heads(many), of_heads(many), None, None, None, 1.0
+        ),
         lambda: operators.partial_attention(many, few, few, 1.0),
         lambda: operators.window_attention(many, many, many, 2**46, 1, 1, 0, 1.0),
     ):
-        with pytest.raises(RuntimeError, match=r"out of memory: a t\w+ .*needs \d") as raised:
-            call()
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with pytest.raises(RuntimeError, match=r"out of memory: a t\w+ .*needs \d") as raised:
+                call()
+        finally:
+            torch.set_num_threads(before)
         assert lacks_memory(raised.value)

@@ -108,6 +108,10 @@ def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda q, k, v, b: basis_attention(q, k, v, bias=b), (query, key, value, bias)
     )
     assert torch.autograd.gradgradcheck(lambda q, k: basis_attention(q, k, k), (query, key))
+    nothing = leaf(1, 1, 0, 3)
+    for out in (em_statistics(nothing, bases).sums, basis_attention(nothing, bases, bases)):
+        found = torch.autograd.grad(out.sum(), (nothing, bases), create_graph=True)
+        assert [int(each.count_nonzero()) for each in found] == [0, 0]
 
 
 @pytest.mark.parametrize("op", ["em_statistics", "soft_em", "basis_attention"])
