@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_chunks_stay_where_offloading_takes_its_hook_off_and_on(before: bool) ->
 
 
 def test_control_nets_see_one_chunk_where_the_unet_is_offloaded() -> None:
-    pipeline = make_control_pipeline.__wrapped__()
+    pipeline = copy.deepcopy(make_control_pipeline())  # which other tests have, too
     unet, config = pipeline.unet, StemConfig(num_bases=8, num_frames=4, chunk=2)
     arguments, keywords = unet_inputs("sd1", rows=4)
     shown = Shown(checked_controls(pipeline, Control(pictures(4, 16, 16)), 4, 16, 16))
