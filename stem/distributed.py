@@ -73,7 +73,7 @@ class Ranks:
             tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in forms]
         for tensor in tensors:
             self._send(tensor)
-        return value if self.main else _with_tensors(pickled, tensors)
+        return value if self.main else _Joining(pickled, tensors).load()
 
     def _send(self, tensor: torch.Tensor) -> None:
         """Send the main rank's tensor of a CPU into that of every other, in messages."""
@@ -196,7 +196,3 @@ def _without_tensors(value: object) -> tuple[bytes, list[torch.Tensor]]:
     parting = _Parting(file)
     parting.dump(value)
     return file.getvalue(), parting.tensors
-
-
-def _with_tensors(pickled: bytes, tensors: list[torch.Tensor]) -> Any:
-    return _Joining(pickled, tensors).load()

@@ -125,7 +125,7 @@ def load_pipeline(
     )
     source.check()
     if source.is_video_model:
-        raise _is_video_model(model)
+        raise _video_model_error(model)
     with torch.random.fork_rng(devices=[]):  # what is resized is first filled with random numbers
         pipeline = _loaded(source, dtype)
         pipeline = with_motion(pipeline, source.motion_adapter, source.motion_window)
@@ -144,7 +144,7 @@ def load_pipeline(
     return pipeline
 
 
-def _is_video_model(model: str) -> ModelError:
+def _video_model_error(model: str) -> ModelError:
     return ModelError(
         f"{model!r} is a video transformer, which has no UNet; load it with "
         "stem.flow.load_video_model, and see docs/video-transformers.md for what goes through it"
@@ -183,7 +183,7 @@ def _pretrained(source: ModelSource, dtype: torch.dtype) -> Any:
     index = pipeline_index(folder or source.name)
     kind = index.get("_class_name")
     if kind == WAN:
-        raise _is_video_model(source.name)
+        raise _video_model_error(source.name)
     if isinstance(kind, str) and "unet" not in index:
         _check(source.name, type(kind, (), {})())  # which says what is missing
     try:

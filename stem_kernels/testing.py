@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import linear
 
@@ -27,6 +29,7 @@ __all__ = [
     "eager_window_attention",
     "max_error",
     "parity_bound",
+    "tokens_in_window",
 ]
 
 
@@ -130,6 +133,14 @@ def eager_projected_attention(
         query, key, value, bias=bias, correction=correction, query_mean=query_mean
     )
     return linear(out.transpose(1, 2).flatten(2), output_weight, output_bias)
+
+
+def tokens_in_window(
+    grid: tuple[int, int, int], window: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """bool [n, n]: whether a token of a video's grid is in the window of another."""
+    _, y, x = torch.unravel_index(torch.arange(math.prod(grid), device=device), grid)
+    return (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 <= (window + 0.5) ** 2
 
 
 def eager_window_attention(

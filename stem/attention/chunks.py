@@ -109,9 +109,11 @@ class ChunkedForward:
     def take_off(self) -> None:
         """Put the UNet's `forward` back, and cut no more."""
         self.on = False
+        if self._standing is None:
+            return
         held = vars(self.unet)
         place = next((place for place in _PLACES if held.get(place) is self._standing), None)
-        if self._standing is None or place is None:
+        if place is None:
             return
         if place == "forward" and self._before is None:
             del self.unet.forward

@@ -23,7 +23,7 @@ from ..diffusion.schedule import clean_of, sampling_scheduler
 from ..distributed import Ranks
 from ..inversion import InversionFolder
 from ..inversion.folder import Progress
-from ..inversion.methods import running_chunk
+from ..inversion.methods import running_conditions
 from ..inversion.runs import check_same_pipeline, earlier_run, run_name
 from ..names import EDIT_METHODS
 from .checks import DEFAULT_METHOD, check_edit, edit_options, edit_settings
@@ -262,7 +262,7 @@ def run_edit(
         latents = latents if replaced is None else replaced
         place += 1
         if resume and ranks.main:
-            conditions = {**environment, "chunk": str(running_chunk(pipeline, job.num_frames))}
+            conditions = running_conditions(pipeline, environment, job.num_frames)
             inversion.save_progress(run, Progress(place, latents, conditions, work.state()))
         if on_step is not None:
             on_step()

@@ -34,7 +34,7 @@ from ..distributed import Ranks
 from ..sources import ModelSource
 from ..storage import check_output, remove_stale
 from .folder import InversionFolder, MissingFileError
-from .methods import attention_config, attention_on, inversion_attention, running_chunk
+from .methods import attention_config, attention_on, inversion_attention, running_conditions
 from .records import (
     FramesInParts,
     attention_record,
@@ -186,7 +186,7 @@ def invert(
         ranks.from_main(lambda: check_output(folder.path, len(undone) * size))
 
         def keep(step: int, latents: torch.Tensor) -> None:
-            conditions = {**environment, "chunk": str(running_chunk(pipeline, video.num_frames))}
+            conditions = running_conditions(pipeline, environment, video.num_frames)
             if ranks.main and state is not None:
                 # Before the latents: a step whose latents are there has its bases, too.
                 folder.save_bases(step, recording.found, conditions)

@@ -132,17 +132,21 @@ def inversion_scenes(inversion: InversionFolder) -> list[range]:
     return scenes_of(frames, inversion_attention(inversion).cuts)
 
 
-def running_chunk(pipeline: Any, num_frames: int) -> int:
-    """The number of frames that go through a pipeline's UNet at once, as its attention is now.
+def running_conditions(
+    pipeline: Any, environment: dict[str, str], num_frames: int
+) -> dict[str, str]:
+    """A run's environment with the number of frames that go through the UNet at once now.
 
     It is less than what was asked for where memory ran out.
 
     Args:
         pipeline: Pipeline with the attention on.
+        environment: Environment of the run, by name.
         num_frames: Number of frames of the video.
     """
     handle = handle_in(unet_of(pipeline))
-    return (handle.chunk if isinstance(handle, Handle) else None) or num_frames
+    chunk = handle.chunk if isinstance(handle, Handle) else None
+    return {**environment, "chunk": str(chunk or num_frames)}
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from ..distributed import Ranks
 from ..names import BASES
 from .folder import InversionError, InversionFolder, Progress
 from .inverting import check_chunk
-from .methods import attention_on, inversion_attention, running_chunk
+from .methods import attention_on, inversion_attention, running_conditions
 from .runs import check_same_pipeline, check_startable, earlier_run, run_name
 
 logger = logging.getLogger("stem")
@@ -101,7 +101,7 @@ def reconstruct_latents(
 
     def keep(step: int, latents: torch.Tensor) -> None:
         if resume and ranks.main:
-            conditions = {**environment, "chunk": str(running_chunk(pipeline, size["num_frames"]))}
+            conditions = running_conditions(pipeline, environment, size["num_frames"])
             inversion.save_progress(run, Progress(step + 1, latents, conditions))
         if on_step is not None:
             on_step()

@@ -35,6 +35,7 @@ from ..testing import (
     eager_window_attention,
     max_error,
     parity_bound,
+    tokens_in_window,
 )
 
 HEAD_WIDTHS = (40, 64, 80, 160)
@@ -302,12 +303,6 @@ def _nearest(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         yield Case(call, judge)
 
 
-def _near(device: torch.device) -> torch.Tensor:
-    """[n, n]: whether a token is in the window of another."""
-    _, y, x = torch.unravel_index(torch.arange(math.prod(GRID), device=device), GRID)
-    return (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 <= WINDOW * (WINDOW + 1)
-
-
 def _of_video(
     device: torch.device, dtype: torch.dtype, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -319,7 +314,7 @@ def _of_video(
 
 
 def _window(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    near = _near(device)
+    near = tokens_in_window(GRID, WINDOW, device)
     for width in VIDEO_WIDTHS:
         query, key, value = tensors = _of_video(device, dtype, width)
         exact, plain = (
@@ -339,7 +334,7 @@ def _window(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _video(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    near, num_tokens = _near(device), math.prod(GRID)
+    near, num_tokens = tokens_in_window(GRID, WINDOW, device), math.prod(GRID)
     # Keys of which each base's point its own way: no rounding changes what they belong to.
     of_base = ((torch.arange(num_tokens, device=device) + 1) * BASES - 1) // num_tokens
     member = torch.nn.functional.one_hot(of_base, BASES).bool()

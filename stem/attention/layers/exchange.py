@@ -23,7 +23,7 @@ import torch.distributed as dist
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from ...distributed import fitting
-from ..waiting.parked import current_parking
+from ..waiting.parked import current_parking, tensors_in
 from .settings import Settings
 
 Merged = TypeVar("Merged")
@@ -195,7 +195,7 @@ class Lockstep:
             value: Tensors, alone or in tuples, lists and dicts; returned as it is.
         """
         alive = [each for each in self._shared if each() is not None]
-        self._shared = [*alive, *map(weakref.ref, _tensors_in(value))]
+        self._shared = [*alive, *map(weakref.ref, tensors_in(value))]
         return value
 
     def _staying(self, meeting: _Meeting) -> Iterator[torch.Tensor]:
@@ -203,7 +203,7 @@ class Lockstep:
         yield from meeting.tensors
         # One chunk's function is called for all, before that chunk goes on.
         for cell in getattr(meeting.merge, "__closure__", None) or ():
-            yield from _tensors_in(cell.cell_contents)
+            yield from tensors_in(cell.cell_contents)
         yield from (tensor for each in self._shared if (tensor := each()) is not None)
 
     def _collect(self, own: list[Tensors], counts: Sequence[int] | None, dim: int) -> list[Tensors]:
@@ -280,14 +280,6 @@ class _Layout:
             )
             for chunk in self._chunks
         ]
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(part)
 
 
 def in_order(statistics: list[Tensors]) -> Tensors:

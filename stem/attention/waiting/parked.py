@@ -323,19 +323,25 @@ def _held_by(chunk: greenlet, staying: Iterable[torch.Tensor]) -> _Held:
     return {address: tensors for address, tensors in found.items() if address not in given}
 
 
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a value: it alone, or in tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
+
+
 def _collect(value: Any, found: _Held) -> None:
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        for part in value:
-            _collect(part, found)
-    elif type(value) is torch.Tensor and value.layout is torch.strided:
-        storage = value.untyped_storage()
+    for held in tensors_in(value):
+        if type(held) is not torch.Tensor or held.layout is not torch.strided:
+            continue
+        storage = held.untyped_storage()
         if storage.nbytes() < LEAST_BYTES:
-            return
+            continue
         tensors = found.setdefault(storage.data_ptr(), [])
         # A view keeps what it was made of, and with it the storage.
-        for tensor in (value, value._base):
+        for tensor in (held, held._base):
             if tensor is not None and all(tensor is not other for other in tensors):
                 tensors.append(tensor)
 

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from stem_kernels.measure import PeakMemory
 from stem_kernels.ops.partial_attention import ROUNDING_ATOL, PartialAttention
 from stem_kernels.shared.grid import window_counts
-from stem_kernels.testing import max_error, parity_bound
+from stem_kernels.testing import max_error, parity_bound, tokens_in_window
 from stem_kernels.video import (
     merged_attention,
     placed_attention,
@@ -31,8 +31,7 @@ SMOOTH_GRID = (8, 16, 16)
 
 def near(grid: tuple[int, int, int], window: int) -> torch.Tensor:
     """[n, n]: whether a token is in the window of another."""
-    _, y, x = torch.unravel_index(torch.arange(grid[0] * grid[1] * grid[2], device=DEVICE), grid)
-    return (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 <= (window + 0.5) ** 2
+    return tokens_in_window(grid, window, DEVICE)
 
 
 def naive(
